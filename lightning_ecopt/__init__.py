@@ -1,0 +1,10 @@
+"""Optimisation in the equivalent-class space of a network, as a PyTorch Lightning callback."""
+
+from __future__ import annotations
+
+from lightning_ecopt.optim import EquivalentClassOptimizer
+from lightning_ecopt.symmetry import ScalingGroup, scaling_group
+
+__version__ = "0.1.0.dev0"
+
+__all__ = ["EquivalentClassOptimizer", "ScalingGroup", "scaling_group"]

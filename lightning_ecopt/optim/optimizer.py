@@ -1,0 +1,476 @@
+"""Any step of a torch optimizer, taken in path coordinates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+
+from lightning_ecopt.paths import PathCoordinates, Skeleton, choose_skeleton
+from lightning_ecopt.symmetry import PendingGroup, ScalingGroup
+
+#: Entries of the base optimizer's state that are linear in gradients, and so are carried along as covectors.
+COVECTORS = ("momentum_buffer",)
+STATE = "equivalent_class"
+
+
+@dataclass(frozen=True)
+class StepStatistics:
+    """Whether all is well, since the last refresh.
+
+    Args:
+        min_beta: smallest value of a path out of a unit, relative to the start.
+        max_beta: the largest.
+        guarded_paths: how often the guard limited the move of a path.
+        dormant_units: units without a path of non-zero elements, which are treated in weight space.
+    """
+
+    min_beta: float
+    max_beta: float
+    guarded_paths: int
+    dormant_units: int
+
+
+class EquivalentClassOptimizer(Optimizer):
+    """Run an optimizer in the equivalent-class space of a network (EC-SGD, Meng et al., arXiv:1802.03713).
+
+    The base optimizer takes its steps on the m - H path coordinates of the network's function instead of its m weights,
+    so that two networks that differ by a rescaling of hidden units train alike. Learning rate, momentum, weight decay and
+    every other option keep their meaning and their place: ``param_groups``, ``state`` and ``defaults`` are those of the
+    base optimizer, and schedulers may hold either of the two. Coordinates are normalised so that the first step is a
+    step of the base optimizer. See :mod:`lightning_ecopt.paths.coordinates` for the formulas.
+
+    At the first step, and again at every refresh, the weights move to the balanced member of their class (the outputs do
+    not change), skeleton weights are chosen there, and the momentum is carried along. Weight decay acts on path values:
+    the basis-path regularisation of the paper.
+
+    Args:
+        optimizer: the base, a :class:`torch.optim.SGD` with any of its options. Do not call its ``step`` yourself.
+        group: of the module that owns the parameters; or a :class:`~lightning_ecopt.symmetry.PendingGroup`, if it is
+            found while the closure of the first step runs.
+        skeleton: ``"max"`` takes the largest weights, ``"diagonal"`` is the paper's choice (unit i to unit i), for networks
+            in which every unit has one weight tensor on each side.
+        max_path_ratio: the guard: no path may change by more than this factor in one step, or change its sign. ``None`` is
+            the paper's rule.
+        refresh_interval: steps from one refresh to the next; ``None`` if only :meth:`refresh` asks for it.
+        free_start: value at which the coordinates of free skeleton weights start. It sets how fast the scale of a unit may
+            move: larger is slower.
+        representative: ``"balanced"``, or ``"current"`` to stay at the weights as they are. Only the first depends on the
+            class alone; the second is the paper's own setting.
+
+    Raises:
+        TypeError: if the base optimizer is not SGD, or is wrapped already.
+        ValueError: if an option is out of range, or the group does not belong to the optimizer's parameters.
+
+    Example::
+
+        group = scaling_group(model, x)
+        optimizer = EquivalentClassOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), group)
+        loss_function(model(x), y).backward()
+        optimizer.step()
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        group: ScalingGroup | PendingGroup,
+        *,
+        skeleton: str = "max",
+        max_path_ratio: float | None = 2.0,
+        refresh_interval: int | None = 500,
+        free_start: float = 1.0,
+        representative: str = "balanced",
+    ) -> None:
+        check_options(
+            skeleton=skeleton,
+            max_path_ratio=max_path_ratio,
+            refresh_interval=refresh_interval,
+            free_start=free_start,
+            representative=representative,
+        )
+        check_base(optimizer)
+        self.optimizer = optimizer
+        self.skeleton = skeleton
+        self.max_path_ratio = max_path_ratio
+        self.refresh_interval = refresh_interval
+        self.free_start = free_start
+        self.representative = representative
+        self.__setstate__({})  # the hooks of an Optimizer, without parameters of its own
+        self._pending: PendingGroup | None = None
+        self._group: ScalingGroup | None = None
+        self._own = torch.zeros(0, dtype=torch.bool)
+        self._coordinates: PathCoordinates | None = None
+        self._guarded: Tensor | None = None
+        self._loaded: Mapping[str, Any] | None = None
+        self._steps_since_refresh = 0
+        self._refresh_due = True
+        if isinstance(group, PendingGroup):
+            self._pending = group
+        else:
+            self._bind(group)
+
+    # What is shared with the base optimizer -------------------------------------------------------------------------
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The parameter groups of the base optimizer."""
+        return self.optimizer.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The state of the base optimizer. Momentum is in weight space, but for entries at skeleton weights."""
+        return self.optimizer.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The default options of the base optimizer."""
+        return self.optimizer.defaults
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As the base optimizer."""
+        self.optimizer.zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As the base optimizer; the new parameters must be in the scaling group. Refreshes at the next step.
+
+        Raises:
+            ValueError: if the scaling group does not know a parameter.
+        """
+        if self._group is not None:
+            self._check_known(self._group, [p for p in _as_list(param_group["params"]) if p.requires_grad])
+        self.optimizer.add_param_group(param_group)
+        if self._group is not None:
+            self._to_weight_space()
+            self._bind(self._group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.optimizer!r}, {self._group!r})"
+
+    # The group --------------------------------------------------------------------------------------------------------
+
+    @property
+    def group(self) -> ScalingGroup | None:
+        """The scaling group; ``None`` until it has been found."""
+        return self._group
+
+    def _bind(self, group: ScalingGroup) -> None:
+        trainable = [p for options in self.param_groups for p in options["params"] if p.requires_grad]
+        self._check_known(group, trainable)
+        held = {id(p) for p in trainable}
+        own = torch.ones(group.num_units, dtype=torch.bool)
+        for coupling in group.couplings:
+            if id(group.parameters[coupling.parameter]) not in held:  # another optimizer's, or frozen by now
+                for ids in (coupling.incoming, coupling.outgoing):
+                    own[ids[ids >= 0]] = False
+        self._group, self._own, self._pending = group, own, None
+        self._coordinates, self._refresh_due = None, True
+
+    def _check_known(self, group: ScalingGroup, parameters: list[Tensor]) -> None:
+        names = {id(p): name for name, p in group.parameters.items()}
+        unknown = [p for p in parameters if id(p) not in names]
+        if unknown and len(unknown) == len(parameters):
+            raise ValueError(
+                "The scaling group was traced from another module: it has none of the optimizer's parameters. "
+                "Call scaling_group on the module that this optimizer trains."
+            )
+        if unknown:
+            shapes = ", ".join(str(tuple(p.shape)) for p in unknown[:3])
+            raise ValueError(
+                f"{len(unknown)} of the optimizer's parameters (shapes {shapes}) are not in the scaling group. Call "
+                "scaling_group on the module that owns all of them, when all of them require a gradient."
+            )
+        unseen = [names[id(p)] for p in parameters if names[id(p)] in group.unseen]
+        if unseen:
+            raise ValueError(
+                f"The traced call never used these parameters of the optimizer: {_listing(unseen)}. What was not seen "
+                "cannot be rescaled safely: trace a call that uses them (check the example inputs), leave them out of "
+                "the optimizer, or freeze them with requires_grad_(False)."
+            )
+
+    def _ensure_bound(self) -> bool:
+        """Take over the pending group. False while there is none and nothing is to be done."""
+        if self._group is None:
+            assert self._pending is not None
+            if self._pending.group is None:
+                if all(p.grad is None for options in self.param_groups for p in options["params"]):
+                    return False  # a skipped batch
+                raise RuntimeError(
+                    f"The first step came before the network was traced: nothing has called {self._pending.method}() of "
+                    f"{type(self._pending.module).__name__} since the optimizer was made. Give the LightningModule an "
+                    "example_input_array, pass a closure that calls it to step(), or make the optimizer with "
+                    "EquivalentClassOptimizer(optimizer, scaling_group(module, inputs))."
+                )
+            self._bind(self._pending.group)
+        return True
+
+    # The step ---------------------------------------------------------------------------------------------------------
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Take one step of the base optimizer in path coordinates.
+
+        Args:
+            closure: as for every torch optimizer: computes the gradients and returns the loss; it runs once, before
+                anything moves.
+
+        Raises:
+            RuntimeError: if the network has not been traced by now.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            if not self._ensure_bound():
+                self.optimizer.step()
+                return loss
+            if self._refresh_due or self._steps_since_refresh == self.refresh_interval:
+                self._refresh()
+            self._steps_since_refresh += 1
+            coordinates = self._coordinates
+            if coordinates is None:  # no unit has a path
+                self.optimizer.step()
+                return loss
+            parameters = self._parameters()
+            with self._path_gradients(coordinates, parameters):
+                momentum = self._covectors()
+                for covector in momentum.values():
+                    self._scale_ordinary_(coordinates, covector, -1)
+                leave_ = coordinates.enter_(parameters)
+                self.optimizer.step()
+                allocation = leave_(self.max_path_ratio)
+                for covector in self._covectors().values():
+                    self._scale_ordinary_(coordinates, covector, 1)
+            assert self._guarded is not None
+            self._guarded += allocation.guarded.sum()
+        return loss
+
+    def _parameters(self) -> dict[str, Tensor]:
+        assert self._group is not None
+        return {name: p.detach() for name, p in self._group.parameters.items()}
+
+    @contextmanager
+    def _path_gradients(self, coordinates: PathCoordinates, parameters: Mapping[str, Tensor]) -> Iterator[None]:
+        """While entered, the parameters have the gradients of the path coordinates."""
+        assert self._group is not None
+        own = self._group.parameters
+        before = {name: p.grad for name, p in own.items() if p.grad is not None}
+        try:
+            for name, gradient in coordinates.gradients(parameters, before).items():
+                own[name].grad = gradient
+            yield
+        finally:
+            for name, gradient in before.items():
+                own[name].grad = gradient
+
+    def _covectors(self) -> dict[str, dict[str, Tensor]]:
+        """The base optimizer's momentum, by entry and parameter name."""
+        assert self._group is not None
+        found: dict[str, dict[str, Tensor]] = {}
+        for name, p in self._group.parameters.items():
+            for entry in COVECTORS:
+                value = self.state[p].get(entry) if p in self.state else None
+                if value is not None:
+                    found.setdefault(entry, {})[name] = value
+        return found
+
+    @staticmethod
+    def _scale_ordinary_(coordinates: PathCoordinates, covector: Mapping[str, Tensor], power: int) -> None:
+        """Bring momentum at ordinary elements to path coordinates (-1) or back (1); at skeleton weights it stays there."""
+        at_free = coordinates.free.read(covector, coordinates.beta[:-1])
+        coordinates.scale_(covector, power)
+        coordinates.free.write_(covector, at_free)
+
+    # The refresh ------------------------------------------------------------------------------------------------------
+
+    def refresh(self) -> None:
+        """Balance and choose the skeleton again at the next step. Call it between steps, say once an epoch."""
+        self._refresh_due = True
+
+    def _refresh(self) -> None:
+        if self._loaded is not None:
+            self._restore(self._loaded)
+            if not self._refresh_due:
+                return
+        self._to_weight_space()
+        group = self._group
+        assert group is not None
+        self._steps_since_refresh, self._refresh_due = 0, False
+        active = group.alive().cpu() & self._own
+        parameters = self._parameters()
+        if self.representative == "balanced" and bool(active.any()):
+            log_scale = group.balance_(active)
+            group.rescale_({name: p.grad for name, p in group.parameters.items()}, log_scale, power=-1)
+            for covector in self._covectors().values():
+                group.rescale_(covector, log_scale, power=-1)
+        if bool(active.any()):
+            restricted = [coupling.restricted(active) for coupling in group.couplings]
+            skeleton = choose_skeleton(restricted, parameters, active, self.skeleton)
+            self._use(PathCoordinates(group.couplings, parameters, skeleton, self.free_start))
+            assert self._coordinates is not None
+            for covector in self._covectors().values():
+                self._coordinates.covector_from_weights_(parameters, covector)
+
+    def _use(self, coordinates: PathCoordinates) -> None:
+        self._coordinates = coordinates
+        self._guarded = torch.zeros((), dtype=torch.int64, device=coordinates.beta.device)
+
+    def _to_weight_space(self) -> None:
+        """Leave the path coordinates: the momentum becomes that of the weights."""
+        if self._coordinates is not None:
+            for covector in self._covectors().values():
+                self._coordinates.covector_to_weights_(self._parameters(), covector)
+            self._coordinates = None
+
+    def statistics(self) -> StepStatistics | None:
+        """Whether all is well; ``None`` before the first step. Waits for the device."""
+        if self._group is None or (self._refresh_due and self._coordinates is None):
+            return None
+        dormant = int(self._own.sum())
+        if self._coordinates is None:
+            return StepStatistics(1.0, 1.0, 0, dormant)
+        assert self._guarded is not None
+        active = self._coordinates.skeleton.active
+        low, high = (float(value) for value in self._coordinates.beta.aminmax())
+        return StepStatistics(low, high, int(self._guarded), dormant - int(active.sum()))
+
+    # Checkpoints ------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the base optimizer, which it can load by itself, and beside it what path coordinates need to go on.
+
+        Raises:
+            RuntimeError: never for a state that can be loaded again.
+        """
+        state: dict[str, Any] = self.optimizer.state_dict()
+        if self._loaded is not None:
+            state[STATE] = dict(self._loaded)
+            return state
+        coordinates = self._coordinates
+        if coordinates is None:
+            return state
+        parameters = self._parameters()
+        units = coordinates.beta[:-1]
+        at_free = {}
+        numbers = self._numbers()
+        state["state"] = {number: dict(entries) for number, entries in state["state"].items()}
+        for entry, covector in self._covectors().items():
+            at_free[entry] = coordinates.free.read(covector, units)
+            plain = {name: value.clone() for name, value in covector.items()}
+            coordinates.covector_to_weights_(parameters, plain)
+            for name, value in plain.items():
+                state["state"][numbers[name]][entry] = value
+        state[STATE] = {
+            "skeleton": coordinates.skeleton.state_dict(),
+            "beta": coordinates.beta.clone(),
+            "free_start": coordinates.free_start,
+            "covectors": at_free,
+            "steps_since_refresh": self._steps_since_refresh,
+            "refresh_due": self._refresh_due,
+        }
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state, of this class or of the plain base optimizer (then path coordinates start anew).
+
+        Raises:
+            ValueError: if it belongs to a network with other units.
+        """
+        state_dict = dict(state_dict)
+        loaded = state_dict.pop(STATE, None)
+        if loaded is not None and self._group is not None:
+            self._check_fits(loaded, self._group)
+        self.optimizer.load_state_dict(state_dict)
+        self._coordinates, self._refresh_due, self._loaded = None, True, loaded
+
+    def _check_fits(self, loaded: Mapping[str, Any], group: ScalingGroup) -> None:
+        units = len(loaded["skeleton"]["active"])
+        if units != group.num_units:
+            raise ValueError(
+                f"The checkpoint was made with {units} units, this network has {group.num_units}: load it into the "
+                "network that it was made with, traced in the same way."
+            )
+
+    def _restore(self, loaded: Mapping[str, Any]) -> None:
+        """Go on from a loaded state, in the very coordinates that were saved."""
+        assert self._group is not None
+        self._check_fits(loaded, self._group)
+        self._loaded = None
+        skeleton = Skeleton.from_state_dict(loaded["skeleton"])
+        parameters = self._parameters()
+        coordinates = PathCoordinates(self._group.couplings, parameters, skeleton, loaded["free_start"])
+        coordinates.beta.copy_(loaded["beta"])
+        for entry, covector in self._covectors().items():
+            coordinates.fixed.write_(covector, 0.0)
+            coordinates.free.write_(covector, loaded["covectors"][entry].to(coordinates.beta))
+        self._use(coordinates)
+        self._steps_since_refresh = loaded["steps_since_refresh"]
+        self._refresh_due = loaded["refresh_due"] or self._steps_since_refresh == self.refresh_interval
+
+    def _numbers(self) -> dict[str, int]:
+        """The number under which the base optimizer's state dict has each parameter."""
+        assert self._group is not None
+        order = {id(p): k for k, p in enumerate(p for options in self.param_groups for p in options["params"])}
+        return {name: order[id(p)] for name, p in self._group.parameters.items() if id(p) in order}
+
+
+def check_base(optimizer: Optimizer) -> None:
+    """Raise unless ``optimizer`` can be run in path coordinates.
+
+    Raises:
+        TypeError: with what to do instead.
+    """
+    if isinstance(optimizer, EquivalentClassOptimizer):
+        raise TypeError(
+            "The optimizer is an EquivalentClassOptimizer already: wrap it once, either in configure_optimizers (ec_sgd) or "
+            "with the callback."
+        )
+    if not isinstance(optimizer, SGD):
+        raise TypeError(
+            f"EquivalentClassOptimizer wraps torch.optim.SGD, got {type(optimizer).__name__}: use SGD (with momentum, if you "
+            "like), or train without path coordinates."
+        )
+    for options in optimizer.param_groups:
+        for p in options["params"]:
+            if not isinstance(p, nn.Parameter | Tensor) or type(p.data) is not Tensor or not p.dtype.is_floating_point:
+                raise TypeError(
+                    f"EquivalentClassOptimizer needs plain real parameters, got {type(p.data).__name__} of {p.dtype}: sharded "
+                    "parameters (FSDP, tensor parallelism), quantised and complex ones are not supported. Train with DDP."
+                )
+
+
+def check_options(
+    *,
+    skeleton: str,
+    max_path_ratio: float | None,
+    refresh_interval: int | None,
+    free_start: float,
+    representative: str,
+) -> None:
+    """Raise ``ValueError`` for an option out of range."""
+    if skeleton not in ("max", "diagonal"):
+        raise ValueError(f"skeleton must be 'max' or 'diagonal', got {skeleton!r}")
+    if representative not in ("balanced", "current"):
+        raise ValueError(f"representative must be 'balanced' or 'current', got {representative!r}")
+    if max_path_ratio is not None and not (math.isfinite(max_path_ratio) and max_path_ratio > 1):
+        raise ValueError(f"max_path_ratio must be a finite number greater than 1, or None, got {max_path_ratio!r}")
+    if refresh_interval is not None and (not isinstance(refresh_interval, int) or refresh_interval < 1):
+        raise ValueError(f"refresh_interval must be a positive number of steps, or None, got {refresh_interval!r}")
+    if not (math.isfinite(free_start) and free_start > 0):
+        raise ValueError(f"free_start must be a finite number greater than 0, got {free_start!r}")
+
+
+def _as_list(parameters: Any) -> list[Tensor]:
+    return [parameters] if isinstance(parameters, Tensor) else list(parameters)
+
+
+def _listing(names: list[str], limit: int = 5) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

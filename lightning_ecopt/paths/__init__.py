@@ -1,0 +1,8 @@
+"""Coordinates of the equivalent-class space: skeleton, inverse chain rule, weight allocation."""
+
+from __future__ import annotations
+
+from lightning_ecopt.paths.coordinates import Allocation, PathCoordinates
+from lightning_ecopt.paths.skeleton import Skeleton, choose_skeleton
+
+__all__ = ["Allocation", "PathCoordinates", "Skeleton", "choose_skeleton"]

@@ -1,0 +1,207 @@
+"""Skeleton weights: one element that pins the scale of each unit, and one through which its paths leave."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_ecopt.symmetry import Coupling
+
+NONE = -1
+TIE = 1024  # magnitudes closer than this many roundings count as equal, and the first one is taken
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """The skeleton weights of all units; every field is a tensor ``[H]``, ``-1`` where a unit has none.
+
+    An element is given by the number of its coupling and its flat index in the coupling's region.
+
+    Args:
+        active: whether the unit has skeleton weights at all; if not it is treated in weight space.
+        fixed_coupling: the incoming skeleton weight, which is held fixed: its coupling,
+        fixed_index: and its place.
+        source: the unit from which it comes, ``-1`` for ground.
+        fixed_depth: number of fixed skeleton weights from ground to the unit.
+        out_coupling: the outgoing skeleton weight: its coupling,
+        out_index: and its place.
+        target: the unit into which it leads, ``-1`` for ground.
+        out_depth: number of outgoing skeleton weights from the unit to ground.
+        free: whether the outgoing skeleton weight is not also the fixed one of ``target``.
+        root: the unit whose outgoing skeleton weight is the first free one on the way out.
+    """
+
+    active: Tensor
+    fixed_coupling: Tensor
+    fixed_index: Tensor
+    source: Tensor
+    fixed_depth: Tensor
+    out_coupling: Tensor
+    out_index: Tensor
+    target: Tensor
+    out_depth: Tensor
+    free: Tensor
+    root: Tensor
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The fields by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Tensor]) -> Skeleton:
+        """The inverse of :meth:`state_dict`."""
+        return cls(**{field.name: state[field.name].cpu() for field in fields(cls)})
+
+    @property
+    def num_units(self) -> int:
+        """Number of units H."""
+        return len(self.active)
+
+
+def choose_skeleton(
+    couplings: Sequence[Coupling], parameters: Mapping[str, Tensor], active: Tensor, rule: str = "max"
+) -> Skeleton:
+    """Choose the skeleton weights of the active units.
+
+    Both choices are forests rooted in ground: they are grown level by level, within a level the largest magnitude is
+    taken, and biases only where nothing else leads on. Elements that are zero are never taken.
+
+    Args:
+        couplings: of the scaling group, restricted to the active units.
+        parameters: the parameters by name.
+        active: ``bool[H]``, the units that are alive.
+        rule: ``"max"``, or ``"diagonal"`` for the choice of Meng et al., arXiv:1802.03713: unit i to unit i at the
+            centre of the kernel, for networks in which every unit has one incoming and one outgoing weight tensor.
+
+    Raises:
+        ValueError: if the rule is unknown, or the diagonal one does not fit the network.
+    """
+    if rule not in ("max", "diagonal"):
+        raise ValueError(f"skeleton must be 'max' or 'diagonal', got {rule!r}")
+    active = active.cpu()
+    magnitudes = [coupling.view(parameters[coupling.parameter].detach()).abs() for coupling in couplings]
+    if rule == "diagonal":
+        magnitudes = [_keep_diagonal(c, m) for c, m in zip(couplings, magnitudes, strict=True)]
+    incoming = _grow(
+        [(c.outgoing, c.incoming, c.additive, m) for c, m in zip(couplings, magnitudes, strict=True)], active
+    )
+    outgoing = _grow(
+        [(c.incoming, c.outgoing, c.additive, m) for c, m in zip(couplings, magnitudes, strict=True)], active
+    )
+    missing = active & ((incoming.depth == NONE) | (outgoing.depth == NONE))
+    if bool(missing.any()):
+        raise ValueError(
+            f"skeleton={rule!r} finds no path through {int(missing.sum())} of {int(active.sum())} units: the diagonal "
+            "choice needs non-zero diagonals and one weight tensor on each side of every unit. Use skeleton='max'."
+        )
+    target = outgoing.other
+    meets_fixed = (target != NONE) & (outgoing.coupling == incoming.coupling[target])
+    meets_fixed &= outgoing.index == incoming.index[target]
+    free = active & ~meets_fixed
+    root = torch.where(meets_fixed, target, torch.arange(len(active)))
+    while not bool((root == root[root]).all()):
+        root = root[root]
+    return Skeleton(
+        active,
+        incoming.coupling,
+        incoming.index,
+        incoming.other,
+        incoming.depth,
+        outgoing.coupling,
+        outgoing.index,
+        target,
+        outgoing.depth,
+        free,
+        torch.where(active, root, NONE),
+    )
+
+
+@dataclass(frozen=True)
+class _Forest:
+    """For each unit the element that leads to it, the unit at the other end, and the level; ``[H]`` each."""
+
+    coupling: Tensor
+    index: Tensor
+    other: Tensor
+    depth: Tensor
+
+
+Edges = tuple[Tensor, Tensor, bool, Tensor]  # source units, target units, additive, magnitudes
+
+
+def _grow(edges: Sequence[Edges], active: Tensor) -> _Forest:
+    """Grow a forest from ground over all active units."""
+    num_units = len(active)
+    coupling, index, other, depth = (np.full(num_units, NONE) for _ in range(4))
+    reached = torch.zeros(num_units + 1, dtype=torch.bool)
+    reached[-1] = True  # ground, which is index -1
+    wanted = torch.cat([active, active.new_zeros(1)])
+    level = 0
+    while bool(wanted.any()):
+        level += 1
+        best = np.zeros(num_units)
+        for biases in (False, True):
+            for number, (source, target, additive, magnitude) in enumerate(edges):
+                if additive != biases or not bool(wanted[target].any()) or not bool(reached[source].any()):
+                    continue
+                tie = TIE * torch.finfo(magnitude.dtype).eps
+                units, values, places = _largest(magnitude, reached[source], wanted[target], target, tie)
+                better = values > best[units] * (1 + tie)
+                units, values, places = units[better], values[better], places[better]
+                best[units], coupling[units], index[units], depth[units] = values, number, places, level
+                other[units] = _at(source, places, magnitude.shape)
+            if best.any():
+                break
+        if not best.any():
+            break
+        new = torch.from_numpy(best > 0)
+        reached[:-1] |= new
+        wanted[:-1] &= ~new
+    return _Forest(*(torch.from_numpy(array) for array in (coupling, index, other, depth)))
+
+
+def _largest(
+    magnitude: Tensor, open_: Tensor, wanted: Tensor, target: Tensor, tie: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each wanted unit its largest open element: units, magnitudes and flat indices in ``magnitude``."""
+    candidates = magnitude * (open_ & wanted).to(magnitude.device)
+    kept = [k for k, size in enumerate(target.shape) if size > 1]
+    gone = [k for k in range(magnitude.ndim) if k not in kept]
+    rows = candidates.permute(*kept, *gone).reshape(target.numel(), -1)
+    values = rows.amax(1)
+    columns = (rows >= values[:, None] * (1 - tie)).to(torch.uint8).argmax(1).cpu()
+    strides = torch.empty(magnitude.shape, device="meta").stride()
+    places = torch.zeros(len(columns), dtype=torch.int64)
+    for axes, numbers in ((kept, torch.arange(len(columns))), (gone, columns)):
+        for axis, position in zip(
+            axes, torch.unravel_index(numbers, [magnitude.shape[k] for k in axes] or [1]), strict=False
+        ):
+            places += position * strides[axis]
+    # One unit may own several rows.
+    units, found = target.reshape(-1).numpy(), values.to(torch.float64).cpu().numpy()
+    most = np.zeros(int(units.max(initial=NONE)) + 2)
+    np.maximum.at(most, units, found)
+    rows_kept = np.flatnonzero((found > 0) & (units != NONE) & (found >= most[units] * (1 - tie)))
+    owners, first = np.unique(units[rows_kept], return_index=True)
+    return owners, most[owners], places.numpy()[rows_kept[first]]
+
+
+def _at(ids: Tensor, places: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """Entries of ``ids``, which broadcasts to ``shape``, at flat indices in that shape."""
+    axes = np.unravel_index(places, shape)
+    return ids.numpy()[tuple(axis if size > 1 else 0 * axis for axis, size in zip(axes, ids.shape, strict=True))]
+
+
+def _keep_diagonal(coupling: Coupling, magnitude: Tensor) -> Tensor:
+    """Leave only the elements from channel i to channel i at the centre of the kernel."""
+    if coupling.additive or magnitude.ndim < 2:
+        return torch.zeros_like(magnitude)
+    outputs, inputs, *kernel = magnitude.shape
+    mask = torch.zeros_like(magnitude)
+    number = torch.arange(max(outputs, inputs), device=magnitude.device)
+    mask[(number % outputs, number % inputs, *(size // 2 for size in kernel))] = 1
+    return magnitude * mask

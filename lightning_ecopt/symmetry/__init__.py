@@ -1,0 +1,9 @@
+"""Which rescalings leave a network unchanged: trace, labels, rules, solution, group, balance."""
+
+from __future__ import annotations
+
+from lightning_ecopt.symmetry.group import Coupling, ScalingGroup, UnitSet
+from lightning_ecopt.symmetry.segments import SegmentSum
+from lightning_ecopt.symmetry.trace import PendingGroup, scaling_group
+
+__all__ = ["Coupling", "PendingGroup", "ScalingGroup", "SegmentSum", "UnitSet", "scaling_group"]

@@ -1,0 +1,222 @@
+"""The rescalings that leave a network's function unchanged."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lightning_ecopt.symmetry.balance import Flow, alive_units, balancing_scale
+from lightning_ecopt.symmetry.solve import NO_UNIT, Solution
+from lightning_ecopt.symmetry.tracer import Operation
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """The most exact floating point type that the device has."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """How a box-shaped region of one parameter scales with the units.
+
+    Rescaling unit ``u`` by ``c`` multiplies the elements where ``incoming == u`` by ``c`` and those where
+    ``outgoing == u`` by ``1 / c``.
+
+    Args:
+        parameter: name of the parameter in the module.
+        region: slices of the parameter.
+        incoming: unit that each element leads into, ``-1`` for none; integers that broadcast to the region.
+        outgoing: unit that each element comes from, ``-1`` for none; likewise.
+        additive: whether the elements are added (a bias) rather than multiplied with data.
+    """
+
+    parameter: str
+    region: tuple[slice, ...]
+    incoming: Tensor
+    outgoing: Tensor
+    additive: bool
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """The region of ``tensor``, which has the parameter's shape, as a view."""
+        return tensor.view(1)[self.region] if tensor.ndim == 0 else tensor[self.region]
+
+    def to(self, device: torch.device) -> Coupling:
+        """The same coupling with its unit numbers on ``device``."""
+        incoming, outgoing = self.incoming.to(device), self.outgoing.to(device)
+        return Coupling(self.parameter, self.region, incoming, outgoing, self.additive)
+
+    def restricted(self, active: Tensor) -> Coupling:
+        """The same coupling with the units that are not ``active`` (``bool[H]``) held still."""
+        padded = torch.cat([active, active.new_zeros(1)])  # index -1 is the last
+        incoming = self.incoming.where(padded[self.incoming], NO_UNIT)
+        outgoing = self.outgoing.where(padded[self.outgoing], NO_UNIT)
+        return Coupling(self.parameter, self.region, incoming, outgoing, self.additive)
+
+    def log_factor(self, log_scale: Tensor) -> Tensor:
+        """Logarithm of what the region is multiplied by; ``log_scale`` is ``[H]``, the result broadcasts to it."""
+        padded = torch.cat([log_scale, log_scale.new_zeros(1)])
+        return padded[self.incoming] - padded[self.outgoing]
+
+
+@dataclass(frozen=True)
+class UnitSet:
+    """Units that couple the same parameters in the same way, such as the channels of one layer."""
+
+    units: Tensor
+    incoming: tuple[str, ...]
+    outgoing: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ScalingGroup:
+    """All rescalings of hidden units that leave the function of a module unchanged.
+
+    Made by :func:`lightning_ecopt.scaling_group`. A *unit* is one freedom: everything that must be rescaled together
+    by one positive factor. Formulas: positive scaling, equivalent class and the dimension m - H are those of
+    Meng et al., arXiv:1802.03713, for arbitrary networks.
+
+    Args:
+        parameters: the parameters that may be rescaled, by name.
+        couplings: how they scale with the units.
+        num_units: number of freedoms H.
+        costs: for each operation that fixed scales which would otherwise have been free, how many.
+        unseen: names of parameters that the traced call did not use.
+    """
+
+    parameters: Mapping[str, nn.Parameter]
+    couplings: Sequence[Coupling]
+    num_units: int
+    costs: Mapping[Operation, int]
+    unseen: tuple[str, ...] = ()
+
+    @classmethod
+    def from_solution(
+        cls, parameters: Mapping[str, nn.Parameter], solution: Solution, unseen: tuple[str, ...]
+    ) -> ScalingGroup:
+        """Put the result of a trace into tensors."""
+        couplings = [
+            Coupling(
+                use.parameter,
+                use.region,
+                torch.from_numpy(use.incoming),
+                torch.from_numpy(use.outgoing),
+                use.additive,
+            )
+            for use in solution.uses
+        ]
+        return cls(parameters, couplings, solution.num_units, Counter(solution.costs), unseen)
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of scalar parameters m."""
+        return sum(parameter.numel() for parameter in self.parameters.values())
+
+    @property
+    def dimension(self) -> int:
+        """Dimension m - H of the equivalent-class space."""
+        return self.num_parameters - self.num_units
+
+    def __repr__(self) -> str:
+        return f"ScalingGroup(num_units={self.num_units}, num_parameters={self.num_parameters}, dimension={self.dimension})"
+
+    def unit_sets(self) -> list[UnitSet]:
+        """The units, sorted into sets that couple the same parameters."""
+        members: dict[tuple[tuple[str, ...], tuple[str, ...]], list[int]] = {}
+        incoming: list[list[str]] = [[] for _ in range(self.num_units)]
+        outgoing: list[list[str]] = [[] for _ in range(self.num_units)]
+        for coupling in self.couplings:
+            for names, ids in ((incoming, coupling.incoming), (outgoing, coupling.outgoing)):
+                for unit in ids.unique().tolist():
+                    if unit != NO_UNIT and coupling.parameter not in names[unit]:
+                        names[unit].append(coupling.parameter)
+        for unit in range(self.num_units):
+            members.setdefault((tuple(incoming[unit]), tuple(outgoing[unit])), []).append(unit)
+        return [UnitSet(torch.tensor(units), *names) for names, units in members.items()]
+
+    @torch.no_grad()
+    def act_(self, log_scale: Tensor) -> ScalingGroup:
+        """Rescale the module's own parameters in place: unit ``u`` by ``exp(log_scale[u])``.
+
+        The module's outputs do not change, to rounding, in training and in evaluation mode. Buffers need no change:
+        what a normalisation layer keeps statistics of is never rescaled.
+
+        Args:
+            log_scale: ``[H]``, natural logarithms of the factors.
+
+        Raises:
+            ValueError: if the shape is not ``[H]`` or a value is not finite.
+
+        Example::
+
+            group = scaling_group(model, x)
+            group.act_(torch.randn(group.num_units))  # the same function
+        """
+        if log_scale.shape != (self.num_units,):
+            raise ValueError(f"log_scale must have shape [{self.num_units}], one per unit, got {list(log_scale.shape)}")
+        if not bool(log_scale.isfinite().all()):
+            raise ValueError("log_scale must be finite")
+        self.rescale_(self.parameters, log_scale)
+        return self
+
+    @torch.no_grad()
+    def rescale_(self, tensors: Mapping[str, Tensor | None], log_scale: Tensor, *, power: int = 1) -> None:
+        """Multiply tensors that belong to the parameters by their factors to the ``power``.
+
+        Weights have power 1, covectors such as gradients and momentum -1.
+
+        Args:
+            tensors: by parameter name; ``None`` and missing ones are passed over.
+            log_scale: ``[H]``, natural logarithms of the units' factors.
+            power: exponent of the factors.
+        """
+        log_scale = log_scale.to(widest(log_scale.device))
+        for coupling in self.couplings:
+            tensor = tensors.get(coupling.parameter)
+            if tensor is not None:
+                factor = (power * coupling.to(log_scale.device).log_factor(log_scale)).exp()
+                coupling.view(tensor).mul_(factor.to(tensor))
+
+    @torch.no_grad()
+    def alive(self) -> Tensor:
+        """Which units lie on a path of non-zero elements through the network, ``bool[H]``.
+
+        The others (all weights of one side zero, as in a zero-initialised layer) are *dormant*: they have no balanced
+        scale and no path.
+        """
+        return alive_units(list(self._flows()), self.num_units)
+
+    @torch.no_grad()
+    def balance_(self, active: Tensor | None = None) -> Tensor:
+        """Move the parameters to the balanced member of their class, the one of least sum of squares.
+
+        There the squares of the incoming and of the outgoing elements of every unit add up to the same. It depends on
+        the class alone; outputs do not change.
+
+        Args:
+            active: ``bool[H]``, the units to move; by default all that are :meth:`alive`.
+
+        Returns:
+            The log-scales ``[H]`` that were applied, zero for units that were not moved.
+        """
+        flows = list(self._flows())
+        if active is None:
+            active = alive_units(flows, self.num_units)
+        log_scale = (
+            balancing_scale(flows, active.to(flows[0].mass.device)) if flows else torch.zeros(0, dtype=torch.double)
+        )
+        self.rescale_(self.parameters, log_scale)
+        return log_scale
+
+    def _flows(self) -> Iterator[Flow]:
+        """Sums of squares of each coupling, one per pair of units."""
+        for coupling in self.couplings:
+            if self.num_units == 0 or bool((torch.maximum(coupling.incoming, coupling.outgoing) == NO_UNIT).all()):
+                continue
+            weight = coupling.view(self.parameters[coupling.parameter].detach())
+            shape = torch.broadcast_shapes(coupling.incoming.shape, coupling.outgoing.shape)
+            local = coupling.to(weight.device)
+            yield Flow(weight.to(widest(weight.device)).square().sum_to_size(shape), local.incoming, local.outgoing)

@@ -1,0 +1,118 @@
+"""Scale labels: by what the elements of a tensor are multiplied when the network is rescaled.
+
+A label is an integer array that broadcasts to the shape of its tensor (size 1 along every axis on which
+it does not change). Each entry names a *scale*, a non-negative number of an unknown; all elements with one
+number are multiplied by the same factor. Two numbers are special:
+
+- ``GROUND``: the element is multiplied by one, it must not change;
+- ``ZERO``: the element is zero, so it fits any label.
+
+The functions here know nothing of networks: they do to an array what an operation did to the tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+IntArray = NDArray[np.int64]
+
+GROUND = 0
+ZERO = -1
+
+
+def constant(number: int, ndim: int) -> IntArray:
+    """A label that is the same for all elements of a tensor with ``ndim`` axes."""
+    return np.full((1,) * ndim, number, dtype=np.int64)
+
+
+def compress(ids: IntArray) -> IntArray:
+    """Shrink to size 1 every axis along which ``ids`` does not change."""
+    for axis, size in enumerate(ids.shape):
+        if size > 1:
+            first = ids.take([0], axis)
+            if (ids == first).all():
+                ids = first
+    return ids
+
+
+def align(ids: IntArray, ndim: int) -> IntArray:
+    """Prepend axes of size 1, as broadcasting does, until there are ``ndim``."""
+    return ids.reshape((1,) * (ndim - ids.ndim) + ids.shape)
+
+
+def stretch(ids: IntArray, shape: Sequence[int], axes: Iterable[int]) -> IntArray:
+    """Repeat ``ids`` to the full size of the tensor along ``axes`` only."""
+    target = list(ids.shape)
+    for axis in axes:
+        target[axis] = shape[axis]
+    return np.broadcast_to(ids, target)
+
+
+def reshape(ids: IntArray, old: Sequence[int], new: Sequence[int]) -> IntArray:
+    """What ``tensor.reshape(new)`` does to the label of a tensor of shape ``old``.
+
+    Only the axes that are split or merged with one along which the label changes are written out.
+    """
+    if ids.size == 1 or 0 in old:
+        return ids.reshape(-1)[:1].reshape((1,) * len(new))
+    source: list[int] = []
+    target: list[int] = []
+    i = j = 0
+    while i < len(old) or j < len(new):
+        first_old, first_new = i, j
+        left = right = 1
+        if i < len(old):
+            left, i = old[i], i + 1
+        if j < len(new):
+            right, j = new[j], j + 1
+        while left != right:
+            if left < right:
+                left, i = left * old[i], i + 1
+            else:
+                right, j = right * new[j], j + 1
+        changes = any(size > 1 for size in ids.shape[first_old:i])
+        source += [size if changes else 1 for size in old[first_old:i]]
+        target += [size if changes else 1 for size in new[first_new:j]]
+    return compress(np.broadcast_to(ids, source).reshape(target))
+
+
+@dataclass(frozen=True)
+class ParameterView:
+    """A parameter, or what view operations have made of it, before anything has consumed it.
+
+    Args:
+        name: the parameter's name in the module.
+        axes: for each axis of the parameter the index that every element of the view came from, an array that
+            broadcasts to the shape of the view. View operations act on these arrays as they act on labels.
+    """
+
+    name: str
+    axes: tuple[IntArray, ...]
+
+    @classmethod
+    def whole(cls, name: str, shape: Sequence[int]) -> ParameterView:
+        """The view that is the parameter itself. A scalar counts as a vector of one element."""
+        if not shape:
+            return cls(name, (np.zeros((), dtype=np.int64),))
+        return cls(
+            name,
+            tuple(
+                np.arange(size, dtype=np.int64).reshape([-1 if k == axis else 1 for k in range(len(shape))])
+                for axis, size in enumerate(shape)
+            ),
+        )
+
+    def map(self, view: Callable[[IntArray], IntArray]) -> ParameterView:
+        """Do to the view what an operation did to the tensor."""
+        return ParameterView(self.name, tuple(view(axis) for axis in self.axes))
+
+    def varying(self) -> set[int]:
+        """The axes of the view along which the element of the parameter changes."""
+        return {k for axis in self.axes for k, size in enumerate(axis.shape) if size > 1}
+
+
+Value = IntArray | ParameterView

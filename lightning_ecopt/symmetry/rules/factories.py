@@ -1,0 +1,42 @@
+"""New tensors, whose values do not depend on those of the tensors they are modelled on."""
+
+from __future__ import annotations
+
+from lightning_ecopt.symmetry.labels import GROUND, ZERO, IntArray, constant
+from lightning_ecopt.symmetry.rules.registry import Call, rule
+
+
+@rule("zeros", "zeros_like", "new_zeros", "zero")
+def zeros(call: Call) -> IntArray:
+    return constant(ZERO, call.output.ndim)
+
+
+@rule("full", "full_like", "new_full", "fill", "scalar_tensor")
+def filled(call: Call) -> IntArray:
+    number = call.arguments.get("fill_value", call.arguments.get("value", call.arguments.get("s")))
+    return constant(ZERO if isinstance(number, int | float) and number == 0 else GROUND, call.output.ndim)
+
+
+@rule(
+    "ones",
+    "ones_like",
+    "new_ones",
+    "empty",
+    "empty_like",
+    "new_empty",
+    "empty_strided",
+    "new_empty_strided",
+    "empty_permuted",
+    "rand",
+    "rand_like",
+    "randn",
+    "randn_like",
+    "randint",
+    "randint_like",
+    "randperm",
+    "arange",
+    "linspace",
+    "eye",
+)
+def constants(call: Call) -> IntArray:
+    return constant(GROUND, call.output.ndim)

@@ -1,0 +1,92 @@
+"""The table of rules, and what a rule is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_ecopt.symmetry.labels import GROUND, ZERO, IntArray, ParameterView, Value, align, constant
+from lightning_ecopt.symmetry.tracer import Tracer
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an operation, as a rule sees it.
+
+    Args:
+        tracer: takes the equations.
+        arguments: the arguments by their names in the operation's schema, defaults filled in.
+        values: the label or parameter view of every tensor argument, by ``id`` of the tensor.
+        output: what the operation returned.
+    """
+
+    tracer: Tracer
+    arguments: dict[str, Any]
+    values: dict[int, Value]
+    output: Any
+
+    def __getitem__(self, name: str) -> Any:
+        return self.arguments[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor argument; ``()`` of a number."""
+        argument = self.arguments[name]
+        return tuple(argument.shape) if isinstance(argument, Tensor) else ()
+
+    def value(self, argument: Any) -> Value:
+        """The label or parameter view of a tensor or number, given by itself or by its name."""
+        if isinstance(argument, str):
+            argument = self.arguments[argument]
+        if isinstance(argument, Tensor):
+            return self.values[id(argument)]
+        return constant(ZERO if argument == 0 else GROUND, 0)
+
+    def ids(self, argument: Any) -> IntArray:
+        """The label of a tensor or number; a parameter gets scales of its own."""
+        value = self.value(argument)
+        return self.tracer.materialise(value) if isinstance(value, ParameterView) else value
+
+    def broadcast(self, argument: Any) -> IntArray:
+        """The label, with as many axes as the output."""
+        return align(self.ids(argument), self.output.ndim)
+
+    def axes(self, name: str, of: str = "self") -> tuple[int, ...]:
+        """An argument that names one axis or several, as non-negative numbers; none given means all."""
+        ndim = len(self.shape(of))
+        given = self.arguments.get(name)
+        if given is None or (isinstance(given, Sequence) and len(given) == 0):
+            return tuple(range(ndim))
+        return tuple(axis % max(ndim, 1) for axis in (given if isinstance(given, Sequence) else (given,)))
+
+
+Rule = Callable[[Call], Value | Sequence[Value]]
+RULES: dict[str, Rule] = {}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register a rule for the ATen operations of these base names.
+
+    Example::
+
+        @rule("relu", "abs")
+        def passes(call):
+            return call.ids("self")
+    """
+
+    def register(function: Rule) -> Rule:
+        for name in names:
+            if name in RULES:
+                raise ValueError(f"the operation {name!r} has a rule already: {RULES[name].__name__}")
+            RULES[name] = function
+        return function
+
+    return register
+
+
+def is_inexact(tensor: Tensor) -> bool:
+    """Whether the tensor holds real numbers that a scale can multiply."""
+    return tensor.dtype.is_floating_point and tensor.layout is torch.strided

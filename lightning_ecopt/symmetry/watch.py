@@ -1,0 +1,250 @@
+"""Watching a call as ATen operations, and carrying the labels along with the memory that they describe.
+
+Labels belong to storages, not to Python objects: a view, a detached copy or an in-place result that shares the memory
+is then found again whatever object stands for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lightning_ecopt.symmetry.labels import GROUND, ParameterView, Value, compress, constant
+from lightning_ecopt.symmetry.rules import RULES, Call
+from lightning_ecopt.symmetry.rules.registry import is_inexact
+from lightning_ecopt.symmetry.tracer import Operation, Tracer
+
+View = tuple[int, tuple[int, ...], tuple[int, ...]]
+
+
+@dataclass
+class _Storage:
+    """The labels of one piece of memory, by the views of it that have been seen."""
+
+    reference: StorageWeakRef  # keeps the address from being used again while labels hang on it
+    external: bool  # was there before the call, or stays after it
+    views: dict[View, Value] = field(default_factory=dict)
+
+
+class _Memory:
+    """Labels of all tensors that the call has touched."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        self.tracer = tracer
+        self.storages: dict[int, _Storage] = {}
+
+    def _find(self, tensor: Tensor) -> tuple[_Storage, bool] | None:
+        """The storage of a tensor and whether it is new; ``None`` for a tensor without one (sparse, opaque)."""
+        try:
+            storage = tensor.untyped_storage()
+        except (NotImplementedError, RuntimeError):
+            return None
+        found = self.storages.get(storage._cdata)
+        if found is None:
+            found = self.storages[storage._cdata] = _Storage(StorageWeakRef(storage), external=False)
+            return found, True
+        return found, False
+
+    def add_parameter(self, name: str, tensor: Tensor) -> None:
+        """Register a parameter whose scales are looked for."""
+        found = self._find(tensor)
+        if found is None:
+            self.tracer.ground(ParameterView.whole(name, tensor.shape))
+            return
+        storage, _ = found
+        storage.external = True
+        storage.views[_view(tensor)] = ParameterView.whole(name, tensor.shape)
+
+    def read(self, tensor: Tensor) -> Value:
+        """The label of a tensor. Memory first met as an input is constant and stays after the call."""
+        found = self._find(tensor)
+        if found is None:
+            return constant(GROUND, tensor.ndim)
+        storage, new = found
+        if new:
+            storage.external = True
+            storage.views[_view(tensor)] = constant(GROUND, tensor.ndim)
+        value = storage.views.get(_view(tensor))
+        if value is None:  # a view that nobody saw being made
+            self._ground_all(storage)
+            value = constant(GROUND, tensor.ndim)
+        return value
+
+    def write(self, tensor: Tensor, value: Value) -> None:
+        """Set the label of the output of an operation."""
+        found = self._find(tensor)
+        if found is None or not is_inexact(tensor):
+            self.tracer.ground(value)
+            value = constant(GROUND, tensor.ndim)
+        if found is not None:
+            value = value if isinstance(value, ParameterView) else compress(value)
+            found[0].views[_view(tensor)] = value
+
+    def overwrite(self, tensor: Tensor, value: Value) -> None:
+        """Set the label of memory that an operation has changed in place."""
+        before = self.read(tensor)
+        if not isinstance(before, ParameterView) and not isinstance(value, ParameterView):
+            if np.array_equal(*np.broadcast_arrays(before, value)):
+                return
+        found = self._find(tensor)
+        if found is not None:
+            storage, view = found[0], _view(tensor)
+            whole = tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
+            if whole and not storage.external:
+                storage.views = {}
+                self.write(tensor, value)
+                return
+            self._ground_all(storage)
+            storage.views[view] = constant(GROUND, tensor.ndim)
+        self.tracer.ground(value)
+
+    def _ground_all(self, storage: _Storage) -> None:
+        for view, value in storage.views.items():
+            self.tracer.ground(value)
+            storage.views[view] = constant(GROUND, len(view[1]))
+
+
+def _view(tensor: Tensor) -> View:
+    return int(tensor.storage_offset()), tuple(tensor.shape), tuple(tensor.stride())
+
+
+class Watch(TorchDispatchMode):
+    """While it is entered, every ATen operation is taken down in ``tracer``.
+
+    Args:
+        module: gives the names of the modules in which operations run.
+        parameters: the tensors whose scales are looked for, by name.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, module: nn.Module, parameters: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.tracer = Tracer({name: tuple(tensor.shape) or (1,) for name, tensor in parameters.items()})
+        self.memory = _Memory(self.tracer)
+        self._names = {id(part): name for name, part in module.named_modules()}
+        self._path: list[str] = []
+        for name, tensor in parameters.items():
+            self.memory.add_parameter(name, tensor)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = _base_name(func)
+        if name.startswith("prim::"):  # a question about a tensor, such as its device
+            return func(*args, **kwargs)
+        rule = RULES.get(name)
+        if rule is None and isinstance(func, torch._ops.OpOverload):
+            with self:
+                parts = func.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
+        self.tracer.operation = Operation(name, self._path[-1] if self._path else "")
+        inputs = {id(leaf): self.memory.read(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        output = func(*args, **kwargs)
+        arguments = _named_arguments(func, args, kwargs)
+        if rule is None or arguments is None or any(_is_foreign(leaf) for leaf in tree_leaves((args, kwargs))):
+            self._ground(inputs.values(), (args, kwargs), output, func)
+        else:
+            self._apply(rule, Call(self.tracer, arguments, inputs, output), func)
+        return output
+
+    def _ground(self, inputs: Iterable[Value], arguments: Any, output: Any, func: Any) -> None:
+        """An operation without a rule: nothing that it touches may change."""
+        for value in inputs:
+            self.tracer.ground(value)
+        if getattr(getattr(func, "_schema", None), "is_mutable", True):
+            for leaf in tree_leaves(arguments):
+                if isinstance(leaf, Tensor):
+                    self.memory.overwrite(leaf, constant(GROUND, leaf.ndim))
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, Tensor):
+                self.memory.write(leaf, constant(GROUND, leaf.ndim))
+
+    def _apply(self, rule: Callable[[Call], Any], call: Call, func: Any) -> None:
+        values = rule(call)
+        outputs = call.output if isinstance(call.output, list | tuple) else [call.output]
+        values = values if isinstance(values, list | tuple) else [values]
+        written = {id(call.arguments[name]) for name in _outputs_in_place(func) if call.arguments[name] is not None}
+        for tensor, value in zip(outputs, values, strict=True):
+            if not isinstance(tensor, Tensor):
+                continue
+            if id(tensor) in written:
+                self.memory.overwrite(tensor, value)
+            else:
+                self.memory.write(tensor, value)
+
+    def ground(self, leaves: Any, name: str) -> None:
+        """Demand that all tensors in a structure stay as they are; ``name`` is for the report."""
+        self.tracer.operation = Operation(name, "")
+        for leaf in tree_leaves(leaves):
+            if isinstance(leaf, Tensor):
+                self.tracer.ground(self.memory.read(leaf))
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Enter the mode, and follow which module is running."""
+
+        def enter(module: nn.Module, inputs: Any) -> None:
+            self._path.append(self._names.get(id(module), type(module).__name__))
+
+        def leave(module: nn.Module, inputs: Any, output: Any) -> None:
+            self._path.pop()
+
+        handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
+        try:
+            with self:
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _is_foreign(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.layout is not torch.strided
+
+
+def _base_name(func: Any) -> str:
+    """``aten.relu_.default`` is relu: in-place forms share the rule of the operation."""
+    schema = getattr(func, "_schema", None)
+    if schema is None:
+        return str(func)
+    namespace, _, name = schema.name.partition("::")
+    if namespace != "aten":
+        return str(schema.name)
+    in_place = name.endswith("_") and not name.endswith("__") and schema.is_mutable
+    return name[:-1] if in_place else name
+
+
+def _named_arguments(func: Any, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
+    schema = getattr(func, "_schema", None)
+    if schema is None:
+        return None
+    named = {}
+    for position, argument in enumerate(schema.arguments):
+        if position < len(args):
+            named[argument.name] = args[position]
+        elif argument.name in kwargs:
+            named[argument.name] = kwargs[argument.name]
+        else:
+            named[argument.name] = argument.default_value
+    return named
+
+
+def _outputs_in_place(func: Any) -> list[str]:
+    """Names of the arguments that the operation writes to and returns."""
+    returned = {alias for value in func._schema.returns if value.alias_info for alias in value.alias_info.before_set}
+    return [
+        argument.name
+        for argument in func._schema.arguments
+        if argument.alias_info and argument.alias_info.is_write and argument.alias_info.before_set & returned
+    ]
