@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,10 @@ from lightning_ecopt.symmetry import PendingGroup, ScalingGroup
 #: Entries of the base optimizer's state that are linear in gradients, and so are carried along as covectors.
 COVECTORS = ("momentum_buffer",)
 STATE = "equivalent_class"
+NO_FREEDOMS = (
+    "The network has no scaling freedoms, so the base optimizer is used as it is. The report of the callback names the "
+    "operations that cost them."
+)
 
 
 @dataclass(frozen=True)
@@ -171,8 +176,16 @@ class EquivalentClassOptimizer(Optimizer):
             if id(group.parameters[coupling.parameter]) not in held:  # another optimizer's, or frozen by now
                 for ids in (coupling.incoming, coupling.outgoing):
                     own[ids[ids >= 0]] = False
+        if group.num_units == 0:
+            warnings.warn(NO_FREEDOMS, stacklevel=3)
         self._group, self._own, self._pending = group, own, None
         self._coordinates, self._refresh_due = None, True
+
+    def usable_units(self) -> Tensor:
+        """Units that are optimised in path coordinates, ``bool[H]``: alive, and no other optimizer's."""
+        if self._group is None:
+            raise RuntimeError("The scaling group is not known before the first step.")
+        return self._group.alive().cpu() & self._own
 
     def _check_known(self, group: ScalingGroup, parameters: list[Tensor]) -> None:
         names = {id(p): name for name, p in group.parameters.items()}
@@ -304,7 +317,7 @@ class EquivalentClassOptimizer(Optimizer):
         group = self._group
         assert group is not None
         self._steps_since_refresh, self._refresh_due = 0, False
-        active = group.alive().cpu() & self._own
+        active = self.usable_units()
         parameters = self._parameters()
         if self.representative == "balanced" and bool(active.any()):
             log_scale = group.balance_(active)
@@ -339,7 +352,7 @@ class EquivalentClassOptimizer(Optimizer):
             return StepStatistics(1.0, 1.0, 0, dormant)
         assert self._guarded is not None
         active = self._coordinates.skeleton.active
-        low, high = (float(value) for value in self._coordinates.beta.aminmax())
+        low, high = (float(value) for value in self._coordinates.beta[:-1][active.to(self._guarded.device)].aminmax())
         return StepStatistics(low, high, int(self._guarded), dormant - int(active.sum()))
 
     # Checkpoints ------------------------------------------------------------------------------------------------------

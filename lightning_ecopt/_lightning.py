@@ -1,0 +1,37 @@
+"""Lightning goes by two names; here it is decided which one is used."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+else:
+
+    def _namespace() -> str:
+        """``lightning.pytorch``, unless only ``pytorch_lightning`` is installed or imported."""
+        split_only = "pytorch_lightning" in sys.modules and "lightning.pytorch" not in sys.modules
+        if split_only or importlib.util.find_spec("lightning") is None:
+            return "pytorch_lightning"
+        return "lightning.pytorch"
+
+    _name = _namespace()
+    _package = importlib.import_module(_name)
+    Callback, LightningModule, Trainer = _package.Callback, _package.LightningModule, _package.Trainer
+    MisconfigurationException = importlib.import_module(f"{_name}.utilities.exceptions").MisconfigurationException
+    _rank_zero = importlib.import_module(f"{_name}.utilities.rank_zero")
+    rank_zero_only, rank_zero_warn = _rank_zero.rank_zero_only, _rank_zero.rank_zero_warn
+
+__all__ = [
+    "Callback",
+    "LightningModule",
+    "MisconfigurationException",
+    "Trainer",
+    "rank_zero_only",
+    "rank_zero_warn",
+]

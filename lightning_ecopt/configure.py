@@ -1,0 +1,111 @@
+"""What ``configure_optimizers`` returns to train in the equivalent-class space, without a callback."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import SGD
+
+from lightning_ecopt._lightning import LightningModule, MisconfigurationException
+from lightning_ecopt.optim import EquivalentClassOptimizer
+from lightning_ecopt.symmetry import PendingGroup, ScalingGroup, scaling_group
+
+
+def ec_sgd(
+    module: nn.Module,
+    params: Iterable[Tensor] | Iterable[dict[str, Any]] | None = None,
+    *,
+    lr: float = 1e-3,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    maximize: bool = False,
+    foreach: bool | None = None,
+    skeleton: str = "max",
+    max_path_ratio: float | None = 2.0,
+    refresh_interval: int | None = 500,
+    free_start: float = 1.0,
+    representative: str = "balanced",
+) -> EquivalentClassOptimizer:
+    """EC-SGD for a module, to be returned from ``configure_optimizers``.
+
+    If a ``LightningModule`` has an ``example_input_array``, its forward call is traced here; otherwise its first
+    ``training_step`` is watched as it happens. Of another module the next forward call is watched.
+
+    Args:
+        module: the module that is trained, in ``configure_optimizers`` usually ``self``.
+        params: parameters or parameter groups to optimise; by default all of the module's that require a gradient.
+        lr: learning rate, and the other options of :class:`torch.optim.SGD`:
+        momentum: as there.
+        dampening: as there.
+        weight_decay: as there; it acts on path values.
+        nesterov: as there.
+        maximize: as there.
+        foreach: as there.
+        skeleton: as in :class:`~lightning_ecopt.EquivalentClassOptimizer`, and so are the rest:
+        max_path_ratio: the guard.
+        refresh_interval: steps between refreshes.
+        free_start: at what the coordinates of free skeleton weights start.
+        representative: the member of the class at which coordinates are normalised.
+
+    Raises:
+        ValueError: for options out of range, and parameters that are not the module's or that the example never used.
+
+    Example::
+
+        def configure_optimizers(self):
+            return ec_sgd(self, lr=0.1, momentum=0.9)
+    """
+    given = [p for p in module.parameters() if p.requires_grad] if params is None else list(params)
+    optimizer = SGD(
+        given,
+        lr=lr,
+        momentum=momentum,
+        dampening=dampening,
+        weight_decay=weight_decay,
+        nesterov=nesterov,
+        maximize=maximize,
+        foreach=foreach,
+    )
+    own = [p for options in optimizer.param_groups for p in options["params"]]
+    return EquivalentClassOptimizer(
+        optimizer,
+        find_group(module, own),
+        skeleton=skeleton,
+        max_path_ratio=max_path_ratio,
+        refresh_interval=refresh_interval,
+        free_start=free_start,
+        representative=representative,
+    )
+
+
+def find_group(module: nn.Module, parameters: Iterable[Tensor]) -> ScalingGroup | PendingGroup:
+    """Trace the example inputs of a ``LightningModule`` now, or watch the first call of the module that is made."""
+    if not isinstance(module, LightningModule):
+        return PendingGroup(module, "forward", parameters)
+    if module.example_input_array is not None:
+        return _trace_example(module, parameters)
+    if not module.automatic_optimization:
+        raise MisconfigurationException(
+            f"{type(module).__name__} uses manual optimization, where forward and backward calls interleave: set its "
+            "example_input_array, so that its forward call can be traced before training."
+        )
+    return PendingGroup(module, "training_step", parameters)
+
+
+def _trace_example(module: LightningModule, parameters: Iterable[Tensor]) -> ScalingGroup:
+    example = module.transfer_batch_to_device(module.example_input_array, module.device, 0)
+    trainer = module._trainer
+    context: Any = nullcontext()
+    if trainer is not None:
+        example = trainer.precision_plugin.convert_input(example)
+        context = trainer.precision_plugin.forward_context()
+    with context:
+        if isinstance(example, Mapping):
+            return scaling_group(module, parameters=parameters, **example)
+        args = example if isinstance(example, tuple | list) else (example,)
+        return scaling_group(module, *args, parameters=parameters)
