@@ -60,7 +60,7 @@ def ec_sgd(
         def configure_optimizers(self):
             return ec_sgd(self, lr=0.1, momentum=0.9)
     """
-    given = [p for p in module.parameters() if p.requires_grad] if params is None else list(params)
+    given: Any = [p for p in module.parameters() if p.requires_grad] if params is None else list(params)
     optimizer = SGD(
         given,
         lr=lr,

@@ -151,7 +151,7 @@ class EquivalentClassOptimizer(Optimizer):
             self._check_known(self._group, [p for p in _as_list(param_group["params"]) if p.requires_grad])
         self.optimizer.add_param_group(param_group)
         if self._group is not None:
-            self._to_weight_space()
+            self._leave_coordinates()
             self._bind(self._group)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -227,7 +227,7 @@ class EquivalentClassOptimizer(Optimizer):
 
     # The step ---------------------------------------------------------------------------------------------------------
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step of the base optimizer in path coordinates.
 
         Args:
@@ -313,7 +313,7 @@ class EquivalentClassOptimizer(Optimizer):
             self._restore(self._loaded)
             if not self._refresh_due:
                 return
-        self._to_weight_space()
+        self._leave_coordinates()
         group = self._group
         assert group is not None
         self._steps_since_refresh, self._refresh_due = 0, False
@@ -330,17 +330,22 @@ class EquivalentClassOptimizer(Optimizer):
             self._use(PathCoordinates(group.couplings, parameters, skeleton, self.free_start))
             assert self._coordinates is not None
             for covector in self._covectors().values():
-                self._coordinates.covector_from_weights_(parameters, covector)
+                self._coordinates.restart_skeleton_(covector)
 
     def _use(self, coordinates: PathCoordinates) -> None:
         self._coordinates = coordinates
         self._guarded = torch.zeros((), dtype=torch.int64, device=coordinates.beta.device)
 
-    def _to_weight_space(self) -> None:
-        """Leave the path coordinates: the momentum becomes that of the weights."""
+    def _leave_coordinates(self) -> None:
+        """Back to weight space. At the skeleton weights the momentum starts anew.
+
+        It could be carried over exactly, as a covector. But the component of one skeleton weight is then a sum over all
+        the elements that its paths meet; in a gradient they cancel, in momentum that was gathered along the way they do
+        not, and training diverges.
+        """
         if self._coordinates is not None:
             for covector in self._covectors().values():
-                self._coordinates.covector_to_weights_(self._parameters(), covector)
+                self._coordinates.restart_skeleton_(covector)
             self._coordinates = None
 
     def statistics(self) -> StepStatistics | None:
@@ -370,15 +375,13 @@ class EquivalentClassOptimizer(Optimizer):
         coordinates = self._coordinates
         if coordinates is None:
             return state
-        parameters = self._parameters()
-        units = coordinates.beta[:-1]
         at_free = {}
         numbers = self._numbers()
         state["state"] = {number: dict(entries) for number, entries in state["state"].items()}
         for entry, covector in self._covectors().items():
-            at_free[entry] = coordinates.free.read(covector, units)
+            at_free[entry] = coordinates.free.read(covector, coordinates.beta[:-1])
             plain = {name: value.clone() for name, value in covector.items()}
-            coordinates.covector_to_weights_(parameters, plain)
+            coordinates.restart_skeleton_(plain)
             for name, value in plain.items():
                 state["state"][numbers[name]][entry] = value
         state[STATE] = {
@@ -422,7 +425,6 @@ class EquivalentClassOptimizer(Optimizer):
         coordinates = PathCoordinates(self._group.couplings, parameters, skeleton, loaded["free_start"])
         coordinates.beta.copy_(loaded["beta"])
         for entry, covector in self._covectors().items():
-            coordinates.fixed.write_(covector, 0.0)
             coordinates.free.write_(covector, loaded["covectors"][entry].to(coordinates.beta))
         self._use(coordinates)
         self._steps_since_refresh = loaded["steps_since_refresh"]

@@ -21,7 +21,7 @@ where an entry for ground, index -1, is appended.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -212,59 +212,7 @@ class PathCoordinates:
 
         return leave_
 
-    def covector_from_weights_(self, weights: Tensors, covector: Tensors) -> None:
-        """Bring a covector (momentum) from weight space to the form that is kept between steps, in place.
-
-        Ordinary elements stay in weight space, where a plain optimizer has them; at a free skeleton weight is the component
-        of the path coordinate, at a fixed one zero.
-        """
-        at_free = self.log_gradient(weights, covector) / self.free_values
-        self.fixed.write_(covector, 0.0)
-        self.free.write_(covector, at_free)
-
-    def covector_to_weights_(self, weights: Tensors, covector: Tensors) -> None:
-        """The inverse: put the weight-space components at the skeleton weights, in place.
-
-        What path coordinates do not hold follows from invariance: as for every gradient, the sums of w times the
-        covector over the elements into a unit and out of it are equal.
-        """
-        units = self.beta[:-1]
-        held = self.free.read(covector, units) * self.free_values
-        self.free.write_(covector, 0.0)
-        # w_f M_f, from the units that are farthest from the outputs inward: each enters the flow of later ones.
-        own = held + self._incoming_flow(weights, covector)
-        own = torch.where(self._is_free, own, 0.0)
-        depth = self.skeleton.out_depth.to(own.device)
-        root_of_target = torch.cat([self._root, self._root.new_full((1,), -1)])[self._target]
-        for level in range(int(depth.max()) if len(depth) else 0, 1, -1):
-            members = torch.nonzero(self._is_free & (depth == level) & (root_of_target >= 0)).reshape(-1)
-            own = own + SegmentSum(root_of_target[members], len(own))(own[members])
-        self.free.write_(covector, _quotient(own, self.free.read(weights, units)))
-        # w M at the fixed ones, from the units that are farthest from the inputs inward.
-        known = self._flow(weights, covector, "outgoing") - self._flow(weights, covector, "incoming")
-        depth, source = (getattr(self.skeleton, name).to(own.device) for name in ("fixed_depth", "source"))
-        for level in range(int(depth.max()) if len(depth) else 0, 1, -1):
-            members = torch.nonzero((depth == level) & (source >= 0)).reshape(-1)
-            known = known + SegmentSum(source[members], len(known))(known[members])
-        self.fixed.write_(covector, _quotient(known, self.fixed.read(weights, units)))
-
-    def _flow(self, weights: Tensors, covectors: Tensors, side: str) -> Tensor:
-        """Sums of w times the covector over the elements into, or out of, each unit, ``[H]``."""
-        slots, parts = [], []
-        for coupling in self.couplings:
-            covector, units = covectors.get(coupling.parameter), getattr(coupling, side)
-            if covector is not None:
-                flow = coupling.view(weights[coupling.parameter]) * coupling.view(covector)
-                slots.append((units % len(self.beta)).reshape(-1))
-                parts.append(flow.sum_to_size(units.shape).reshape(-1).to(self.beta.dtype))
-        if not parts:
-            return torch.zeros_like(self.beta[:-1])
-        return SegmentSum(torch.cat(slots), len(self.beta))(torch.cat(parts))[:-1]
-
-    def parameter_names(self) -> Iterator[str]:
-        """Names of the parameters that hold coordinates of units."""
-        return iter(dict.fromkeys(coupling.parameter for coupling in self.couplings))
-
-
-def _quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
-    return torch.where(denominator == 0, 0.0, numerator / torch.where(denominator == 0, 1.0, denominator))
+    def restart_skeleton_(self, tensors: Tensors) -> None:
+        """Set the entries of skeleton weights to zero: what momentum knew of them is given up."""
+        self.fixed.write_(tensors, 0.0)
+        self.free.write_(tensors, 0.0)

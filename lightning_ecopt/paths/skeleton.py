@@ -94,10 +94,13 @@ def choose_skeleton(
     )
     missing = active & ((incoming.depth == NONE) | (outgoing.depth == NONE))
     if bool(missing.any()):
-        raise ValueError(
-            f"skeleton={rule!r} finds no path through {int(missing.sum())} of {int(active.sum())} units: the diagonal "
-            "choice needs non-zero diagonals and one weight tensor on each side of every unit. Use skeleton='max'."
+        why = (
+            "The diagonal choice needs non-zero diagonals and one weight tensor on each side of every unit: use "
+            "skeleton='max'."
+            if rule == "diagonal"
+            else "Only units that are alive can be active."
         )
+        raise ValueError(f"No path leads through {int(missing.sum())} of {int(active.sum())} active units. {why}")
     target = outgoing.other
     meets_fixed = (target != NONE) & (outgoing.coupling == incoming.coupling[target])
     meets_fixed &= outgoing.index == incoming.index[target]
@@ -203,5 +206,7 @@ def _keep_diagonal(coupling: Coupling, magnitude: Tensor) -> Tensor:
     outputs, inputs, *kernel = magnitude.shape
     mask = torch.zeros_like(magnitude)
     number = torch.arange(max(outputs, inputs), device=magnitude.device)
-    mask[(number % outputs, number % inputs, *(size // 2 for size in kernel))] = 1
+    centre = [number.new_tensor(size // 2) for size in kernel]
+    place = [number % outputs, number % inputs, *centre]
+    mask[tuple(place)] = 1
     return magnitude * mask

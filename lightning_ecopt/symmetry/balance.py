@@ -36,22 +36,32 @@ class Flow:
 
 
 def alive_units(flows: Sequence[Flow], num_units: int) -> Tensor:
-    """Units that non-zero elements connect to ground on both sides, ``bool[H]``."""
-    forward = _reached([(f.mass, f.outgoing, f.incoming) for f in flows], num_units)
-    backward = _reached([(f.mass, f.incoming, f.outgoing) for f in reversed(flows)], num_units)
+    """Units that non-zero elements connect to ground on both sides, ``bool[H]``.
+
+    A unit with an infinite or undefined element, as after a step that diverged, is not alive.
+    """
+    device = flows[0].mass.device if flows else torch.device("cpu")
+    sound = torch.ones(num_units + 1, dtype=torch.bool, device=device)
+    for flow in flows:
+        broken = ~flow.mass.isfinite()
+        for units in (flow.incoming, flow.outgoing):
+            sound[units[broken.to(flow.mass.dtype).sum_to_size(units.shape) > 0]] = False
+    sound[-1] = True  # ground, which is index -1
+    forward = _reached([(f.mass, f.outgoing, f.incoming) for f in flows], sound)
+    backward = _reached([(f.mass, f.incoming, f.outgoing) for f in reversed(flows)], sound)
     return forward & backward
 
 
-def _reached(edges: Sequence[tuple[Tensor, Tensor, Tensor]], num_units: int) -> Tensor:
+def _reached(edges: Sequence[tuple[Tensor, Tensor, Tensor]], sound: Tensor) -> Tensor:
     """Units that can be reached from ground through edges of non-zero mass, each from its source to its target."""
-    device = edges[0][0].device if edges else torch.device("cpu")
-    reached = torch.zeros(num_units + 1, dtype=torch.bool, device=device)
-    reached[-1] = True  # ground, which is index -1
+    reached = torch.zeros_like(sound)
+    reached[-1] = True
     count = -1
     while count != (count := int(reached.sum())):
         for mass, source, target in edges:
             open_ = ((mass > 0) & reached[source]).to(mass.dtype).sum_to_size(target.shape) > 0
             reached[target[open_]] = True
+            reached &= sound
     return reached[:-1]
 
 
@@ -65,8 +75,10 @@ def balancing_scale(flows: Sequence[Flow], active: Tensor) -> Tensor:
     problem = _Problem(
         [
             Flow(
-                # An element from a unit to itself does not change.
-                flow.mass.masked_fill((flow.incoming == flow.outgoing) & (flow.incoming >= 0), 0.0),
+                # An element from a unit to itself does not change; one that is not finite joins units at rest.
+                flow.mass.masked_fill(
+                    (flow.incoming == flow.outgoing) & (flow.incoming >= 0) | ~flow.mass.isfinite(), 0.0
+                ),
                 flow.incoming.where(padded[flow.incoming], -1) % (num_units + 1),
                 flow.outgoing.where(padded[flow.outgoing], -1) % (num_units + 1),
             )

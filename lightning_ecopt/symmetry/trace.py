@@ -68,7 +68,7 @@ def select_parameters(module: nn.Module, parameters: Iterable[Tensor] | None) ->
 
 
 def _trace_fake(
-    module: nn.Module, trainable: Mapping[str, nn.Parameter], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    module: nn.Module, trainable: Mapping[str, nn.Parameter], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> ScalingGroup:
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
 
@@ -76,7 +76,7 @@ def _trace_fake(
             return mode.from_tensor(tensor)
 
         state = {name: fake(tensor) for name, tensor in [*module.named_parameters(), *module.named_buffers()]}
-        args, kwargs = tree_map_only(Tensor, fake, (args, dict(kwargs)))
+        args, kwargs = tree_map_only(Tensor, fake, (args, kwargs))
         watch = Watch(module, {name: state[name] for name in trainable})
         with _attributes_restored(module, watch), torch.enable_grad():
             with watch.watching():

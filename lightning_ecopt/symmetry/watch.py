@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -93,9 +92,8 @@ class _Memory:
     def overwrite(self, tensor: Tensor, value: Value) -> None:
         """Set the label of memory that an operation has changed in place."""
         before = self.read(tensor)
-        if not isinstance(before, ParameterView) and not isinstance(value, ParameterView):
-            if np.array_equal(*np.broadcast_arrays(before, value)):
-                return
+        if not isinstance(before, ParameterView) and not isinstance(value, ParameterView) and (before == value).all():
+            return
         found = self._find(tensor)
         if found is not None:
             storage, view = found[0], _view(tensor)

@@ -30,8 +30,8 @@ def dropout(call: Call) -> list[Value]:
 @rule("clamp", "clamp_min", "clamp_max", "clip", "hardtanh")
 def clamped(call: Call) -> IntArray:
     """A bound of zero is a relu; any other bound must not be crossed."""
-    names = {"min", "max", "min_val", "max_val"} & call.arguments.keys()
-    return _all_equal(call, "self", *(name for name in names if call[name] is not None))
+    bounds = [name for name in ("min", "max", "min_val", "max_val") if call.arguments.get(name) is not None]
+    return _all_equal(call, "self", *bounds)
 
 
 @rule("threshold")

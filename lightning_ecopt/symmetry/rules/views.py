@@ -99,7 +99,8 @@ def sliced(call: Call, ids: IntArray) -> IntArray:
 @view("select")
 def selected(call: Call, ids: IntArray) -> IntArray:
     (axis,) = call.axes("dim")
-    return ids.take(call["index"] if ids.shape[axis] > 1 else 0, axis)
+    index = call["index"] if ids.shape[axis] > 1 else 0
+    return ids[(slice(None),) * axis + (index,)]
 
 
 def _pieces(ids: IntArray, axis: int, sizes: Sequence[int]) -> list[IntArray]:
@@ -155,8 +156,8 @@ def stacked(call: Call) -> IntArray:
 
 
 def _joined(parts: Sequence[IntArray], axis: int) -> IntArray:
-    others = np.broadcast_shapes(*(part.shape[:axis] + (1,) + part.shape[axis + 1 :] for part in parts))
-    whole = [np.broadcast_to(part, others[:axis] + (part.shape[axis],) + others[axis + 1 :]) for part in parts]
+    others = np.broadcast_shapes(*((*part.shape[:axis], 1, *part.shape[axis + 1 :]) for part in parts))
+    whole = [np.broadcast_to(part, (*others[:axis], part.shape[axis], *others[axis + 1 :])) for part in parts]
     return compress(np.concatenate(whole, axis))
 
 
