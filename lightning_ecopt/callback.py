@@ -29,7 +29,8 @@ class EquivalentClassOptimization(Callback):
 
     Nothing else changes: learning rate, momentum, dampening, nesterov, weight decay, maximize, parameter groups and
     schedulers are those of the pipeline, in whatever form ``configure_optimizers`` returns them, and checkpoints can be
-    exchanged with runs without the callback. See :class:`~lightning_ecopt.EquivalentClassOptimizer` for what a step does.
+    exchanged with runs without the callback. See :class:`~lightning_ecopt.EquivalentClassOptimizer` for what a step
+    does.
 
     If the ``LightningModule`` has an ``example_input_array``, its forward call is traced before training; otherwise the
     first training step is watched as it happens, which costs no extra call. The outputs of what is traced (or the loss)
@@ -38,8 +39,8 @@ class EquivalentClassOptimization(Callback):
     Args:
         skeleton: ``"max"`` takes the largest weights, ``"diagonal"`` is the paper's choice, for plain networks.
         max_path_ratio: no path may change by more than this factor in one step; ``None`` is the paper's rule.
-        refresh: when weights are balanced and skeleton weights chosen again: every ``"epoch"``, after a number of steps, or
-            never (``None``).
+        refresh: when weights are balanced and skeleton weights chosen again: every ``"epoch"``, after a number of
+            steps, or never (``None``).
         free_start: value at which the coordinates of free skeleton weights start; larger lets scales move more slowly.
         representative: ``"balanced"``, or ``"current"`` to stay at the weights as they are (then what happens does not
             depend on the class alone).
@@ -52,8 +53,8 @@ class EquivalentClassOptimization(Callback):
 
     Raises:
         ValueError: if an option is out of range.
-        MisconfigurationException: at the start of ``fit``, if the strategy shards parameters, or an optimizer is not SGD or
-            is wrapped already.
+        MisconfigurationException: at the start of ``fit``, if the strategy shards parameters, or an optimizer is not
+            SGD or is wrapped already.
 
     Example::
 
@@ -82,8 +83,8 @@ class EquivalentClassOptimization(Callback):
         }
         check_options(**self._options)
         self.refresh = refresh
-        self.verbose = verbose
-        self.log = log
+        self._verbose = verbose
+        self._logs = log  # Lightning puts its own function at `log`
         self._epoch: int | None = None  # of the last refresh
         self._found: ScalingGroup | PendingGroup | None = None
         self._optimizers: list[EquivalentClassOptimizer] = []
@@ -102,7 +103,8 @@ class EquivalentClassOptimization(Callback):
         names = {base.__name__ for base in type(trainer.strategy).__mro__}
         if names & set(UNSUPPORTED_STRATEGIES):
             raise MisconfigurationException(
-                f"EquivalentClassOptimization does not work with {type(trainer.strategy).__name__}, which shards parameters: "
+                f"EquivalentClassOptimization does not work with {type(trainer.strategy).__name__}, which shards "
+                "parameters: "
                 "use one device or strategy='ddp', or remove the callback."
             )
 
@@ -137,7 +139,7 @@ class EquivalentClassOptimization(Callback):
     ) -> None:
         """Report once the freedoms are known, and log."""
         self._report()
-        if not self.log or not trainer._logger_connector.should_update_logs:
+        if not self._logs or not trainer._logger_connector.should_update_logs:
             return
         for number, optimizer in enumerate(self._optimizers):
             prefix = "ecopt" if len(self._optimizers) == 1 else f"ecopt/{number}"
@@ -162,7 +164,7 @@ class EquivalentClassOptimization(Callback):
     def _report(self) -> None:
         if self.group is not None and not self._reported:
             self._reported = True
-            if self.verbose:
+            if self._verbose:
                 usable = torch.zeros(self.group.num_units, dtype=torch.bool)
                 for optimizer in self._optimizers:
                     usable |= optimizer.usable_units()

@@ -21,7 +21,8 @@ def print_report(group: ScalingGroup, usable: Tensor, console: Console | None = 
 
     Args:
         group: the scaling group.
-        usable: ``bool[H]``, units that are optimised in path coordinates; the others are dormant, or shared by optimizers.
+        usable: ``bool[H]``, units that are optimised in path coordinates; the others are dormant, or shared by
+            optimizers.
         console: where to print; by default standard output.
     """
     (console or Console()).print(render_report(group, usable))

@@ -46,28 +46,28 @@ class EquivalentClassOptimizer(Optimizer):
     """Run an optimizer in the equivalent-class space of a network (EC-SGD, Meng et al., arXiv:1802.03713).
 
     The base optimizer takes its steps on the m - H path coordinates of the network's function instead of its m weights,
-    so that two networks that differ by a rescaling of hidden units train alike. Learning rate, momentum, weight decay and
-    every other option keep their meaning and their place: ``param_groups``, ``state`` and ``defaults`` are those of the
-    base optimizer, and schedulers may hold either of the two. Coordinates are normalised so that the first step is a
-    step of the base optimizer. See :mod:`lightning_ecopt.paths.coordinates` for the formulas.
+    so that two networks that differ by a rescaling of hidden units train alike. Learning rate, momentum, weight decay
+    and every other option keep their meaning and their place: ``param_groups``, ``state`` and ``defaults`` are those
+    of the base optimizer, and schedulers may hold either of the two. Coordinates are normalised so that at the
+    start all but those of free skeleton weights, at most one in a unit, equal the weights. See :mod:`lightning_ecopt.paths.coordinates` for the formulas.
 
-    At the first step, and again at every refresh, the weights move to the balanced member of their class (the outputs do
-    not change), skeleton weights are chosen there, and the momentum is carried along. Weight decay acts on path values:
-    the basis-path regularisation of the paper.
+    At the first step, and again at every refresh, the weights move to the balanced member of their class (the outputs
+    do not change), skeleton weights are chosen there, and momentum is carried along, except at skeleton weights, where
+    it starts anew. Weight decay acts on path values: the basis-path regularisation of the paper.
 
     Args:
         optimizer: the base, a :class:`torch.optim.SGD` with any of its options. Do not call its ``step`` yourself.
         group: of the module that owns the parameters; or a :class:`~lightning_ecopt.symmetry.PendingGroup`, if it is
             found while the closure of the first step runs.
-        skeleton: ``"max"`` takes the largest weights, ``"diagonal"`` is the paper's choice (unit i to unit i), for networks
-            in which every unit has one weight tensor on each side.
-        max_path_ratio: the guard: no path may change by more than this factor in one step, or change its sign. ``None`` is
-            the paper's rule.
+        skeleton: ``"max"`` takes the largest weights, ``"diagonal"`` is the paper's choice (unit i to unit i), for
+            networks in which every unit has one weight tensor on each side.
+        max_path_ratio: the guard: no path may change by more than this factor in one step, or change its sign.
+            ``None`` is the paper's rule.
         refresh_interval: steps from one refresh to the next; ``None`` if only :meth:`refresh` asks for it.
-        free_start: value at which the coordinates of free skeleton weights start. It sets how fast the scale of a unit may
-            move: larger is slower.
-        representative: ``"balanced"``, or ``"current"`` to stay at the weights as they are. Only the first depends on the
-            class alone; the second is the paper's own setting.
+        free_start: value at which the coordinates of free skeleton weights start. It sets how fast the scale of a
+            unit may move: larger is slower.
+        representative: ``"balanced"``, or ``"current"`` to stay at the weights as they are. Only the first depends on
+            the class alone; the second is the paper's own setting.
 
     Raises:
         TypeError: if the base optimizer is not SGD, or is wrapped already.
@@ -217,7 +217,8 @@ class EquivalentClassOptimizer(Optimizer):
                 if all(p.grad is None for options in self.param_groups for p in options["params"]):
                     return False  # a skipped batch
                 raise RuntimeError(
-                    f"The first step came before the network was traced: nothing has called {self._pending.method}() of "
+                    "The first step came before the network was traced: nothing has called "
+                    f"{self._pending.method}() of "
                     f"{type(self._pending.module).__name__} since the optimizer was made. Give the LightningModule an "
                     "example_input_array, pass a closure that calls it to step(), or make the optimizer with "
                     "EquivalentClassOptimizer(optimizer, scaling_group(module, inputs))."
@@ -297,7 +298,7 @@ class EquivalentClassOptimizer(Optimizer):
 
     @staticmethod
     def _scale_ordinary_(coordinates: PathCoordinates, covector: Mapping[str, Tensor], power: int) -> None:
-        """Bring momentum at ordinary elements to path coordinates (-1) or back (1); at skeleton weights it stays there."""
+        """Bring momentum at ordinary elements to path coordinates (-1) or back (1); skeleton weights keep theirs."""
         at_free = coordinates.free.read(covector, coordinates.beta[:-1])
         coordinates.scale_(covector, power)
         coordinates.free.write_(covector, at_free)
@@ -363,11 +364,7 @@ class EquivalentClassOptimizer(Optimizer):
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of the base optimizer, which it can load by itself, and beside it what path coordinates need to go on.
-
-        Raises:
-            RuntimeError: never for a state that can be loaded again.
-        """
+        """The state of the base optimizer, which can load it by itself, and what path coordinates need to go on."""
         state: dict[str, Any] = self.optimizer.state_dict()
         if self._loaded is not None:
             state[STATE] = dict(self._loaded)
@@ -445,20 +442,24 @@ def check_base(optimizer: Optimizer) -> None:
     """
     if isinstance(optimizer, EquivalentClassOptimizer):
         raise TypeError(
-            "The optimizer is an EquivalentClassOptimizer already: wrap it once, either in configure_optimizers (ec_sgd) or "
+            "The optimizer is an EquivalentClassOptimizer already: wrap it once, either in configure_optimizers "
+            "(ec_sgd) or "
             "with the callback."
         )
     if not isinstance(optimizer, SGD):
         raise TypeError(
-            f"EquivalentClassOptimizer wraps torch.optim.SGD, got {type(optimizer).__name__}: use SGD (with momentum, if you "
+            f"EquivalentClassOptimizer wraps torch.optim.SGD, got {type(optimizer).__name__}: use SGD (with "
+            "momentum, if you "
             "like), or train without path coordinates."
         )
     for options in optimizer.param_groups:
         for p in options["params"]:
             if not isinstance(p, nn.Parameter | Tensor) or type(p.data) is not Tensor or not p.dtype.is_floating_point:
                 raise TypeError(
-                    f"EquivalentClassOptimizer needs plain real parameters, got {type(p.data).__name__} of {p.dtype}: sharded "
-                    "parameters (FSDP, tensor parallelism), quantised and complex ones are not supported. Train with DDP."
+                    f"EquivalentClassOptimizer needs plain real parameters, got {type(p.data).__name__} of "
+                    f"{p.dtype}: sharded "
+                    "parameters (FSDP, tensor parallelism), quantised and complex ones are not supported. Train "
+                    "with DDP."
                 )
 
 

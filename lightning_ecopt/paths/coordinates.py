@@ -168,9 +168,10 @@ class PathCoordinates:
         return torch.where(self._is_free, own - self._incoming_flow(weights, gradients), 0.0)
 
     def gradients(self, weights: Tensors, gradients: Tensors) -> dict[str, Tensor]:
-        """Inverse chain rule: dL/dv for every parameter that has a gradient, as new tensors."""
+        """Inverse chain rule: dL/dv as new tensors, for the parameters with a gradient whose dL/dv is another."""
         at_free = self.log_gradient(weights, gradients) / self.free_values
-        result = {name: gradient.clone() for name, gradient in gradients.items()}
+        touched = {coupling.parameter for coupling in self._scaled} | self.fixed.places.keys() | self.free.places.keys()
+        result = {name: gradient.clone() for name, gradient in gradients.items() if name in touched}
         self.scale_(result, -1)
         self.fixed.write_(result, 0.0)
         self.free.write_(result, at_free)
@@ -185,7 +186,7 @@ class PathCoordinates:
                 coupling.view(tensor).mul_(factors[coupling.incoming].to(tensor.dtype))
 
     def enter_(self, weights: Tensors) -> Callable[[float | None], Allocation]:
-        """Turn the weights into path coordinates in place; fixed skeleton weights become zero, so that nothing moves them.
+        """Turn the weights into path coordinates in place; fixed skeleton weights become zero: nothing moves them.
 
         Returns:
             The function that turns them back once they have moved, given the largest ratio by which a free skeleton

@@ -12,7 +12,11 @@ from torch import Tensor
 from lightning_ecopt.symmetry import Coupling
 
 NONE = -1
-TIE = 1024  # magnitudes closer than this many roundings count as equal, and the first one is taken
+
+
+def _tie(dtype: torch.dtype) -> float:
+    """Relative difference below which magnitudes count as equal, so that rounding does not decide between them."""
+    return min(1024 * torch.finfo(dtype).eps, 0.01)
 
 
 @dataclass(frozen=True)
@@ -151,7 +155,7 @@ def _grow(edges: Sequence[Edges], active: Tensor) -> _Forest:
             for number, (source, target, additive, magnitude) in enumerate(edges):
                 if additive != biases or not bool(wanted[target].any()) or not bool(reached[source].any()):
                     continue
-                tie = TIE * torch.finfo(magnitude.dtype).eps
+                tie = _tie(magnitude.dtype)
                 units, values, places = _largest(magnitude, reached[source], wanted[target], target, tie)
                 better = values > best[units] * (1 + tie)
                 units, values, places = units[better], values[better], places[better]

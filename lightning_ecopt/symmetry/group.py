@@ -121,7 +121,8 @@ class ScalingGroup:
         return self.num_parameters - self.num_units
 
     def __repr__(self) -> str:
-        return f"ScalingGroup(num_units={self.num_units}, num_parameters={self.num_parameters}, dimension={self.dimension})"
+        sizes = f"num_units={self.num_units}, num_parameters={self.num_parameters}, dimension={self.dimension}"
+        return f"{type(self).__name__}({sizes})"
 
     def unit_sets(self) -> list[UnitSet]:
         """The units, sorted into sets that couple the same parameters."""

@@ -88,10 +88,11 @@ def _trace_fake(
 def _trace_real(
     module: nn.Module, trainable: Mapping[str, nn.Parameter], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> ScalingGroup:
+    devices = sorted({p.device.index for p in module.parameters() if p.device.type == "cuda"})
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     watch = Watch(module, trainable)
     try:
-        with torch.random.fork_rng(), _attributes_restored(module, watch), torch.enable_grad():
+        with torch.random.fork_rng(devices), _attributes_restored(module, watch), torch.enable_grad():
             with watch.watching():
                 output = module(*args, **kwargs)
             watch.ground(output, "output")
