@@ -49,7 +49,8 @@ class EquivalentClassOptimizer(Optimizer):
     so that two networks that differ by a rescaling of hidden units train alike. Learning rate, momentum, weight decay
     and every other option keep their meaning and their place: ``param_groups``, ``state`` and ``defaults`` are those
     of the base optimizer, and schedulers may hold either of the two. Coordinates are normalised so that at the
-    start all but those of free skeleton weights, at most one in a unit, equal the weights. See :mod:`lightning_ecopt.paths.coordinates` for the formulas.
+    start all but those of free skeleton weights, at most one in a unit, equal the weights. See
+    :mod:`lightning_ecopt.paths.coordinates` for the formulas.
 
     At the first step, and again at every refresh, the weights move to the balanced member of their class (the outputs
     do not change), skeleton weights are chosen there, and momentum is carried along, except at skeleton weights, where
