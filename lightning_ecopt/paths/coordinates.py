@@ -33,7 +33,7 @@ from lightning_ecopt.symmetry import Coupling, SegmentSum
 Tensors = Mapping[str, Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Elements:
     """One element of some parameter for each of some units.
 
@@ -92,7 +92,7 @@ class Elements:
                     tensor[at] = values
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Allocation:
     """What weight allocation did.
 

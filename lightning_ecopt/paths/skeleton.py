@@ -19,7 +19,7 @@ def _tie(dtype: torch.dtype) -> float:
     return min(1024 * torch.finfo(dtype).eps, 0.01)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Skeleton:
     """The skeleton weights of all units; every field is a tensor ``[H]``, ``-1`` where a unit has none.
 
@@ -127,7 +127,7 @@ def choose_skeleton(
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Forest:
     """For each unit the element that leads to it, the unit at the other end, and the level; ``[H]`` each."""
 

@@ -23,7 +23,7 @@ NEWTON_STEPS = 50
 CONJUGATE_GRADIENT_STEPS = 1000
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Flow:
     """Squares between units: ``mass`` with the shape to which the unit numbers ``incoming`` and ``outgoing`` broadcast.
 

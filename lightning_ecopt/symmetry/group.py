@@ -19,7 +19,7 @@ def widest(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Coupling:
     """How a box-shaped region of one parameter scales with the units.
 
@@ -62,7 +62,7 @@ class Coupling:
         return padded[self.incoming] - padded[self.outgoing]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class UnitSet:
     """Units that couple the same parameters in the same way, such as the channels of one layer."""
 
@@ -71,7 +71,7 @@ class UnitSet:
     outgoing: tuple[str, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ScalingGroup:
     """All rescalings of hidden units that leave the function of a module unchanged.
 

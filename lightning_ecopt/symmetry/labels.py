@@ -80,7 +80,7 @@ def reshape(ids: IntArray, old: Sequence[int], new: Sequence[int]) -> IntArray:
     return compress(np.broadcast_to(ids, source).reshape(target))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ParameterView:
     """A parameter, or what view operations have made of it, before anything has consumed it.
 

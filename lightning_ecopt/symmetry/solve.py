@@ -15,7 +15,7 @@ from lightning_ecopt.symmetry.tracer import Operation, Tracer
 NO_UNIT = -1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SolvedUse:
     """A :class:`~lightning_ecopt.symmetry.tracer.Use` with unit numbers, ``NO_UNIT`` where the scale is ground."""
 
@@ -26,7 +26,7 @@ class SolvedUse:
     additive: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Solution:
     """Units 0 to ``num_units - 1``, numbered in the order in which the parameters first meet them.
 

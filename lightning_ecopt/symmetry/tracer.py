@@ -27,7 +27,7 @@ class Operation:
     module: str
 
 
-@dataclass
+@dataclass(eq=False)
 class Use:
     """One way in which a box-shaped region of a parameter was consumed.
 
@@ -41,7 +41,7 @@ class Use:
     additive: bool
 
 
-@dataclass
+@dataclass(eq=False)
 class Tracer:
     """Collects scales and equations; knows nothing of how the operations are watched.
 

@@ -26,7 +26,7 @@ from lightning_ecopt.symmetry.tracer import Operation, Tracer
 View = tuple[int, tuple[int, ...], tuple[int, ...]]
 
 
-@dataclass
+@dataclass(eq=False)
 class _Storage:
     """The labels of one piece of memory, by the views of it that have been seen."""
 

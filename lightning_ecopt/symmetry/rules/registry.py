@@ -13,7 +13,7 @@ from lightning_ecopt.symmetry.labels import GROUND, ZERO, IntArray, ParameterVie
 from lightning_ecopt.symmetry.tracer import Tracer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Call:
     """One call of an operation, as a rule sees it.
 
