@@ -154,6 +154,7 @@ class EquivalentClassOptimizer(Optimizer):
         if self._group is not None:
             self._leave_coordinates()
             self._bind(self._group)
+            self.refresh()
 
     def __getstate__(self) -> dict[str, Any]:
         return dict(self.__dict__)
@@ -260,10 +261,12 @@ class EquivalentClassOptimizer(Optimizer):
                 for covector in momentum.values():
                     self._scale_ordinary_(coordinates, covector, -1)
                 leave_ = coordinates.enter_(parameters)
-                self.optimizer.step()
-                allocation = leave_(self.max_path_ratio)
-                for covector in self._covectors().values():
-                    self._scale_ordinary_(coordinates, covector, 1)
+                try:
+                    self.optimizer.step()
+                finally:  # also when it fails: nothing may stay behind in path coordinates
+                    allocation = leave_(self.max_path_ratio)
+                    for covector in self._covectors().values():
+                        self._scale_ordinary_(coordinates, covector, 1)
             assert self._guarded is not None
             self._guarded += allocation.guarded.sum()
         return loss
@@ -309,6 +312,8 @@ class EquivalentClassOptimizer(Optimizer):
     def refresh(self) -> None:
         """Balance and choose the skeleton again at the next step. Call it between steps, say once an epoch."""
         self._refresh_due = True
+        if self._loaded is not None:  # not taken over yet
+            self._loaded = {**self._loaded, "refresh_due": True}
 
     def _refresh(self) -> None:
         if self._loaded is not None:
@@ -319,7 +324,8 @@ class EquivalentClassOptimizer(Optimizer):
         group = self._group
         assert group is not None
         self._steps_since_refresh, self._refresh_due = 0, False
-        active = self.usable_units()
+        alive = group.alive().cpu()
+        active = alive & self._own
         parameters = self._parameters()
         if self.representative == "balanced" and bool(active.any()):
             log_scale = group.balance_(active)
@@ -327,8 +333,9 @@ class EquivalentClassOptimizer(Optimizer):
             for covector in self._covectors().values():
                 group.rescale_(covector, log_scale, power=-1)
         if bool(active.any()):
-            restricted = [coupling.restricted(active) for coupling in group.couplings]
-            skeleton = choose_skeleton(restricted, parameters, active, self.skeleton)
+            # Units of other optimizers are as ground; dormant ones are not, for no path leads through them.
+            own = [coupling.restricted(self._own | ~alive) for coupling in group.couplings]
+            skeleton = choose_skeleton(own, parameters, active, self.skeleton)
             self._use(PathCoordinates(group.couplings, parameters, skeleton, self.free_start))
             assert self._coordinates is not None
             for covector in self._covectors().values():

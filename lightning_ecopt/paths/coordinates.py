@@ -203,12 +203,14 @@ class PathCoordinates:
             moved = torch.where(self._is_free, self.free.read(weights, units) / values, 1.0)
             allowed = moved if max_ratio is None else moved.clamp(1 / max_ratio, max_ratio)
             allowed = torch.where(moved.isfinite() & (allowed != 0), allowed, 1.0)
+            # A weight that the optimizer has spoilt is spoilt, but no beta, and by it no other weight.
+            moved_itself = torch.where(moved.isfinite(), allowed, moved)
             own = torch.cat([allowed, allowed.new_ones(1)])
             ratio = own[torch.cat([self._root, self._root.new_full((1,), -1)])]
             self.beta.mul_(ratio)
             self.scale_(weights, -1)
             self.fixed.write_(weights, at_fixed)
-            self.free.write_(weights, at_free * allowed / ratio[self._target])
+            self.free.write_(weights, at_free * moved_itself / ratio[self._target])
             return Allocation(ratio, self._is_free & (allowed != moved))
 
         return leave_

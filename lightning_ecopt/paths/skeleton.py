@@ -75,7 +75,7 @@ def choose_skeleton(
     taken, and biases only where nothing else leads on. Elements that are zero are never taken.
 
     Args:
-        couplings: of the scaling group, restricted to the active units.
+        couplings: of the scaling group. Units that are alive but not active must be held still in them.
         parameters: the parameters by name.
         active: ``bool[H]``, the units that are alive.
         rule: ``"max"``, or ``"diagonal"`` for the choice of Meng et al., arXiv:1802.03713: unit i to unit i at the

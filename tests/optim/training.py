@@ -1,0 +1,64 @@
+"""Small training runs that the tests of the optimizer share."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_ecopt import EquivalentClassOptimizer, scaling_group
+
+
+def batches(x: Tensor, y: Tensor, step: int, size: int = 8) -> tuple[Tensor, Tensor]:
+    """The batch of a step, one after the other and over again."""
+    rows = torch.arange(step * size, (step + 1) * size) % len(x)
+    return x[rows], y[rows]
+
+
+def loss_of(module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Cross entropy for integer targets, squares for others."""
+    output = module(x)
+    return F.mse_loss(output, y) if y.is_floating_point() else F.cross_entropy(output, y)
+
+
+def train(module: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, steps: range) -> list[float]:
+    """Train for the given steps and return their losses."""
+    losses = []
+    for step in steps:
+        optimizer.zero_grad()
+        loss = loss_of(module, *batches(x, y, step))
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def ec_sgd(
+    module: nn.Module, x: Tensor, *, wrapper: dict[str, Any] | None = None, **options: Any
+) -> EquivalentClassOptimizer:
+    """SGD with ``options`` in path coordinates."""
+    base = torch.optim.SGD(module.parameters(), **options)
+    return EquivalentClassOptimizer(base, scaling_group(module, x), **(wrapper or {}))
+
+
+def rescaled(module: nn.Module, x: Tensor, spread: float = 1.0) -> nn.Module:
+    """A random other member of the module's class."""
+    other = copy.deepcopy(module)
+    group = scaling_group(other, x)
+    group.act_(spread * torch.randn(group.num_units, dtype=torch.float64))
+    return other
+
+
+def distance(first: nn.Module, second: nn.Module, x: Tensor) -> float:
+    """Relative difference of the outputs in evaluation mode."""
+    with torch.no_grad():
+        a, b = (copy.deepcopy(module).eval()(x) for module in (first, second))
+    return float((a - b).norm() / a.norm())
+
+
+def weights_of(module: nn.Module) -> dict[str, Tensor]:
+    """Copies of the parameters."""
+    return {name: p.detach().clone() for name, p in module.named_parameters()}

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.paths.cases import NETWORKS, Point, point
+
+STEP = 1e-6
+
+
+def path_differences(at: Point, name: str, index: tuple[int, ...]) -> float:
+    """Central difference of the loss along one path coordinate."""
+    before = {key: weight.clone() for key, weight in at.weights.items()}
+    beta = at.coordinates.beta.clone()
+    losses = []
+    for sign in (1, -1):
+        leave_ = at.coordinates.enter_(at.weights)
+        at.weights[name][index] += sign * STEP
+        leave_(None)
+        losses.append(float(at.loss().detach()))
+        for key, weight in at.weights.items():
+            weight.copy_(before[key])
+        at.coordinates.beta.copy_(beta)
+    return (losses[0] - losses[1]) / (2 * STEP)
+
+
+def places(at: Point, number: int) -> list[tuple[str, tuple[int, ...]]]:
+    """Skeleton weights of both kinds, and some ordinary elements of every parameter."""
+    found = []
+    for elements in (at.coordinates.free, at.coordinates.fixed):
+        for name, (_, axes) in elements.places.items():
+            found += [(name, index) for index in list(zip(*(axis.tolist() for axis in axes), strict=True))[:8]]
+    for name, weight in at.weights.items():
+        for flat in torch.randperm(weight.numel())[:number]:
+            found.append((name, tuple(int(k) for k in torch.unravel_index(flat, weight.shape))))
+    return found
+
+
+@pytest.mark.parametrize("some_inactive", [False, True])
+@pytest.mark.parametrize("random_beta", [False, True])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_path_gradients_are_those_of_finite_differences(name: str, random_beta: bool, some_inactive: bool) -> None:
+    at = point(name, random_beta=random_beta, some_inactive=some_inactive, free_start=1.5)
+    gradients = at.path_gradients()
+    chosen = places(at, 5)
+    exact = torch.stack([gradients[key][index] for key, index in chosen])
+    measured = torch.tensor([path_differences(at, key, index) for key, index in chosen], dtype=torch.float64)
+    fixed = [gradients[key][axes] for key, (_, axes) in at.coordinates.fixed.places.items()]
+    assert all(bool((values == 0).all()) for values in fixed)
+    assert float((exact - measured).abs().max()) < 1e-5 * float(exact.abs().max())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_leaving_path_space_without_a_move_changes_nothing(name: str) -> None:
+    at = point(name, random_beta=True)
+    before = {key: weight.clone() for key, weight in at.weights.items()}
+    beta = at.coordinates.beta.clone()
+    allocation = at.coordinates.enter_(at.weights)(2.0)
+    for key, weight in at.weights.items():
+        torch.testing.assert_close(weight, before[key], rtol=1e-15, atol=0)
+    assert torch.equal(at.coordinates.beta, beta)
+    assert not bool(allocation.guarded.any())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_paths_out_of_units_have_the_values_that_beta_says(name: str) -> None:
+    at = point(name)
+    start = {key: weight.clone() for key, weight in at.weights.items()}
+    for _ in range(3):
+        leave_ = at.coordinates.enter_(at.weights)
+        for weight in at.weights.values():
+            weight.mul_(1 + 0.1 * torch.randn_like(weight))
+        leave_(2.0)
+    skeleton = at.skeleton
+    for unit in range(skeleton.num_units):
+        value, end = 1.0, unit
+        while end != -1:
+            coupling = at.group.couplings[int(skeleton.out_coupling[end])]
+            now, then = (coupling.view(w[coupling.parameter]).flatten() for w in (at.weights, start))
+            value *= float(now[skeleton.out_index[end]] / then[skeleton.out_index[end]])
+            end = int(skeleton.target[end])
+        assert value == pytest.approx(float(at.coordinates.beta[unit]), rel=1e-12)
+    assert float((at.coordinates.beta - 1).abs().max()) > 0.01
+
+
+def test_path_gradients_are_new_tensors_and_the_given_ones_stay() -> None:
+    at = point("mlp", random_beta=True)
+    gradients = at.gradients()
+    before = {key: gradient.clone() for key, gradient in gradients.items()}
+    weights = {key: weight.clone() for key, weight in at.weights.items()}
+    found = at.coordinates.gradients(at.weights, gradients)
+    # The output's bias leads into no unit and is no skeleton weight; slopes do not scale.
+    assert set(gradients) - set(found) == {"1.weight", "3.weight", "4.bias"}
+    assert not {gradient.data_ptr() for gradient in found.values()} & {g.data_ptr() for g in gradients.values()}
+    assert all(torch.equal(gradients[key], before[key]) for key in before)
+    assert all(torch.equal(at.weights[key], weights[key]) for key in weights)
+    del gradients["2.weight"]
+    assert set(at.coordinates.gradients(at.weights, gradients)) == set(found) - {"2.weight"}
