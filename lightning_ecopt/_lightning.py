@@ -16,9 +16,11 @@ else:
     def _namespace() -> str:
         """``lightning.pytorch``, unless only ``pytorch_lightning`` is installed or imported."""
         split_only = "pytorch_lightning" in sys.modules and "lightning.pytorch" not in sys.modules
-        if split_only or importlib.util.find_spec("lightning") is None:
-            return "pytorch_lightning"
-        return "lightning.pytorch"
+        try:
+            found = importlib.util.find_spec("lightning") is not None
+        except (ImportError, ValueError):  # hidden by an import hook, or a stand-in without a specification
+            found = False
+        return "lightning.pytorch" if found and not split_only else "pytorch_lightning"
 
     _name = _namespace()
     _package = importlib.import_module(_name)

@@ -113,6 +113,8 @@ class EquivalentClassOptimization(Callback):
         bases = list(trainer.strategy.optimizers)
         try:
             for base in bases:
+                if isinstance(base, EquivalentClassOptimizer):
+                    base.stop_watching()
                 check_base(base)
             parameters: list[Tensor] = [p for base in bases for group in base.param_groups for p in group["params"]]
             self._found = find_group(pl_module, parameters)
@@ -152,6 +154,10 @@ class EquivalentClassOptimization(Callback):
         """Stop watching a module that never took its first step."""
         if isinstance(self._found, PendingGroup):
             self._found.cancel()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Likewise: after an exception there is no teardown."""
+        self.teardown(trainer, pl_module, "fit")
 
     def state_dict(self) -> dict[str, Any]:
         """When the last refresh was; the rest is in the optimizers' states."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch.optim import SGD
 
 from lightning_ecopt._lightning import LightningModule, MisconfigurationException
 from lightning_ecopt.optim import EquivalentClassOptimizer
+from lightning_ecopt.optim.optimizer import check_options
 from lightning_ecopt.symmetry import PendingGroup, ScalingGroup, scaling_group
 
 
@@ -71,16 +72,16 @@ def ec_sgd(
         maximize=maximize,
         foreach=foreach,
     )
+    path_options: dict[str, Any] = {
+        "skeleton": skeleton,
+        "max_path_ratio": max_path_ratio,
+        "refresh_interval": refresh_interval,
+        "free_start": free_start,
+        "representative": representative,
+    }
+    check_options(**path_options)  # before anything watches the module
     own = [p for options in optimizer.param_groups for p in options["params"]]
-    return EquivalentClassOptimizer(
-        optimizer,
-        find_group(module, own),
-        skeleton=skeleton,
-        max_path_ratio=max_path_ratio,
-        refresh_interval=refresh_interval,
-        free_start=free_start,
-        representative=representative,
-    )
+    return EquivalentClassOptimizer(optimizer, find_group(module, own), **path_options)
 
 
 def find_group(module: nn.Module, parameters: Iterable[Tensor]) -> ScalingGroup | PendingGroup:
@@ -104,8 +105,24 @@ def _trace_example(module: LightningModule, parameters: Iterable[Tensor]) -> Sca
     if trainer is not None:
         example = trainer.precision_plugin.convert_input(example)
         context = trainer.precision_plugin.forward_context()
+    args: Iterable[Any] = example if isinstance(example, tuple | list) else (example,)
+    kwargs: Mapping[str, Any] = {}
+    if isinstance(example, Mapping):
+        args, kwargs = (), example
     with context:
-        if isinstance(example, Mapping):
-            return scaling_group(module, parameters=parameters, **example)
-        args = example if isinstance(example, tuple | list) else (example,)
-        return scaling_group(module, *args, parameters=parameters)
+        try:
+            return scaling_group(module, *args, parameters=parameters, **kwargs)
+        except ValueError:  # batch norm in training mode wants more than one value per channel
+            with _evaluation_mode(module):
+                return scaling_group(module, *args, parameters=parameters, **kwargs)
+
+
+@contextmanager
+def _evaluation_mode(module: nn.Module) -> Iterator[None]:
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training

@@ -184,10 +184,21 @@ class EquivalentClassOptimizer(Optimizer):
         self._coordinates, self._refresh_due = None, True
 
     def usable_units(self) -> Tensor:
-        """Units that are optimised in path coordinates, ``bool[H]``: alive, and no other optimizer's."""
+        """Units that are optimised in path coordinates, ``bool[H]``: alive at the last refresh, no other optimizer's.
+
+        Raises:
+            RuntimeError: if the group has not been found yet.
+        """
         if self._group is None:
             raise RuntimeError("The scaling group is not known before the first step.")
-        return self._group.alive().cpu() & self._own
+        if self._coordinates is not None:
+            return self._coordinates.skeleton.active.cpu()
+        return self._group.alive().cpu() & self._own if self._refresh_due else torch.zeros_like(self._own)
+
+    def stop_watching(self) -> None:
+        """Give the module back the method that a pending group watches."""
+        if self._pending is not None:
+            self._pending.cancel()
 
     def _check_known(self, group: ScalingGroup, parameters: list[Tensor]) -> None:
         names = {id(p): name for name, p in group.parameters.items()}
@@ -378,7 +389,10 @@ class EquivalentClassOptimizer(Optimizer):
             state[STATE] = dict(self._loaded)
             return state
         coordinates = self._coordinates
+        counts = {"steps_since_refresh": self._steps_since_refresh, "refresh_due": self._refresh_due}
         if coordinates is None:
+            if not self._refresh_due:  # no unit had a path at the last refresh
+                state[STATE] = counts
             return state
         at_free = {}
         numbers = self._numbers()
@@ -394,8 +408,7 @@ class EquivalentClassOptimizer(Optimizer):
             "beta": coordinates.beta.clone(),
             "free_start": coordinates.free_start,
             "covectors": at_free,
-            "steps_since_refresh": self._steps_since_refresh,
-            "refresh_due": self._refresh_due,
+            **counts,
         }
         return state
 
@@ -413,6 +426,8 @@ class EquivalentClassOptimizer(Optimizer):
         self._coordinates, self._refresh_due, self._loaded = None, True, loaded
 
     def _check_fits(self, loaded: Mapping[str, Any], group: ScalingGroup) -> None:
+        if "skeleton" not in loaded:
+            return
         units = len(loaded["skeleton"]["active"])
         if units != group.num_units:
             raise ValueError(
@@ -425,13 +440,14 @@ class EquivalentClassOptimizer(Optimizer):
         assert self._group is not None
         self._check_fits(loaded, self._group)
         self._loaded = None
-        skeleton = Skeleton.from_state_dict(loaded["skeleton"])
-        parameters = self._parameters()
-        coordinates = PathCoordinates(self._group.couplings, parameters, skeleton, loaded["free_start"])
-        coordinates.beta.copy_(loaded["beta"])
-        for entry, covector in self._covectors().items():
-            coordinates.free.write_(covector, loaded["covectors"][entry].to(coordinates.beta))
-        self._use(coordinates)
+        if "skeleton" in loaded:
+            skeleton = Skeleton.from_state_dict(loaded["skeleton"])
+            parameters = self._parameters()
+            coordinates = PathCoordinates(self._group.couplings, parameters, skeleton, loaded["free_start"])
+            coordinates.beta.copy_(loaded["beta"])
+            for entry, covector in self._covectors().items():
+                coordinates.free.write_(covector, loaded["covectors"][entry].to(coordinates.beta))
+            self._use(coordinates)
         self._steps_since_refresh = loaded["steps_since_refresh"]
         self._refresh_due = loaded["refresh_due"] or self._steps_since_refresh == self.refresh_interval
 
@@ -486,7 +502,9 @@ def check_options(
         raise ValueError(f"representative must be 'balanced' or 'current', got {representative!r}")
     if max_path_ratio is not None and not (math.isfinite(max_path_ratio) and max_path_ratio > 1):
         raise ValueError(f"max_path_ratio must be a finite number greater than 1, or None, got {max_path_ratio!r}")
-    if refresh_interval is not None and (not isinstance(refresh_interval, int) or refresh_interval < 1):
+    if refresh_interval is not None and (
+        not isinstance(refresh_interval, int) or isinstance(refresh_interval, bool) or refresh_interval < 1
+    ):
         raise ValueError(f"refresh_interval must be a positive number of steps, or None, got {refresh_interval!r}")
     if not (math.isfinite(free_start) and free_start > 0):
         raise ValueError(f"free_start must be a finite number greater than 0, got {free_start!r}")

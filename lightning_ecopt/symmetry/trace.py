@@ -146,16 +146,24 @@ class PendingGroup:
         self.group: ScalingGroup | None = None
         self._method: Callable[..., Any] = getattr(module, method)
         self._own = vars(module).get(method)  # an attribute of the instance, if the user has set one
+        self._cancelled = False
         vars(module)[method] = self._watched
 
     def cancel(self) -> None:
-        """Give the module its method back."""
-        if vars(self.module).get(self.method) == self._watched:
+        """Give the module its method back, at once or when whoever has replaced it since gives it back."""
+        self._cancelled = True
+        while True:
+            current = vars(self.module).get(self.method)
+            pending = getattr(current, "__self__", None)
+            if not isinstance(pending, PendingGroup) or not pending._cancelled:
+                return
             del vars(self.module)[self.method]
-            if self._own is not None:
-                vars(self.module)[self.method] = self._own
+            if pending._own is not None:
+                vars(self.module)[self.method] = pending._own
 
     def _watched(self, *args: Any, **kwargs: Any) -> Any:
+        if self._cancelled:
+            return self._method(*args, **kwargs)
         watch = Watch(self.module, self.trainable)
         with watch.watching():
             output = self._method(*args, **kwargs)

@@ -1,0 +1,207 @@
+"""``ec_sgd`` in ``configure_optimizers``, and in a loop without Lightning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import SGD
+from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR
+
+from lightning_ecopt import (
+    EquivalentClassOptimization,
+    EquivalentClassOptimizer,
+    ScalingGroup,
+    ec_sgd,
+    scaling_group,
+)
+from tests.lightning_integration.modules import (
+    EXAMPLE,
+    Classifier,
+    Rates,
+    batches,
+    fit,
+    is_clean,
+    mlp,
+    same,
+    sgd,
+    train_plainly,
+    weights,
+)
+
+ALL_OPTIONS = {
+    "lr": 0.05,
+    "momentum": 0.8,
+    "dampening": 0.1,
+    "weight_decay": 1e-3,
+    "nesterov": False,
+    "maximize": False,
+    "foreach": True,
+}
+
+
+@pytest.mark.parametrize("example", [None, EXAMPLE], ids=["first step", "example"])
+@pytest.mark.parametrize("refresh", [3, 500, None], ids=str)
+def test_ec_sgd_and_the_callback_take_the_same_steps(refresh: int | None, example: Tensor | None) -> None:
+    def configure(module: nn.Module) -> EquivalentClassOptimizer:
+        return ec_sgd(module, lr=0.1, momentum=0.9, refresh_interval=refresh)
+
+    ours, reference = Classifier(mlp(), configure, example), Classifier(mlp(), example=example)
+    run = fit(ours, max_epochs=3)
+    fit(reference, EquivalentClassOptimization(refresh=refresh, verbose=False), max_epochs=3)
+    assert same(weights(ours), weights(reference))
+    assert isinstance(run.optimizers[0], EquivalentClassOptimizer)
+    assert run.optimizers[0].group is not None
+    assert run.optimizers[0].group.num_units == 32
+    assert is_clean(ours)
+
+
+def test_every_option_of_sgd_is_handed_on() -> None:
+    optimizer = ec_sgd(mlp(), **ALL_OPTIONS)
+    assert {name: optimizer.optimizer.param_groups[0][name] for name in ALL_OPTIONS} == ALL_OPTIONS
+    assert type(optimizer.optimizer) is SGD
+    for name in ("nesterov", "maximize"):
+        assert ec_sgd(mlp(), momentum=0.9, **{name: True}).param_groups[0][name] is True
+
+
+def test_every_option_of_path_coordinates_is_handed_on() -> None:
+    options: dict[str, Any] = {
+        "skeleton": "diagonal",
+        "max_path_ratio": None,
+        "refresh_interval": 7,
+        "free_start": 3.0,
+        "representative": "current",
+    }
+    optimizer = ec_sgd(mlp(), **options)
+    assert {name: getattr(optimizer, name) for name in options} == options
+
+
+@pytest.mark.parametrize("held", ["returned", "base"])
+@pytest.mark.parametrize("example", [None, EXAMPLE], ids=["first step", "example"])
+def test_schedulers_work_with_ec_sgd(held: str, example: Tensor | None) -> None:
+    def configure(module: nn.Module) -> Any:
+        optimizer = ec_sgd(module, lr=0.1, momentum=0.9)
+        scheduler = CosineAnnealingLR(optimizer, 3)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def plainly(module: nn.Module) -> Any:
+        base = sgd(module)
+        return {"optimizer": base, "lr_scheduler": {"scheduler": CosineAnnealingLR(base, 3), "interval": "step"}}
+
+    def through_the_base(module: nn.Module) -> Any:
+        optimizer = ec_sgd(module, lr=0.1, momentum=0.9)
+        # Lightning asks that a scheduler belongs to an optimizer that is returned; a loop of one's own need not.
+        module.scheduler = ExponentialLR(optimizer.optimizer, 0.8)
+        return optimizer
+
+    found, expected = Rates(), Rates()
+    if held == "returned":
+        ours = Classifier(mlp(), configure, example)
+        fit(ours, found)
+        fit(Classifier(mlp(), plainly), expected)
+        assert found.steps == expected.steps
+    else:
+        ours = Classifier(mlp(), through_the_base, example)
+        ours.on_train_batch_end = lambda *args: ours.scheduler.step()
+        fit(ours, found)
+        assert found.steps == [[pytest.approx(0.1 * 0.8**step)] for step in range(8)]
+    net = mlp()
+    optimizer = EquivalentClassOptimizer(sgd(net), scaling_group(net, EXAMPLE))
+    train_plainly(net, optimizer, batches(), rates=found.steps, refresh_each_epoch=False)
+    assert same(weights(ours), weights(net))
+
+
+@pytest.mark.parametrize("example", [None, EXAMPLE], ids=["first step", "example"])
+def test_parameter_groups_have_their_own_options(example: Tensor | None) -> None:
+    def groups(net: nn.Module) -> list[dict[str, Any]]:
+        return [
+            {"params": list(net[:2].parameters()), "lr": 0.02},
+            {"params": list(net[2:].parameters()), "weight_decay": 0.1},
+        ]
+
+    ours = Classifier(mlp(), lambda m: ec_sgd(m, groups(m.net), lr=0.1, momentum=0.9), example)
+    run = fit(ours)
+    assert [(group["lr"], group["weight_decay"]) for group in run.optimizers[0].param_groups] == [(0.02, 0), (0.1, 0.1)]
+    net = mlp()
+    base = SGD(groups(net), lr=0.1, momentum=0.9)
+    optimizer = EquivalentClassOptimizer(base, scaling_group(net, EXAMPLE))
+    train_plainly(net, optimizer, batches(), refresh_each_epoch=False)
+    assert same(weights(ours), weights(net))
+
+
+def test_parameters_that_are_not_given_stay_as_they_are() -> None:
+    ours = Classifier(mlp(), lambda m: ec_sgd(m, m.net[2:].parameters(), lr=0.1))
+    run = fit(ours)
+    assert same(weights(ours.net[0]), weights(mlp()[0]))
+    assert not same(weights(ours.net[2:]), weights(mlp()[2:]))
+    # Units of the first layer would need its weights.
+    assert run.optimizers[0].group.num_units == 16
+
+
+def test_frozen_parameters_are_left_out_by_default() -> None:
+    net = mlp()
+    net[0].weight.requires_grad_(False)
+    optimizer = ec_sgd(net, lr=0.1)
+    assert [p for group in optimizer.param_groups for p in group["params"]] == list(net.parameters())[1:]
+
+
+def test_a_plain_loop_watches_the_first_forward_call() -> None:
+    ours, reference = mlp(), mlp()
+    optimizer = ec_sgd(ours, lr=0.1, momentum=0.9, refresh_interval=5)
+    assert optimizer.group is None
+    calls = []
+    ours[0].register_forward_hook(lambda *args: calls.append(args))
+    train_plainly(ours, optimizer, batches(), refresh_each_epoch=False)
+    assert len(calls) == 8
+    assert isinstance(optimizer.group, ScalingGroup)
+    assert optimizer.group.num_units == 32
+    assert is_clean(ours)
+
+    other = EquivalentClassOptimizer(sgd(reference), scaling_group(reference, EXAMPLE), refresh_interval=5)
+    train_plainly(reference, other, batches(), refresh_each_epoch=False)
+    assert same(weights(ours), weights(reference))
+
+
+def test_a_plain_loop_may_hand_over_a_closure() -> None:
+    ours, reference = mlp(), mlp()
+    optimizer = ec_sgd(ours, lr=0.1, momentum=0.9)
+    for x, y in batches():
+
+        def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(ours(x), y)
+            loss.backward()
+            return loss
+
+        assert torch.is_tensor(optimizer.step(closure))
+    other = EquivalentClassOptimizer(sgd(reference), scaling_group(reference, EXAMPLE))
+    train_plainly(reference, other, batches(), epochs=1)
+    assert same(weights(ours), weights(reference))
+
+
+def test_two_optimizers_watch_one_module_side_by_side() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(mlp(), nn.ReLU(), nn.Linear(10, 10), nn.ReLU(), nn.Linear(10, 10))
+    parts = list(net[0].parameters()), list(net[1:].parameters())
+    pair = [ec_sgd(net, part, lr=0.1) for part in parts]
+    x, y = batches()[0]
+    F.cross_entropy(net(x), y).backward()
+    assert is_clean(net)  # each gives back the method that it found, in whatever order they end
+    for optimizer in pair:
+        optimizer.step()
+    # Of the ten units between the two, each optimizer holds one side only.
+    assert [int(optimizer.usable_units().sum()) for optimizer in pair] == [32, 10]
+
+
+def test_the_module_stays_as_it_is_when_the_optimizer_cannot_be_made() -> None:
+    net = mlp()
+    with pytest.raises(ValueError, match="learning rate"):
+        ec_sgd(net, lr=-1.0)
+    with pytest.raises(ValueError, match="pass the module that owns all of them"):
+        ec_sgd(net, mlp(seed=1).parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="skeleton must be 'max' or 'diagonal'"):
+        ec_sgd(net, lr=0.1, skeleton="none")
+    assert is_clean(net)

@@ -1,0 +1,342 @@
+"""Whatever cannot be done is said, with the way out, and nothing is lost."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import LBFGS, SGD, Adam, AdamW
+
+from lightning_ecopt import EquivalentClassOptimization, EquivalentClassOptimizer, ec_sgd, scaling_group
+from tests.lightning_integration.modules import (
+    EXAMPLE,
+    Batch,
+    Classifier,
+    batches,
+    fit,
+    is_clean,
+    mlp,
+    same,
+    sgd,
+    trainer,
+    weights,
+)
+
+EXAMPLES = pytest.mark.parametrize("example", [None, EXAMPLE], ids=["first step", "example"])
+
+
+def quiet(**options: Any) -> EquivalentClassOptimization:
+    return EquivalentClassOptimization(verbose=False, **options)
+
+
+def refuses(module: Classifier, match: str, error: type[Exception] = MisconfigurationException) -> None:
+    """The fit ends with this error, and the module is as it was."""
+    before = weights(module)
+    with pytest.raises(error, match=match):
+        fit(module, quiet())
+    assert same(weights(module), before)
+    assert is_clean(module)
+
+
+# Networks without freedoms --------------------------------------------------------------------------------------------
+
+
+@EXAMPLES
+@pytest.mark.parametrize("activation", [nn.GELU, nn.Sigmoid, nn.Tanh, nn.SiLU])
+def test_without_freedoms_one_warning_is_given_and_sgd_does_the_rest(
+    activation: type[nn.Module], example: Tensor | None
+) -> None:
+    def smooth() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(64, 12), activation(), nn.Linear(12, 12), activation(), nn.Linear(12, 10))
+
+    ours, plain = Classifier(smooth(), example=example), Classifier(smooth())
+    callback = quiet(refresh=3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(ours, callback, log_every_n_steps=1)
+    fit(plain)
+    assert len([one for one in caught if "no scaling freedoms" in str(one.message)]) == 1
+    assert callback.group is not None
+    assert callback.group.num_units == 0
+    assert same(weights(ours), weights(plain))
+    assert is_clean(ours)
+
+
+def test_without_freedoms_ec_sgd_warns_once_as_well() -> None:
+    def smooth() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(64, 12), nn.Tanh(), nn.Linear(12, 10))
+
+    ours, plain = Classifier(smooth(), lambda m: ec_sgd(m, lr=0.1, momentum=0.9)), Classifier(smooth())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(ours)
+    fit(plain)
+    assert len([one for one in caught if "no scaling freedoms" in str(one.message)]) == 1
+    assert same(weights(ours), weights(plain))
+
+
+# Parameters -----------------------------------------------------------------------------------------------------------
+
+
+class Unused(Classifier):
+    """Has a layer that no call reaches."""
+
+    def __init__(self, example: Tensor | None) -> None:
+        super().__init__(example=example)
+        self.idle = nn.Linear(4, 3)
+
+
+@EXAMPLES
+def test_a_parameter_that_the_trace_never_saw_is_named(example: Tensor | None) -> None:
+    # With an example it is found before training; in the first step it is the optimizer that finds it.
+    error = ValueError if example is None else MisconfigurationException
+    refuses(
+        Unused(example), r"never used .*idle\.weight, idle\.bias.*leave them out of the optimizer, or freeze", error
+    )
+
+
+@EXAMPLES
+def test_a_parameter_that_the_trace_never_saw_may_be_frozen_or_left_out(example: Tensor | None) -> None:
+    frozen, left_out, reference = Unused(example), Unused(example), Classifier(mlp())
+    frozen.idle.requires_grad_(False)
+    left_out._configure = lambda m: sgd(m.net)
+    for module in (frozen, left_out, reference):
+        module.net.load_state_dict(mlp().state_dict())
+        fit(module, quiet())
+    assert same(weights(frozen.net), weights(reference.net))
+    assert same(weights(left_out.net), weights(reference.net))
+
+
+@EXAMPLES
+def test_parameters_of_another_module_are_refused(example: Tensor | None) -> None:
+    other = mlp(seed=4)
+    before = weights(other)
+    refuses(Classifier(mlp(), lambda m: sgd(other), example), "pass the module that owns all of them")
+    both = Classifier(mlp(), lambda m: sgd(nn.ModuleList([m.net, other])), example)
+    refuses(both, "6 of the given parameters .*pass the module that owns all of them")
+    assert same(weights(other), before)
+
+
+def test_a_group_of_another_module_is_refused() -> None:
+    base = sgd(mlp())
+    with pytest.raises(ValueError, match="Call scaling_group on the module that this optimizer trains"):
+        EquivalentClassOptimizer(base, scaling_group(mlp(), EXAMPLE))
+
+
+# Optimizers -----------------------------------------------------------------------------------------------------------
+
+
+@EXAMPLES
+@pytest.mark.parametrize("kind", [LBFGS, Adam, AdamW])
+def test_optimizers_other_than_sgd_are_refused(kind: type[torch.optim.Optimizer], example: Tensor | None) -> None:
+    module = Classifier(mlp(), lambda m: kind(m.parameters()), example)
+    refuses(module, f"wraps torch.optim.SGD, got {kind.__name__}: use SGD")
+    # Without the callback all is as it was.
+    fit(module)
+    assert not same(weights(module), weights(mlp()))
+
+
+def test_other_optimizers_are_refused_without_lightning() -> None:
+    net = mlp()
+    base = Adam(net.parameters())
+    with pytest.raises(TypeError, match="use SGD"):
+        EquivalentClassOptimizer(base, scaling_group(net, EXAMPLE))
+    F.cross_entropy(net(batches()[0][0]), batches()[0][1]).backward()
+    base.step()
+    assert not same(weights(net), weights(mlp()))
+
+
+@EXAMPLES
+def test_an_optimizer_is_wrapped_once_only(example: Tensor | None) -> None:
+    module = Classifier(mlp(), lambda m: ec_sgd(m, lr=0.1), example)
+    refuses(module, r"wrap it once, either in configure_optimizers \(ec_sgd\) or with the callback")
+    net = mlp()
+    group = scaling_group(net, EXAMPLE)
+    once = EquivalentClassOptimizer(sgd(net), group)
+    with pytest.raises(TypeError, match="wrap it once"):
+        EquivalentClassOptimizer(once, group)
+    F.cross_entropy(net(batches()[0][0]), batches()[0][1]).backward()
+    once.step()
+    assert not same(weights(net), weights(mlp()))
+
+
+def test_an_error_of_one_optimizer_leaves_both_alone() -> None:
+    def configure(module: Classifier) -> Any:
+        return sgd(module.net[:2]), Adam(module.net[2:].parameters())
+
+    module = Classifier(mlp(), configure, EXAMPLE)
+    module.automatic_optimization = False
+    run = trainer(quiet())
+    with pytest.raises(MisconfigurationException, match="got Adam: use SGD"):
+        run.fit(module, batches())
+    assert [type(optimizer) for optimizer in run.optimizers] == [SGD, Adam]
+    assert same(weights(module), weights(mlp()))
+
+
+# Strategies and loops -------------------------------------------------------------------------------------------------
+
+
+class OwnFSDP(FSDPStrategy):
+    """A strategy of the user's own is refused by what it is, not by its name."""
+
+
+@pytest.mark.parametrize("kind", [FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, OwnFSDP])
+def test_strategies_that_shard_parameters_are_refused(kind: type) -> None:
+    # Their constructors ask for devices and packages that are not everywhere.
+    stub = SimpleNamespace(strategy=object.__new__(kind))
+    module = Classifier(mlp())
+    with pytest.raises(MisconfigurationException, match=f"{kind.__name__}, which shards.*one device or strategy='ddp'"):
+        quiet().setup(stub, module, "fit")
+    assert same(weights(module), weights(mlp()))
+    assert is_clean(module)
+    for stage in ("validate", "test", "predict"):
+        quiet().setup(stub, module, stage)
+
+
+class Manual(Classifier):
+    def __init__(self, example: Tensor | None = None) -> None:
+        super().__init__(mlp(), example=example)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
+        optimizer.step()
+
+
+def test_manual_optimization_asks_for_an_example() -> None:
+    refuses(Manual(), "manual optimization.*set its example_input_array")
+    module, reference = Manual(EXAMPLE), Classifier(mlp())
+    fit(module, quiet())
+    fit(reference, quiet())
+    assert same(weights(module), weights(reference))
+
+
+def test_manual_optimization_asks_for_an_example_with_ec_sgd_too() -> None:
+    module = Manual()
+    module._configure = lambda m: ec_sgd(m, lr=0.1)
+    with pytest.raises(MisconfigurationException, match="set its example_input_array"):
+        fit(module)
+    assert is_clean(module)
+
+
+class Cuts(Classifier):
+    """An example that the module cannot take."""
+
+    def __init__(self) -> None:
+        super().__init__(mlp(), example=torch.zeros(1, 63))
+
+
+def test_an_example_that_does_not_fit_shows_the_modules_own_error() -> None:
+    refuses(Cuts(), "shapes cannot be multiplied|size mismatch", RuntimeError)
+
+
+# Options --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("max_path_ratio", -2.0),
+        ("max_path_ratio", 0.0),
+        ("max_path_ratio", 1.0),
+        ("max_path_ratio", math.nan),
+        ("max_path_ratio", math.inf),
+        ("free_start", -1.0),
+        ("free_start", 0.0),
+        ("free_start", math.nan),
+        ("free_start", math.inf),
+        ("skeleton", "largest"),
+        ("representative", "largest"),
+        ("refresh", 0),
+        ("refresh", -3),
+        ("refresh", 2.5),
+        ("refresh", math.nan),
+        ("refresh", True),
+        ("refresh", "step"),
+    ],
+)
+def test_options_out_of_range_are_refused_by_name(option: str, value: Any) -> None:
+    match = f"^{option}(_interval)? must be .*got {value!r}"
+    with pytest.raises(ValueError, match=match):
+        quiet(**{option: value})
+    option = {"refresh": "refresh_interval"}.get(option, option)
+    net = mlp()
+    base, group = sgd(net), scaling_group(net, EXAMPLE)
+    with pytest.raises(ValueError, match=match):
+        ec_sgd(net, lr=0.1, **{option: value})
+    with pytest.raises(ValueError, match=match):
+        EquivalentClassOptimizer(base, group, **{option: value})
+    assert is_clean(net)
+    assert same(weights(net), weights(mlp()))
+
+
+@pytest.mark.parametrize(
+    "options", [{"lr": -1.0}, {"momentum": -0.5}, {"weight_decay": -1.0}, {"nesterov": True}], ids=str
+)
+def test_options_of_sgd_are_refused_by_sgd(options: dict[str, Any]) -> None:
+    net = mlp()
+    with pytest.raises(ValueError, match=r"(?i)invalid|nesterov"):
+        ec_sgd(net, **options)
+    assert is_clean(net)
+
+
+# Numbers that are none ------------------------------------------------------------------------------------------------
+
+
+class Spoiled(Classifier):
+    """The gradient of one step is not finite."""
+
+    def __init__(self, value: float, at: int, example: Tensor | None, configure: Any = None) -> None:
+        super().__init__(mlp(), configure, example)
+        self.value, self.at = value, at
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+        loss = super().training_step(batch, batch_idx)
+        return loss * self.value if self.trainer.global_step == self.at else loss
+
+
+@EXAMPLES
+@pytest.mark.parametrize("at", [0, 2], ids=["first step", "later"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_neither_stops_training_nor_spoils_beta(
+    value: float, at: int, example: Tensor | None
+) -> None:
+    module = Spoiled(value, at, example)
+    run = fit(module, quiet(), log_every_n_steps=1)  # refreshes once after that, too
+    assert run.global_step == 8
+    assert math.isfinite(run.callback_metrics["ecopt/min_beta"])
+    assert math.isfinite(run.callback_metrics["ecopt/max_beta"])
+    # What SGD does, which is to write such numbers into the weights.
+    plain = Spoiled(value, at, None)
+    fit(plain)
+    assert not all(bool(w.isfinite().all()) for w in weights(plain))
+    assert not all(bool(w.isfinite().all()) for w in weights(module))
+
+
+class Scaled(Spoiled):
+    """Skips the step of such a gradient, as loss scalers do."""
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.trainer.global_step == self.at:
+            optimizer.zero_grad()
+
+
+@EXAMPLES
+def test_training_goes_on_where_the_gradients_of_a_step_are_dropped(example: Tensor | None) -> None:
+    module: LightningModule = Scaled(math.nan, 2, example)
+    run = fit(module, quiet(), log_every_n_steps=1)
+    assert all(bool(w.isfinite().all()) for w in weights(module))
+    assert math.isfinite(run.callback_metrics["ecopt/min_beta"])
