@@ -57,8 +57,10 @@ def reshape(ids: IntArray, old: Sequence[int], new: Sequence[int]) -> IntArray:
 
     Only the axes that are split or merged with one along which the label changes are written out.
     """
-    if ids.size == 1 or 0 in old:
-        return ids.reshape(-1)[:1].reshape((1,) * len(new))
+    if 0 in old:
+        return constant(GROUND, len(new))
+    if ids.size == 1:
+        return ids.reshape((1,) * len(new))
     source: list[int] = []
     target: list[int] = []
     i = j = 0

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -9,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 
 from lightning_ecopt.symmetry.group import ScalingGroup
@@ -75,32 +77,37 @@ def _trace_fake(
         def fake(tensor: Tensor) -> Tensor:
             return mode.from_tensor(tensor)
 
-        state = {name: fake(tensor) for name, tensor in [*module.named_parameters(), *module.named_buffers()]}
+        state = {id(tensor): fake(tensor) for tensor in [*module.parameters(), *module.buffers()]}
         args, kwargs = tree_map_only(Tensor, fake, (args, kwargs))
-        watch = Watch(module, {name: state[name] for name in trainable})
-        with _attributes_restored(module, watch), torch.enable_grad():
-            with watch.watching():
-                output = functional_call(module, state, args, kwargs)
-            watch.ground(output, "output")
+        watch = Watch(module, {name: state[id(p)] for name, p in trainable.items()})
+        with _attributes_restored(module, state):
+            _watch_call(watch, module, args, kwargs)
     return _group(watch, trainable)
 
 
 def _trace_real(
-    module: nn.Module, trainable: Mapping[str, nn.Parameter], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    module: nn.Module, trainable: Mapping[str, nn.Parameter], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> ScalingGroup:
     devices = sorted({p.device.index for p in module.parameters() if p.device.type == "cuda"})
-    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    before = [(tensor, tensor.detach().clone()) for tensor in [*module.parameters(), *module.buffers()]]
+    args, kwargs = tree_map_only(Tensor, Tensor.clone, (args, kwargs))
     watch = Watch(module, trainable)
     try:
-        with torch.random.fork_rng(devices), _attributes_restored(module, watch), torch.enable_grad():
-            with watch.watching():
-                output = module(*args, **kwargs)
-            watch.ground(output, "output")
+        with torch.random.fork_rng(devices), _attributes_restored(module, {}):
+            _watch_call(watch, module, args, kwargs)
     finally:
         with torch.no_grad():
-            for name, buffer in module.named_buffers():
-                buffer.copy_(buffers[name])
+            for tensor, values in before:
+                if not torch.equal(tensor, values):
+                    tensor.copy_(values)
     return _group(watch, trainable)
+
+
+def _watch_call(watch: Watch, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    with torch.enable_grad(), watch.watching():
+        output = module(*args, **kwargs)
+    watch.ground(tensors_in(output, objects=True), "output")
+    watch.ground_new(_kept(module), "kept by the module")
 
 
 def _group(watch: Watch, trainable: Mapping[str, nn.Parameter]) -> ScalingGroup:
@@ -109,22 +116,72 @@ def _group(watch: Watch, trainable: Mapping[str, nn.Parameter]) -> ScalingGroup:
 
 
 @contextmanager
-def _attributes_restored(module: nn.Module, watch: Watch) -> Iterator[None]:
-    """Ground the tensors that the call leaves in attributes of the module, then put the attributes back."""
-    before = {part: dict(vars(part)) for part in module.modules()}
+def _attributes_restored(module: nn.Module, replaced: Mapping[int, Tensor]) -> Iterator[None]:
+    """Put all attributes back, and what lists and dictionaries among them hold.
+
+    Args:
+        module: whose attributes, with those of its submodules; parameters and buffers are among them.
+        replaced: tensors that stand for others in the meantime, by ``id`` of these.
+    """
+    before = [(container, copy.copy(container)) for container in _containers(module)]
     try:
+        for container, content in before:
+            if isinstance(container, set):
+                continue
+            for key, value in content.items() if isinstance(content, dict) else enumerate(content):
+                if id(value) in replaced:
+                    container[key] = replaced[id(value)]
         yield
-        _ground_attributes(module, watch)
     finally:
-        for part, attributes in before.items():
-            vars(part).clear()
-            vars(part).update(attributes)
+        for container, content in before:
+            container.clear()
+            if isinstance(container, list):
+                container.extend(content)
+            else:
+                container.update(content)
 
 
-def _ground_attributes(module: nn.Module, watch: Watch) -> None:
-    for part in module.modules():
-        own = ("_parameters", "_buffers", "_modules")
-        watch.ground([value for name, value in vars(part).items() if name not in own], "kept by the module")
+def _containers(module: nn.Module) -> list[Any]:
+    """The dictionaries, lists and sets in which a module and its submodules keep what they have."""
+    found: dict[int, Any] = {}
+    waiting: list[Any] = [vars(part) for part in module.modules()]
+    while waiting:
+        container = waiting.pop()
+        if isinstance(container, dict | list | set) and id(container) not in found:
+            found[id(container)] = container
+            waiting.extend(container.values() if isinstance(container, dict) else container)
+    return list(found.values())
+
+
+def _kept(module: nn.Module) -> list[Tensor]:
+    """Tensors in the attributes of a module and its submodules."""
+    return [tensor for part in module.modules() for tensor in tensors_in(vars(part))]
+
+
+def tensors_in(structure: Any, *, objects: bool = False) -> list[Tensor]:
+    """All tensors in nested mappings, sequences, sets and data classes; in the attributes of other ``objects`` too."""
+    found: list[Tensor] = []
+    seen: set[int] = set()
+    waiting = [structure]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, Tensor):
+            found.append(item)
+            continue
+        if isinstance(item, str | bytes | int | float | type | nn.Module) or id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, Mapping):
+            waiting.extend(item.values())
+        elif isinstance(item, list | tuple | set | frozenset | deque):
+            waiting.extend(item)
+        if dataclasses.is_dataclass(item) or (objects and hasattr(item, "__dict__")):
+            waiting.extend(vars(item).values() if hasattr(item, "__dict__") else _slots(item))
+    return found
+
+
+def _slots(item: Any) -> list[Any]:
+    return [getattr(item, field.name) for field in dataclasses.fields(item)]
 
 
 class PendingGroup:
@@ -168,8 +225,9 @@ class PendingGroup:
         with watch.watching():
             output = self._method(*args, **kwargs)
         if output is not None:  # a training step may skip its batch
-            watch.ground(output, "loss")
-            _ground_attributes(self.module, watch)
+            name = "loss" if self.method == "training_step" else "output"
+            watch.ground(tensors_in(output, objects=True), name)
+            watch.ground_new(_kept(self.module), "kept by the module")
             self.group = _group(watch, self.trainable)
             self.cancel()
         return output

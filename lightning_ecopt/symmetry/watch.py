@@ -6,6 +6,7 @@ is then found again whatever object stands for it.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -79,11 +81,21 @@ class _Memory:
             value = constant(GROUND, tensor.ndim)
         return value
 
+    def is_new(self, tensor: Tensor) -> bool:
+        """Whether the call has made the memory of the tensor."""
+        try:
+            storage = self.storages.get(tensor.untyped_storage()._cdata)
+        except (NotImplementedError, RuntimeError):
+            return False
+        return storage is not None and not storage.external
+
     def write(self, tensor: Tensor, value: Value) -> None:
         """Set the label of the output of an operation."""
         found = self._find(tensor)
         if found is None or not is_inexact(tensor):
             self.tracer.ground(value)
+            value = constant(GROUND, tensor.ndim)
+        if tensor.numel() == 0:
             value = constant(GROUND, tensor.ndim)
         if found is not None:
             value = value if isinstance(value, ParameterView) else compress(value)
@@ -147,13 +159,19 @@ class Watch(TorchDispatchMode):
             if parts is not NotImplemented:
                 return parts
         self.tracer.operation = Operation(name, self._path[-1] if self._path else "")
-        inputs = {id(leaf): self.memory.read(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        inputs = {id(tensor): self.memory.read(tensor) for tensor in tensors}
+        shapes = {id(tensor): tuple(tensor.shape) for tensor in tensors}  # some operations change them in place
         output = func(*args, **kwargs)
         arguments = _named_arguments(func, args, kwargs)
-        if rule is None or arguments is None or any(_is_foreign(leaf) for leaf in tree_leaves((args, kwargs))):
+        if rule is None or arguments is None or any(tensor.layout is not torch.strided for tensor in tensors):
             self._ground(inputs.values(), (args, kwargs), output, func)
         else:
-            self._apply(rule, Call(self.tracer, arguments, inputs, output), func)
+            try:
+                self._apply(rule, Call(self.tracer, arguments, inputs, shapes, output), func)
+            except Exception as error:  # a form of the operation that the rule does not know must not stop training
+                warnings.warn(f"The rule for {name} failed, so what it touches is held fixed: {error!r}", stacklevel=2)
+                self._ground(inputs.values(), (args, kwargs), output, func)
         return output
 
     def _ground(self, inputs: Iterable[Value], arguments: Any, output: Any, func: Any) -> None:
@@ -172,7 +190,8 @@ class Watch(TorchDispatchMode):
         values = rule(call)
         outputs = call.output if isinstance(call.output, list | tuple) else [call.output]
         values = values if isinstance(values, list | tuple) else [values]
-        written = {id(call.arguments[name]) for name in _outputs_in_place(func) if call.arguments[name] is not None}
+        in_place = [] if torch.Tag.inplace_view in func.tags else _outputs_in_place(func)
+        written = {id(call.arguments[name]) for name in in_place if call.arguments[name] is not None}
         for tensor, value in zip(outputs, values, strict=True):
             if not isinstance(tensor, Tensor):
                 continue
@@ -181,12 +200,20 @@ class Watch(TorchDispatchMode):
             else:
                 self.memory.write(tensor, value)
 
-    def ground(self, leaves: Any, name: str) -> None:
-        """Demand that all tensors in a structure stay as they are; ``name`` is for the report."""
+    def leaves(self, name: str, tensor: Tensor) -> None:
+        """Take down that a tensor's values leave torch in the module that is running."""
+        self.tracer.operation = Operation(name, self._path[-1] if self._path else "")
+        self.tracer.ground(self.memory.read(tensor))
+
+    def ground(self, tensors: Iterable[Tensor], name: str) -> None:
+        """Demand that tensors which leave the call stay as they are; ``name`` is for the report."""
         self.tracer.operation = Operation(name, "")
-        for leaf in tree_leaves(leaves):
-            if isinstance(leaf, Tensor):
-                self.tracer.ground(self.memory.read(leaf))
+        for tensor in tensors:
+            self.tracer.ground(self.memory.read(tensor))
+
+    def ground_new(self, tensors: Iterable[Tensor], name: str) -> None:
+        """Likewise, but only those that the call has made."""
+        self.ground([tensor for tensor in tensors if self.memory.is_new(tensor)], name)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -200,15 +227,27 @@ class Watch(TorchDispatchMode):
 
         handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
         try:
-            with self:
+            with _Escapes(self), self:
                 yield
         finally:
             for handle in handles:
                 handle.remove()
 
 
-def _is_foreign(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.layout is not torch.strided
+class _Escapes(TorchFunctionMode):
+    """Grounds tensors whose values leave torch, where no operation shows what becomes of them."""
+
+    EXITS = frozenset({"numpy", "tolist", "__array__", "__dlpack__", "data_ptr"})
+
+    def __init__(self, watch: Watch) -> None:
+        super().__init__()
+        self.watch = watch
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in self.EXITS and args and isinstance(args[0], Tensor):
+            self.watch.leaves(name, args[0])
+        return func(*args, **(kwargs or {}))
 
 
 def _base_name(func: Any) -> str:

@@ -6,6 +6,7 @@ import copy
 import csv
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -262,30 +263,30 @@ class Counting(Classifier):
 
     def __init__(self, example: Tensor | None) -> None:
         super().__init__(nn.Sequential(mlp(), nn.Dropout(0.3)), example=example)
-        self.calls: dict[str, list[Any]] = {"real": [], "fake": [], "batches": []}
+        self.calls = SimpleNamespace(real=[], fake=[], batches=[])
 
     def forward(self, x: Tensor) -> Tensor:
-        self.calls["fake" if isinstance(x, FakeTensor) else "real"].append(self.training)
+        (self.calls.fake if isinstance(x, FakeTensor) else self.calls.real).append(self.training)
         return super().forward(x)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
-        self.calls["batches"].append((batch_idx, float(batch[0].sum())))
+        self.calls.batches.append((batch_idx, float(batch[0].sum())))
         return super().training_step(batch, batch_idx)
 
 
 @pytest.mark.parametrize("example", [None, EXAMPLE], ids=["first step", "example"])
 def test_no_batch_forward_pass_or_random_number_is_spent(example: Tensor | None) -> None:
-    def run(*callbacks: Any) -> tuple[dict[str, list[Any]], Tensor]:
+    def run(*callbacks: Any) -> tuple[SimpleNamespace, Tensor]:
         module = Counting(example)
         torch.manual_seed(1)
         fit(module, *callbacks, data=loader(shuffle=True))
         return module.calls, torch.get_rng_state()
 
     (calls, state), (expected, expected_state) = run(quiet()), run()
-    assert len(expected["batches"]) == len(expected["real"]) == 8
-    assert calls["batches"] == expected["batches"]
-    assert calls["real"] == expected["real"]
-    assert len(calls["fake"]) == (0 if example is None else 1)
+    assert len(expected.batches) == len(expected.real) == 8
+    assert calls.batches == expected.batches
+    assert calls.real == expected.real
+    assert len(calls.fake) == (0 if example is None else 1)
     assert torch.equal(state, expected_state)
 
 

@@ -9,13 +9,8 @@ from lightning_ecopt.symmetry.rules.pointwise import add
 from lightning_ecopt.symmetry.rules.registry import Call, rule
 
 
-@rule("mm", "matmul_2d")
+@rule("mm", "bmm")
 def matrix_product(call: Call) -> IntArray:
-    return contract(call, call.value("self"), call.value("mat2"), call.output.ndim)
-
-
-@rule("bmm")
-def batched_matrix_product(call: Call) -> IntArray:
     return contract(call, call.value("self"), call.value("mat2"), call.output.ndim)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from lightning_ecopt.symmetry.labels import GROUND, ZERO, IntArray, constant
+from torch import Tensor
+
+from lightning_ecopt.symmetry.labels import GROUND, ZERO, IntArray, align, constant
 from lightning_ecopt.symmetry.rules.registry import Call, rule
 
 
@@ -14,6 +16,8 @@ def zeros(call: Call) -> IntArray:
 @rule("full", "full_like", "new_full", "fill", "scalar_tensor")
 def filled(call: Call) -> IntArray:
     number = call.arguments.get("fill_value", call.arguments.get("value", call.arguments.get("s")))
+    if isinstance(number, Tensor):
+        return align(call.ids(number), call.output.ndim)
     return constant(ZERO if isinstance(number, int | float) and number == 0 else GROUND, call.output.ndim)
 
 
@@ -39,4 +43,7 @@ def filled(call: Call) -> IntArray:
     "eye",
 )
 def constants(call: Call) -> IntArray:
+    for name, argument in call.arguments.items():
+        if isinstance(argument, Tensor) and name != "self":  # a bound, not the tensor that gives the shape
+            call.tracer.ground(call.value(argument))
     return constant(GROUND, call.output.ndim)

@@ -21,12 +21,14 @@ class Call:
         tracer: takes the equations.
         arguments: the arguments by their names in the operation's schema, defaults filled in.
         values: the label or parameter view of every tensor argument, by ``id`` of the tensor.
+        shapes: likewise the shapes, as they were before the call.
         output: what the operation returned.
     """
 
     tracer: Tracer
     arguments: dict[str, Any]
     values: dict[int, Value]
+    shapes: dict[int, tuple[int, ...]]
     output: Any
 
     def __getitem__(self, name: str) -> Any:
@@ -34,8 +36,7 @@ class Call:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor argument; ``()`` of a number."""
-        argument = self.arguments[name]
-        return tuple(argument.shape) if isinstance(argument, Tensor) else ()
+        return self.shapes.get(id(self.arguments[name]), ())
 
     def value(self, argument: Any) -> Value:
         """The label or parameter view of a tensor or number, given by itself or by its name."""

@@ -42,22 +42,29 @@ def view(*names: str) -> Callable[[View], View]:
     return register
 
 
-@view("view", "_unsafe_view", "reshape", "_reshape_alias", "flatten", "unflatten")
+@view("_unsafe_view", "_reshape_alias", "squeeze", "unsqueeze")
 def reshaped(call: Call, ids: IntArray) -> IntArray:
     return reshape(ids, call.shape("self"), call.output.shape)
 
 
-@view("squeeze", "unsqueeze", "atleast_1d", "atleast_2d")
-def resized(call: Call, ids: IntArray) -> IntArray:
-    return reshape(ids, call.shape("self"), call.output.shape)
+@rule("view")
+def viewed(call: Call) -> Value:
+    """As another shape; or as another type, which makes other elements."""
+    value = call.value("self")
+    if "dtype" in call.arguments:
+        call.tracer.ground(value)
+        return constant(GROUND, call.output.ndim)
+    if isinstance(value, ParameterView):
+        return value.map(lambda axis: reshape(axis, call.shape("self"), call.output.shape))
+    return reshape(value, call.shape("self"), call.output.shape)
 
 
-@view("detach", "clone", "contiguous", "alias", "positive", "lift_fresh", "lift_fresh_copy", "view_as", "detach_copy")
+@view("detach", "clone", "alias", "positive", "lift_fresh", "lift_fresh_copy", "detach_copy")
 def unchanged(call: Call, ids: IntArray) -> IntArray:
     return ids
 
 
-@rule("_to_copy", "to", "type_as")
+@rule("_to_copy")
 def cast(call: Call) -> Value:
     value = call.value("self")
     if not is_inexact(call.output):
@@ -78,9 +85,9 @@ def transposed(call: Call, ids: IntArray) -> IntArray:
     return ids.swapaxes(call.axes("dim0")[0], call.axes("dim1")[0])
 
 
-@view("t", "numpy_T", "mT", "adjoint")
+@view("t")
 def matrix_transposed(call: Call, ids: IntArray) -> IntArray:
-    return ids.T if ids.ndim < 3 else ids.swapaxes(-1, -2)
+    return ids.T
 
 
 @view("expand")
@@ -109,7 +116,7 @@ def _pieces(ids: IntArray, axis: int, sizes: Sequence[int]) -> list[IntArray]:
     return np.split(ids, np.cumsum(sizes)[:-1], axis)
 
 
-@view("split", "split_with_sizes", "chunk", "tensor_split")
+@view("split", "split_with_sizes")
 def split(call: Call, ids: IntArray) -> list[IntArray]:
     (axis,) = call.axes("dim")
     return _pieces(ids, axis, [part.shape[axis] for part in call.output])
@@ -140,7 +147,7 @@ def repeated(call: Call, ids: IntArray) -> IntArray:
     return np.tile(ids, [times if size > 1 else 1 for times, size in zip(call["repeats"], ids.shape, strict=True)])
 
 
-@rule("cat", "concat", "concatenate")
+@rule("cat")
 def concatenated(call: Call) -> IntArray:
     # The legacy empty tensor of one axis may be concatenated with anything.
     tensors = [tensor for tensor in call["tensors"] if tuple(tensor.shape) != (0,)]

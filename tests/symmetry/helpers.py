@@ -1,0 +1,111 @@
+"""What several tests of the symmetry need: random weights, a count of freedoms, a comparison of outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_ecopt.symmetry import ScalingGroup
+
+DRAWS = 30
+BATCH_NORM = nn.modules.batchnorm._BatchNorm
+
+
+@torch.no_grad()
+def draw_(module: nn.Module, generator: torch.Generator) -> None:
+    """Draw every weight, bias and gain anew, none of them near zero, and the running statistics too."""
+    for parameter in module.parameters():
+        size = 0.5 + torch.rand(parameter.shape, generator=generator, dtype=torch.float64)
+        sign = torch.randint(0, 2, parameter.shape, generator=generator) * 2 - 1
+        parameter.copy_(size * sign / max(1, parameter.shape[1:].numel()) ** 0.5)
+    for part in module.modules():
+        if isinstance(part, BATCH_NORM):
+            part.running_mean.copy_(torch.randn(part.num_features, generator=generator))
+            part.running_var.copy_(0.5 + torch.rand(part.num_features, generator=generator))
+
+
+def count_freedoms(
+    module: nn.Module, shapes: Sequence[tuple[int, ...]], generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Rows ``w * df/dw`` over many draws of weights and inputs, and which parameter elements ever mattered.
+
+    A direction d with rows @ d = 0 is a rescaling ``w * exp(t d)`` that leaves the outputs unchanged to first order,
+    for all weights: a freedom, whatever the network is made of.
+    """
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    count = sum(p.numel() for p in parameters)
+    rows: list[Tensor] = []
+    # Rows of one draw agree on more directions than the network has freedoms, so a number of draws is needed too.
+    while len(rows) < DRAWS or sum(len(row) for row in rows) < 2 * count + 20:
+        draw_(module, generator)
+        # Wide enough inputs to meet both sides of every bend.
+        inputs = [4 * torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+        output = module(*inputs).flatten()
+        grads = torch.autograd.grad(
+            output, parameters, torch.eye(len(output), dtype=output.dtype), is_grads_batched=True, allow_unused=True
+        )
+        logarithmic = [
+            torch.zeros(len(output), p.numel(), dtype=output.dtype)
+            if g is None
+            else (g * p.detach()).reshape(len(g), -1)
+            for p, g in zip(parameters, grads, strict=True)
+        ]
+        rows.append(torch.cat(logarithmic, 1))
+    matrix = torch.cat(rows)
+    return matrix, matrix.abs().amax(0) > 0
+
+
+def nullity(matrix: Tensor) -> int:
+    """Dimension of the null space; fails unless there is a clear gap below the smallest singular value that counts."""
+    matrix = matrix / matrix.norm(dim=1, keepdim=True).clamp_min(1e-300)
+    matrix = matrix / matrix.norm(dim=0)
+    values = torch.linalg.svdvals(matrix)
+    values = values / values[0]
+    assert not ((values > 1e-11) & (values < 1e-5)).any(), f"no clear gap: {values.tolist()}"
+    return int((values <= 1e-11).sum())
+
+
+def directions(group: ScalingGroup) -> Tensor:
+    """Log-factors of all parameter elements for each unit, ``[m, H]``."""
+    columns = []
+    for unit in range(group.num_units):
+        tensors = {name: torch.ones_like(p, dtype=torch.float64) for name, p in group.parameters.items()}
+        group.rescale_(tensors, torch.eye(group.num_units, dtype=torch.float64)[unit])
+        columns.append(torch.cat([tensor.log().flatten() for tensor in tensors.values()]))
+    return torch.stack(columns, 1) if columns else torch.zeros(group.num_parameters, 0, dtype=torch.float64)
+
+
+@torch.no_grad()
+def evaluate(module: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
+    """The output, with the same random numbers on every call."""
+    torch.manual_seed(0)
+    return module(*inputs)
+
+
+def assert_same(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
+    difference = float((actual - expected).abs().max())
+    assert difference <= tolerance * float(expected.abs().max()), f"changed by {difference}"
+
+
+@torch.no_grad()
+def squares(group: ScalingGroup) -> tuple[Tensor, Tensor]:
+    """Sums of squares into and out of each unit, written out element by element."""
+    sums = torch.zeros(2, group.num_units + 1, dtype=torch.float64)  # the last is ground, -1
+    for coupling in group.couplings:
+        mass = coupling.view(group.parameters[coupling.parameter]).double().square()
+        for total, ids in zip(sums, (coupling.incoming, coupling.outgoing), strict=True):
+            index = ids.expand(mass.shape).flatten() % (group.num_units + 1)
+            total.index_add_(0, index, mass.flatten())
+    return sums[0, :-1], sums[1, :-1]
+
+
+def copies(group: ScalingGroup) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in group.parameters.items()}
+
+
+@torch.no_grad()
+def put_(group: ScalingGroup, weights: dict[str, Tensor]) -> None:
+    for name, parameter in group.parameters.items():
+        parameter.copy_(weights[name])

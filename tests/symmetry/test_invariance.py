@@ -1,0 +1,330 @@
+"""Acting with any group element changes no output; every class has one balanced member."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_ecopt.symmetry import ScalingGroup, scaling_group
+from tests.symmetry.helpers import assert_same, copies, draw_, evaluate, put_, squares
+from tests.symmetry.test_completeness import assert_complete
+from tests.symmetry.zoo import SHARED, TINY, Case
+
+ALL = [*SHARED, *TINY]
+RESCALED = [case for case in ALL if case.units]
+every_case = pytest.mark.parametrize("case", ALL, ids=lambda case: case.name)
+every_rescaled_case = pytest.mark.parametrize("case", RESCALED, ids=lambda case: case.name)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(1)
+
+
+def prepared(case: Case, generator: torch.Generator) -> tuple[nn.Module, tuple[Tensor, ...], ScalingGroup]:
+    module = case.build()
+    draw_(module, generator)
+    inputs = case.inputs(generator)
+    return module, inputs, scaling_group(module, *inputs)
+
+
+def log_scales(group: ScalingGroup, generator: torch.Generator, size: float = 1.0) -> Tensor:
+    return size * torch.randn(group.num_units, generator=generator, dtype=torch.float64)
+
+
+def sum_of_squares(group: ScalingGroup) -> float:
+    return sum(float(p.detach().square().sum()) for p in group.parameters.values())
+
+
+def assert_same_weights(first: dict[str, Tensor], second: dict[str, Tensor], tolerance: float = 1e-9) -> None:
+    for name, weight in first.items():
+        torch.testing.assert_close(second[name], weight, rtol=tolerance, atol=0.0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("case", SHARED, ids=lambda case: case.name)
+def test_shared_networks_have_the_expected_number_of_units(case: Case, generator: torch.Generator) -> None:
+    assert prepared(case, generator)[2].num_units == case.units
+
+
+@every_rescaled_case
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_acting_changes_no_output_and_no_running_statistic(
+    case: Case, training: bool, generator: torch.Generator
+) -> None:
+    module, inputs, group = prepared(case, generator)
+    module.train(training)
+    rescaled = deepcopy(module)
+    before, weights = evaluate(module, inputs), copies(group)
+    own = scaling_group(rescaled, *inputs)
+    scale = log_scales(own, generator)
+    assert own.act_(scale) is own
+    assert any(bool((rescaled.get_parameter(name) != weight).any()) for name, weight in weights.items())
+    assert_same(evaluate(rescaled, inputs), before)
+    for (name, expected), (_, actual) in zip(module.named_buffers(), rescaled.named_buffers(), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12, msg=name)
+
+
+@every_case
+def test_the_mode_does_not_decide_which_units_there_are(case: Case, generator: torch.Generator) -> None:
+    module, inputs, group = prepared(case, generator)
+    other = scaling_group(module.eval(), *inputs)
+    assert other.num_units == group.num_units
+    for first, second in zip(group.couplings, other.couplings, strict=True):
+        assert (first.parameter, first.region) == (second.parameter, second.region)
+        assert torch.equal(first.incoming, second.incoming)
+        assert torch.equal(first.outgoing, second.outgoing)
+
+
+@every_rescaled_case
+def test_acting_is_a_group_action(case: Case, generator: torch.Generator) -> None:
+    _, _, group = prepared(case, generator)
+    start = copies(group)
+    first, second = log_scales(group, generator), log_scales(group, generator)
+    together = copies(group.act_(first + second))
+    put_(group, start)
+    assert_same_weights(together, copies(group.act_(first).act_(second)), 1e-12)
+    group.act_(-first - second)
+    assert_same_weights(start, copies(group), 1e-12)
+
+
+@every_rescaled_case
+def test_balancing_changes_no_output_and_equalises_squares(case: Case, generator: torch.Generator) -> None:
+    module, inputs, group = prepared(case, generator)
+    module.eval()
+    before, start = evaluate(module, inputs), copies(group)
+    applied = group.balance_()
+    assert_same(evaluate(module, inputs), before)
+    incoming, outgoing = squares(group)
+    torch.testing.assert_close(incoming, outgoing, rtol=1e-10, atol=0.0)
+    balanced = copies(group)
+    put_(group, start)
+    assert_same_weights(balanced, copies(group.act_(applied)), 1e-12)
+
+
+@every_rescaled_case
+def test_balancing_is_idempotent(case: Case, generator: torch.Generator) -> None:
+    _, _, group = prepared(case, generator)
+    group.balance_()
+    once = copies(group)
+    assert float(group.balance_().abs().max()) < 1e-10
+    assert_same_weights(once, copies(group), 1e-10)
+
+
+@every_rescaled_case
+@pytest.mark.parametrize("size", [1.0, 8.0])
+def test_balanced_weights_depend_on_the_class_alone(case: Case, size: float, generator: torch.Generator) -> None:
+    _, _, group = prepared(case, generator)
+    start = copies(group)
+    group.balance_()
+    expected = copies(group)
+    put_(group, start)
+    group.act_(log_scales(group, generator, size)).balance_()
+    assert_same_weights(expected, copies(group))
+
+
+@every_rescaled_case
+def test_balanced_weights_have_the_least_sum_of_squares(case: Case, generator: torch.Generator) -> None:
+    _, _, group = prepared(case, generator)
+    group.balance_()
+    least, balanced = sum_of_squares(group), copies(group)
+    for _ in range(20):
+        put_(group, balanced)
+        group.act_(log_scales(group, generator, 0.1))
+        assert sum_of_squares(group) > least
+
+
+def test_balancing_leaves_dormant_units_alone(generator: torch.Generator) -> None:
+    case = next(case for case in TINY if case.name == "unequal widths")
+    module, inputs, group = prepared(case, generator)
+    with torch.no_grad():
+        module[2].weight[:, 1] = 0.0  # all that leads out of unit 1 of the first layer
+        module[4].weight[3] = 0.0  # all that leads into unit 3 of the third, its bias too
+        module[4].bias[3] = 0.0
+    before = evaluate(module, inputs)
+    dormant = torch.zeros(13, dtype=torch.bool)
+    dormant[[1, 6 + 2 + 3]] = True
+    assert torch.equal(group.alive(), ~dormant)
+    start = copies(group)
+    applied = group.balance_()
+    assert (applied[dormant] == 0).all()
+    assert (applied[~dormant] != 0).all()
+    assert torch.equal(module[0].weight[1], start["0.weight"][1])
+    assert torch.equal(module[6].weight[:, 3], start["6.weight"][:, 3])
+    incoming, outgoing = squares(group)
+    torch.testing.assert_close(incoming[~dormant], outgoing[~dormant], rtol=1e-10, atol=0.0)
+    assert_same(evaluate(module, inputs), before)
+
+
+def test_a_unit_is_dormant_if_all_of_its_paths_end_in_dormant_units(generator: torch.Generator) -> None:
+    case = next(case for case in TINY if case.name == "residual mlp")
+    module, _, group = prepared(case, generator)
+    with torch.no_grad():
+        module.down.weight.zero_()
+    assert group.alive().tolist() == [True] * 4 + [False] * 5
+    up = module.up.bias.clone()
+    group.balance_()
+    assert torch.equal(module.up.bias, up)
+
+
+def test_balancing_moves_only_the_units_it_is_told_to(generator: torch.Generator) -> None:
+    case = next(case for case in TINY if case.name == "unequal widths")
+    _, _, group = prepared(case, generator)
+    active = torch.arange(13) % 2 == 0
+    applied = group.balance_(active)
+    assert (applied[~active] == 0).all()
+    incoming, outgoing = squares(group)
+    torch.testing.assert_close(incoming[active], outgoing[active], rtol=1e-10, atol=0.0)
+    assert not torch.allclose(incoming[~active], outgoing[~active], rtol=1e-3)
+
+
+def test_balancing_a_network_without_freedoms_changes_nothing(generator: torch.Generator) -> None:
+    case = next(case for case in TINY if case.name == "gelu")
+    _, _, group = prepared(case, generator)
+    start = copies(group)
+    assert group.balance_().shape == (0,)
+    for name, weight in copies(group.act_(torch.zeros(0))).items():
+        assert torch.equal(weight, start[name])
+
+
+@pytest.mark.parametrize(
+    "scale", [torch.zeros(1), torch.full((4,), float("nan")), torch.tensor([0.0, 0.0, float("inf"), 0.0])]
+)
+def test_acting_refuses_what_is_not_a_group_element(scale: Tensor) -> None:
+    module = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 1))
+    group = scaling_group(module, torch.zeros(1, 2))
+    start = copies(group)
+    with pytest.raises(ValueError, match="log_scale"):
+        group.act_(scale)
+    for name, weight in copies(group).items():
+        assert torch.equal(weight, start[name])
+
+
+def test_covectors_are_divided_by_what_weights_are_multiplied_with(generator: torch.Generator) -> None:
+    case = next(case for case in TINY if case.name == "resnet")
+    module, inputs, group = prepared(case, generator)
+
+    def gradients() -> dict[str, Tensor]:
+        names, parameters = zip(*group.parameters.items(), strict=True)
+        return dict(zip(names, torch.autograd.grad(module(*inputs).square().sum(), parameters), strict=True))
+
+    carried = gradients()
+    scale = log_scales(group, generator)
+    group.rescale_(carried, scale, power=-1)
+    group.act_(scale)
+    for name, gradient in gradients().items():
+        torch.testing.assert_close(carried[name], gradient, rtol=1e-8, atol=1e-10)
+
+
+# Random small networks ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Brick:
+    """One step of a random network."""
+
+    kind: str
+    width: int
+    activation: str
+    bias: bool
+
+
+ACTIVATIONS = {"relu": nn.ReLU, "leaky": lambda: nn.LeakyReLU(0.2), "prelu": nn.PReLU, "tanh": nn.Tanh}
+
+
+class Composed(nn.Module):
+    """The network that a list of bricks describes; on vectors, or on images of one axis."""
+
+    def __init__(self, conv: bool, inputs: int, bricks: list[Brick]) -> None:
+        super().__init__()
+        self.conv, self.bricks, width = conv, bricks, inputs
+        self.layers = nn.ModuleList()
+        for brick in bricks:
+            parts = nn.ModuleDict({"activation": ACTIVATIONS[brick.activation]()})
+            if brick.kind in ("plain", "dense", "residual"):
+                parts["first"] = self.layer(width, brick.width, brick.bias)
+            if brick.kind == "residual":
+                parts["second"] = self.layer(brick.width, width, brick.bias)
+            if brick.kind == "shared":
+                parts["first"] = self.layer(width, width, True)
+            if brick.kind == "norm":
+                parts["norm"] = nn.BatchNorm1d(width, eps=0.1)
+            width = {"plain": brick.width, "dense": width + brick.width}.get(brick.kind, width)
+            self.layers.append(parts)
+        self.head = nn.Linear(width, 2)
+
+    def layer(self, inputs: int, outputs: int, bias: bool) -> nn.Module:
+        return nn.Conv1d(inputs, outputs, 2, padding=1, bias=bias) if self.conv else nn.Linear(inputs, outputs, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for brick, parts in zip(self.bricks, self.layers, strict=True):
+            x = self.step(brick, parts, x)
+        return self.head(x.flatten(2).mean(2) if self.conv else x)
+
+    def step(self, brick: Brick, parts: nn.ModuleDict, x: Tensor) -> Tensor:
+        activation = parts["activation"]
+        if brick.kind == "plain":
+            return activation(parts["first"](x))
+        if brick.kind == "dense":
+            y = activation(parts["first"](x))
+            return torch.cat([x, y[..., : x.shape[-1]] if self.conv else y], 1)
+        if brick.kind == "residual":
+            y = parts["second"](activation(parts["first"](x)))
+            return activation(x + (y[..., 1:-1] if self.conv else y))
+        if brick.kind == "shared":
+            return activation(parts["first"](activation(parts["first"](x))))
+        if brick.kind == "norm":
+            return activation(parts["norm"](x))
+        return F.max_pool1d(x, 2, ceil_mode=True) if self.conv else x
+
+
+bricks = st.builds(
+    Brick,
+    st.sampled_from(["plain", "plain", "dense", "residual", "shared", "norm", "pool"]),
+    st.integers(1, 5),
+    st.sampled_from(sorted(ACTIVATIONS)),
+    st.booleans(),
+)
+networks = st.builds(Composed, st.booleans(), st.integers(1, 3), st.lists(bricks, min_size=1, max_size=4))
+everything = settings(max_examples=60, deadline=None, derandomize=True)
+
+
+def shape_of(module: Composed) -> tuple[int, ...]:
+    inputs = next((p.shape[1] for p in module.parameters() if p.ndim > 1), 1)
+    first = module.layers[0]
+    inputs = first["norm"].num_features if "norm" in first else inputs
+    return (5, inputs, 3) if module.conv else (5, inputs)
+
+
+@everything
+@given(networks, st.integers(0, 1000))
+def test_random_networks_compute_the_same_after_acting_and_balancing(module: Composed, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    draw_(module.double(), generator)
+    inputs = torch.randn(shape_of(module), generator=generator, dtype=torch.float64)
+    group = scaling_group(module, inputs)
+    for training in (False, True):
+        module.train(training)
+        before = evaluate(module, (inputs,))
+        group.act_(log_scales(group, generator))
+        assert_same(evaluate(module, (inputs,)), before)
+    group.balance_()
+    assert_same(evaluate(module, (inputs,)), before)
+    incoming, outgoing = squares(group)
+    alive = group.alive()
+    torch.testing.assert_close(incoming[alive], outgoing[alive], rtol=1e-10, atol=0.0)
+
+
+@everything
+@given(
+    networks.filter(lambda module: sum(p.numel() for p in module.parameters()) <= 90),
+    st.integers(0, 1000),
+)
+def test_random_networks_have_no_freedoms_but_those_found(module: Composed, seed: int) -> None:
+    assert_complete(module.double().eval(), (shape_of(module),), seed)
