@@ -268,16 +268,15 @@ class EquivalentClassOptimizer(Optimizer):
                 return loss
             parameters = self._parameters()
             with self._path_gradients(coordinates, parameters):
-                momentum = self._covectors()
-                for covector in momentum.values():
-                    self._scale_ordinary_(coordinates, covector, -1)
+                for covector in self._covectors().values():
+                    coordinates.scale_momentum_(covector, -1)
                 leave_ = coordinates.enter_(parameters)
                 try:
                     self.optimizer.step()
                 finally:  # also when it fails: nothing may stay behind in path coordinates
                     allocation = leave_(self.max_path_ratio)
                     for covector in self._covectors().values():
-                        self._scale_ordinary_(coordinates, covector, 1)
+                        coordinates.scale_momentum_(covector, 1)
             assert self._guarded is not None
             self._guarded += allocation.guarded.sum()
         return loss
@@ -310,13 +309,6 @@ class EquivalentClassOptimizer(Optimizer):
                 if value is not None:
                     found.setdefault(entry, {})[name] = value
         return found
-
-    @staticmethod
-    def _scale_ordinary_(coordinates: PathCoordinates, covector: Mapping[str, Tensor], power: int) -> None:
-        """Bring momentum at ordinary elements to path coordinates (-1) or back (1); skeleton weights keep theirs."""
-        at_free = coordinates.free.read(covector, coordinates.beta[:-1])
-        coordinates.scale_(covector, power)
-        coordinates.free.write_(covector, at_free)
 
     # The refresh ------------------------------------------------------------------------------------------------------
 
@@ -398,7 +390,7 @@ class EquivalentClassOptimizer(Optimizer):
         numbers = self._numbers()
         state["state"] = {number: dict(entries) for number, entries in state["state"].items()}
         for entry, covector in self._covectors().items():
-            at_free[entry] = coordinates.free.read(covector, coordinates.beta[:-1])
+            _, at_free[entry] = coordinates.elements.read(covector)
             plain = {name: value.clone() for name, value in covector.items()}
             coordinates.restart_skeleton_(plain)
             for name, value in plain.items():
@@ -446,7 +438,8 @@ class EquivalentClassOptimizer(Optimizer):
             coordinates = PathCoordinates(self._group.couplings, parameters, skeleton, loaded["free_start"])
             coordinates.beta.copy_(loaded["beta"])
             for entry, covector in self._covectors().items():
-                coordinates.free.write_(covector, loaded["covectors"][entry].to(coordinates.beta))
+                at_free = loaded["covectors"][entry].to(coordinates.beta)
+                coordinates.elements.write_(covector, torch.zeros_like(at_free), at_free)
             self._use(coordinates)
         self._steps_since_refresh = loaded["steps_since_refresh"]
         self._refresh_due = loaded["refresh_due"] or self._steps_since_refresh == self.refresh_interval

@@ -33,63 +33,71 @@ from lightning_ecopt.symmetry import Coupling, SegmentSum
 Tensors = Mapping[str, Tensor]
 
 
-@dataclass(frozen=True, eq=False)
-class Elements:
-    """One element of some parameter for each of some units.
+class SkeletonElements:
+    """The skeleton weights of all units, as entries of the parameters.
 
     Args:
-        places: for each parameter name the units ``int[k]`` and the index of their elements, one ``int[k]`` per axis.
+        couplings: of the scaling group.
+        parameters: the parameters by name.
+        skeleton: the chosen weights.
+        dtype: of the vectors over units.
+
+    Attributes:
+        places: for each parameter name the slots ``int[k]`` of the skeleton weights in it, and where they are, one
+            ``int[k]`` per axis. Slot ``u`` is the fixed skeleton weight of unit u, slot ``H + u`` its free one.
     """
 
-    places: Mapping[str, tuple[Tensor, tuple[Tensor, ...]]]
-
-    @classmethod
-    def locate(
-        cls,
-        couplings: Sequence[Coupling],
-        parameters: Tensors,
-        chosen: Tensor,
-        coupling: Tensor,
-        index: Tensor,
-    ) -> Elements:
-        """Elements given for the units where ``chosen`` by number of coupling and flat index in its region."""
+    def __init__(
+        self, couplings: Sequence[Coupling], parameters: Tensors, skeleton: Skeleton, dtype: torch.dtype
+    ) -> None:
         found: dict[str, list[tuple[Tensor, Tensor]]] = {}
-        for number in coupling[chosen].unique().tolist():
-            units = torch.nonzero(chosen & (coupling == number)).reshape(-1)
-            one = couplings[number]
-            shape = parameters[one.parameter].shape or (1,)
-            region = one.view(parameters[one.parameter]).shape
-            inside = torch.unravel_index(index[units], region)
-            axes = [part.start + position * part.step for part, position in zip(one.region, inside, strict=True)]
-            flat = torch.zeros_like(units)
-            for axis, size in zip(axes, shape, strict=True):
-                flat = flat * size + axis
-            found.setdefault(one.parameter, []).append((units, flat))
-        places = {}
+        fixed = (skeleton.active, skeleton.fixed_coupling, skeleton.fixed_index)
+        free = (skeleton.free, skeleton.out_coupling, skeleton.out_index)
+        for first, (chosen, coupling, index) in ((0, fixed), (skeleton.num_units, free)):
+            for number in coupling[chosen].unique().tolist():
+                units = torch.nonzero(chosen & (coupling == number)).reshape(-1)
+                place = _flat_index(couplings[number], parameters[couplings[number].parameter], index[units])
+                found.setdefault(couplings[number].parameter, []).append((first + units, place))
+        self.places: dict[str, tuple[Tensor, tuple[Tensor, ...]]] = {}
+        order = []
         for name, parts in found.items():
-            device = parameters[name].device
-            units, flat = (torch.cat(column) for column in zip(*parts, strict=True))
-            at = torch.unravel_index(flat, parameters[name].shape) if parameters[name].ndim else ()
-            places[name] = (units.to(device), tuple(axis.to(device) for axis in at))
-        return cls(places)
+            parameter = parameters[name]
+            slots, flat = (torch.cat(column) for column in zip(*parts, strict=True))
+            at = torch.unravel_index(flat, parameter.shape) if parameter.ndim else ()
+            self.places[name] = (slots.to(parameter.device), tuple(axis.to(parameter.device) for axis in at))
+            order.append(slots)
+        position = torch.full((2 * skeleton.num_units,), -1)  # the last entry is a zero
+        if order:
+            position[torch.cat(order)] = torch.arange(sum(len(slots) for slots in order))
+        device = next(iter(parameters.values())).device
+        self._position = position.to(device)
+        self._zero = torch.zeros(1, dtype=dtype, device=device)
 
-    def read(self, tensors: Tensors, into: Tensor) -> Tensor:
-        """The elements as a vector ``[H]`` of the type of ``into``; zero for units without one."""
-        result = torch.zeros_like(into)
-        for name, (units, at) in self.places.items():
-            if name in tensors:
-                result[units] = tensors[name][at].to(into.dtype).reshape(units.shape)
-        return result
+    def read(self, tensors: Tensors) -> tuple[Tensor, Tensor]:
+        """The entries of ``tensors`` at the fixed and at the free skeleton weights, ``[H]`` each; zero for none."""
+        parts = [
+            tensors[name][at].reshape(-1).to(self._zero) if name in tensors else self._zero.expand(len(slots))
+            for name, (slots, at) in self.places.items()
+        ]
+        fixed, free = torch.cat([*parts, self._zero])[self._position].view(2, -1)
+        return fixed, free
 
-    def write_(self, tensors: Tensors, values: Tensor | float) -> None:
-        """Overwrite the elements with the entries of a vector ``[H]``, or with a number."""
-        for name, (units, at) in self.places.items():
+    def write_(self, tensors: Tensors, at_fixed: Tensor, at_free: Tensor) -> None:
+        """Overwrite these entries with those of two vectors ``[H]``."""
+        values = torch.cat([at_fixed, at_free])
+        for name, (slots, at) in self.places.items():
             if name in tensors:
                 tensor = tensors[name]
-                if isinstance(values, Tensor):
-                    tensor[at] = values[units].to(tensor.dtype).reshape(tensor[at].shape)
-                else:
-                    tensor[at] = values
+                tensor[at] = values[slots].to(tensor.dtype) if at else values[slots[0]].to(tensor.dtype)
+
+
+def _flat_index(coupling: Coupling, parameter: Tensor, index: Tensor) -> Tensor:
+    """Flat indices in a parameter of elements given by their flat indices in the region of a coupling."""
+    inside = torch.unravel_index(index, coupling.view(parameter).shape)
+    flat = torch.zeros_like(index)
+    for part, position, size in zip(coupling.region, inside, parameter.shape or (1,), strict=True):
+        flat = flat * size + part.start + position * part.step
+    return flat
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,16 +134,15 @@ class PathCoordinates:
         self.free_start = free_start
         self.couplings = [coupling.restricted(skeleton.active).to(device) for coupling in couplings]
         self._scaled = [coupling for coupling in self.couplings if bool((coupling.incoming >= 0).any())]
-        active, free = skeleton.active, skeleton.free
-        self.fixed = Elements.locate(couplings, parameters, active, skeleton.fixed_coupling, skeleton.fixed_index)
-        self.free = Elements.locate(couplings, parameters, free, skeleton.out_coupling, skeleton.out_index)
-        self._is_free = free.to(device)
+        self._is_free = skeleton.free.to(device)
         self._root = skeleton.root.to(device)  # -1 leads to the entry of ground
         self._target = skeleton.target.to(device)
         dtype = torch.promote_types(
             torch.float32, max((p.dtype for p in parameters.values()), key=lambda kind: torch.finfo(kind).bits)
         )
         self.beta = torch.ones(skeleton.num_units + 1, dtype=dtype, device=device)
+        self.elements = SkeletonElements(couplings, parameters, skeleton, dtype)
+        self._none = torch.zeros_like(self.beta[:-1])
         num_units = skeleton.num_units
         ground = num_units  # a group of its own, dropped
         slots = [coupling.incoming.reshape(-1) for coupling in self._scaled]
@@ -147,34 +154,30 @@ class PathCoordinates:
         """The coordinates v_f of the free skeleton weights, ``[H]``, at the units that they leave; others are 1."""
         return torch.where(self._is_free, self.free_start * self.beta[:-1], 1.0)
 
-    def _incoming_flow(self, weights: Tensors, covectors: Tensors) -> Tensor:
-        """For each free skeleton weight the sum of r_h over the h with root(h) = f, ``[H]``."""
-        parts = []
-        for coupling in self._scaled:
-            covector = covectors.get(coupling.parameter)
-            if covector is None:
-                parts.append(self.beta.new_zeros(coupling.incoming.numel()))
-                continue
-            flow = coupling.view(weights[coupling.parameter]) * coupling.view(covector)
-            parts.append(flow.sum_to_size(coupling.incoming.shape).reshape(-1).to(self.beta.dtype))
-        held = self.beta[:-1]
-        parts.append(-self.fixed.read(weights, held) * self.fixed.read(covectors, held))
-        return self._to_roots(torch.cat(parts))[:-1]
-
     def log_gradient(self, weights: Tensors, gradients: Tensors) -> Tensor:
         """dL/dlog|v_f| for the free skeleton weights, ``[H]``; zero for other units."""
-        units = self.beta[:-1]
-        own = self.free.read(weights, units) * self.free.read(gradients, units)
-        return torch.where(self._is_free, own - self._incoming_flow(weights, gradients), 0.0)
+        fixed, free = (
+            weight * gradient
+            for weight, gradient in zip(self.elements.read(weights), self.elements.read(gradients), strict=True)
+        )
+        parts = []
+        for coupling in self._scaled:
+            gradient = gradients.get(coupling.parameter)
+            if gradient is None:
+                parts.append(self._none.new_zeros(coupling.incoming.numel()))
+                continue
+            flow = coupling.view(weights[coupling.parameter]) * coupling.view(gradient)
+            parts.append(flow.sum_to_size(coupling.incoming.shape).reshape(-1).to(self.beta.dtype))
+        flow = self._to_roots(torch.cat([*parts, -fixed]))[:-1]
+        return torch.where(self._is_free, free - flow, 0.0)
 
     def gradients(self, weights: Tensors, gradients: Tensors) -> dict[str, Tensor]:
         """Inverse chain rule: dL/dv as new tensors, for the parameters with a gradient whose dL/dv is another."""
         at_free = self.log_gradient(weights, gradients) / self.free_values
-        touched = {coupling.parameter for coupling in self._scaled} | self.fixed.places.keys() | self.free.places.keys()
+        touched = {coupling.parameter for coupling in self._scaled} | self.elements.places.keys()
         result = {name: gradient.clone() for name, gradient in gradients.items() if name in touched}
         self.scale_(result, -1)
-        self.fixed.write_(result, 0.0)
-        self.free.write_(result, at_free)
+        self.elements.write_(result, self._none, at_free)
         return result
 
     def scale_(self, tensors: Tensors, power: int) -> None:
@@ -192,15 +195,13 @@ class PathCoordinates:
             The function that turns them back once they have moved, given the largest ratio by which a free skeleton
             weight may move in one step (``None`` for no limit): weight allocation.
         """
-        units = self.beta[:-1]
-        at_fixed, at_free = self.fixed.read(weights, units), self.free.read(weights, units)
+        at_fixed, at_free = self.elements.read(weights)
         values = self.free_values
         self.scale_(weights, 1)
-        self.fixed.write_(weights, 0.0)
-        self.free.write_(weights, values)
+        self.elements.write_(weights, self._none, values)
 
         def leave_(max_ratio: float | None) -> Allocation:
-            moved = torch.where(self._is_free, self.free.read(weights, units) / values, 1.0)
+            moved = torch.where(self._is_free, self.elements.read(weights)[1] / values, 1.0)
             allowed = moved if max_ratio is None else moved.clamp(1 / max_ratio, max_ratio)
             allowed = torch.where(moved.isfinite() & (allowed != 0), allowed, 1.0)
             # A weight that the optimizer has spoilt is spoilt, but no beta, and by it no other weight.
@@ -209,13 +210,17 @@ class PathCoordinates:
             ratio = own[torch.cat([self._root, self._root.new_full((1,), -1)])]
             self.beta.mul_(ratio)
             self.scale_(weights, -1)
-            self.fixed.write_(weights, at_fixed)
-            self.free.write_(weights, at_free * moved_itself / ratio[self._target])
+            self.elements.write_(weights, at_fixed, at_free * moved_itself / ratio[self._target])
             return Allocation(ratio, self._is_free & (allowed != moved))
 
         return leave_
 
+    def scale_momentum_(self, momentum: Tensors, power: int) -> None:
+        """As :meth:`scale_`, but the entries of skeleton weights stay as they are."""
+        at_fixed, at_free = self.elements.read(momentum)
+        self.scale_(momentum, power)
+        self.elements.write_(momentum, at_fixed, at_free)
+
     def restart_skeleton_(self, tensors: Tensors) -> None:
         """Set the entries of skeleton weights to zero: what momentum knew of them is given up."""
-        self.fixed.write_(tensors, 0.0)
-        self.free.write_(tensors, 0.0)
+        self.elements.write_(tensors, self._none, self._none)
