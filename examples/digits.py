@@ -224,9 +224,9 @@ def plot(runs: list[Run], path: Path) -> None:
         for run in runs:
             if run.model is model and run.seed == runs[0].seed:
                 smooth = torch.tensor(run.losses).unfold(0, window, 1).mean(1)
-                style = "--" if run.rescaled else "-"
-                colour = "tab:orange" if run.equivalent_class else "tab:blue"
-                axis.semilogy(range(window, len(run.losses) + 1), smooth, style, color=colour, label=run.name)
+                colours = ("tab:orange", "tab:red") if run.equivalent_class else ("tab:blue", "tab:cyan")
+                style = {"color": colours[run.rescaled], "linestyle": (0, (4, 4)) if run.rescaled else "-"}
+                axis.semilogy(range(window, len(run.losses) + 1), smooth, label=run.name, **style)
         axis.set(title=model.__name__, xlabel="step")
         axis.legend()
     axes[0].set_ylabel(f"training loss (mean of {window} steps)")
