@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from lightning_ecopt.paths import PathCoordinates, Skeleton, choose_skeleton
@@ -230,10 +230,9 @@ class EquivalentClassOptimizer(Optimizer):
                 if all(p.grad is None for options in self.param_groups for p in options["params"]):
                     return False  # a skipped batch
                 raise RuntimeError(
-                    "The first step came before the network was traced: nothing has called "
-                    f"{self._pending.method}() of "
-                    f"{type(self._pending.module).__name__} since the optimizer was made. Give the LightningModule an "
-                    "example_input_array, pass a closure that calls it to step(), or make the optimizer with "
+                    f"The first step came before the network was traced: nothing has called {self._pending.method}() "
+                    f"of {type(self._pending.module).__name__} since the optimizer was made. Give the LightningModule "
+                    "an example_input_array, pass a closure that calls it to step(), or make the optimizer with "
                     "EquivalentClassOptimizer(optimizer, scaling_group(module, inputs))."
                 )
             self._bind(self._pending.group)
@@ -327,9 +326,14 @@ class EquivalentClassOptimizer(Optimizer):
         group = self._group
         assert group is not None
         self._steps_since_refresh, self._refresh_due = 0, False
+        parameters = self._parameters()
+        if len({p.device for p in parameters.values()}) > 1:
+            raise RuntimeError(
+                "The parameters are on several devices, and paths lead through all of them: put the module on one "
+                "device (data parallelism is supported), or train without path coordinates."
+            )
         alive = group.alive().cpu()
         active = alive & self._own
-        parameters = self._parameters()
         if self.representative == "balanced" and bool(active.any()):
             log_scale = group.balance_(active)
             group.rescale_({name: p.grad for name, p in group.parameters.items()}, log_scale, power=-1)
@@ -460,23 +464,20 @@ def check_base(optimizer: Optimizer) -> None:
     if isinstance(optimizer, EquivalentClassOptimizer):
         raise TypeError(
             "The optimizer is an EquivalentClassOptimizer already: wrap it once, either in configure_optimizers "
-            "(ec_sgd) or "
-            "with the callback."
+            "(ec_sgd) or with the callback."
         )
     if not isinstance(optimizer, SGD):
         raise TypeError(
             f"EquivalentClassOptimizer wraps torch.optim.SGD, got {type(optimizer).__name__}: use SGD (with "
-            "momentum, if you "
-            "like), or train without path coordinates."
+            "momentum, if you like), or train without path coordinates."
         )
     for options in optimizer.param_groups:
         for p in options["params"]:
-            if not isinstance(p, nn.Parameter | Tensor) or type(p.data) is not Tensor or not p.dtype.is_floating_point:
+            if type(p.data) is not Tensor or not p.dtype.is_floating_point:
                 raise TypeError(
                     f"EquivalentClassOptimizer needs plain real parameters, got {type(p.data).__name__} of "
-                    f"{p.dtype}: sharded "
-                    "parameters (FSDP, tensor parallelism), quantised and complex ones are not supported. Train "
-                    "with DDP."
+                    f"{p.dtype}: sharded parameters (FSDP, tensor parallelism), quantised and complex ones are not "
+                    "supported. Train with DDP."
                 )
 
 

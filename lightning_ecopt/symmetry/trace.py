@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections import deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ def scaling_group(
 
     One call ``module(*args, **kwargs)`` is traced, operation by operation, with fake tensors: nothing is computed and
     nothing in the module changes. A module whose control flow depends on data cannot be called that way; it is called
-    once for real, and its buffers and the random number generators are put back.
+    once for real, and its buffers, its attributes and the random number generators are put back.
 
     Args:
         module: any module; the outputs of its call are what must not change.
@@ -141,13 +142,16 @@ def _attributes_restored(module: nn.Module, replaced: Mapping[int, Tensor]) -> I
                 container.update(content)
 
 
+_CONTAINERS = (dict, OrderedDict, defaultdict, list, set)
+
+
 def _containers(module: nn.Module) -> list[Any]:
     """The dictionaries, lists and sets in which a module and its submodules keep what they have."""
     found: dict[int, Any] = {}
     waiting: list[Any] = [vars(part) for part in module.modules()]
     while waiting:
         container = waiting.pop()
-        if isinstance(container, dict | list | set) and id(container) not in found:
+        if type(container) in _CONTAINERS and id(container) not in found:
             found[id(container)] = container
             waiting.extend(container.values() if isinstance(container, dict) else container)
     return list(found.values())
@@ -168,7 +172,7 @@ def tensors_in(structure: Any, *, objects: bool = False) -> list[Tensor]:
         if isinstance(item, Tensor):
             found.append(item)
             continue
-        if isinstance(item, str | bytes | int | float | type | nn.Module) or id(item) in seen:
+        if isinstance(item, str | bytes | int | float | type | ModuleType | nn.Module) or id(item) in seen:
             continue
         seen.add(id(item))
         if isinstance(item, Mapping):

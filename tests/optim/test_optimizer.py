@@ -965,3 +965,11 @@ def test_the_closure_of_the_first_step_may_be_what_is_traced() -> None:
     losses = [float(optimizer.step(closure).detach()) for _ in range(5)]
     assert losses[-1] < losses[0]
     assert optimizer.group.num_units == 6
+
+
+def test_parameters_on_several_devices_are_refused() -> None:
+    module, x, _ = problem(4, 6, 3)
+    optimizer = ec_sgd(module, x, lr=0.1)
+    optimizer.group.parameters["0.weight"] = nn.Parameter(module[0].weight.to("meta"))
+    with pytest.raises(RuntimeError, match=r"on several devices.*put the module on one device"):
+        optimizer.step()
