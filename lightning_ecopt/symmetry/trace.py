@@ -26,8 +26,8 @@ def scaling_group(
     """Find every rescaling of hidden units that leaves the function of ``module`` unchanged.
 
     One call ``module(*args, **kwargs)`` is traced, operation by operation, with fake tensors: nothing is computed and
-    nothing in the module changes. A module whose control flow depends on data cannot be called that way; it is called
-    once for real, and its buffers, its attributes and the random number generators are put back.
+    nothing in the module changes. A module whose control flow depends on data, or a scripted one, cannot be called that
+    way; it is called once for real, and its buffers, its attributes and the random number generators are put back.
 
     Args:
         module: any module; the outputs of its call are what must not change.
@@ -51,9 +51,12 @@ def scaling_group(
     """
     trainable = select_parameters(module, parameters)
     try:
-        return _trace_fake(module, trainable, args, kwargs)
+        group = _trace_fake(module, trainable, args, kwargs)
     except Exception:  # data-dependent control flow, an operation without a fake form; a mistake shows up again below
         return _trace_real(module, trainable, args, kwargs)
+    if trainable and len(group.unseen) == len(trainable):  # a scripted module does not take fake parameters
+        return _trace_real(module, trainable, args, kwargs)
+    return group
 
 
 def select_parameters(module: nn.Module, parameters: Iterable[Tensor] | None) -> dict[str, nn.Parameter]:

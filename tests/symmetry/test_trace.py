@@ -683,3 +683,15 @@ def test_a_rule_that_fails_costs_freedoms_and_warns(monkeypatch: pytest.MonkeyPa
         group = scaling_group(Net(), x)
     assert group.num_units == 0
     assert "relu" in {operation.name for operation in group.costs}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("compiler", ["script", "trace"])
+def test_scripted_modules_are_called_for_real(compiler: str, x: Tensor) -> None:
+    module = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 3)).double()
+    scripted = torch.jit.script(module) if compiler == "script" else torch.jit.trace(module, x)
+    group = scaling_group(scripted, x)
+    assert (group.num_units, group.unseen) == (4, ())
+    before = scripted(x)
+    group.act_(torch.tensor([1.0, -2.0, 0.5, 3.0]))
+    torch.testing.assert_close(scripted(x), before, rtol=1e-12, atol=1e-12)
