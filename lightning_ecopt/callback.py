@@ -104,8 +104,7 @@ class EquivalentClassOptimization(Callback):
         if names & set(UNSUPPORTED_STRATEGIES):
             raise MisconfigurationException(
                 f"EquivalentClassOptimization does not work with {type(trainer.strategy).__name__}, which shards "
-                "parameters: "
-                "use one device or strategy='ddp', or remove the callback."
+                "parameters: use one device or strategy='ddp', or remove the callback."
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

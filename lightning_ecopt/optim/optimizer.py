@@ -273,11 +273,11 @@ class EquivalentClassOptimizer(Optimizer):
                 try:
                     self.optimizer.step()
                 finally:  # also when it fails: nothing may stay behind in path coordinates
-                    allocation = leave_(self.max_path_ratio)
+                    guarded = leave_(self.max_path_ratio)
                     for covector in self._covectors().values():
                         coordinates.scale_momentum_(covector, 1)
             assert self._guarded is not None
-            self._guarded += allocation.guarded.sum()
+            self._guarded += guarded.sum()
         return loss
 
     def _parameters(self) -> dict[str, Tensor]:

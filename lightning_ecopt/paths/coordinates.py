@@ -22,7 +22,6 @@ where an entry for ground, index -1, is appended.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -100,19 +99,6 @@ def _flat_index(coupling: Coupling, parameter: Tensor, index: Tensor) -> Tensor:
     return flat
 
 
-@dataclass(frozen=True, eq=False)
-class Allocation:
-    """What weight allocation did.
-
-    Args:
-        ratio: R_h, ``[H + 1]``.
-        guarded: whether the move of a free skeleton weight was limited, ``bool[H]``.
-    """
-
-    ratio: Tensor
-    guarded: Tensor
-
-
 class PathCoordinates:
     """The coordinates of one skeleton, from one refresh to the next.
 
@@ -132,10 +118,10 @@ class PathCoordinates:
         device = next(iter(parameters.values())).device
         self.skeleton = skeleton
         self.free_start = free_start
-        self.couplings = [coupling.restricted(skeleton.active).to(device) for coupling in couplings]
-        self._scaled = [coupling for coupling in self.couplings if bool((coupling.incoming >= 0).any())]
+        restricted = [coupling.restricted(skeleton.active) for coupling in couplings]
+        self._scaled = [coupling.to(device) for coupling in restricted if bool((coupling.incoming >= 0).any())]
         self._is_free = skeleton.free.to(device)
-        self._root = skeleton.root.to(device)  # -1 leads to the entry of ground
+        self._root = torch.cat([skeleton.root, skeleton.root.new_full((1,), -1)]).to(device)  # -1 is ground
         self._target = skeleton.target.to(device)
         dtype = torch.promote_types(
             torch.float32, max((p.dtype for p in parameters.values()), key=lambda kind: torch.finfo(kind).bits)
@@ -143,11 +129,10 @@ class PathCoordinates:
         self.beta = torch.ones(skeleton.num_units + 1, dtype=dtype, device=device)
         self.elements = SkeletonElements(couplings, parameters, skeleton, dtype)
         self._none = torch.zeros_like(self.beta[:-1])
-        num_units = skeleton.num_units
-        ground = num_units  # a group of its own, dropped
-        slots = [coupling.incoming.reshape(-1) for coupling in self._scaled]
-        root = torch.cat([torch.where(self._root < 0, ground, self._root), self._root.new_full((1,), ground)])
-        self._to_roots = SegmentSum(torch.cat([root[ids] for ids in slots] + [root[:-1]]), num_units + 1)
+        self._touched = {coupling.parameter for coupling in self._scaled} | self.elements.places.keys()
+        slots = [self._root[coupling.incoming].reshape(-1) for coupling in self._scaled]
+        # Ground is a group of its own, the last.
+        self._to_roots = SegmentSum(torch.cat([*slots, self._root[:-1]]) % len(self.beta), len(self.beta))
 
     @property
     def free_values(self) -> Tensor:
@@ -174,8 +159,7 @@ class PathCoordinates:
     def gradients(self, weights: Tensors, gradients: Tensors) -> dict[str, Tensor]:
         """Inverse chain rule: dL/dv as new tensors, for the parameters with a gradient whose dL/dv is another."""
         at_free = self.log_gradient(weights, gradients) / self.free_values
-        touched = {coupling.parameter for coupling in self._scaled} | self.elements.places.keys()
-        result = {name: gradient.clone() for name, gradient in gradients.items() if name in touched}
+        result = {name: gradient.clone() for name, gradient in gradients.items() if name in self._touched}
         self.scale_(result, -1)
         self.elements.write_(result, self._none, at_free)
         return result
@@ -188,30 +172,31 @@ class PathCoordinates:
             if tensor is not None:
                 coupling.view(tensor).mul_(factors[coupling.incoming].to(tensor.dtype))
 
-    def enter_(self, weights: Tensors) -> Callable[[float | None], Allocation]:
+    def enter_(self, weights: Tensors) -> Callable[[float | None], Tensor]:
         """Turn the weights into path coordinates in place; fixed skeleton weights become zero: nothing moves them.
 
         Returns:
             The function that turns them back once they have moved, given the largest ratio by which a free skeleton
-            weight may move in one step (``None`` for no limit): weight allocation.
+            weight may move in one step (``None`` for no limit): weight allocation. It returns the units at whose free
+            skeleton weight that limit was met, ``bool[H]``.
         """
         at_fixed, at_free = self.elements.read(weights)
         values = self.free_values
         self.scale_(weights, 1)
         self.elements.write_(weights, self._none, values)
 
-        def leave_(max_ratio: float | None) -> Allocation:
+        def leave_(max_ratio: float | None) -> Tensor:
             moved = torch.where(self._is_free, self.elements.read(weights)[1] / values, 1.0)
             allowed = moved if max_ratio is None else moved.clamp(1 / max_ratio, max_ratio)
             allowed = torch.where(moved.isfinite() & (allowed != 0), allowed, 1.0)
             # A weight that the optimizer has spoilt is spoilt, but no beta, and by it no other weight.
             moved_itself = torch.where(moved.isfinite(), allowed, moved)
             own = torch.cat([allowed, allowed.new_ones(1)])
-            ratio = own[torch.cat([self._root, self._root.new_full((1,), -1)])]
+            ratio = own[self._root]
             self.beta.mul_(ratio)
             self.scale_(weights, -1)
             self.elements.write_(weights, at_fixed, at_free * moved_itself / ratio[self._target])
-            return Allocation(ratio, self._is_free & (allowed != moved))
+            return self._is_free & (allowed != moved)
 
         return leave_
 

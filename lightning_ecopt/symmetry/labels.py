@@ -44,6 +44,11 @@ def align(ids: IntArray, ndim: int) -> IntArray:
     return ids.reshape((1,) * (ndim - ids.ndim) + ids.shape)
 
 
+def along_channels(ids: IntArray, ndim: int) -> IntArray:
+    """Place the label of a vector along axis 1, that of the channels, of a tensor with ``ndim`` axes."""
+    return ids.reshape((1, -1) + (1,) * (ndim - 2))
+
+
 def stretch(ids: IntArray, shape: Sequence[int], axes: Iterable[int]) -> IntArray:
     """Repeat ``ids`` to the full size of the tensor along ``axes`` only."""
     target = list(ids.shape)
@@ -118,3 +123,8 @@ class ParameterView:
 
 
 Value = IntArray | ParameterView
+
+
+def map_value(value: Value, view: Callable[[IntArray], IntArray]) -> Value:
+    """Do to a label or to a parameter view what an operation did to the tensor."""
+    return value.map(view) if isinstance(value, ParameterView) else view(value)

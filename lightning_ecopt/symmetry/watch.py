@@ -46,9 +46,8 @@ class _Memory:
 
     def _find(self, tensor: Tensor) -> tuple[_Storage, bool] | None:
         """The storage of a tensor and whether it is new; ``None`` for a tensor without one (sparse, opaque)."""
-        try:
-            storage = tensor.untyped_storage()
-        except (NotImplementedError, RuntimeError):
+        storage = _storage_of(tensor)
+        if storage is None:
             return None
         found = self.storages.get(storage._cdata)
         if found is None:
@@ -83,11 +82,9 @@ class _Memory:
 
     def is_new(self, tensor: Tensor) -> bool:
         """Whether the call has made the memory of the tensor."""
-        try:
-            storage = self.storages.get(tensor.untyped_storage()._cdata)
-        except (NotImplementedError, RuntimeError):
-            return False
-        return storage is not None and not storage.external
+        storage = _storage_of(tensor)
+        found = None if storage is None else self.storages.get(storage._cdata)
+        return found is not None and not found.external
 
     def write(self, tensor: Tensor, value: Value) -> None:
         """Set the label of the output of an operation."""
@@ -122,6 +119,13 @@ class _Memory:
         for view, value in storage.views.items():
             self.tracer.ground(value)
             storage.views[view] = constant(GROUND, len(view[1]))
+
+
+def _storage_of(tensor: Tensor) -> torch.UntypedStorage | None:
+    try:
+        return tensor.untyped_storage()
+    except (NotImplementedError, RuntimeError):
+        return None
 
 
 def _view(tensor: Tensor) -> View:

@@ -55,11 +55,11 @@ def test_leaving_path_space_without_a_move_changes_nothing(name: str) -> None:
     at = point(name, random_beta=True)
     before = {key: weight.clone() for key, weight in at.weights.items()}
     beta = at.coordinates.beta.clone()
-    allocation = at.coordinates.enter_(at.weights)(2.0)
+    guarded = at.coordinates.enter_(at.weights)(2.0)
     for key, weight in at.weights.items():
         torch.testing.assert_close(weight, before[key], rtol=1e-15, atol=0)
     assert torch.equal(at.coordinates.beta, beta)
-    assert not bool(allocation.guarded.any())
+    assert not bool(guarded.any())
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from lightning_ecopt.symmetry.labels import GROUND, ZERO, IntArray, ParameterView, Value, align, constant
+from lightning_ecopt.symmetry.labels import (
+    GROUND,
+    ZERO,
+    IntArray,
+    ParameterView,
+    Value,
+    align,
+    along_channels,
+    constant,
+    map_value,
+)
 from lightning_ecopt.symmetry.rules.pointwise import add
 from lightning_ecopt.symmetry.rules.registry import Call, rule
 
@@ -28,20 +38,20 @@ def batched_matrix_product_with_bias(call: Call) -> IntArray:
 
 @rule("mv")
 def matrix_vector_product(call: Call) -> IntArray:
-    vector = _map(call.value("vec"), lambda ids: ids[..., None])
+    vector = map_value(call.value("vec"), lambda ids: ids[..., None])
     return contract(call, call.value("self"), vector, 2)[..., 0]
 
 
 @rule("addmv")
 def matrix_vector_product_with_bias(call: Call) -> IntArray:
-    vector = _map(call.value("vec"), lambda ids: ids[..., None])
+    vector = map_value(call.value("vec"), lambda ids: ids[..., None])
     ids = contract(call, call.value("mat"), vector, 2)[..., 0]
     return add(call, ids, call.value("self"), 1)
 
 
 @rule("linear")
 def linear(call: Call) -> IntArray:
-    weight = _map(call.value("weight"), lambda ids: ids.swapaxes(-1, -2))
+    weight = map_value(call.value("weight"), lambda ids: ids.swapaxes(-1, -2))
     ids = contract(call, call.value("input"), weight, call.output.ndim)
     return ids if call["bias"] is None else add(call, ids, call.value("bias"), call.output.ndim)
 
@@ -60,16 +70,17 @@ def convolution(call: Call) -> IntArray:
         outputs = label.reshape(groups, -1)
         if call["transposed"]:
             incoming, outgoing = _grouped(outputs, inputs)  # [groups, in, out]
-            call.tracer.assign(weight, _spread(incoming, ids.ndim), _spread(outgoing, ids.ndim), additive=False)
         else:
             outgoing, incoming = _grouped(inputs, outputs)  # [groups, out, in]
-            call.tracer.assign(weight, _spread(incoming, ids.ndim), _spread(outgoing, ids.ndim), additive=False)
-        output = label.reshape((1, -1) + (1,) * (ids.ndim - 2))
+        call.tracer.assign(weight, _spread(incoming, ids.ndim), _spread(outgoing, ids.ndim), additive=False)
+        output = along_channels(label, ids.ndim)
     else:
         call.tracer.ground(weight)
         mixed = call.tracer.uniform(inputs, [1])
-        output = np.repeat(mixed.reshape(-1), channels // groups).reshape((1, -1) + (1,) * (ids.ndim - 2))
-    return output if call["bias"] is None else add(call, output, _as_channels(call.value("bias"), ids.ndim), ids.ndim)
+        output = along_channels(np.repeat(mixed.reshape(-1), channels // groups), ids.ndim)
+    if call["bias"] is None:
+        return output
+    return add(call, output, map_value(call.value("bias"), lambda axis: along_channels(axis, ids.ndim)), ids.ndim)
 
 
 def _grouped(inner: IntArray, outer: IntArray) -> tuple[IntArray, IntArray]:
@@ -82,14 +93,6 @@ def _grouped(inner: IntArray, outer: IntArray) -> tuple[IntArray, IntArray]:
 
 def _spread(ids: IntArray, ndim: int) -> IntArray:
     return ids.reshape(ids.shape + (1,) * (ndim - 2))
-
-
-def _as_channels(value: Value, ndim: int) -> Value:
-    return _map(value, lambda ids: ids.reshape((1, -1) + (1,) * (ndim - 2)))
-
-
-def _map(value: Value, function: object) -> Value:
-    return value.map(function) if isinstance(value, ParameterView) else function(value)  # type: ignore[operator,arg-type]
 
 
 def contract(call: Call, left: Value, right: Value, ndim: int) -> IntArray:
@@ -115,7 +118,7 @@ def contract(call: Call, left: Value, right: Value, ndim: int) -> IntArray:
 
 
 def _transposed(value: Value, ndim: int) -> Value:
-    return _map(value, lambda ids: align(ids, ndim).swapaxes(-1, -2))
+    return map_value(value, lambda ids: align(ids, ndim).swapaxes(-1, -2))
 
 
 def _parameter_product(call: Call, left: IntArray, weight: ParameterView) -> IntArray:

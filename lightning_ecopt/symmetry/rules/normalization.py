@@ -6,11 +6,10 @@ and so the running statistics never change with a rescaling.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable
 
-from lightning_ecopt.symmetry.labels import GROUND, IntArray, ParameterView, Value, constant
-from lightning_ecopt.symmetry.rules.pointwise import add, gain
+from lightning_ecopt.symmetry.labels import GROUND, IntArray, align, along_channels, constant, map_value
+from lightning_ecopt.symmetry.rules.pointwise import add
 from lightning_ecopt.symmetry.rules.registry import Call, rule
 
 
@@ -26,38 +25,28 @@ from lightning_ecopt.symmetry.rules.registry import Call, rule
     "_batch_norm_with_update_functional",
     "_batch_norm_no_update",
 )
-def batch_norm(call: Call) -> list[Value]:
-    return _normalized(call, lambda ids, ndim: ids.reshape((1, -1) + (1,) * (ndim - 2)))
+def batch_norm(call: Call) -> list[IntArray]:
+    return _normalized(call, along_channels)
 
 
 @rule("native_layer_norm")
-def layer_norm(call: Call) -> list[Value]:
-    return _normalized(call, lambda ids, ndim: ids.reshape((1,) * (ndim - ids.ndim) + ids.shape))
+def layer_norm(call: Call) -> list[IntArray]:
+    return _normalized(call, align)
 
 
 @rule("native_group_norm")
-def group_norm(call: Call) -> list[Value]:
-    return _normalized(call, lambda ids, ndim: ids.reshape((1, -1) + (1,) * (ndim - 2)))
+def group_norm(call: Call) -> list[IntArray]:
+    return _normalized(call, along_channels)
 
 
-def _normalized(call: Call, place: Any) -> list[Value]:
+def _normalized(call: Call, place: Callable[[IntArray, int], IntArray]) -> list[IntArray]:
+    """``place`` brings the label of the affine parameters to the number of axes of the output."""
     call.tracer.ground(call.ids("input"))
-    outputs: Sequence[Any] = call.output if isinstance(call.output, tuple | list) else [call.output]
+    outputs = call.output if isinstance(call.output, tuple | list) else [call.output]
     ndim = outputs[0].ndim
-    ids: Value = constant(GROUND, ndim)
+    ids = constant(GROUND, ndim)
     if call["weight"] is not None:
-        weight = call.value("weight")
-        if isinstance(weight, ParameterView):
-            ids = gain(call, constant(GROUND, ndim), weight.map(lambda axis: place(axis, ndim)))
-            ids = call.tracer.materialise(ids) if isinstance(ids, ParameterView) else ids
-        else:
-            ids = place(weight, ndim)
+        ids = place(call.ids("weight"), ndim)
     if call["bias"] is not None:
-        bias = call.value("bias")
-        placed = bias.map(lambda axis: place(axis, ndim)) if isinstance(bias, ParameterView) else place(bias, ndim)
-        ids = add(call, ids, placed, ndim)
-    assert not isinstance(ids, ParameterView)
+        ids = add(call, ids, map_value(call.value("bias"), lambda axis: place(axis, ndim)), ndim)
     return [ids, *(constant(GROUND, output.ndim) for output in outputs[1:])]
-
-
-__all__: list[str] = ["IntArray", "batch_norm", "group_norm", "layer_norm"]

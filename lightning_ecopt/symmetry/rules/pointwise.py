@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lightning_ecopt.symmetry.labels import GROUND, ZERO, IntArray, ParameterView, Value, align, constant
+from lightning_ecopt.symmetry.labels import GROUND, ZERO, IntArray, ParameterView, Value, align, constant, map_value
 from lightning_ecopt.symmetry.rules.registry import Call, rule
 
 
@@ -57,10 +57,7 @@ def masked(call: Call) -> IntArray:
 
 @rule("copy")
 def copied(call: Call) -> Value:
-    value = call.value("src")
-    if isinstance(value, ParameterView):
-        return value.map(lambda axis: align(axis, call.output.ndim))
-    return align(value, call.output.ndim)
+    return map_value(call.value("src"), lambda ids: align(ids, call.output.ndim))
 
 
 @rule("mul", "multiply")
@@ -84,9 +81,7 @@ def divided(call: Call) -> Value:
     if call.arguments.get("rounding_mode") is not None:
         call.tracer.ground(numerator)
         return constant(GROUND, ndim)
-    if isinstance(numerator, ParameterView):
-        return numerator.map(lambda axis: align(axis, ndim))
-    return align(numerator, ndim)
+    return map_value(numerator, lambda ids: align(ids, ndim))
 
 
 @rule("gt", "ge", "lt", "le", "eq", "ne", "greater", "greater_equal", "less", "less_equal", "not_equal")

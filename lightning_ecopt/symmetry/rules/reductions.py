@@ -38,7 +38,7 @@ def accumulated(call: Call) -> IntArray:
     return call.tracer.uniform(call.ids("self"), call.axes("dim"))
 
 
-def _pool(call: Call, output: Any, spatial: int) -> IntArray:
+def _pool(call: Call, spatial: int) -> IntArray:
     ids = call.ids("self")
     return call.tracer.uniform(ids, range(ids.ndim - spatial, ids.ndim))
 
@@ -47,10 +47,10 @@ def _register_pools() -> None:
     for spatial in (1, 2, 3):
 
         def pooled(call: Call, spatial: int = spatial) -> IntArray:
-            return _pool(call, call.output, spatial)
+            return _pool(call, spatial)
 
         def pooled_with_indices(call: Call, spatial: int = spatial) -> list[IntArray]:
-            values = _pool(call, call.output[0], spatial)
+            values = _pool(call, spatial)
             return [values, constant(GROUND, values.ndim)]
 
         rule(
@@ -62,11 +62,9 @@ def _register_pools() -> None:
             f"_upsample_nearest_exact{spatial}d",
         )(pooled)
         rule(f"max_pool{spatial}d_with_indices", f"adaptive_max_pool{spatial}d")(pooled_with_indices)
-    rule("upsample_linear1d")(lambda call: _pool(call, call.output, 1))
-    rule("upsample_bilinear2d", "upsample_bicubic2d", "_upsample_bilinear2d_aa")(
-        lambda call: _pool(call, call.output, 2)
-    )
-    rule("upsample_trilinear3d")(lambda call: _pool(call, call.output, 3))
+    rule("upsample_linear1d")(lambda call: _pool(call, 1))
+    rule("upsample_bilinear2d", "upsample_bicubic2d", "_upsample_bilinear2d_aa")(lambda call: _pool(call, 2))
+    rule("upsample_trilinear3d")(lambda call: _pool(call, 3))
 
 
 _register_pools()

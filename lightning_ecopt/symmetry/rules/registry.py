@@ -55,9 +55,9 @@ class Call:
         """The label, with as many axes as the output."""
         return align(self.ids(argument), self.output.ndim)
 
-    def axes(self, name: str, of: str = "self") -> tuple[int, ...]:
-        """An argument that names one axis or several, as non-negative numbers; none given means all."""
-        ndim = len(self.shape(of))
+    def axes(self, name: str) -> tuple[int, ...]:
+        """An argument that names axes of ``self``, one or several, as non-negative numbers; none given means all."""
+        ndim = len(self.shape("self"))
         given = self.arguments.get(name)
         if given is None or (isinstance(given, Sequence) and len(given) == 0):
             return tuple(range(ndim))

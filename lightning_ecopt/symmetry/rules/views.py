@@ -15,6 +15,7 @@ from lightning_ecopt.symmetry.labels import (
     align,
     compress,
     constant,
+    map_value,
     reshape,
     stretch,
 )
@@ -54,9 +55,7 @@ def viewed(call: Call) -> Value:
     if "dtype" in call.arguments:
         call.tracer.ground(value)
         return constant(GROUND, call.output.ndim)
-    if isinstance(value, ParameterView):
-        return value.map(lambda axis: reshape(axis, call.shape("self"), call.output.shape))
-    return reshape(value, call.shape("self"), call.output.shape)
+    return map_value(value, lambda ids: reshape(ids, call.shape("self"), call.output.shape))
 
 
 @view("detach", "clone", "alias", "positive", "lift_fresh", "lift_fresh_copy", "detach_copy")
