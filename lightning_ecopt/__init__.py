@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from lightning_ecopt.callback import EquivalentClassOptimization
-from lightning_ecopt.configure import ec_sgd
+from lightning_ecopt.configure import ec_adamw, ec_sgd
 from lightning_ecopt.optim import EquivalentClassOptimizer
 from lightning_ecopt.symmetry import ScalingGroup, scaling_group
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["EquivalentClassOptimization", "EquivalentClassOptimizer", "ScalingGroup", "ec_sgd", "scaling_group"]
+__all__ = [
+    "EquivalentClassOptimization",
+    "EquivalentClassOptimizer",
+    "ScalingGroup",
+    "ec_adamw",
+    "ec_sgd",
+    "scaling_group",
+]

@@ -25,36 +25,39 @@ UNSUPPORTED_STRATEGIES = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStr
 
 
 class EquivalentClassOptimization(Callback):
-    """Train in the equivalent-class space: the SGD that ``configure_optimizers`` returns becomes EC-SGD.
+    """Train in the equivalent-class space: the optimizer of ``configure_optimizers`` becomes its equivalent-class form.
 
-    Nothing else changes: learning rate, momentum, dampening, nesterov, weight decay, maximize, parameter groups and
-    schedulers are those of the pipeline, in whatever form ``configure_optimizers`` returns them, and checkpoints can be
-    exchanged with runs without the callback. See :class:`~lightning_ecopt.EquivalentClassOptimizer` for what a step
-    does.
+    Nothing else changes: SGD, Adam and AdamW keep all their options, parameter groups and schedulers, in whatever form
+    ``configure_optimizers`` returns them, and checkpoints can be exchanged with runs without the callback. See
+    :class:`~lightning_ecopt.EquivalentClassOptimizer` for what a step does.
 
     If the ``LightningModule`` has an ``example_input_array``, its forward call is traced before training; otherwise the
     first training step is watched as it happens, which costs no extra call. The outputs of what is traced (or the loss)
     are what must not change, so give an ``example_input_array`` only if training uses the module by its ``forward``.
 
     Args:
-        skeleton: ``"max"`` takes the largest weights, ``"diagonal"`` is the paper's choice, for plain networks.
-        max_path_ratio: no path may change by more than this factor in one step; ``None`` is the paper's rule.
-        refresh: when weights are balanced and skeleton weights chosen again: every ``"epoch"``, after a number of
+        rule: how a step is taken: ``"unit"``, relative to the unit that takes it, or ``"path"``, in the path
+            coordinates of the paper (EC-SGD).
+        refresh: when weights are balanced (and skeleton weights chosen) again: every ``"epoch"``, after a number of
             steps, or never (``None``).
-        free_start: value at which the coordinates of free skeleton weights start; larger lets scales move more slowly.
         representative: ``"balanced"``, or ``"current"`` to stay at the weights as they are (then what happens does not
             depend on the class alone).
+        skeleton: of the rule ``"path"``, as the next two: ``"max"`` takes the largest weights, ``"diagonal"`` is the
+            paper's choice, for plain networks.
+        max_path_ratio: no path may change by more than this factor in one step; ``None`` is the paper's rule.
+        free_start: value at which the coordinates of free skeleton weights start; larger lets scales move more slowly.
         verbose: print a report of the freedoms when they are known.
-        log: log the extremes of beta, the number of guarded paths and of dormant units with the logger, as
-            ``ecopt/...``, every ``log_every_n_steps``.
+        log: log whether all is well with the logger, as ``ecopt/...``, every ``log_every_n_steps``: the number of
+            dormant units, and the share of clipped gradients (unit) or the extremes of beta and the number of guarded
+            paths (path).
 
     Attributes:
         group: the :class:`~lightning_ecopt.ScalingGroup`, once it is known.
 
     Raises:
         ValueError: if an option is out of range.
-        MisconfigurationException: at the start of ``fit``, if the strategy shards parameters, or an optimizer is not
-            SGD or is wrapped already.
+        MisconfigurationException: at the start of ``fit``, if the strategy shards parameters, or an optimizer is none
+            of these or is wrapped already.
 
     Example::
 
@@ -64,22 +67,24 @@ class EquivalentClassOptimization(Callback):
 
     def __init__(
         self,
+        rule: Literal["unit", "path"] = "unit",
+        refresh: Literal["epoch"] | int | None = "epoch",
+        representative: Literal["balanced", "current"] = "balanced",
         skeleton: Literal["max", "diagonal"] = "max",
         max_path_ratio: float | None = 2.0,
-        refresh: Literal["epoch"] | int | None = "epoch",
         free_start: float = 1.0,
-        representative: Literal["balanced", "current"] = "balanced",
         verbose: bool = True,
         log: bool = True,
     ) -> None:
         if isinstance(refresh, str) and refresh != "epoch":
             raise ValueError(f"refresh must be 'epoch', a positive number of steps, or None, got {refresh!r}")
         self._options: dict[str, Any] = {
+            "rule": rule,
+            "refresh_interval": None if isinstance(refresh, str) else refresh,
+            "representative": representative,
             "skeleton": skeleton,
             "max_path_ratio": max_path_ratio,
-            "refresh_interval": None if isinstance(refresh, str) else refresh,
             "free_start": free_start,
-            "representative": representative,
         }
         check_options(**self._options)
         self.refresh = refresh
@@ -108,7 +113,7 @@ class EquivalentClassOptimization(Callback):
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the freedoms and put the optimizers into path coordinates."""
+        """Find the freedoms and wrap the optimizers."""
         bases = list(trainer.strategy.optimizers)
         try:
             for base in bases:

@@ -7,7 +7,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
-from torch.optim import SGD
+from torch.optim import SGD, AdamW, Optimizer
 
 from lightning_ecopt._lightning import LightningModule, MisconfigurationException
 from lightning_ecopt.optim import EquivalentClassOptimizer
@@ -26,11 +26,7 @@ def ec_sgd(
     nesterov: bool = False,
     maximize: bool = False,
     foreach: bool | None = None,
-    skeleton: str = "max",
-    max_path_ratio: float | None = 2.0,
-    refresh_interval: int | None = 500,
-    free_start: float = 1.0,
-    representative: str = "balanced",
+    **options: Any,
 ) -> EquivalentClassOptimizer:
     """EC-SGD for a module, to be returned from ``configure_optimizers``.
 
@@ -43,17 +39,14 @@ def ec_sgd(
         lr: learning rate, and the other options of :class:`torch.optim.SGD`:
         momentum: as there.
         dampening: as there.
-        weight_decay: as there; it acts on path values.
+        weight_decay: as there.
         nesterov: as there.
         maximize: as there.
         foreach: as there.
-        skeleton: as in :class:`~lightning_ecopt.EquivalentClassOptimizer`, and so are the rest:
-        max_path_ratio: the guard.
-        refresh_interval: steps between refreshes.
-        free_start: at what the coordinates of free skeleton weights start.
-        representative: the member of the class at which coordinates are normalised.
+        options: of :class:`~lightning_ecopt.EquivalentClassOptimizer`: ``rule``, ``refresh_interval`` and so on.
 
     Raises:
+        TypeError: for options that there are not.
         ValueError: for options out of range, and parameters that are not the module's or that the example never used.
 
     Example::
@@ -61,9 +54,9 @@ def ec_sgd(
         def configure_optimizers(self):
             return ec_sgd(self, lr=0.1, momentum=0.9)
     """
-    given: Any = [p for p in module.parameters() if p.requires_grad] if params is None else list(params)
+    check_options(**options)
     optimizer = SGD(
-        given,
+        _given(module, params),
         lr=lr,
         momentum=momentum,
         dampening=dampening,
@@ -72,16 +65,66 @@ def ec_sgd(
         maximize=maximize,
         foreach=foreach,
     )
-    path_options: dict[str, Any] = {
-        "skeleton": skeleton,
-        "max_path_ratio": max_path_ratio,
-        "refresh_interval": refresh_interval,
-        "free_start": free_start,
-        "representative": representative,
-    }
-    check_options(**path_options)  # before anything watches the module
-    own = [p for options in optimizer.param_groups for p in options["params"]]
-    return EquivalentClassOptimizer(optimizer, find_group(module, own), **path_options)
+    return _wrapped(module, optimizer, options)
+
+
+def ec_adamw(
+    module: nn.Module,
+    params: Iterable[Tensor] | Iterable[dict[str, Any]] | None = None,
+    *,
+    lr: float = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 1e-2,
+    amsgrad: bool = False,
+    maximize: bool = False,
+    foreach: bool | None = None,
+    **options: Any,
+) -> EquivalentClassOptimizer:
+    """EC-AdamW for a module, to be returned from ``configure_optimizers``; see :func:`ec_sgd`.
+
+    Args:
+        module: the module that is trained, in ``configure_optimizers`` usually ``self``.
+        params: parameters or parameter groups to optimise; by default all of the module's that require a gradient.
+        lr: learning rate, and the other options of :class:`torch.optim.AdamW`:
+        betas: as there.
+        eps: as there.
+        weight_decay: as there.
+        amsgrad: as there.
+        maximize: as there.
+        foreach: as there.
+        options: of :class:`~lightning_ecopt.EquivalentClassOptimizer`: ``rule``, ``refresh_interval`` and so on.
+
+    Raises:
+        TypeError: for options that there are not.
+        ValueError: for options out of range, and parameters that are not the module's or that the example never used.
+
+    Example::
+
+        def configure_optimizers(self):
+            return ec_adamw(self, lr=1e-3)
+    """
+    check_options(**options)
+    optimizer = AdamW(
+        _given(module, params),
+        lr=lr,
+        betas=betas,
+        eps=eps,
+        weight_decay=weight_decay,
+        amsgrad=amsgrad,
+        maximize=maximize,
+        foreach=foreach,
+    )
+    return _wrapped(module, optimizer, options)
+
+
+def _given(module: nn.Module, params: Iterable[Any] | None) -> list[Any]:
+    return [p for p in module.parameters() if p.requires_grad] if params is None else list(params)
+
+
+def _wrapped(module: nn.Module, optimizer: Optimizer, options: dict[str, Any]) -> EquivalentClassOptimizer:
+    own = [p for group in optimizer.param_groups for p in group["params"]]
+    return EquivalentClassOptimizer(optimizer, find_group(module, own), **options)
 
 
 def find_group(module: nn.Module, parameters: Iterable[Tensor]) -> ScalingGroup | PendingGroup:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +79,7 @@ def _arrays(dataset: str, folder: Path) -> dict[str, np.ndarray]:
             f"y_{part}": np.asarray(found.targets) for part, found in parts.items()
         }
     raise FileNotFoundError(
-        f"There is no {path}. Give --data a folder with {dataset}.npz in Keras layout (arrays x_train, y_train, x_test, "
+        f"There is no {path}. Give --data a folder with {dataset}.npz in Keras layout (x_train, y_train, x_test, "
         "y_test), or install torchvision and give the folder of its copy; nothing is downloaded."
     )
 
@@ -87,7 +88,7 @@ def mlp(inputs: int, hidden: int, width: int, bias: bool, init: str) -> nn.Modul
     """A multi-layer perceptron with ``hidden`` hidden layers."""
     sizes = [inputs] + hidden * [width]
     layers: list[nn.Module] = [nn.Flatten()]
-    for before, after in zip(sizes, sizes[1:], strict=False):
+    for before, after in itertools.pairwise(sizes):
         layers += [nn.Linear(before, after, bias=bias), nn.ReLU()]
     return initialise(nn.Sequential(*layers, nn.Linear(width, CLASSES, bias=bias)), init)
 

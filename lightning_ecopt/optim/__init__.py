@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_ecopt.optim.optimizer import EquivalentClassOptimizer, StepStatistics
+from lightning_ecopt.optim.optimizer import EquivalentClassOptimizer
+from lightning_ecopt.optim.rule import PathStatistics, UnitStatistics
 
-__all__ = ["EquivalentClassOptimizer", "StepStatistics"]
+__all__ = ["EquivalentClassOptimizer", "PathStatistics", "UnitStatistics"]

@@ -1,4 +1,4 @@
-"""Any step of a torch optimizer, taken in path coordinates."""
+"""Any step of a torch optimizer, taken in the equivalent-class space."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from lightning_ecopt.paths import PathCoordinates, Skeleton, choose_skeleton
+from lightning_ecopt.optim.path_rule import PathRule
+from lightning_ecopt.optim.rule import Moment, PathStatistics, Rule, UnitStatistics
+from lightning_ecopt.optim.unit_rule import UnitRule
+from lightning_ecopt.paths import Skeleton, choose_skeleton
 from lightning_ecopt.symmetry import PendingGroup, ScalingGroup
 
-#: Entries of the base optimizer's state that are linear in gradients, and so are carried along as covectors.
-COVECTORS = ("momentum_buffer",)
+#: Entries of the base optimizers' states that are means of gradients (1) or of their squares (2).
+POWERS = {"momentum_buffer": 1, "exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
 STATE = "equivalent_class"
 NO_FREEDOMS = (
     "The network has no scaling freedoms, so the base optimizer is used as it is. The report of the callback names the "
@@ -25,53 +27,44 @@ NO_FREEDOMS = (
 )
 
 
-@dataclass(frozen=True)
-class StepStatistics:
-    """Whether all is well, since the last refresh.
-
-    Args:
-        min_beta: smallest value of a path out of a unit, relative to the start.
-        max_beta: the largest.
-        guarded_paths: how often the guard limited the move of a path.
-        dormant_units: units without a path of non-zero elements, which are treated in weight space.
-    """
-
-    min_beta: float
-    max_beta: float
-    guarded_paths: int
-    dormant_units: int
-
-
 class EquivalentClassOptimizer(Optimizer):
     """Run an optimizer in the equivalent-class space of a network (EC-SGD, Meng et al., arXiv:1802.03713).
 
-    The base optimizer takes its steps on the m - H path coordinates of the network's function instead of its m weights,
-    so that two networks that differ by a rescaling of hidden units train alike. Learning rate, momentum, weight decay
-    and every other option keep their meaning and their place: ``param_groups``, ``state`` and ``defaults`` are those
-    of the base optimizer, and schedulers may hold either of the two. Coordinates are normalised so that at the
-    start all but those of free skeleton weights, at most one in a unit, equal the weights. See
-    :mod:`lightning_ecopt.paths.coordinates` for the formulas.
+    What the base optimizer does then depends on the network's function alone, not on which of the weights of an
+    equivalent class compute it: two networks that differ by a rescaling of hidden units train alike. ``param_groups``,
+    ``state`` and ``defaults`` are those of the base optimizer, and schedulers may hold either of the two.
 
     At the first step, and again at every refresh, the weights move to the balanced member of their class (the outputs
-    do not change), skeleton weights are chosen there, and momentum is carried along, except at skeleton weights, where
-    it starts anew. Weight decay acts on path values: the basis-path regularisation of the paper.
+    do not change) and momentum is carried along. How a step is taken is the *rule*:
+
+    - ``"unit"``: relative to the unit that takes it. The base optimizer's step in the incoming weights of a unit is
+      scaled to their magnitude, after gradients are centred and clipped unit by unit. With SGD the learning rate is the
+      relative length of a step, and 0.03 to 0.1 fits most networks, with and without momentum; with Adam and AdamW it
+      keeps its meaning. Beside the base's own state it needs O(H). See :mod:`lightning_ecopt.optim.unit_rule`.
+    - ``"path"``: the paper's. The base optimizer moves the m - H values of basis paths instead of the m weights. They
+      are normalised so that at the start all but those of free skeleton weights, at most one in a unit, equal the
+      weights; learning rate, momentum and every other option keep their meaning; weight decay acts on path values (the
+      basis-path regularisation of the paper). At skeleton weights momentum starts anew at a refresh. See
+      :mod:`lightning_ecopt.paths.coordinates`.
 
     Args:
-        optimizer: the base, a :class:`torch.optim.SGD` with any of its options. Do not call its ``step`` yourself.
+        optimizer: the base: :class:`torch.optim.SGD`, :class:`~torch.optim.Adam` or :class:`~torch.optim.AdamW` with
+            any of its options. Do not call its ``step`` yourself.
         group: of the module that owns the parameters; or a :class:`~lightning_ecopt.symmetry.PendingGroup`, if it is
             found while the closure of the first step runs.
-        skeleton: ``"max"`` takes the largest weights, ``"diagonal"`` is the paper's choice (unit i to unit i), for
-            networks in which every unit has one weight tensor on each side.
-        max_path_ratio: the guard: no path may change by more than this factor in one step, or change its sign.
-            ``None`` is the paper's rule.
+        rule: ``"unit"`` or ``"path"``.
         refresh_interval: steps from one refresh to the next; ``None`` if only :meth:`refresh` asks for it.
-        free_start: value at which the coordinates of free skeleton weights start. It sets how fast the scale of a
-            unit may move: larger is slower.
         representative: ``"balanced"``, or ``"current"`` to stay at the weights as they are. Only the first depends on
             the class alone; the second is the paper's own setting.
+        skeleton: of the rule ``"path"``, as all that follow: ``"max"`` takes the largest weights, ``"diagonal"`` is the
+            paper's choice (unit i to unit i), for networks in which every unit has one weight tensor on each side.
+        max_path_ratio: the guard: no path may change by more than this factor in one step, or change its sign.
+            ``None`` is the paper's rule.
+        free_start: value at which the coordinates of free skeleton weights start. It sets how fast the scale of a
+            unit may move: larger is slower.
 
     Raises:
-        TypeError: if the base optimizer is not SGD, or is wrapped already.
+        TypeError: if the base optimizer is none of these, or is wrapped already.
         ValueError: if an option is out of range, or the group does not belong to the optimizer's parameters.
 
     Example::
@@ -87,32 +80,35 @@ class EquivalentClassOptimizer(Optimizer):
         optimizer: Optimizer,
         group: ScalingGroup | PendingGroup,
         *,
+        rule: str = "unit",
+        refresh_interval: int | None = 500,
+        representative: str = "balanced",
         skeleton: str = "max",
         max_path_ratio: float | None = 2.0,
-        refresh_interval: int | None = 500,
         free_start: float = 1.0,
-        representative: str = "balanced",
     ) -> None:
         check_options(
+            rule=rule,
+            refresh_interval=refresh_interval,
+            representative=representative,
             skeleton=skeleton,
             max_path_ratio=max_path_ratio,
-            refresh_interval=refresh_interval,
             free_start=free_start,
-            representative=representative,
         )
         check_base(optimizer)
         self.optimizer = optimizer
+        self.rule = rule
+        self.refresh_interval = refresh_interval
+        self.representative = representative
         self.skeleton = skeleton
         self.max_path_ratio = max_path_ratio
-        self.refresh_interval = refresh_interval
         self.free_start = free_start
-        self.representative = representative
         self.__setstate__({})  # the hooks of an Optimizer, without parameters of its own
         self._pending: PendingGroup | None = None
         self._group: ScalingGroup | None = None
         self._own = torch.zeros(0, dtype=torch.bool)
-        self._coordinates: PathCoordinates | None = None
-        self._guarded: Tensor | None = None
+        self._active: Tensor | None = None  # since the last refresh
+        self._rule: Rule | None = None  # since the last refresh
         self._loaded: Mapping[str, Any] | None = None
         self._steps_since_refresh = 0
         self._refresh_due = True
@@ -130,7 +126,7 @@ class EquivalentClassOptimizer(Optimizer):
 
     @property
     def state(self) -> Any:  # type: ignore[override]
-        """The state of the base optimizer. Momentum is in weight space, but for entries at skeleton weights."""
+        """The state of the base optimizer, in weight space but for what path coordinates hold at skeleton weights."""
         return self.optimizer.state
 
     @property
@@ -152,7 +148,7 @@ class EquivalentClassOptimizer(Optimizer):
             self._check_known(self._group, [p for p in _as_list(param_group["params"]) if p.requires_grad])
         self.optimizer.add_param_group(param_group)
         if self._group is not None:
-            self._leave_coordinates()
+            self._leave_rule()
             self._bind(self._group)
             self.refresh()
 
@@ -181,19 +177,17 @@ class EquivalentClassOptimizer(Optimizer):
         if group.num_units == 0:
             warnings.warn(NO_FREEDOMS, stacklevel=3)
         self._group, self._own, self._pending = group, own, None
-        self._coordinates, self._refresh_due = None, True
+        self._rule, self._active, self._refresh_due = None, None, True
 
     def usable_units(self) -> Tensor:
-        """Units that are optimised in path coordinates, ``bool[H]``: alive at the last refresh, no other optimizer's.
+        """Units whose freedom is used, ``bool[H]``: alive at the last refresh, no other optimizer's.
 
         Raises:
             RuntimeError: if the group has not been found yet.
         """
         if self._group is None:
             raise RuntimeError("The scaling group is not known before the first step.")
-        if self._coordinates is not None:
-            return self._coordinates.skeleton.active.cpu()
-        return self._group.alive().cpu() & self._own if self._refresh_due else torch.zeros_like(self._own)
+        return self._group.alive().cpu() & self._own if self._active is None else self._active
 
     def stop_watching(self) -> None:
         """Give the module back the method that a pending group watches."""
@@ -241,7 +235,7 @@ class EquivalentClassOptimizer(Optimizer):
     # The step ---------------------------------------------------------------------------------------------------------
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step of the base optimizer in path coordinates.
+        """Take one step of the base optimizer in the equivalent-class space.
 
         Args:
             closure: as for every torch optimizer: computes the gradients and returns the loss; it runs once, before
@@ -261,23 +255,16 @@ class EquivalentClassOptimizer(Optimizer):
             if self._refresh_due or self._steps_since_refresh == self.refresh_interval:
                 self._refresh()
             self._steps_since_refresh += 1
-            coordinates = self._coordinates
-            if coordinates is None:  # no unit has a path
+            if self._rule is None:  # no unit has a path
                 self.optimizer.step()
                 return loss
-            parameters = self._parameters()
-            with self._path_gradients(coordinates, parameters):
-                for covector in self._covectors().values():
-                    coordinates.scale_momentum_(covector, -1)
-                leave_ = coordinates.enter_(parameters)
+            weights = self._parameters()
+            with self._gradients(self._rule, weights):
+                leave_ = self._rule.enter_(weights, self._moments(), self._averaging())
                 try:
                     self.optimizer.step()
-                finally:  # also when it fails: nothing may stay behind in path coordinates
-                    guarded = leave_(self.max_path_ratio)
-                    for covector in self._covectors().values():
-                        coordinates.scale_momentum_(covector, 1)
-            assert self._guarded is not None
-            self._guarded += guarded.sum()
+                finally:  # also when it fails: nothing may stay behind in other coordinates
+                    leave_(self._moments())
         return loss
 
     def _parameters(self) -> dict[str, Tensor]:
@@ -285,29 +272,38 @@ class EquivalentClassOptimizer(Optimizer):
         return {name: p.detach() for name, p in self._group.parameters.items()}
 
     @contextmanager
-    def _path_gradients(self, coordinates: PathCoordinates, parameters: Mapping[str, Tensor]) -> Iterator[None]:
-        """While entered, the parameters have the gradients of the path coordinates."""
+    def _gradients(self, rule: Rule, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """While entered, the parameters have the gradients that the rule shows to the base optimizer."""
         assert self._group is not None
         own = self._group.parameters
         before = {name: p.grad for name, p in own.items() if p.grad is not None}
         try:
-            for name, gradient in coordinates.gradients(parameters, before).items():
+            for name, gradient in rule.gradients(weights, before).items():
                 own[name].grad = gradient
             yield
         finally:
             for name, gradient in before.items():
                 own[name].grad = gradient
 
-    def _covectors(self) -> dict[str, dict[str, Tensor]]:
-        """The base optimizer's momentum, by entry and parameter name."""
+    def _moments(self) -> dict[str, Moment]:
+        """The base optimizer's means of gradients and of their squares, by entry."""
         assert self._group is not None
-        found: dict[str, dict[str, Tensor]] = {}
+        found: dict[str, Moment] = {}
         for name, p in self._group.parameters.items():
-            for entry in COVECTORS:
-                value = self.state[p].get(entry) if p in self.state else None
-                if value is not None:
-                    found.setdefault(entry, {})[name] = value
+            for entry, value in self.state[p].items() if p in self.state else ():
+                if entry in POWERS and value is not None:
+                    found.setdefault(entry, Moment(POWERS[entry], {})).tensors[name] = value
         return found
+
+    def _averaging(self) -> dict[str, float]:
+        """For each parameter of SGD by what its momentum, a sum of gradients, becomes a mean."""
+        assert self._group is not None
+        found = {}
+        for options in self.param_groups:
+            momentum, dampening = options.get("momentum", 0.0), options.get("dampening", 0.0)
+            factor = (1 - momentum) / (1 - dampening) if momentum else 1.0
+            found.update({id(p): factor for p in options["params"]})
+        return {name: found.get(id(p), 1.0) for name, p in self._group.parameters.items()}
 
     # The refresh ------------------------------------------------------------------------------------------------------
 
@@ -322,7 +318,7 @@ class EquivalentClassOptimizer(Optimizer):
             self._restore(self._loaded)
             if not self._refresh_due:
                 return
-        self._leave_coordinates()
+        before = self._leave_rule()
         group = self._group
         assert group is not None
         self._steps_since_refresh, self._refresh_due = 0, False
@@ -330,51 +326,48 @@ class EquivalentClassOptimizer(Optimizer):
         if len({p.device for p in parameters.values()}) > 1:
             raise RuntimeError(
                 "The parameters are on several devices, and paths lead through all of them: put the module on one "
-                "device (data parallelism is supported), or train without path coordinates."
+                "device (data parallelism is supported), or train without the equivalent-class space."
             )
         alive = group.alive().cpu()
-        active = alive & self._own
-        if self.representative == "balanced" and bool(active.any()):
+        active = self._active = alive & self._own
+        if not bool(active.any()):
+            return
+        moments = self._moments()
+        if self.representative == "balanced":
             log_scale = group.balance_(active)
             group.rescale_({name: p.grad for name, p in group.parameters.items()}, log_scale, power=-1)
-            for covector in self._covectors().values():
-                group.rescale_(covector, log_scale, power=-1)
-        if bool(active.any()):
+            for moment in moments.values():
+                group.rescale_(moment.tensors, log_scale, power=-moment.power)
+        if self.rule == "unit":
+            self._rule = self._unit_rule(before if isinstance(before, UnitRule) else None)
+        else:
             # Units of other optimizers are as ground; dormant ones are not, for no path leads through them.
             own = [coupling.restricted(self._own | ~alive) for coupling in group.couplings]
             skeleton = choose_skeleton(own, parameters, active, self.skeleton)
-            self._use(PathCoordinates(group.couplings, parameters, skeleton, self.free_start))
-            assert self._coordinates is not None
-            for covector in self._covectors().values():
-                self._coordinates.restart_skeleton_(covector)
+            self._rule = PathRule(group, parameters, skeleton, self.free_start, self.max_path_ratio)
+            self._rule.restart_(moments)
 
-    def _use(self, coordinates: PathCoordinates) -> None:
-        self._coordinates = coordinates
-        self._guarded = torch.zeros((), dtype=torch.int64, device=coordinates.beta.device)
+    def _unit_rule(self, before: UnitRule | None = None) -> UnitRule:
+        assert self._group is not None
+        numbers = self._numbers()
+        own = {name: p for name, p in self._parameters().items() if name in numbers}
+        return UnitRule(self._group.couplings, own, not isinstance(self.optimizer, SGD), before)
 
-    def _leave_coordinates(self) -> None:
-        """Back to weight space. At the skeleton weights the momentum starts anew.
+    def _leave_rule(self) -> Rule | None:
+        """Back to weight space; returns the rule that was left."""
+        rule, self._rule = self._rule, None
+        if rule is not None:
+            rule.restart_(self._moments())
+        return rule
 
-        It could be carried over exactly, as a covector. But the component of one skeleton weight is then a sum over all
-        the elements that its paths meet; in a gradient they cancel, in momentum that was gathered along the way they do
-        not, and training diverges.
-        """
-        if self._coordinates is not None:
-            for covector in self._covectors().values():
-                self._coordinates.restart_skeleton_(covector)
-            self._coordinates = None
-
-    def statistics(self) -> StepStatistics | None:
+    def statistics(self) -> PathStatistics | UnitStatistics | None:
         """Whether all is well; ``None`` before the first step. Waits for the device."""
-        if self._group is None or (self._refresh_due and self._coordinates is None):
+        if self._active is None:
             return None
-        dormant = int(self._own.sum())
-        if self._coordinates is None:
-            return StepStatistics(1.0, 1.0, 0, dormant)
-        assert self._guarded is not None
-        active = self._coordinates.skeleton.active
-        low, high = (float(value) for value in self._coordinates.beta[:-1][active.to(self._guarded.device)].aminmax())
-        return StepStatistics(low, high, int(self._guarded), dormant - int(active.sum()))
+        dormant = int(self._own.sum()) - int(self._active.sum())
+        if self._rule is not None:
+            return self._rule.statistics(dormant)
+        return UnitStatistics(0.0, dormant) if self.rule == "unit" else PathStatistics(1.0, 1.0, 0, dormant)
 
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
@@ -384,32 +377,28 @@ class EquivalentClassOptimizer(Optimizer):
         if self._loaded is not None:
             state[STATE] = dict(self._loaded)
             return state
-        coordinates = self._coordinates
-        counts = {"steps_since_refresh": self._steps_since_refresh, "refresh_due": self._refresh_due}
-        if coordinates is None:
-            if not self._refresh_due:  # no unit had a path at the last refresh
-                state[STATE] = counts
-            return state
-        at_free = {}
-        numbers = self._numbers()
-        state["state"] = {number: dict(entries) for number, entries in state["state"].items()}
-        for entry, covector in self._covectors().items():
-            _, at_free[entry] = coordinates.elements.read(covector)
-            plain = {name: value.clone() for name, value in covector.items()}
-            coordinates.restart_skeleton_(plain)
-            for name, value in plain.items():
-                state["state"][numbers[name]][entry] = value
-        state[STATE] = {
-            "skeleton": coordinates.skeleton.state_dict(),
-            "beta": coordinates.beta.clone(),
-            "free_start": coordinates.free_start,
-            "covectors": at_free,
-            **counts,
-        }
+        counts: dict[str, Any] = {"steps_since_refresh": self._steps_since_refresh, "refresh_due": self._refresh_due}
+        if self._active is not None:
+            counts["active"] = self._active.clone()
+        if self._rule is not None:
+            numbers = self._numbers()
+            state["state"] = {number: dict(entries) for number, entries in state["state"].items()}
+            moments = self._moments()
+            state[STATE] = {"rule": self.rule, **self._rule.state_dict(moments), **counts}
+            plain = {
+                entry: Moment(moment.power, {name: value.clone() for name, value in moment.tensors.items()})
+                for entry, moment in moments.items()
+            }
+            self._rule.restart_(plain)
+            for entry, moment in plain.items():
+                for name, value in moment.tensors.items():
+                    state["state"][numbers[name]][entry] = value
+        elif not self._refresh_due:  # no unit had a path at the last refresh
+            state[STATE] = counts
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state, of this class or of the plain base optimizer (then path coordinates start anew).
+        """Load a state of this class; or of the plain base optimizer, or another rule, and then the rule starts anew.
 
         Raises:
             ValueError: if it belongs to a network with other units.
@@ -419,12 +408,12 @@ class EquivalentClassOptimizer(Optimizer):
         if loaded is not None and self._group is not None:
             self._check_fits(loaded, self._group)
         self.optimizer.load_state_dict(state_dict)
-        self._coordinates, self._refresh_due, self._loaded = None, True, loaded
+        self._rule, self._active, self._refresh_due, self._loaded = None, None, True, loaded
 
     def _check_fits(self, loaded: Mapping[str, Any], group: ScalingGroup) -> None:
-        if "skeleton" not in loaded:
+        if "active" not in loaded:
             return
-        units = len(loaded["skeleton"]["active"])
+        units = len(loaded["active"])
         if units != group.num_units:
             raise ValueError(
                 f"The checkpoint was made with {units} units, this network has {group.num_units}: load it into the "
@@ -432,19 +421,22 @@ class EquivalentClassOptimizer(Optimizer):
             )
 
     def _restore(self, loaded: Mapping[str, Any]) -> None:
-        """Go on from a loaded state, in the very coordinates that were saved."""
+        """Go on from a loaded state as if training had not stopped."""
         assert self._group is not None
         self._check_fits(loaded, self._group)
         self._loaded = None
-        if "skeleton" in loaded:
-            skeleton = Skeleton.from_state_dict(loaded["skeleton"])
-            parameters = self._parameters()
-            coordinates = PathCoordinates(self._group.couplings, parameters, skeleton, loaded["free_start"])
-            coordinates.beta.copy_(loaded["beta"])
-            for entry, covector in self._covectors().items():
-                at_free = loaded["covectors"][entry].to(coordinates.beta)
-                coordinates.elements.write_(covector, torch.zeros_like(at_free), at_free)
-            self._use(coordinates)
+        if loaded.get("rule", self.rule) != self.rule:
+            return
+        if "rule" in loaded:
+            if self.rule == "unit":
+                self._rule = self._unit_rule()
+            else:
+                skeleton = Skeleton.from_state_dict(loaded["skeleton"])
+                start = float(loaded["free_start"])
+                self._rule = PathRule(self._group, self._parameters(), skeleton, start, self.max_path_ratio)
+            self._rule.load_state_dict(loaded, self._moments())
+        if "active" in loaded:
+            self._active = loaded["active"].cpu()
         self._steps_since_refresh = loaded["steps_since_refresh"]
         self._refresh_due = loaded["refresh_due"] or self._steps_since_refresh == self.refresh_interval
 
@@ -466,10 +458,10 @@ def check_base(optimizer: Optimizer) -> None:
             "The optimizer is an EquivalentClassOptimizer already: wrap it once, either in configure_optimizers "
             "(ec_sgd) or with the callback."
         )
-    if not isinstance(optimizer, SGD):
+    if not isinstance(optimizer, SGD | Adam | AdamW):
         raise TypeError(
-            f"EquivalentClassOptimizer wraps torch.optim.SGD, got {type(optimizer).__name__}: use SGD (with "
-            "momentum, if you like), or train without path coordinates."
+            f"EquivalentClassOptimizer wraps torch.optim.SGD, Adam and AdamW, got {type(optimizer).__name__}: use one "
+            "of them, or train without the equivalent-class space."
         )
     for options in optimizer.param_groups:
         for p in options["params"]:
@@ -483,13 +475,16 @@ def check_base(optimizer: Optimizer) -> None:
 
 def check_options(
     *,
-    skeleton: str,
-    max_path_ratio: float | None,
-    refresh_interval: int | None,
-    free_start: float,
-    representative: str,
+    rule: str = "unit",
+    refresh_interval: int | None = None,
+    representative: str = "balanced",
+    skeleton: str = "max",
+    max_path_ratio: float | None = None,
+    free_start: float = 1.0,
 ) -> None:
     """Raise ``ValueError`` for an option out of range."""
+    if rule not in ("unit", "path"):
+        raise ValueError(f"rule must be 'unit' or 'path', got {rule!r}")
     if skeleton not in ("max", "diagonal"):
         raise ValueError(f"skeleton must be 'max' or 'diagonal', got {skeleton!r}")
     if representative not in ("balanced", "current"):

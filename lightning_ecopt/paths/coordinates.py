@@ -166,7 +166,7 @@ class PathCoordinates:
 
     def scale_(self, tensors: Tensors, power: int) -> None:
         """Multiply every element into unit h by beta_h to the ``power``."""
-        factors = self.beta if power == 1 else self.beta.reciprocal()
+        factors = self.beta**power
         for coupling in self._scaled:
             tensor = tensors.get(coupling.parameter)
             if tensor is not None:
@@ -201,7 +201,7 @@ class PathCoordinates:
         return leave_
 
     def scale_momentum_(self, momentum: Tensors, power: int) -> None:
-        """As :meth:`scale_`, but the entries of skeleton weights stay as they are."""
+        """As :meth:`scale_`, for means of gradients or of their squares; the entries of skeleton weights stay."""
         at_fixed, at_free = self.elements.read(momentum)
         self.scale_(momentum, power)
         self.elements.write_(momentum, at_fixed, at_free)

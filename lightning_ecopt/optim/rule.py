@@ -1,0 +1,79 @@
+"""What makes a step of the base optimizer one in the equivalent-class space."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One entry of the base optimizer's state.
+
+    Args:
+        power: 1 for a mean of gradients, which is a covector; 2 for one of their squares.
+        tensors: by parameter name.
+    """
+
+    power: int
+    tensors: dict[str, Tensor]
+
+
+Moments = Mapping[str, Moment]
+
+
+@dataclass(frozen=True)
+class PathStatistics:
+    """Whether all is well in path coordinates, since the last refresh.
+
+    Args:
+        min_beta: smallest value of a path out of a unit, relative to the start.
+        max_beta: the largest.
+        guarded_paths: how often the guard limited the move of a path.
+        dormant_units: units without a path of non-zero elements, which are treated in weight space.
+    """
+
+    min_beta: float
+    max_beta: float
+    guarded_paths: int
+    dormant_units: int
+
+
+@dataclass(frozen=True)
+class UnitStatistics:
+    """Whether all is well with unit steps, since the last refresh.
+
+    Args:
+        clipped: share of the gradients of rows that were clipped.
+        dormant_units: units without a path of non-zero elements, which were not balanced.
+    """
+
+    clipped: float
+    dormant_units: int
+
+
+class Rule(Protocol):
+    """A rule is made at every refresh, when the weights are at their representative, and lives until the next."""
+
+    def gradients(self, weights: Tensors, gradients: Tensors) -> dict[str, Tensor]:
+        """What the base optimizer is shown instead of the gradients, as new tensors."""
+
+    def enter_(self, weights: Tensors, moments: Moments, average: Mapping[str, float]) -> Callable[[Moments], None]:
+        """Move weights and moments to where the base optimizer takes its step; returns the way back."""
+
+    def restart_(self, moments: Moments) -> None:
+        """Set to zero what the moments hold of directions that mean something under this rule alone."""
+
+    def statistics(self, dormant: int) -> PathStatistics | UnitStatistics:
+        """Whether all is well. Waits for the device."""
+
+    def state_dict(self, moments: Moments) -> dict[str, Any]:
+        """What the rule needs to go on, with what :meth:`restart_` would take out of the moments."""
+
+    def load_state_dict(self, state: Mapping[str, Any], moments: Moments) -> None:
+        """Go on from a saved state."""

@@ -1,0 +1,224 @@
+"""Steps relative to the unit that takes them.
+
+At the balanced member of the class, a *row* is all the elements of one parameter that lead into one value: a unit, or
+an output that is held fixed. With rho_h the root mean square of the n elements of row h, and g their gradient,
+
+    centred    g_e - 0.9 mean of g over the row
+    clipped    so that |g|^2 / n is at most v_h, its own running mean over about 100 steps
+    step       of row h: that of the base optimizer times s_h
+
+    SGD:   s_h = (1 - momentum) rho_h / sqrt(v_h)       lr is the relative length of a step
+    Adam:  s_h = rho_h / rho, rho that of all rows      lr keeps its meaning
+
+Why it depends on the class alone: the balanced member does, and everything above is a function of the weights and the
+gradients there. The relative step is that of Nero (Liu et al., "Learning by Turning", arXiv:2102.07227) without its
+projection: the norms are those of the last refresh, and balancing does what the projection would do.
+
+Why centred: the gradient of a row is the sum over the data of delta_h a, where a are the values that it reads. Behind a
+ReLU these are positive, so that by far the largest eigenvalue of E[a a^T], which is the metric of the row, belongs to
+their mean, at the balanced member close to the direction of equal entries. Dividing the gradient's component there by
+10 is a natural gradient for that rank-one part, at the price of one mean per row; to take it out altogether is gradient
+centralization (Yong et al., arXiv:2004.01461).
+
+Rows of one element (gains, biases) take a tenth of a step: of their own magnitude or, for what is added, of the norm of
+the weights into the same unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_ecopt.optim.rule import Moments, Tensors, UnitStatistics
+from lightning_ecopt.symmetry import Coupling, SegmentSum
+
+CENTRING = 0.9
+MEMORY = 0.99
+SINGLE = 0.1
+FLOOR = 0.1
+SAVED = ("rho", "reference", "second", "weight")
+
+
+class _Rows:
+    """The rows of one coupling: reductions over them, and what broadcasts to them."""
+
+    def __init__(self, coupling: Coupling, parameter: Tensor) -> None:
+        self.parameter = coupling.parameter
+        self.additive = coupling.additive
+        self.view = coupling.view
+        shape = coupling.view(parameter).shape
+        self.shape = (1,) * (len(shape) - coupling.incoming.ndim) + tuple(coupling.incoming.shape)
+        self.units = coupling.incoming.reshape(-1)
+        self.count = self.units.numel()
+        self.size = shape.numel() // max(self.count, 1)
+        self._axes = [axis for axis, (own, whole) in enumerate(zip(self.shape, shape, strict=True)) if own < whole]
+
+    @property
+    def single(self) -> bool:
+        """Whether a row is one element, which has no direction of its own."""
+        return self.size == 1 or self.additive
+
+    def norm(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """Norms of the rows, ``[count]``."""
+        view = self.view(tensor)
+        norm = torch.linalg.vector_norm(view, dim=self._axes, dtype=dtype) if self._axes else view.abs().to(dtype)
+        return norm.reshape(-1)
+
+    def mean(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """Means of the rows, ``[count]``."""
+        view = self.view(tensor)
+        return (view.mean(self._axes, dtype=dtype) if self._axes else view.to(dtype)).reshape(-1)
+
+
+class UnitRule:
+    """Scales the steps of a base optimizer by unit, from one refresh to the next.
+
+    Args:
+        couplings: of the scaling group; rows of parameters that are not among ``parameters`` are left out.
+        parameters: the base optimizer's own, by name, at the balanced member; all on one device.
+        normalized: whether the base's steps are of a size of their own, as those of Adam, or linear in gradients.
+        before: of the last refresh; its running second moments are taken over, and the reference for ``rho``.
+    """
+
+    def __init__(
+        self, couplings: Sequence[Coupling], parameters: Tensors, normalized: bool, before: UnitRule | None = None
+    ) -> None:
+        first = next(iter(parameters.values()))
+        widest = max((p.dtype for p in parameters.values()), key=lambda kind: torch.finfo(kind).bits)
+        self._dtype = torch.promote_types(torch.float32, widest)
+        self._normalized = normalized
+        self._rows = [_Rows(c, parameters[c.parameter]) for c in couplings if c.parameter in parameters]
+        self._counts = [rows.count for rows in self._rows]
+        self._size = self._spread([rows.size for rows in self._rows], first.device)
+        self._centring = self._spread([0.0 if rows.single else CENTRING for rows in self._rows], first.device)
+        self._clipped = torch.zeros((), dtype=torch.int64, device=first.device)
+        self._steps = 0
+        zero = torch.zeros_like(self._size)
+        self._second: Tensor = zero.clone() if before is None else before._second.clone()
+        self._weight: Tensor = zero if before is None else before._weight.clone()  # sum of those in the running mean
+        self._rho, reference = self._scales(parameters)
+        self._reference: Tensor = reference if before is None else before._reference
+
+    def _spread(self, values: Sequence[float], device: torch.device) -> Tensor:
+        """One value for each coupling, repeated for each of its rows: ``[R]``."""
+        counts = torch.tensor(self._counts)
+        return torch.tensor(values, dtype=self._dtype).repeat_interleave(counts).to(device)
+
+    def _scales(self, parameters: Tensors) -> tuple[Tensor, Tensor]:
+        """rho_h of all rows ``[R]``, with what stands for it in rows of one element; and that of all together."""
+        norms = [rows.norm(parameters[rows.parameter], self._dtype) for rows in self._rows]
+        proper = [(rows, norm) for rows, norm in zip(self._rows, norms, strict=True) if not rows.single and rows.count]
+        ones = self._size.new_ones(1)
+        squares = torch.cat([norm.square() for _, norm in proper] or [ones])
+        sizes = torch.cat([norm.new_full((rows.count,), rows.size) for rows, norm in proper] or [ones])
+        mean = (squares.sum() / sizes.sum()).sqrt()
+        mean_norm = squares.mean().sqrt()
+        into = [(rows.units, norm.square()) for rows, norm in zip(self._rows, norms, strict=True) if not rows.additive]
+        units = torch.cat([units for units, _ in into]) if into else torch.zeros(0, dtype=torch.int64)
+        num_units = int(max((rows.units.max() for rows in self._rows if rows.count), default=-1)) + 1
+        total = SegmentSum(units % (num_units + 1), num_units + 1)
+        of_unit = total(torch.cat([square for _, square in into])).sqrt() if into else mean_norm.expand(num_units + 1)
+        of_unit = torch.cat([of_unit[:-1], mean_norm[None]])  # the last stands for what leads into no unit
+        scales = []
+        for rows, norm in zip(self._rows, norms, strict=True):
+            if rows.single:
+                own = of_unit[rows.units.to(of_unit.device)] if rows.additive else norm
+                scales.append(SINGLE * torch.maximum(own, FLOOR * mean_norm))
+            else:
+                scales.append(torch.maximum(norm / rows.size**0.5, FLOOR * mean))
+        return torch.cat(scales), mean
+
+    def gradients(self, weights: Tensors, gradients: Tensors) -> dict[str, Tensor]:
+        """Centred and clipped gradients, as new tensors; the running second moments take note of them."""
+        result = {name: gradient.clone() for name, gradient in gradients.items()}
+        zero = self._size.new_zeros(1)
+        mean = torch.cat(
+            [
+                rows.mean(result[rows.parameter], self._dtype) if rows.parameter in result else zero.expand(rows.count)
+                for rows in self._rows
+            ]
+        )
+        norm = torch.cat(
+            [
+                rows.norm(result[rows.parameter], self._dtype) if rows.parameter in result else zero.expand(rows.count)
+                for rows in self._rows
+            ]
+        )
+        # |g - c m|^2 = |g|^2 - n m^2 (1 - (1 - c)^2)
+        shift = self._centring * mean
+        second = norm.square() / self._size - mean.square() * (1 - (1 - self._centring).square())
+        second = second.clamp(min=0) * self._rho.square()  # relative: what a refresh does not change
+        known = second.isfinite()
+        if len(result) < len({rows.parameter for rows in self._rows}):
+            known &= self._spread([rows.parameter in result for rows in self._rows], known.device) > 0
+        self._second = torch.where(known, self._second.lerp(second, 1 - MEMORY), self._second)
+        self._weight = torch.where(known, self._weight * MEMORY + (1 - MEMORY), self._weight)
+        limit = self._second / self._weight
+        factor = torch.where(second > limit, (limit / second).sqrt(), 1.0)
+        self._clipped += (factor < 1).sum()
+        self._steps += 1
+        for rows, less, times in zip(self._rows, shift.split(self._counts), factor.split(self._counts), strict=True):
+            gradient = result.get(rows.parameter)
+            if gradient is not None:
+                view = rows.view(gradient)
+                if not rows.single:
+                    view.sub_(less.view(rows.shape).to(view.dtype))
+                view.mul_(times.view(rows.shape).to(view.dtype))
+        return result
+
+    def enter_(self, weights: Tensors, moments: Moments, average: Mapping[str, float]) -> Callable[[Moments], None]:
+        """Divide the weights by s_h, so that a step of the base optimizer becomes one of s_h times its length.
+
+        Args:
+            weights: by parameter name.
+            moments: stay in weight space.
+            average: for each parameter, what makes an average of the base's momentum: 1 - momentum for SGD.
+        """
+        if self._normalized:
+            scale = self._rho / self._reference
+        else:
+            deviation = (self._second / self._weight).sqrt()
+            factors = [average[rows.parameter] for rows in self._rows]
+            constant = factors[0] if len(set(factors)) == 1 else self._spread(factors, self._rho.device)
+            scale = torch.where(deviation > 0, constant * self._rho.square() / deviation, 1.0)
+        parts = [
+            (rows.view(weights[rows.parameter]), part.view(rows.shape))
+            for rows, part in zip(self._rows, scale.split(self._counts), strict=True)
+        ]
+        for view, part in parts:
+            view.div_(part.to(view.dtype))
+
+        def leave_(moments: Moments) -> None:
+            for view, part in parts:
+                view.mul_(part.to(view.dtype))
+
+        return leave_
+
+    def restart_(self, moments: Moments) -> None:
+        """Nothing: moments are those of the gradients of weights."""
+
+    def statistics(self, dormant: int) -> UnitStatistics:
+        """How much was clipped."""
+        return UnitStatistics(int(self._clipped) / max(1, self._steps * len(self._size)), dormant)
+
+    def state_dict(self, moments: Moments) -> dict[str, Any]:
+        """Tensors ``[R]`` over the rows, and the reference."""
+        return {name: getattr(self, f"_{name}").clone() for name in SAVED}
+
+    def load_state_dict(self, state: Mapping[str, Any], moments: Moments) -> None:
+        """Take over the state of a checkpoint.
+
+        Raises:
+            ValueError: if it is of other rows.
+        """
+        for name in SAVED:
+            own = getattr(self, f"_{name}")
+            if state[name].shape != own.shape:
+                raise ValueError(
+                    f"The checkpoint was made with {len(state['rho'])} rows of weights, this optimizer has "
+                    f"{len(self._rho)}: load it into the network and the parameter groups that it was made with."
+                )
+            own.copy_(state[name])
