@@ -72,7 +72,7 @@ class EquivalentClassOptimization(Callback):
         representative: Literal["balanced", "current"] = "balanced",
         skeleton: Literal["max", "diagonal"] = "max",
         max_path_ratio: float | None = 2.0,
-        free_start: float = 1.0,
+        free_start: float = 2.0,
         verbose: bool = True,
         log: bool = True,
     ) -> None:

@@ -5,8 +5,8 @@ steps. Its best rate is the one with the best mean validation accuracy; with tha
 a start whose hidden units are rescaled by exp(N(0, 1)). Test images are looked at after the choice. Every run is one
 line of JSON, and runs whose line is there are not repeated::
 
-    python examples/benchmarks/accuracy.py run --data FOLDER --out results.jsonl --jobs 2
-    python examples/benchmarks/accuracy.py report results.jsonl --out examples/benchmarks
+    python examples/benchmarks/accuracy.py --data FOLDER --out results.jsonl --jobs 2
+    python examples/benchmarks/report.py results.jsonl --out FOLDER
 
 FOLDER holds ``mnist.npz`` and ``cifar10.npz`` in Keras layout, or torchvision's copies. ``--scale full`` is the grid
 for a GPU, ``--grid settings.yaml`` the one that the defaults were chosen by.
@@ -40,6 +40,7 @@ import peers  # noqa: E402
 import tasks  # noqa: E402
 
 POINTS = 20  # of a training curve
+HOPELESS = 10.0  # per cent of accuracy below the best rate, where the search ends
 
 
 @dataclass(frozen=True)
@@ -311,28 +312,51 @@ def mean(values: Iterable[float]) -> float:
     return sum(values) / len(values)
 
 
-def best_rate(grid: Grid, task: str, contender: str, results: Mapping[Run, Result]) -> float:
-    """The rate of best mean validation accuracy over the seeds of the search."""
-
-    def score(rate: float) -> float:
-        return mean(results[Run(task, contender, rate, seed)].validation for seed in range(grid.search_seeds))
-
-    return max(grid.rates, key=score)
+def score(grid: Grid, task: str, contender: str, rate: float, results: Mapping[Run, Result]) -> float | None:
+    """Mean validation accuracy over the seeds of the search; ``None`` where one is missing."""
+    runs = [Run(task, contender, rate, seed) for seed in range(grid.search_seeds)]
+    return mean(results[run].validation for run in runs) if all(run in results for run in runs) else None
 
 
-def searches(grid: Grid, task: str) -> Iterator[Run]:
-    """The runs that rates are chosen by."""
+def search(
+    grid: Grid, task: str, contender: str, results: Mapping[Run, Result]
+) -> tuple[dict[float, float], set[float]]:
+    """The scores of the rates that were tried, and the rates to try next.
+
+    From the middle of the grid outwards; a direction ends where a rate is ``HOPELESS`` worse than the best.
+    """
+    rates = sorted(grid.rates)
+    scores = {rate: found for rate in rates if (found := score(grid, task, contender, rate, results)) is not None}
+    middle = len(rates) // 2
+    following = set()
+    for direction in (rates[middle:], rates[: middle + 1][::-1]):
+        for rate in direction:
+            if rate not in scores:
+                following.add(rate)
+                break
+            if scores[rate] < max(scores.values()) - HOPELESS:
+                break
+    return scores, following
+
+
+def searches(grid: Grid, task: str, results: Mapping[Run, Result]) -> Iterator[Run]:
+    """The next runs by which rates are chosen, until there are none."""
     for seed in range(grid.search_seeds):
         for contender in grid.of(task):
-            for rate in grid.rates:
+            for rate in search(grid, task, contender, results)[1]:
                 yield Run(task, contender, rate, seed)
+
+
+def best_rate(scores: Mapping[float, float]) -> float:
+    """The rate of the best score."""
+    return max(scores, key=lambda rate: scores[rate])
 
 
 def finals(grid: Grid, task: str, results: Mapping[Run, Result]) -> Iterator[Run]:
     """The runs at the chosen rates."""
     for seed in range(grid.seeds):
         for contender in grid.of(task):
-            rate = best_rate(grid, task, contender, results)
+            rate = best_rate(search(grid, task, contender, results)[0])
             yield Run(task, contender, rate, seed)
             if grid.contenders[contender].rescaled:
                 yield Run(task, contender, rate, seed, scale=1.0)
@@ -365,46 +389,45 @@ def run_grid(grid: Grid, folder: str, out: Path, jobs: int, device: str) -> None
     with out.open("a") as file, multiprocessing.get_context("spawn").Pool(jobs) as pool:
         file.write(json.dumps(conditions(torch.device(device))) + "\n")
         for name, task in grid.tasks.items():
-            for stage in (searches(grid, name), finals(grid, name, results)):
-                missing = [run for run in stage if run not in results]
-                work = [
-                    (run, task, grid.contenders[run.contender], grid.warmup, folder, device, threads) for run in missing
-                ]
-                for number, result in enumerate(pool.imap_unordered(_work, work), 1):
-                    results[result.run] = result
-                    file.write(json.dumps(asdict(result)) + "\n")
-                    file.flush()
-                    print(
-                        f"{name} {number}/{len(work)}: {result.run.contender}, rate {result.run.rate:g}, "
-                        f"seed {result.run.seed}: {result.validation:.1f} %",
-                        flush=True,
-                    )
+            for stage in (searches, finals):
+                while missing := [run for run in stage(grid, name, results) if run not in results]:
+                    work = [
+                        (run, task, grid.contenders[run.contender], grid.warmup, folder, device, threads)
+                        for run in missing
+                    ]
+                    for number, result in enumerate(pool.imap_unordered(_work, work), 1):
+                        results[result.run] = result
+                        file.write(json.dumps(asdict(result)) + "\n")
+                        file.flush()
+                        print(
+                            f"{name} {number}/{len(work)}: {result.run.contender}, rate {result.run.rate:g}, "
+                            f"seed {result.run.seed}: {result.validation:.1f} %",
+                            flush=True,
+                        )
+
+
+def add_grid_options(parser: argparse.ArgumentParser) -> None:
+    """``--scale`` and ``--grid``."""
+    parser.add_argument("--scale", choices=("default", "full"), default="default", help="which of the two grids")
+    parser.add_argument("--grid", type=Path, help="another grid, in YAML")
+
+
+def chosen_grid(arguments: argparse.Namespace) -> Grid:
+    """The grid that the options name."""
+    return Grid.read(arguments.grid or HERE / f"{arguments.scale}.yaml")
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    runner = commands.add_parser("run", help="train what is missing")
-    runner.add_argument("--data", required=True, help="folder of the data")
-    runner.add_argument("--out", type=Path, required=True, help="file of JSON lines")
-    runner.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    runner.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    reporter = commands.add_parser("report", help="tables and figure of what was trained")
-    reporter.add_argument("results", type=Path, help="file of JSON lines")
-    reporter.add_argument("--out", type=Path, default=Path(), help="folder for results.md and accuracy.png")
-    for command in (runner, reporter):
-        command.add_argument("--scale", choices=("default", "full"), default="default", help="which of the two grids")
-        command.add_argument("--grid", type=Path, help="a grid of your own, in YAML")
+    parser.add_argument("--data", required=True, help="folder of the data")
+    parser.add_argument("--out", type=Path, required=True, help="file of JSON lines")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_grid_options(parser)
     arguments = parser.parse_args()
     try:
-        grid = Grid.read(arguments.grid or HERE / f"{arguments.scale}.yaml")
-        if arguments.command == "run":
-            run_grid(grid, arguments.data, arguments.out, arguments.jobs, arguments.device)
-        else:
-            from report import write_report
-
-            write_report(grid, arguments.results, arguments.out)
+        run_grid(chosen_grid(arguments), arguments.data, arguments.out, arguments.jobs, arguments.device)
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
 

@@ -85,7 +85,7 @@ class EquivalentClassOptimizer(Optimizer):
         representative: str = "balanced",
         skeleton: str = "max",
         max_path_ratio: float | None = 2.0,
-        free_start: float = 1.0,
+        free_start: float = 2.0,
     ) -> None:
         check_options(
             rule=rule,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_ecopt import EquivalentClassOptimizer, scaling_group
 from tests.networks import DenseNet, ResidualMLP, ResNet, mlp, plain_cnn
-from tests.optim.training import distance, ec_sgd, rescaled, train
+from tests.optim.training import RULES, distance, ec_sgd, rescaled, train
 
 BUILD: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int, float]] = {
     "mlp": (lambda: mlp(6, 8, 8, 3, activation=nn.PReLU), (6,), 3, 0.02),
@@ -50,7 +50,10 @@ def fell(losses: list[float]) -> bool:
         ("dense", False, {}),
     ],
 )
-def test_training_depends_on_the_class_alone(name: str, regression: bool, options: dict[str, Any]) -> None:
+@RULES
+def test_training_depends_on_the_class_alone(
+    rule: str, name: str, regression: bool, options: dict[str, Any]
+) -> None:
     torch.manual_seed(3)
     build, shape, outputs, lr = BUILD[name]
     module = build().double()
@@ -61,7 +64,7 @@ def test_training_depends_on_the_class_alone(name: str, regression: bool, option
     sgd = {"lr": lr, "momentum": 0.9, "weight_decay": 1e-3, **options}
     pair = copy.deepcopy(module), copy.deepcopy(other)
     for one in pair:
-        losses = train(one, ec_sgd(one, x, wrapper={"refresh_interval": 37}, **sgd), x, y, range(200))
+        losses = train(one, ec_sgd(one, x, rule=rule, wrapper={"refresh_interval": 37}, **sgd), x, y, range(200))
         assert fell(losses)
     assert distance(*pair, x) < 1e-8
 
@@ -72,14 +75,15 @@ def test_training_depends_on_the_class_alone(name: str, regression: bool, option
     assert not distance(*plain, x) < 1e-2
 
 
+@RULES
 @pytest.mark.parametrize("name", ["mlp", "residual"])
-def test_training_depends_on_the_class_alone_when_it_is_rescaled_on_the_way(name: str) -> None:
+def test_training_depends_on_the_class_alone_when_it_is_rescaled_on_the_way(name: str, rule: str) -> None:
     torch.manual_seed(5)
     build, shape, outputs, lr = BUILD[name]
     module = build().double()
     x, y = data(shape, outputs, regression=True)
     other = copy.deepcopy(module)
-    first, second = (ec_sgd(one, x, lr=lr, momentum=0.9) for one in (module, other))
+    first, second = (ec_sgd(one, x, rule=rule, lr=lr, momentum=0.9) for one in (module, other))
     for start in (0, 15, 30):
         for one, optimizer in ((module, first), (other, second)):
             train(one, optimizer, x, y, range(start, start + 15))
@@ -89,7 +93,7 @@ def test_training_depends_on_the_class_alone_when_it_is_rescaled_on_the_way(name
     assert distance(module, other, x) < 1e-9
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 10**6),
     widths=st.lists(st.integers(1, 7), min_size=1, max_size=3),
@@ -102,6 +106,7 @@ def test_training_depends_on_the_class_alone_when_it_is_rescaled_on_the_way(name
     max_path_ratio=st.sampled_from([1.01, 2.0]),
     free_start=st.sampled_from([0.5, 1.0, 4.0]),
     spread=st.floats(0.1, 2.0),
+    rule=st.sampled_from(["unit", "path"]),
 )
 def test_a_run_of_any_mlp_with_any_options_depends_on_the_class_alone(
     seed: int,
@@ -115,6 +120,7 @@ def test_a_run_of_any_mlp_with_any_options_depends_on_the_class_alone(
     max_path_ratio: float,
     free_start: float,
     spread: float,
+    rule: str,
 ) -> None:
     torch.manual_seed(seed)
     module = mlp(3, *widths, 2, activation=activation, bias=bias).double()
@@ -128,18 +134,19 @@ def test_a_run_of_any_mlp_with_any_options_depends_on_the_class_alone(
     wrapper = {"refresh_interval": refresh_interval, "max_path_ratio": max_path_ratio, "free_start": free_start}
     start = copy.deepcopy(module)
     for one in (module, other):
-        train(one, ec_sgd(one, x, wrapper=wrapper, **options), x, y, range(20))
+        train(one, ec_sgd(one, x, rule=rule, wrapper=wrapper, **options), x, y, range(20))
     assert distance(module, other, x) < 1e-8
     assert distance(start, module, x) > 1e-6
 
 
-def test_staying_at_the_current_weights_is_not_invariant() -> None:
+@RULES
+def test_staying_at_the_current_weights_is_not_invariant(rule: str) -> None:
     torch.manual_seed(0)
     module = mlp(4, 6, 2).double()
     x, y = data((4,), 2, regression=True)
     other = rescaled(module, x)
     for one in (module, other):
         base = torch.optim.SGD(one.parameters(), lr=0.01)
-        optimizer = EquivalentClassOptimizer(base, scaling_group(one, x), representative="current")
+        optimizer = EquivalentClassOptimizer(base, scaling_group(one, x), rule=rule, representative="current")
         train(one, optimizer, x, y, range(20))
     assert distance(module, other, x) > 1e-3

@@ -109,11 +109,12 @@ def test_training_agrees_with_the_papers_own_algorithm(layers: int, momentum: fl
     optimizer = EquivalentClassOptimizer(
         torch.optim.SGD(module.parameters(), lr=lr, momentum=momentum),
         group,
-        skeleton="diagonal",
-        free_start=1.0,
-        representative="current",
-        max_path_ratio=None,
+        rule="path",
         refresh_interval=None,
+        representative="current",
+        skeleton="diagonal",
+        max_path_ratio=None,
+        free_start=1.0,
     )
     start = path_values(linear_weights(module), paths)
     for _ in range(50):

@@ -5,11 +5,15 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_ecopt import EquivalentClassOptimizer, scaling_group
+
+#: For what does not depend on how a step is taken.
+RULES = pytest.mark.parametrize("rule", ["unit", "path"])
 
 
 def batches(x: Tensor, y: Tensor, step: int, size: int = 8) -> tuple[Tensor, Tensor]:
@@ -37,11 +41,11 @@ def train(module: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Ten
 
 
 def ec_sgd(
-    module: nn.Module, x: Tensor, *, wrapper: dict[str, Any] | None = None, **options: Any
+    module: nn.Module, x: Tensor, *, rule: str = "unit", wrapper: dict[str, Any] | None = None, **options: Any
 ) -> EquivalentClassOptimizer:
-    """SGD with ``options`` in path coordinates."""
+    """SGD with ``options`` in the equivalent-class space."""
     base = torch.optim.SGD(module.parameters(), **options)
-    return EquivalentClassOptimizer(base, scaling_group(module, x), **(wrapper or {}))
+    return EquivalentClassOptimizer(base, scaling_group(module, x), **{"rule": rule, **(wrapper or {})})
 
 
 def rescaled(module: nn.Module, x: Tensor, spread: float = 1.0) -> nn.Module:

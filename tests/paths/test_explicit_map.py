@@ -131,6 +131,7 @@ def compare_runs(
     optimizer = EquivalentClassOptimizer(
         sgd(dict(module.named_parameters()), lr, two_groups, **options),
         scaling_group(module, x),
+        rule="path",
         refresh_interval=None,
         max_path_ratio=max_ratio,
         free_start=free_start,
