@@ -1,9 +1,9 @@
 """When and why does optimisation in the equivalent-class space train better?
 
-Every contender is trained on every task at every rate of one common grid, with the same schedule and the same number of
-steps. Its best rate is the one with the best mean validation accuracy; with that it is trained on more seeds, and from
-a start whose hidden units are rescaled by exp(N(0, 1)). Test images are looked at after the choice. Every run is one
-line of JSON, and runs whose line is there are not repeated::
+Every contender is trained on every task at the rates of one common grid, refined around its best, with the same
+schedule and number of steps. The best rate is the one of the best mean validation accuracy; with it more seeds are
+trained, and starts whose hidden units are rescaled by exp(N(0, 1)). Test images play no part in any choice. Every run
+is one line of JSON, and runs whose line is there are not repeated::
 
     python examples/benchmarks/accuracy.py --data FOLDER --out results.jsonl --jobs 2
     python examples/benchmarks/report.py results.jsonl --out FOLDER
@@ -15,6 +15,7 @@ for a GPU, ``--grid settings.yaml`` the one that the defaults were chosen by.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import multiprocessing
@@ -40,7 +41,7 @@ import peers  # noqa: E402
 import tasks  # noqa: E402
 
 POINTS = 20  # of a training curve
-HOPELESS = 10.0  # per cent of accuracy below the best rate, where the search ends
+HOPELESS = 5.0  # per cent of accuracy below the best rate, where the search ends
 
 
 @dataclass(frozen=True)
@@ -323,20 +324,30 @@ def search(
 ) -> tuple[dict[float, float], set[float]]:
     """The scores of the rates that were tried, and the rates to try next.
 
-    From the middle of the grid outwards; a direction ends where a rate is ``HOPELESS`` worse than the best.
+    From the middle of the grid outwards; a direction ends where a rate is ``HOPELESS`` worse than the best. Then the
+    best is refined: the rates half-way (of the logarithms) to its two neighbours are tried as well.
     """
+    scores = {
+        rate: found
+        for rate in {run.rate for run in results if (run.task, run.contender) == (task, contender)}
+        if (found := score(grid, task, contender, rate, results)) is not None
+    }
     rates = sorted(grid.rates)
-    scores = {rate: found for rate in rates if (found := score(grid, task, contender, rate, results)) is not None}
     middle = len(rates) // 2
     following = set()
     for direction in (rates[middle:], rates[: middle + 1][::-1]):
-        for rate in direction:
+        for number, rate in enumerate(direction):
             if rate not in scores:
                 following.add(rate)
                 break
-            if scores[rate] < max(scores.values()) - HOPELESS:
+            hopeless = scores[rate] < max(scores.values()) - HOPELESS
+            if hopeless and best_rate(scores) not in direction[number:]:
                 break
-    return scores, following
+    if not following:
+        best = max(range(len(rates)), key=lambda k: scores.get(rates[k], -math.inf))
+        around = [rates[k] for k in (best - 1, best + 1) if 0 <= k < len(rates)]
+        following = {float(f"{math.sqrt(rates[best] * rate):.2g}") for rate in around} - set(scores)
+    return dict(sorted(scores.items())), following
 
 
 def searches(grid: Grid, task: str, results: Mapping[Run, Result]) -> Iterator[Run]:
@@ -386,7 +397,10 @@ def run_grid(grid: Grid, folder: str, out: Path, jobs: int, device: str) -> None
     """All runs of the grid that are not in ``out`` yet, ``jobs`` at a time."""
     results = read_results(out)
     threads = max(1, torch.get_num_threads() // jobs)
-    with out.open("a") as file, multiprocessing.get_context("spawn").Pool(jobs) as pool:
+    with out.open("a") as file, contextlib.ExitStack() as stack:
+        over: Callable[..., Iterator[Result]] = map
+        if jobs > 1:
+            over = stack.enter_context(multiprocessing.get_context("spawn").Pool(jobs)).imap_unordered
         file.write(json.dumps(conditions(torch.device(device))) + "\n")
         for name, task in grid.tasks.items():
             for stage in (searches, finals):
@@ -395,7 +409,7 @@ def run_grid(grid: Grid, folder: str, out: Path, jobs: int, device: str) -> None
                         (run, task, grid.contenders[run.contender], grid.warmup, folder, device, threads)
                         for run in missing
                     ]
-                    for number, result in enumerate(pool.imap_unordered(_work, work), 1):
+                    for number, result in enumerate(over(_work, work), 1):
                         results[result.run] = result
                         file.write(json.dumps(asdict(result)) + "\n")
                         file.flush()

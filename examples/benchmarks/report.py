@@ -21,7 +21,6 @@ from scipy import stats
 sys.path.insert(0, str(Path(__file__).parent))
 
 from accuracy import (
-    HOPELESS,
     Grid,
     Result,
     Run,
@@ -137,15 +136,13 @@ def task_table(grid: Grid, outcomes: Mapping[str, Outcome], target: float) -> li
     return lines
 
 
-def rate_table(grid: Grid, outcomes: Mapping[str, Outcome]) -> list[str]:
+def rate_table(outcomes: Mapping[str, Outcome]) -> list[str]:
     """Mean validation accuracy at every rate."""
-    lines = [
-        "| contender | " + " | ".join(f"{rate:g}" for rate in grid.rates) + " |",
-        "|---|" + "---|" * len(grid.rates),
-    ]
+    rates = sorted({rate for outcome in outcomes.values() for rate in outcome.by_rate})
+    lines = ["| contender | " + " | ".join(f"{rate:g}" for rate in rates) + " |", "|---|" + "---|" * len(rates)]
     for name, outcome in outcomes.items():
         best = max(outcome.by_rate.values())
-        values = [outcome.by_rate.get(rate) for rate in grid.rates]
+        values = [outcome.by_rate.get(rate) for rate in rates]
         cells = ["" if v is None else f"**{v:.1f}**" if v == best else f"{v:.1f}" for v in values]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
@@ -230,9 +227,9 @@ def write_report(grid: Grid, results_path: Path, folder: Path) -> None:
         if missing:
             lines += [f"Not run: {', '.join(missing)}.", ""]
         lines += [
-            f"Validation accuracy by learning rate (empty: beyond one {HOPELESS:g} % below the best):",
+            "Validation accuracy by learning rate (empty: not tried):",
             "",
-            *rate_table(grid, outcomes),
+            *rate_table(outcomes),
             "",
         ]
     folder.mkdir(parents=True, exist_ok=True)

@@ -265,6 +265,7 @@ class EquivalentClassOptimizer(Optimizer):
                     self.optimizer.step()
                 finally:  # also when it fails: nothing may stay behind in other coordinates
                     leave_(self._moments())
+            self._rule.accept()
         return loss
 
     def _parameters(self) -> dict[str, Tensor]:
@@ -339,7 +340,7 @@ class EquivalentClassOptimizer(Optimizer):
             for moment in moments.values():
                 group.rescale_(moment.tensors, log_scale, power=-moment.power)
         if self.rule == "unit":
-            self._rule = self._unit_rule(before if isinstance(before, UnitRule) else None)
+            self._rule = before or self._unit_rule()
         else:
             # Units of other optimizers are as ground; dormant ones are not, for no path leads through them.
             own = [coupling.restricted(self._own | ~alive) for coupling in group.couplings]
@@ -347,11 +348,14 @@ class EquivalentClassOptimizer(Optimizer):
             self._rule = PathRule(group, parameters, skeleton, self.free_start, self.max_path_ratio)
             self._rule.restart_(moments)
 
-    def _unit_rule(self, before: UnitRule | None = None) -> UnitRule:
+    def _unit_rule(self) -> UnitRule:
         assert self._group is not None
         numbers = self._numbers()
         own = {name: p for name, p in self._parameters().items() if name in numbers}
-        return UnitRule(self._group.couplings, own, not isinstance(self.optimizer, SGD), before)
+        momentum = self._moments().get("momentum_buffer", Moment(1, {})).tensors
+        average = self._averaging()
+        means = {name: average[name] * value for name, value in momentum.items() if name in own}
+        return UnitRule(self._group.couplings, own, not isinstance(self.optimizer, SGD), means)
 
     def _leave_rule(self) -> Rule | None:
         """Back to weight space; returns the rule that was left."""
@@ -448,7 +452,7 @@ class EquivalentClassOptimizer(Optimizer):
 
 
 def check_base(optimizer: Optimizer) -> None:
-    """Raise unless ``optimizer`` can be run in path coordinates.
+    """Raise unless ``optimizer`` can be run in the equivalent-class space.
 
     Raises:
         TypeError: with what to do instead.

@@ -50,6 +50,9 @@ class PathRule:
 
         return leave_
 
+    def accept(self) -> None:
+        """Nothing: the way back has moved beta."""
+
     def restart_(self, moments: Moments) -> None:
         """Start anew at the skeleton weights.
 

@@ -46,7 +46,7 @@ class PathStatistics:
 
 @dataclass(frozen=True)
 class UnitStatistics:
-    """Whether all is well with unit steps, since the last refresh.
+    """Whether all is well with unit steps, since the start.
 
     Args:
         clipped: share of the gradients of rows that were clipped.
@@ -58,13 +58,16 @@ class UnitStatistics:
 
 
 class Rule(Protocol):
-    """A rule is made at every refresh, when the weights are at their representative, and lives until the next."""
+    """A rule is made at a refresh, when the weights are at their representative."""
 
     def gradients(self, weights: Tensors, gradients: Tensors) -> dict[str, Tensor]:
         """What the base optimizer is shown instead of the gradients, as new tensors."""
 
     def enter_(self, weights: Tensors, moments: Moments, average: Mapping[str, float]) -> Callable[[Moments], None]:
         """Move weights and moments to where the base optimizer takes its step; returns the way back."""
+
+    def accept(self) -> None:
+        """The base optimizer's step has been taken without an error."""
 
     def restart_(self, moments: Moments) -> None:
         """Set to zero what the moments hold of directions that mean something under this rule alone."""

@@ -12,7 +12,8 @@ an output that is held fixed. With rho_h the root mean square of the n elements 
 
 Why it depends on the class alone: the balanced member does, and everything above is a function of the weights and the
 gradients there. The relative step is that of Nero (Liu et al., "Learning by Turning", arXiv:2102.07227) without its
-projection: the norms are those of the last refresh, and balancing does what the projection would do.
+projection: rho is that of the start, which fixes the lengths of steps as the projection would, and balancing
+takes care of the rest.
 
 Why centred: the gradient of a row is the sum over the data of delta_h a, where a are the values that it reads. Behind a
 ReLU these are positive, so that by far the largest eigenvalue of E[a a^T], which is the metric of the row, belongs to
@@ -73,22 +74,32 @@ class _Rows:
         return (view.mean(self._axes, dtype=dtype) if self._axes else view.to(dtype)).reshape(-1)
 
 
+def _bounded(scale: Tensor, mean: Tensor) -> Tensor:
+    """Scales that are not too far below their mean; what is zero, and has no scale of its own, is like the mean."""
+    return torch.where(scale > 0, torch.maximum(scale, FLOOR * mean), mean)
+
+
 class UnitRule:
-    """Scales the steps of a base optimizer by unit, from one refresh to the next.
+    """Scales the steps of a base optimizer by unit.
+
+    The magnitudes rho are those of the start: were they taken anew at each refresh, norms and steps would drive each
+    other up, exponentially in the number of epochs.
 
     Args:
         couplings: of the scaling group; rows of parameters that are not among ``parameters`` are left out.
         parameters: the base optimizer's own, by name, at the balanced member; all on one device.
         normalized: whether the base's steps are of a size of their own, as those of Adam, or linear in gradients.
-        before: of the last refresh; its running second moments are taken over, and the reference for ``rho``.
+        means: of gradients, by name, as far as the base holds some already; the running second moments start with them.
     """
 
     def __init__(
-        self, couplings: Sequence[Coupling], parameters: Tensors, normalized: bool, before: UnitRule | None = None
+        self, couplings: Sequence[Coupling], parameters: Tensors, normalized: bool, means: Tensors | None = None
     ) -> None:
         first = next(iter(parameters.values()))
-        widest = max((p.dtype for p in parameters.values()), key=lambda kind: torch.finfo(kind).bits)
-        self._dtype = torch.promote_types(torch.float32, widest)
+        dtypes = sorted({p.dtype for p in parameters.values()}, key=lambda kind: torch.finfo(kind).bits)
+        self._dtype = torch.promote_types(torch.float32, dtypes[-1])
+        # Gradients below do not count, so that scales and what they are divided into stay within the range.
+        self._tiny = torch.finfo(dtypes[0]).tiny ** 0.75
         self._normalized = normalized
         self._rows = [_Rows(c, parameters[c.parameter]) for c in couplings if c.parameter in parameters]
         self._counts = [rows.count for rows in self._rows]
@@ -96,16 +107,26 @@ class UnitRule:
         self._centring = self._spread([0.0 if rows.single else CENTRING for rows in self._rows], first.device)
         self._clipped = torch.zeros((), dtype=torch.int64, device=first.device)
         self._steps = 0
-        zero = torch.zeros_like(self._size)
-        self._second: Tensor = zero.clone() if before is None else before._second.clone()
-        self._weight: Tensor = zero if before is None else before._weight.clone()  # sum of those in the running mean
-        self._rho, reference = self._scales(parameters)
-        self._reference: Tensor = reference if before is None else before._reference
+        self._second = (1 - MEMORY) * self._collect("norm", means or {}).square() / self._size
+        self._weight = torch.where(self._second > 0, 1 - MEMORY, 0.0)  # sum of the weights in the running mean
+        self._next = (self._second, self._weight, self._clipped)
+        self._rho, self._reference = self._scales(parameters)
 
     def _spread(self, values: Sequence[float], device: torch.device) -> Tensor:
         """One value for each coupling, repeated for each of its rows: ``[R]``."""
         counts = torch.tensor(self._counts)
         return torch.tensor(values, dtype=self._dtype).repeat_interleave(counts).to(device)
+
+    def _collect(self, reduction: str, tensors: Tensors) -> Tensor:
+        """A reduction of all rows, ``[R]``; zero for tensors that there are not."""
+        zero = self._size.new_zeros(1)
+        parts = [
+            getattr(rows, reduction)(tensors[rows.parameter], self._dtype)
+            if rows.parameter in tensors
+            else zero.expand(rows.count)
+            for rows in self._rows
+        ]
+        return torch.cat([*parts, zero])[:-1]
 
     def _scales(self, parameters: Tensors) -> tuple[Tensor, Tensor]:
         """rho_h of all rows ``[R]``, with what stands for it in rows of one element; and that of all together."""
@@ -126,40 +147,27 @@ class UnitRule:
         for rows, norm in zip(self._rows, norms, strict=True):
             if rows.single:
                 own = of_unit[rows.units.to(of_unit.device)] if rows.additive else norm
-                scales.append(SINGLE * torch.maximum(own, FLOOR * mean_norm))
+                scales.append(SINGLE * _bounded(own, mean_norm))
             else:
-                scales.append(torch.maximum(norm / rows.size**0.5, FLOOR * mean))
+                scales.append(_bounded(norm / rows.size**0.5, mean))
         return torch.cat(scales), mean
 
     def gradients(self, weights: Tensors, gradients: Tensors) -> dict[str, Tensor]:
-        """Centred and clipped gradients, as new tensors; the running second moments take note of them."""
+        """Centred and clipped gradients, as new tensors."""
         result = {name: gradient.clone() for name, gradient in gradients.items()}
-        zero = self._size.new_zeros(1)
-        mean = torch.cat(
-            [
-                rows.mean(result[rows.parameter], self._dtype) if rows.parameter in result else zero.expand(rows.count)
-                for rows in self._rows
-            ]
-        )
-        norm = torch.cat(
-            [
-                rows.norm(result[rows.parameter], self._dtype) if rows.parameter in result else zero.expand(rows.count)
-                for rows in self._rows
-            ]
-        )
+        mean, norm = self._collect("mean", result), self._collect("norm", result)
         # |g - c m|^2 = |g|^2 - n m^2 (1 - (1 - c)^2)
         shift = self._centring * mean
         second = norm.square() / self._size - mean.square() * (1 - (1 - self._centring).square())
-        second = second.clamp(min=0) * self._rho.square()  # relative: what a refresh does not change
+        second = second.clamp(min=0)
         known = second.isfinite()
         if len(result) < len({rows.parameter for rows in self._rows}):
             known &= self._spread([rows.parameter in result for rows in self._rows], known.device) > 0
-        self._second = torch.where(known, self._second.lerp(second, 1 - MEMORY), self._second)
-        self._weight = torch.where(known, self._weight * MEMORY + (1 - MEMORY), self._weight)
-        limit = self._second / self._weight
+        running = torch.where(known, self._second.lerp(second, 1 - MEMORY), self._second)
+        weight = torch.where(known, self._weight.lerp(torch.ones_like(self._weight), 1 - MEMORY), self._weight)
+        limit = running / weight
         factor = torch.where(second > limit, (limit / second).sqrt(), 1.0)
-        self._clipped += (factor < 1).sum()
-        self._steps += 1
+        self._next = (running, weight, self._clipped + (factor < 1).sum())
         for rows, less, times in zip(self._rows, shift.split(self._counts), factor.split(self._counts), strict=True):
             gradient = result.get(rows.parameter)
             if gradient is not None:
@@ -180,10 +188,11 @@ class UnitRule:
         if self._normalized:
             scale = self._rho / self._reference
         else:
-            deviation = (self._second / self._weight).sqrt()
+            second, weight, _ = self._next
+            deviation = (second / weight.clamp(min=1 - MEMORY)).sqrt().clamp(min=self._tiny)
             factors = [average[rows.parameter] for rows in self._rows]
             constant = factors[0] if len(set(factors)) == 1 else self._spread(factors, self._rho.device)
-            scale = torch.where(deviation > 0, constant * self._rho.square() / deviation, 1.0)
+            scale = constant * self._rho / deviation
         parts = [
             (rows.view(weights[rows.parameter]), part.view(rows.shape))
             for rows, part in zip(self._rows, scale.split(self._counts), strict=True)
@@ -196,6 +205,11 @@ class UnitRule:
                 view.mul_(part.to(view.dtype))
 
         return leave_
+
+    def accept(self) -> None:
+        """The running second moments take note of the gradients."""
+        self._second, self._weight, self._clipped = self._next
+        self._steps += 1
 
     def restart_(self, moments: Moments) -> None:
         """Nothing: moments are those of the gradients of weights."""

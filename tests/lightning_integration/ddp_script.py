@@ -1,9 +1,10 @@
-"""What test_ddp runs in two processes: both ways of finding the group, and the weights of every rank in files."""
+"""What test_ddp runs in two processes: both rules and ways of finding the group, and every rank's weights in files."""
 
 from __future__ import annotations
 
 import os
 import sys
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -17,9 +18,9 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     # Ranks start from different weights: DDP makes them equal before training, and the callback must not come earlier.
     rank = int(os.environ.get("LOCAL_RANK", "0"))
-    for name, example in (("first step", None), ("example", EXAMPLE)):
+    for rule, (name, example) in product(("unit", "path"), (("first step", None), ("example", EXAMPLE))):
         module = Classifier(mlp(seed=rank), example=example)
-        callback = EquivalentClassOptimization(verbose=False)
+        callback = EquivalentClassOptimization(rule=rule, verbose=False)
         # Each rank takes every other example, so that a global batch is 32 consecutive ones; the sampler that Lightning
         # would choose shuffles.
         everything = loader().dataset
@@ -28,7 +29,7 @@ def main(folder: Path) -> None:
         run = fit(module, callback, data=data, strategy="ddp", devices=2, max_epochs=3, use_distributed_sampler=False)
         assert callback.group is not None
         state = {"weights": module.state_dict(), "units": callback.group.num_units, "steps": run.global_step}
-        torch.save(state, folder / f"{name}-{run.global_rank}.pt")
+        torch.save(state, folder / f"{rule}-{name}-{run.global_rank}.pt")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from sklearn.datasets import load_digits
@@ -16,6 +17,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 Batch = tuple[Tensor, Tensor]
 EXAMPLE = torch.zeros(1, 64)
+
+#: For what does not depend on how a step is taken.
+RULES = pytest.mark.parametrize("rule", ["unit", "path"])
 
 
 @cache

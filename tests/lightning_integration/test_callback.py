@@ -1,4 +1,4 @@
-"""One line in a Trainer turns the SGD of a pipeline into EC-SGD, and changes nothing else."""
+"""One line in a Trainer puts the SGD of a pipeline into the equivalent-class space, and changes nothing else."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
-from torch.optim import SGD
+from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, ReduceLROnPlateau, StepLR
 
 from lightning_ecopt import EquivalentClassOptimization, EquivalentClassOptimizer, ScalingGroup, scaling_group
 from tests.lightning_integration.modules import (
     EXAMPLE,
+    RULES,
     Batch,
     Classifier,
     Rates,
@@ -43,7 +44,7 @@ def quiet(**options: Any) -> EquivalentClassOptimization:
     return EquivalentClassOptimization(verbose=False, **options)
 
 
-def wrapped(net: nn.Module, base: SGD, **options: Any) -> EquivalentClassOptimizer:
+def wrapped(net: nn.Module, base: Optimizer, **options: Any) -> EquivalentClassOptimizer:
     """The optimizer of the plain loop; by default it refreshes when it is asked to."""
     return EquivalentClassOptimizer(base, scaling_group(net, EXAMPLE), **{"refresh_interval": None, **options})
 
@@ -95,9 +96,12 @@ class Level(Classifier):
         return super().training_step(batch, batch_idx)
 
 
+@RULES
 @pytest.mark.parametrize("example", [None, EXAMPLE], ids=["first step", "example"])
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_of_configure_optimizers_takes_the_steps_of_a_plain_loop(form: str, example: Tensor | None) -> None:
+def test_every_form_of_configure_optimizers_takes_the_steps_of_a_plain_loop(
+    form: str, example: Tensor | None, rule: str
+) -> None:
     def module() -> Classifier:
         return Level(mlp(), lambda m: FORMS[form](sgd(m.net)), example)
 
@@ -106,18 +110,19 @@ def test_every_form_of_configure_optimizers_takes_the_steps_of_a_plain_loop(form
     ours = module()
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*lr_scheduler.*")
-        fit(ours, quiet(), found, max_epochs=3)
+        fit(ours, quiet(rule=rule), found, max_epochs=3)
     assert found.steps == without.steps
     assert (len(set(map(tuple, found.steps))) > 1) == (form in SCHEDULED)
 
     net = mlp()
-    train_plainly(net, wrapped(net, sgd(net)), batches(), epochs=3, rates=without.steps)
+    train_plainly(net, wrapped(net, sgd(net), rule=rule), batches(), epochs=3, rates=without.steps)
     assert same(weights(ours), weights(net))
     plain = module()
     fit(plain, max_epochs=3)
     assert not same(weights(ours), weights(plain))
 
 
+@RULES
 @pytest.mark.parametrize(
     "options",
     [
@@ -131,18 +136,35 @@ def test_every_form_of_configure_optimizers_takes_the_steps_of_a_plain_loop(form
     ],
     ids=str,
 )
-def test_the_options_of_sgd_are_kept(options: dict[str, Any]) -> None:
+def test_the_options_of_sgd_are_kept(options: dict[str, Any], rule: str) -> None:
     ours = Classifier(mlp(), lambda m: sgd(m.net, **options))
-    run = fit(ours, quiet())
+    run = fit(ours, quiet(rule=rule))
     assert isinstance(run.optimizers[0], EquivalentClassOptimizer)
     group = run.optimizers[0].param_groups[0]
     assert {name: group[name] for name in options} == options
     net = mlp()
-    train_plainly(net, wrapped(net, sgd(net, **options)), batches())
+    train_plainly(net, wrapped(net, sgd(net, **options), rule=rule), batches())
     assert same(weights(ours), weights(net))
 
 
-def test_parameter_groups_keep_their_own_rates_and_decay() -> None:
+@RULES
+@pytest.mark.parametrize("kind", [Adam, AdamW])
+def test_adam_and_its_options_are_kept(kind: type[Adam], rule: str) -> None:
+    options: dict[str, Any] = {"lr": 3e-3, "betas": (0.8, 0.9), "weight_decay": 0.1, "amsgrad": True}
+    ours = Classifier(mlp(), lambda m: kind(m.net.parameters(), **options))
+    run = fit(ours, quiet(rule=rule))
+    assert type(run.optimizers[0].optimizer) is kind
+    group = run.optimizers[0].param_groups[0]
+    assert {name: group[name] for name in options} == options
+    net, plain = mlp(), Classifier(mlp(), lambda m: kind(m.net.parameters(), **options))
+    train_plainly(net, wrapped(net, kind(net.parameters(), **options), rule=rule), batches())
+    assert same(weights(ours), weights(net))
+    fit(plain)
+    assert not same(weights(ours), weights(plain))
+
+
+@RULES
+def test_parameter_groups_keep_their_own_rates_and_decay(rule: str) -> None:
     def base(net: nn.Sequential) -> SGD:
         groups = [
             {"params": net[0].parameters(), "weight_decay": 0.1},
@@ -152,10 +174,10 @@ def test_parameter_groups_keep_their_own_rates_and_decay() -> None:
         return SGD(groups, lr=0.1, momentum=0.9)
 
     ours, found = Classifier(mlp(), lambda m: FORMS["dictionary with scheduler"](base(m.net)), EXAMPLE), Rates()
-    fit(ours, quiet(), found)
+    fit(ours, quiet(rule=rule), found)
     assert found.steps == [[0.1, 0.02, 0.1]] * 4 + [[0.05, 0.01, 0.05]] * 4
     net = mlp()
-    train_plainly(net, wrapped(net, base(net)), batches(), rates=found.steps)
+    train_plainly(net, wrapped(net, base(net), rule=rule), batches(), rates=found.steps)
     assert same(weights(ours), weights(net))
 
 
@@ -196,17 +218,20 @@ class TwoLists(TwoOptimizers):
         return bases, [StepLR(base, 1, 0.5) for base in bases]
 
 
+@RULES
 @pytest.mark.parametrize("kind", [TwoOptimizers, TwoDictionaries, TwoLists])
-def test_two_optimizers_under_manual_optimization_take_the_steps_of_a_plain_loop(kind: type[TwoOptimizers]) -> None:
+def test_two_optimizers_under_manual_optimization_take_the_steps_of_a_plain_loop(
+    kind: type[TwoOptimizers], rule: str
+) -> None:
     ours, found = kind(), Rates()
-    run = fit(ours, quiet(), found)
+    run = fit(ours, quiet(rule=rule), found)
     decay = 1 if kind is TwoOptimizers else 0.5
     assert found.steps == [[0.1, 0.05]] * 4 + [[0.1 * decay, 0.05 * decay]] * 4
     assert all(isinstance(optimizer, EquivalentClassOptimizer) for optimizer in run.optimizers)
 
     twin = TwoOptimizers()
     group = scaling_group(twin.net, EXAMPLE)
-    pair = [EquivalentClassOptimizer(base, group, refresh_interval=None) for base in twin.bases()]
+    pair = [EquivalentClassOptimizer(base, group, rule=rule, refresh_interval=None) for base in twin.bases()]
     for epoch in range(2):
         for optimizer in pair:
             optimizer.param_groups[0]["lr"] *= decay**epoch
@@ -305,10 +330,11 @@ def test_the_group_can_be_reached_and_the_module_is_clean_after_fit() -> None:
         torch.testing.assert_close(module(digits()[0]), before, rtol=1e-4, atol=1e-4)
 
 
+@RULES
 @pytest.mark.parametrize(("refresh", "steps"), [("epoch", [0, 4, 8]), (3, [0, 3, 6, 9]), (4, [0, 4, 8]), (None, [0])])
 @pytest.mark.parametrize("example", [None, EXAMPLE], ids=["first step", "example"])
 def test_refreshes_come_when_they_are_due(
-    monkeypatch: pytest.MonkeyPatch, refresh: Any, steps: list[int], example: Tensor | None
+    monkeypatch: pytest.MonkeyPatch, refresh: Any, steps: list[int], example: Tensor | None, rule: str
 ) -> None:
     found: list[int] = []
     balance_ = ScalingGroup.balance_
@@ -319,21 +345,30 @@ def test_refreshes_come_when_they_are_due(
         return balance_(group, *args)
 
     monkeypatch.setattr(ScalingGroup, "balance_", spy)
-    fit(module, quiet(refresh=refresh), max_epochs=3)
+    fit(module, quiet(rule=rule, refresh=refresh), max_epochs=3)
     assert found == steps
 
 
+@RULES
 @pytest.mark.parametrize("refresh", [3, None])
-def test_refreshes_that_are_counted_are_those_of_the_optimizer(refresh: int | None) -> None:
+def test_refreshes_that_are_counted_are_those_of_the_optimizer(refresh: int | None, rule: str) -> None:
     ours, net = Classifier(mlp()), mlp()
-    fit(ours, quiet(refresh=refresh))
-    train_plainly(net, wrapped(net, sgd(net), refresh_interval=refresh), batches(), refresh_each_epoch=False)
+    fit(ours, quiet(rule=rule, refresh=refresh))
+    train_plainly(net, wrapped(net, sgd(net), rule=rule, refresh_interval=refresh), batches(), refresh_each_epoch=False)
     assert same(weights(ours), weights(net))
 
 
 @pytest.mark.parametrize(
     "options",
-    [{"skeleton": "diagonal"}, {"max_path_ratio": 1.0001}, {"free_start": 5.0}, {"representative": "current"}],
+    [
+        {"rule": "path"},
+        {"representative": "current"},
+        {"rule": "path", "representative": "current"},
+        {"rule": "path", "skeleton": "diagonal"},
+        {"rule": "path", "max_path_ratio": 1.0001},
+        {"rule": "path", "free_start": 5.0},
+    ],
+    ids=str,
 )
 def test_the_options_of_the_callback_reach_the_optimizer(options: dict[str, Any]) -> None:
     def unbalanced() -> nn.Sequential:
@@ -342,16 +377,17 @@ def test_the_options_of_the_callback_reach_the_optimizer(options: dict[str, Any]
             net[2].weight.mul_(0.2)
         return net
 
+    *others, _ = options.items()
     ours, net, default = Classifier(unbalanced()), unbalanced(), Classifier(unbalanced())
     fit(ours, quiet(**options))
-    fit(default, quiet())
+    fit(default, quiet(**dict(others)))
     train_plainly(net, wrapped(net, sgd(net), **options), batches())
     assert same(weights(ours), weights(net))
     assert not same(weights(ours), weights(default))
 
 
 def test_the_guard_can_be_turned_off() -> None:
-    run = fit(Classifier(), quiet(max_path_ratio=None))
+    run = fit(Classifier(), quiet(rule="path", max_path_ratio=None))
     assert run.optimizers[0].max_path_ratio is None
 
 
@@ -378,13 +414,14 @@ def test_the_report_is_printed_once_and_names_what_cost_freedoms(
     assert "100.0% of the freedoms used, 0 units dormant" in said
 
 
+@RULES
 @pytest.mark.parametrize("example", [None, EXAMPLE], ids=["first step", "example"])
 def test_the_report_counts_the_units_that_are_dormant_when_training_starts(
-    capsys: pytest.CaptureFixture[str], example: Tensor | None
+    capsys: pytest.CaptureFixture[str], example: Tensor | None, rule: str
 ) -> None:
     net = mlp()
     nn.init.zeros_(net[4].weight)
-    callback = EquivalentClassOptimization(refresh=None)
+    callback = EquivalentClassOptimization(rule=rule, refresh=None)
     run = fit(Classifier(net, example=example), callback, log_every_n_steps=1)
     # No path leads through a layer of zeros, and none is chosen before a refresh.
     assert run.callback_metrics["ecopt/dormant_units"] == 32
@@ -404,7 +441,10 @@ def test_each_fit_has_its_own_report(capsys: pytest.CaptureFixture[str]) -> None
     assert "m = 682 parameters, H = 16 freedoms" in _said(capsys)
 
 
-STATISTICS = {"ecopt/min_beta", "ecopt/max_beta", "ecopt/guarded_paths", "ecopt/dormant_units"}
+STATISTICS = {
+    "unit": {"ecopt/clipped", "ecopt/dormant_units"},
+    "path": {"ecopt/min_beta", "ecopt/max_beta", "ecopt/guarded_paths", "ecopt/dormant_units"},
+}
 
 
 def _logged(path: Path) -> list[dict[str, str]]:
@@ -413,22 +453,29 @@ def _logged(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(lines))
 
 
+@RULES
 @pytest.mark.parametrize("example", [None, EXAMPLE], ids=["first step", "example"])
-def test_scalars_are_logged_with_the_logger_and_kept_as_metrics(tmp_path: Path, example: Tensor | None) -> None:
-    run = fit(Classifier(example=example), quiet(), logger=CSVLogger(tmp_path), log_every_n_steps=2)
-    rows = [row for row in _logged(tmp_path) if row["ecopt/min_beta"]]
+def test_scalars_are_logged_with_the_logger_and_kept_as_metrics(
+    tmp_path: Path, example: Tensor | None, rule: str
+) -> None:
+    run = fit(Classifier(example=example), quiet(rule=rule), logger=CSVLogger(tmp_path), log_every_n_steps=2)
+    rows = [row for row in _logged(tmp_path) if row["ecopt/dormant_units"]]
     assert [row["step"] for row in rows] == ["1", "3", "5", "7"]
-    assert set(run.callback_metrics) == STATISTICS
+    assert set(run.callback_metrics) == STATISTICS[rule]
     assert set(run.callback_metrics) <= set(rows[-1])
-    last = {name: float(rows[-1][name]) for name in STATISTICS}
+    last = {name: float(rows[-1][name]) for name in STATISTICS[rule]}
     statistics = run.optimizers[0].statistics()
-    assert 0 < last["ecopt/min_beta"] < 1 < last["ecopt/max_beta"]
+    if rule == "path":
+        assert 0 < last["ecopt/min_beta"] < 1 < last["ecopt/max_beta"]
+    else:
+        assert 0 < last["ecopt/clipped"] < 1
     assert last == pytest.approx({f"ecopt/{name}": value for name, value in vars(statistics).items()}, rel=1e-6)
 
 
-def test_each_of_two_optimizers_has_scalars_of_its_own() -> None:
-    run = fit(TwoOptimizers(), quiet(), log_every_n_steps=1)
-    expected = {name.replace("ecopt", f"ecopt/{number}") for name in STATISTICS for number in (0, 1)}
+@RULES
+def test_each_of_two_optimizers_has_scalars_of_its_own(rule: str) -> None:
+    run = fit(TwoOptimizers(), quiet(rule=rule), log_every_n_steps=1)
+    expected = {name.replace("ecopt", f"ecopt/{number}") for name in STATISTICS[rule] for number in (0, 1)}
     assert set(run.callback_metrics) == expected
 
 
@@ -449,10 +496,11 @@ def test_the_learning_rate_monitor_logs_one_rate_under_its_usual_name(tmp_path: 
 # The rest of the Trainer ----------------------------------------------------------------------------------------------
 
 
-def test_gradients_are_accumulated_and_clipped_as_ever() -> None:
+@RULES
+def test_gradients_are_accumulated_and_clipped_as_ever(rule: str) -> None:
     ours, net = Classifier(mlp()), mlp()
-    fit(ours, quiet(), accumulate_grad_batches=2, gradient_clip_val=0.05)
-    optimizer = wrapped(net, sgd(net))
+    fit(ours, quiet(rule=rule), accumulate_grad_batches=2, gradient_clip_val=0.05)
+    optimizer = wrapped(net, sgd(net), rule=rule)
     for epoch in range(2):
         if epoch:
             optimizer.refresh()
@@ -512,24 +560,26 @@ def test_one_callback_serves_several_fits() -> None:
     assert callback.group.num_units == 32
 
 
-def test_one_trainer_fits_the_same_module_again() -> None:
-    module, run = Classifier(mlp()), trainer(quiet())
+@RULES
+def test_one_trainer_fits_the_same_module_again(rule: str) -> None:
+    module, run = Classifier(mlp()), trainer(quiet(rule=rule))
     run.fit(module, loader())
     net = mlp()
-    train_plainly(net, wrapped(net, sgd(net)), batches())
+    train_plainly(net, wrapped(net, sgd(net), rule=rule), batches())
     run.fit_loop.max_epochs = 4
     run.fit(module, loader())
     # configure_optimizers is called again, so momentum starts anew.
-    train_plainly(net, wrapped(net, sgd(net)), batches())
+    train_plainly(net, wrapped(net, sgd(net), rule=rule), batches())
     assert same(weights(module), weights(net))
     assert is_clean(module)
 
 
+@RULES
 @pytest.mark.parametrize("example", [None, EXAMPLE], ids=["first step", "example"])
-def test_a_fast_dev_run_takes_its_one_step(example: Tensor | None) -> None:
+def test_a_fast_dev_run_takes_its_one_step(example: Tensor | None, rule: str) -> None:
     module, net = Classifier(mlp(), example=example), mlp()
-    fit(module, quiet(), fast_dev_run=True)
-    train_plainly(net, wrapped(net, sgd(net)), batches(count=1), epochs=1)
+    fit(module, quiet(rule=rule), fast_dev_run=True)
+    train_plainly(net, wrapped(net, sgd(net), rule=rule), batches(count=1), epochs=1)
     assert same(weights(module), weights(net))
     assert is_clean(module)
 
@@ -541,10 +591,11 @@ class SkipsFirst(Classifier):
         return super().training_step(batch, batch_idx)
 
 
-def test_the_first_batch_may_be_skipped() -> None:
-    callback, module, net = quiet(), SkipsFirst(mlp()), mlp()
+@RULES
+def test_the_first_batch_may_be_skipped(rule: str) -> None:
+    callback, module, net = quiet(rule=rule), SkipsFirst(mlp()), mlp()
     fit(module, callback, log_every_n_steps=1, max_epochs=1)
-    train_plainly(net, wrapped(net, sgd(net)), batches()[1:], epochs=1)
+    train_plainly(net, wrapped(net, sgd(net), rule=rule), batches()[1:], epochs=1)
     assert same(weights(module), weights(net))
     assert callback.group is not None
     assert is_clean(module)
@@ -593,13 +644,14 @@ def test_a_training_step_of_the_instance_is_watched_and_kept() -> None:
     assert same(weights(module), weights(reference))
 
 
-def test_frozen_parameters_are_not_rescaled() -> None:
+@RULES
+def test_frozen_parameters_are_not_rescaled(rule: str) -> None:
     def frozen() -> nn.Sequential:
         net = mlp()
         net[0].requires_grad_(False)
         return net
 
-    module, callback = Classifier(frozen()), quiet()
+    module, callback = Classifier(frozen()), quiet(rule=rule)
     fit(module, callback)
     assert callback.group is not None
     assert callback.group.num_units == 16
@@ -610,9 +662,10 @@ def test_frozen_parameters_are_not_rescaled() -> None:
 # The promise ----------------------------------------------------------------------------------------------------------
 
 
+@RULES
 @pytest.mark.parametrize("example", [None, EXAMPLE], ids=["first step", "example"])
 @pytest.mark.parametrize("network", [mlp, _normalised], ids=["mlp", "batch norm"])
-def test_two_members_of_a_class_end_in_the_same_function(network: Any, example: Tensor | None) -> None:
+def test_two_members_of_a_class_end_in_the_same_function(network: Any, example: Tensor | None, rule: str) -> None:
     images = digits()[0].double()
 
     def run(log_scale: Tensor, *callbacks: Any) -> Tensor:
@@ -626,7 +679,7 @@ def test_two_members_of_a_class_end_in_the_same_function(network: Any, example: 
     units = scaling_group(network(), EXAMPLE.expand(2, 64)).num_units
     torch.manual_seed(5)
     log_scale = torch.randn(units)
-    (start, ours), (start_too, ours_too) = run(torch.zeros(units), quiet()), run(log_scale, quiet())
+    (start, ours), (start_too, ours_too) = run(torch.zeros(units), quiet(rule=rule)), run(log_scale, quiet(rule=rule))
     torch.testing.assert_close(start, start_too, rtol=0, atol=1e-12)
     torch.testing.assert_close(ours, ours_too, rtol=0, atol=1e-8)
     # What is compared moves, and plain SGD tells the two apart.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import yaml
 from lightning.pytorch.cli import LightningCLI
 
 from lightning_ecopt import EquivalentClassOptimization, EquivalentClassOptimizer, ScalingGroup
-from tests.lightning_integration.modules import Classifier, fit, loader, mlp, same, sgd, weights
+from tests.lightning_integration.modules import RULES, Classifier, fit, loader, mlp, same, sgd, weights
 
 NAME = "lightning_ecopt.EquivalentClassOptimization"
 QUIET = [
@@ -23,20 +24,34 @@ QUIET = [
     "--trainer.enable_checkpointing=false",
     "--trainer.max_epochs=2",
 ]
-FLAGS = [
-    f"--trainer.callbacks+={NAME}",
-    "--trainer.callbacks.refresh=3",
-    "--trainer.callbacks.max_path_ratio=1.5",
-    "--trainer.callbacks.free_start=0.5",
-    "--trainer.callbacks.skeleton=diagonal",
-    "--trainer.callbacks.verbose=false",
-]
-OPTIONS: dict[str, Any] = {
-    "refresh": 3,
-    "max_path_ratio": 1.5,
-    "free_start": 0.5,
-    "skeleton": "diagonal",
-    "verbose": False,
+FLAGS = {
+    "unit": [
+        f"--trainer.callbacks+={NAME}",
+        "--trainer.callbacks.rule=unit",
+        "--trainer.callbacks.refresh=3",
+        "--trainer.callbacks.representative=current",
+        "--trainer.callbacks.verbose=false",
+    ],
+    "path": [
+        f"--trainer.callbacks+={NAME}",
+        "--trainer.callbacks.rule=path",
+        "--trainer.callbacks.refresh=3",
+        "--trainer.callbacks.max_path_ratio=1.5",
+        "--trainer.callbacks.free_start=0.5",
+        "--trainer.callbacks.skeleton=diagonal",
+        "--trainer.callbacks.verbose=false",
+    ],
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "unit": {"rule": "unit", "refresh": 3, "representative": "current", "verbose": False},
+    "path": {
+        "rule": "path",
+        "refresh": 3,
+        "max_path_ratio": 1.5,
+        "free_start": 0.5,
+        "skeleton": "diagonal",
+        "verbose": False,
+    },
 }
 
 
@@ -59,30 +74,36 @@ def _callback(made: LightningCLI) -> EquivalentClassOptimization:
     return callback
 
 
-def _expected() -> list[torch.Tensor]:
+def _expected(rule: str) -> list[torch.Tensor]:
     module = Pipeline()
-    fit(module, EquivalentClassOptimization(**OPTIONS))
+    fit(module, EquivalentClassOptimization(**OPTIONS[rule]))
     return weights(module)
 
 
-def test_flags_add_the_callback_with_its_options_to_a_run() -> None:
-    made = cli("fit", *QUIET, *FLAGS)
+@RULES
+def test_flags_add_the_callback_with_its_options_to_a_run(rule: str) -> None:
+    made = cli("fit", *QUIET, *FLAGS[rule])
     assert isinstance(made.trainer.optimizers[0], EquivalentClassOptimizer)
     assert _callback(made).group is not None
-    assert same(weights(made.model), _expected())
+    assert same(weights(made.model), _expected(rule))
 
 
-def test_a_file_adds_the_callback_with_its_options_to_a_run(tmp_path: Path) -> None:
+@RULES
+def test_a_file_adds_the_callback_with_its_options_to_a_run(tmp_path: Path, rule: str) -> None:
     path = tmp_path / "config.yaml"
-    config = {"trainer": {"callbacks": [{"class_path": NAME, "init_args": OPTIONS}]}}
+    config = {"trainer": {"callbacks": [{"class_path": NAME, "init_args": OPTIONS[rule]}]}}
     path.write_text(yaml.safe_dump(config))
     made = cli("fit", "--config", str(path), *QUIET)
-    assert same(weights(made.model), _expected())
+    assert same(weights(made.model), _expected(rule))
 
 
+@RULES
 @pytest.mark.parametrize(("spelled", "refreshes"), [("epoch", 2), ("null", 1), ("4", 2), ("3", 3)])
-def test_refresh_is_a_word_a_number_or_null(monkeypatch: pytest.MonkeyPatch, spelled: str, refreshes: int) -> None:
-    made = cli(*QUIET, f"--trainer.callbacks+={NAME}", f"--trainer.callbacks.refresh={spelled}", run=False)
+def test_refresh_is_a_word_a_number_or_null(
+    monkeypatch: pytest.MonkeyPatch, spelled: str, refreshes: int, rule: str
+) -> None:
+    flags = [f"--trainer.callbacks.rule={rule}", f"--trainer.callbacks.refresh={spelled}"]
+    made = cli(*QUIET, f"--trainer.callbacks+={NAME}", *flags, run=False)
     found: list[int] = []
     balance_ = ScalingGroup.balance_
 
@@ -95,22 +116,27 @@ def test_refresh_is_a_word_a_number_or_null(monkeypatch: pytest.MonkeyPatch, spe
     assert len(found) == refreshes
 
 
+@RULES
 def test_the_printed_configuration_shows_the_callback_and_can_be_run(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], rule: str
 ) -> None:
     with pytest.raises(SystemExit) as stopped:
-        cli("fit", *QUIET, *FLAGS, "--print_config")
+        cli("fit", *QUIET, *FLAGS[rule], "--print_config")
     assert stopped.value.code == 0
     text = capsys.readouterr().out
     (entry,) = yaml.safe_load(text)["trainer"]["callbacks"]
     assert entry["class_path"] == NAME
-    assert entry["init_args"] == {**OPTIONS, "representative": "balanced", "log": True}
+    defaults = {name: one.default for name, one in signature(EquivalentClassOptimization).parameters.items()}
+    assert defaults.keys() > OPTIONS[rule].keys()
+    assert entry["init_args"] == {**defaults, **OPTIONS[rule]}
     path = tmp_path / "printed.yaml"
     path.write_text(text)
-    assert same(weights(cli("fit", "--config", str(path)).model), _expected())
+    assert same(weights(cli("fit", "--config", str(path)).model), _expected(rule))
 
 
-@pytest.mark.parametrize("option", ["refresh=often", "skeleton=none", "max_path_ratio=wide", "max_path_ratio=0.5"])
+@pytest.mark.parametrize(
+    "option", ["rule=paths", "refresh=often", "skeleton=none", "max_path_ratio=wide", "max_path_ratio=0.5"]
+)
 def test_wrong_options_are_refused_with_their_name(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises((SystemExit, ValueError)) as refused:
         cli("fit", *QUIET, f"--trainer.callbacks+={NAME}", f"--trainer.callbacks.{option}")

@@ -1,25 +1,28 @@
-"""``ec_sgd`` in ``configure_optimizers``, and in a loop without Lightning."""
+"""``ec_sgd`` and ``ec_adamw`` in ``configure_optimizers``, and in a loop without Lightning."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import SGD
+from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR
 
 from lightning_ecopt import (
     EquivalentClassOptimization,
     EquivalentClassOptimizer,
     ScalingGroup,
+    ec_adamw,
     ec_sgd,
     scaling_group,
 )
 from tests.lightning_integration.modules import (
     EXAMPLE,
+    RULES,
     Classifier,
     Rates,
     batches,
@@ -43,15 +46,16 @@ ALL_OPTIONS = {
 }
 
 
+@RULES
 @pytest.mark.parametrize("example", [None, EXAMPLE], ids=["first step", "example"])
 @pytest.mark.parametrize("refresh", [3, 500, None], ids=str)
-def test_ec_sgd_and_the_callback_take_the_same_steps(refresh: int | None, example: Tensor | None) -> None:
+def test_ec_sgd_and_the_callback_take_the_same_steps(refresh: int | None, example: Tensor | None, rule: str) -> None:
     def configure(module: nn.Module) -> EquivalentClassOptimizer:
-        return ec_sgd(module, lr=0.1, momentum=0.9, refresh_interval=refresh)
+        return ec_sgd(module, lr=0.1, momentum=0.9, rule=rule, refresh_interval=refresh)
 
     ours, reference = Classifier(mlp(), configure, example), Classifier(mlp(), example=example)
     run = fit(ours, max_epochs=3)
-    fit(reference, EquivalentClassOptimization(refresh=refresh, verbose=False), max_epochs=3)
+    fit(reference, EquivalentClassOptimization(rule=rule, refresh=refresh, verbose=False), max_epochs=3)
     assert same(weights(ours), weights(reference))
     assert isinstance(run.optimizers[0], EquivalentClassOptimizer)
     assert run.optimizers[0].group is not None
@@ -67,23 +71,41 @@ def test_every_option_of_sgd_is_handed_on() -> None:
         assert ec_sgd(mlp(), momentum=0.9, **{name: True}).param_groups[0][name] is True
 
 
-def test_every_option_of_path_coordinates_is_handed_on() -> None:
+def test_every_option_of_adamw_is_handed_on() -> None:
     options: dict[str, Any] = {
+        "lr": 0.05,
+        "betas": (0.8, 0.9),
+        "eps": 1e-6,
+        "weight_decay": 1e-3,
+        "amsgrad": True,
+        "maximize": True,
+        "foreach": True,
+    }
+    optimizer = ec_adamw(mlp(), **options)
+    assert {name: optimizer.optimizer.param_groups[0][name] for name in options} == options
+    assert type(optimizer.optimizer) is AdamW
+
+
+@pytest.mark.parametrize("make", [ec_sgd, ec_adamw])
+def test_every_option_of_the_rules_is_handed_on(make: Callable[..., EquivalentClassOptimizer]) -> None:
+    options: dict[str, Any] = {
+        "rule": "path",
+        "refresh_interval": 7,
+        "representative": "current",
         "skeleton": "diagonal",
         "max_path_ratio": None,
-        "refresh_interval": 7,
         "free_start": 3.0,
-        "representative": "current",
     }
-    optimizer = ec_sgd(mlp(), **options)
+    optimizer = make(mlp(), **options)
     assert {name: getattr(optimizer, name) for name in options} == options
 
 
+@RULES
 @pytest.mark.parametrize("held", ["returned", "base"])
 @pytest.mark.parametrize("example", [None, EXAMPLE], ids=["first step", "example"])
-def test_schedulers_work_with_ec_sgd(held: str, example: Tensor | None) -> None:
+def test_schedulers_work_with_ec_sgd(held: str, example: Tensor | None, rule: str) -> None:
     def configure(module: nn.Module) -> Any:
-        optimizer = ec_sgd(module, lr=0.1, momentum=0.9)
+        optimizer = ec_sgd(module, lr=0.1, momentum=0.9, rule=rule)
         scheduler = CosineAnnealingLR(optimizer, 3)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -92,7 +114,7 @@ def test_schedulers_work_with_ec_sgd(held: str, example: Tensor | None) -> None:
         return {"optimizer": base, "lr_scheduler": {"scheduler": CosineAnnealingLR(base, 3), "interval": "step"}}
 
     def through_the_base(module: nn.Module) -> Any:
-        optimizer = ec_sgd(module, lr=0.1, momentum=0.9)
+        optimizer = ec_sgd(module, lr=0.1, momentum=0.9, rule=rule)
         # Lightning asks that a scheduler belongs to an optimizer that is returned; a loop of one's own need not.
         module.scheduler = ExponentialLR(optimizer.optimizer, 0.8)
         return optimizer
@@ -109,31 +131,33 @@ def test_schedulers_work_with_ec_sgd(held: str, example: Tensor | None) -> None:
         fit(ours, found)
         assert found.steps == [[pytest.approx(0.1 * 0.8**step)] for step in range(8)]
     net = mlp()
-    optimizer = EquivalentClassOptimizer(sgd(net), scaling_group(net, EXAMPLE))
+    optimizer = EquivalentClassOptimizer(sgd(net), scaling_group(net, EXAMPLE), rule=rule)
     train_plainly(net, optimizer, batches(), rates=found.steps, refresh_each_epoch=False)
     assert same(weights(ours), weights(net))
 
 
+@RULES
 @pytest.mark.parametrize("example", [None, EXAMPLE], ids=["first step", "example"])
-def test_parameter_groups_have_their_own_options(example: Tensor | None) -> None:
+def test_parameter_groups_have_their_own_options(example: Tensor | None, rule: str) -> None:
     def groups(net: nn.Module) -> list[dict[str, Any]]:
         return [
             {"params": list(net[:2].parameters()), "lr": 0.02},
             {"params": list(net[2:].parameters()), "weight_decay": 0.1},
         ]
 
-    ours = Classifier(mlp(), lambda m: ec_sgd(m, groups(m.net), lr=0.1, momentum=0.9), example)
+    ours = Classifier(mlp(), lambda m: ec_sgd(m, groups(m.net), lr=0.1, momentum=0.9, rule=rule), example)
     run = fit(ours)
     assert [(group["lr"], group["weight_decay"]) for group in run.optimizers[0].param_groups] == [(0.02, 0), (0.1, 0.1)]
     net = mlp()
     base = SGD(groups(net), lr=0.1, momentum=0.9)
-    optimizer = EquivalentClassOptimizer(base, scaling_group(net, EXAMPLE))
+    optimizer = EquivalentClassOptimizer(base, scaling_group(net, EXAMPLE), rule=rule)
     train_plainly(net, optimizer, batches(), refresh_each_epoch=False)
     assert same(weights(ours), weights(net))
 
 
-def test_parameters_that_are_not_given_stay_as_they_are() -> None:
-    ours = Classifier(mlp(), lambda m: ec_sgd(m, m.net[2:].parameters(), lr=0.1))
+@RULES
+def test_parameters_that_are_not_given_stay_as_they_are(rule: str) -> None:
+    ours = Classifier(mlp(), lambda m: ec_sgd(m, m.net[2:].parameters(), lr=0.1, rule=rule))
     run = fit(ours)
     assert same(weights(ours.net[0]), weights(mlp()[0]))
     assert not same(weights(ours.net[2:]), weights(mlp()[2:]))
@@ -148,9 +172,10 @@ def test_frozen_parameters_are_left_out_by_default() -> None:
     assert [p for group in optimizer.param_groups for p in group["params"]] == list(net.parameters())[1:]
 
 
-def test_a_plain_loop_watches_the_first_forward_call() -> None:
+@RULES
+def test_a_plain_loop_watches_the_first_forward_call(rule: str) -> None:
     ours, reference = mlp(), mlp()
-    optimizer = ec_sgd(ours, lr=0.1, momentum=0.9, refresh_interval=5)
+    optimizer = ec_sgd(ours, lr=0.1, momentum=0.9, rule=rule, refresh_interval=5)
     assert optimizer.group is None
     calls = []
     ours[0].register_forward_hook(lambda *args: calls.append(args))
@@ -160,14 +185,15 @@ def test_a_plain_loop_watches_the_first_forward_call() -> None:
     assert optimizer.group.num_units == 32
     assert is_clean(ours)
 
-    other = EquivalentClassOptimizer(sgd(reference), scaling_group(reference, EXAMPLE), refresh_interval=5)
+    other = EquivalentClassOptimizer(sgd(reference), scaling_group(reference, EXAMPLE), rule=rule, refresh_interval=5)
     train_plainly(reference, other, batches(), refresh_each_epoch=False)
     assert same(weights(ours), weights(reference))
 
 
-def test_a_plain_loop_may_hand_over_a_closure() -> None:
+@RULES
+def test_a_plain_loop_may_hand_over_a_closure(rule: str) -> None:
     ours, reference = mlp(), mlp()
-    optimizer = ec_sgd(ours, lr=0.1, momentum=0.9)
+    optimizer = ec_sgd(ours, lr=0.1, momentum=0.9, rule=rule)
     for x, y in batches():
 
         def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
@@ -177,16 +203,17 @@ def test_a_plain_loop_may_hand_over_a_closure() -> None:
             return loss
 
         assert torch.is_tensor(optimizer.step(closure))
-    other = EquivalentClassOptimizer(sgd(reference), scaling_group(reference, EXAMPLE))
+    other = EquivalentClassOptimizer(sgd(reference), scaling_group(reference, EXAMPLE), rule=rule)
     train_plainly(reference, other, batches(), epochs=1)
     assert same(weights(ours), weights(reference))
 
 
-def test_two_optimizers_watch_one_module_side_by_side() -> None:
+@RULES
+def test_two_optimizers_watch_one_module_side_by_side(rule: str) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(mlp(), nn.ReLU(), nn.Linear(10, 10), nn.ReLU(), nn.Linear(10, 10))
     parts = list(net[0].parameters()), list(net[1:].parameters())
-    pair = [ec_sgd(net, part, lr=0.1) for part in parts]
+    pair = [ec_sgd(net, part, lr=0.1, rule=rule) for part in parts]
     x, y = batches()[0]
     F.cross_entropy(net(x), y).backward()
     assert is_clean(net)  # each gives back the method that it found, in whatever order they end
@@ -196,12 +223,19 @@ def test_two_optimizers_watch_one_module_side_by_side() -> None:
     assert [int(optimizer.usable_units().sum()) for optimizer in pair] == [32, 10]
 
 
-def test_the_module_stays_as_it_is_when_the_optimizer_cannot_be_made() -> None:
+@pytest.mark.parametrize("make", [ec_sgd, ec_adamw])
+def test_the_module_stays_as_it_is_when_the_optimizer_cannot_be_made(
+    make: Callable[..., EquivalentClassOptimizer],
+) -> None:
     net = mlp()
     with pytest.raises(ValueError, match="learning rate"):
-        ec_sgd(net, lr=-1.0)
+        make(net, lr=-1.0)
     with pytest.raises(ValueError, match="pass the module that owns all of them"):
-        ec_sgd(net, mlp(seed=1).parameters(), lr=0.1)
+        make(net, mlp(seed=1).parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="rule must be 'unit' or 'path'"):
+        make(net, lr=0.1, rule="none")
     with pytest.raises(ValueError, match="skeleton must be 'max' or 'diagonal'"):
-        ec_sgd(net, lr=0.1, skeleton="none")
+        make(net, lr=0.1, skeleton="none")
+    with pytest.raises(TypeError, match="refresh_intervall"):
+        make(net, lr=0.1, refresh_intervall=3)
     assert is_clean(net)

@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import ExponentialLR
 from lightning_ecopt import EquivalentClassOptimization, ScalingGroup, ec_sgd, scaling_group
 from tests.lightning_integration.modules import (
     EXAMPLE,
+    RULES,
     Batch,
     Classifier,
     Rates,
@@ -96,12 +97,15 @@ WHEN = {
 }
 
 
+@RULES
 @pytest.mark.parametrize("example", [None, EXAMPLE], ids=["first step", "example"])
 @pytest.mark.parametrize("refresh", ["epoch", 7, None], ids=str)
 @pytest.mark.parametrize("when", WHEN)
-def test_a_resumed_run_is_bit_identical(tmp_path: Path, when: str, refresh: Any, example: Tensor | None) -> None:
+def test_a_resumed_run_is_bit_identical(
+    tmp_path: Path, when: str, refresh: Any, example: Tensor | None, rule: str
+) -> None:
     def callback() -> EquivalentClassOptimization:
-        return EquivalentClassOptimization(refresh=refresh, verbose=False)
+        return EquivalentClassOptimization(rule=rule, refresh=refresh, verbose=False)
 
     expected = run(callback(), saving(tmp_path, **WHEN[when]), example=example)
     paths = sorted(tmp_path.glob("*.ckpt"), key=lambda path: path.stat().st_mtime)[:3]
@@ -114,11 +118,12 @@ def test_a_resumed_run_is_bit_identical(tmp_path: Path, when: str, refresh: Any,
     assert different == []
 
 
+@RULES
 @pytest.mark.parametrize("example", [None, EXAMPLE], ids=["first step", "example"])
 @pytest.mark.parametrize("when", ["epoch end", "every 3 steps"])
-def test_a_resumed_run_of_ec_sgd_is_bit_identical(tmp_path: Path, when: str, example: Tensor | None) -> None:
+def test_a_resumed_run_of_ec_sgd_is_bit_identical(tmp_path: Path, when: str, example: Tensor | None, rule: str) -> None:
     def configure(module: Any) -> Any:
-        return scheduled_ec_sgd(module, refresh_interval=4)
+        return scheduled_ec_sgd(module, rule=rule, refresh_interval=4)
 
     expected = run(saving(tmp_path, **WHEN[when]), configure=configure, example=example)
     paths = sorted(tmp_path.glob("*.ckpt"), key=lambda path: path.stat().st_mtime)[:3]
@@ -128,12 +133,15 @@ def test_a_resumed_run_of_ec_sgd_is_bit_identical(tmp_path: Path, when: str, exa
         assert same(weights(resumed), weights(expected))
 
 
+@RULES
 @pytest.mark.parametrize("refresh", ["epoch", 7], ids=str)
 @pytest.mark.parametrize("at", [3, 5, 8])
-def test_a_run_that_starts_without_a_path_is_resumed_bit_identical(tmp_path: Path, refresh: Any, at: int) -> None:
+def test_a_run_that_starts_without_a_path_is_resumed_bit_identical(
+    tmp_path: Path, refresh: Any, at: int, rule: str
+) -> None:
     # Behind a last layer of zeros all units are dormant until the first refresh, also when the run breaks off before.
     def callback() -> EquivalentClassOptimization:
-        return EquivalentClassOptimization(refresh=refresh, verbose=False)
+        return EquivalentClassOptimization(rule=rule, refresh=refresh, verbose=False)
 
     net = mlp()
     nn.init.zeros_(net[4].weight)
@@ -142,9 +150,10 @@ def test_a_run_that_starts_without_a_path_is_resumed_bit_identical(tmp_path: Pat
     assert same(weights(resumed), weights(expected))
 
 
-def test_a_run_that_is_resumed_twice_is_bit_identical(tmp_path: Path) -> None:
+@RULES
+def test_a_run_that_is_resumed_twice_is_bit_identical(tmp_path: Path, rule: str) -> None:
     def parts(name: str) -> tuple[Callback, Callback]:
-        return EquivalentClassOptimization(verbose=False), saving(tmp_path / name, every_n_train_steps=3)
+        return EquivalentClassOptimization(rule=rule, verbose=False), saving(tmp_path / name, every_n_train_steps=3)
 
     expected = run(*parts("one"))
     run(*parts("two"), seed=8, ckpt=tmp_path / "one" / "step=3.ckpt")
@@ -154,8 +163,9 @@ def test_a_run_that_is_resumed_twice_is_bit_identical(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("refresh", ["epoch", 7], ids=str)
 @pytest.mark.parametrize("at", [3, 5, 8])
+@RULES
 def test_a_resumed_run_refreshes_when_the_uninterrupted_one_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refresh: Any, at: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refresh: Any, at: int, rule: str
 ) -> None:
     balance_, modules, found = ScalingGroup.balance_, [], []
 
@@ -170,7 +180,7 @@ def test_a_resumed_run_refreshes_when_the_uninterrupted_one_does(
     monkeypatch.setattr(ScalingGroup, "balance_", spy)
 
     def parts() -> tuple[Callback, Callback]:
-        return Seen(), EquivalentClassOptimization(refresh=refresh, verbose=False)
+        return Seen(), EquivalentClassOptimization(rule=rule, refresh=refresh, verbose=False)
 
     run(*parts(), saving(tmp_path, every_n_train_steps=at))
     expected = [step for step in found if step >= at]
@@ -179,8 +189,9 @@ def test_a_resumed_run_refreshes_when_the_uninterrupted_one_does(
     assert found == expected
 
 
-def test_a_checkpoint_can_be_loaded_as_weights_only(tmp_path: Path) -> None:
-    run(EquivalentClassOptimization(verbose=False), saving(tmp_path, every_n_train_steps=3))
+@RULES
+def test_a_checkpoint_can_be_loaded_as_weights_only(tmp_path: Path, rule: str) -> None:
+    run(EquivalentClassOptimization(rule=rule, verbose=False), saving(tmp_path, every_n_train_steps=3))
     state = torch.load(tmp_path / "step=3.ckpt", weights_only=True)
     assert set(state["optimizer_states"][0]) >= {"state", "param_groups"}
 
@@ -190,12 +201,15 @@ def _loss(module: Classifier) -> float:
     return float(F.cross_entropy(module(images), labels).detach())
 
 
+@RULES
 @pytest.mark.parametrize("example", [None, EXAMPLE], ids=["first step", "example"])
 @pytest.mark.parametrize("step", [3, 10])
-def test_a_run_of_plain_sgd_goes_on_with_the_callback(tmp_path: Path, step: int, example: Tensor | None) -> None:
+def test_a_run_of_plain_sgd_goes_on_with_the_callback(
+    tmp_path: Path, step: int, example: Tensor | None, rule: str
+) -> None:
     rates, resumed_rates = Rates(), Rates()
     plain = run(rates, saving(tmp_path, every_n_train_steps=step))
-    callback = EquivalentClassOptimization(verbose=False)
+    callback = EquivalentClassOptimization(rule=rule, verbose=False)
     path = tmp_path / f"step={step}.ckpt"
     resumed = run(callback, resumed_rates, seed=9, example=example, ckpt=path)
     assert resumed_rates.steps == rates.steps[step:]
@@ -210,9 +224,10 @@ def test_a_run_of_plain_sgd_goes_on_with_the_callback(tmp_path: Path, step: int,
     assert _loss(resumed) == pytest.approx(_loss(plain), rel=0.1)
 
 
-def test_a_run_with_the_callback_goes_on_with_plain_sgd(tmp_path: Path) -> None:
+@RULES
+def test_a_run_with_the_callback_goes_on_with_plain_sgd(tmp_path: Path, rule: str) -> None:
     rates, resumed_rates = Rates(), Rates()
-    ours = run(EquivalentClassOptimization(verbose=False), rates, saving(tmp_path, every_n_train_steps=3))
+    ours = run(EquivalentClassOptimization(rule=rule, verbose=False), rates, saving(tmp_path, every_n_train_steps=3))
     path = tmp_path / "step=6.ckpt"
     resumed = run(resumed_rates, seed=9, ckpt=path)
     assert resumed_rates.steps == rates.steps[6:]
@@ -237,7 +252,7 @@ def test_a_run_with_the_callback_goes_on_with_plain_sgd(tmp_path: Path) -> None:
 
 def test_momentum_is_kept_in_weight_space_for_plain_sgd(tmp_path: Path) -> None:
     # A small start of the free coordinates lets paths move far in one step, so that the two spaces differ.
-    callback = EquivalentClassOptimization(verbose=False, free_start=0.02)
+    callback = EquivalentClassOptimization(rule="path", verbose=False, free_start=0.02)
     run(callback, saving(tmp_path, every_n_train_steps=1), configure=sgd, example=EXAMPLE)
     state = torch.load(tmp_path / "step=1.ckpt", weights_only=True)
     start = Classifier(mlp())

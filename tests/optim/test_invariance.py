@@ -51,9 +51,7 @@ def fell(losses: list[float]) -> bool:
     ],
 )
 @RULES
-def test_training_depends_on_the_class_alone(
-    rule: str, name: str, regression: bool, options: dict[str, Any]
-) -> None:
+def test_training_depends_on_the_class_alone(rule: str, name: str, regression: bool, options: dict[str, Any]) -> None:
     torch.manual_seed(3)
     build, shape, outputs, lr = BUILD[name]
     module = build().double()

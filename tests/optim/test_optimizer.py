@@ -16,7 +16,7 @@ from lightning_ecopt import EquivalentClassOptimizer, scaling_group
 from lightning_ecopt.paths import Skeleton, choose_skeleton
 from lightning_ecopt.symmetry import PendingGroup
 from tests.networks import ResidualMLP, mlp, norm_cnn
-from tests.optim.training import distance, ec_sgd, loss_of, rescaled, train, weights_of
+from tests.optim.training import RULES, distance, ec_sgd, loss_of, rescaled, train, weights_of
 from tests.paths.explicit import ExplicitPaths, ends, place_of
 
 SGD = torch.optim.SGD
@@ -43,9 +43,21 @@ def paths_of(module: nn.Module, x: Tensor) -> ExplicitPaths:
     return ExplicitPaths(group, choose_skeleton(group.couplings, weights, group.alive()), weights)
 
 
+def path_sgd(
+    module: nn.Module, x: Tensor, *, wrapper: dict[str, Any] | None = None, **options: Any
+) -> EquivalentClassOptimizer:
+    """SGD with ``options`` on those coordinates."""
+    return ec_sgd(module, x, rule="path", wrapper={"free_start": 1.0, **(wrapper or {})}, **options)
+
+
 def gradients_of(module: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
     tensors = dict(module.named_parameters())
     return dict(zip(tensors, torch.autograd.grad(loss_of(module, x, y), list(tensors.values())), strict=True))
+
+
+def coordinates_of(module: nn.Module, paths: ExplicitPaths, rule: str) -> dict[str, Tensor]:
+    """What the base optimizer moves."""
+    return paths.paths(weights_of(module)) if rule == "path" else weights_of(module)
 
 
 def same_bits(first: nn.Module, second: nn.Module) -> bool:
@@ -61,7 +73,7 @@ def test_the_first_step_is_that_of_the_base_optimizer_at_the_balanced_weights(op
     module, x, y = problem(4, 6, 5, 3)
     plain = balanced(module, x)
     paths = paths_of(plain, x)
-    train(module, ec_sgd(module, x, lr=0.05, **options), x, y, range(1))
+    train(module, path_sgd(module, x, lr=0.05, **options), x, y, range(1))
     train(plain, SGD(plain.parameters(), lr=0.05, **options), x, y, range(1))
     ordinary = {name: torch.ones(p.shape, dtype=torch.bool) for name, p in module.named_parameters()}
     for name, index in [*paths.fixed.values(), *paths.out.values()]:
@@ -78,9 +90,10 @@ def test_the_first_step_is_that_of_the_base_optimizer_at_the_balanced_weights(op
     assert max(moved) > 1e-4
 
 
-def test_gradients_are_put_back_bit_for_bit() -> None:
+@RULES
+def test_gradients_are_put_back_bit_for_bit(rule: str) -> None:
     module, x, y = problem(4, 6, 5, 3)
-    optimizer = ec_sgd(module, x, lr=0.05, momentum=0.9)
+    optimizer = ec_sgd(module, x, rule=rule, lr=0.05, momentum=0.9)
     train(module, optimizer, x, y, range(3))
     optimizer.zero_grad()
     loss_of(module, x, y).backward()
@@ -92,11 +105,12 @@ def test_gradients_are_put_back_bit_for_bit() -> None:
         assert torch.equal(p.grad, values[name])
 
 
-def test_gradients_after_a_refresh_are_those_at_the_balanced_weights() -> None:
+@RULES
+def test_gradients_after_a_refresh_are_those_at_the_balanced_weights(rule: str) -> None:
     module, x, y = problem(4, 6, 5, 3)
     expected = gradients_of(balanced(rescaled(module, x), x), x, y)
     other = rescaled(module, x)
-    optimizer = ec_sgd(other, x, lr=0.05)
+    optimizer = ec_sgd(other, x, rule=rule, lr=0.05)
     loss_of(other, x, y).backward()
     optimizer.step()
     for name, p in other.named_parameters():
@@ -114,10 +128,10 @@ class Failing(SGD):
         return super().step(closure)
 
 
-def failing_step(module: nn.Module, x: Tensor, y: Tensor) -> tuple[EquivalentClassOptimizer, Failing]:
+def failing_step(module: nn.Module, x: Tensor, y: Tensor, rule: str) -> tuple[EquivalentClassOptimizer, Failing]:
     """A few good steps, gradients, and a step that fails."""
     base = Failing(module.parameters(), lr=0.05, momentum=0.9)
-    optimizer = EquivalentClassOptimizer(base, scaling_group(module, x))
+    optimizer = EquivalentClassOptimizer(base, scaling_group(module, x), rule=rule)
     train(module, optimizer, x, y, range(3))
     optimizer.zero_grad()
     loss_of(module, x, y).backward()
@@ -125,19 +139,21 @@ def failing_step(module: nn.Module, x: Tensor, y: Tensor) -> tuple[EquivalentCla
     return optimizer, base
 
 
-def test_gradients_are_put_back_when_the_base_step_fails() -> None:
+@RULES
+def test_gradients_are_put_back_when_the_base_step_fails(rule: str) -> None:
     module, x, y = problem(4, 6, 5, 3)
-    optimizer, _ = failing_step(module, x, y)
+    optimizer, _ = failing_step(module, x, y, rule)
     values = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
     with pytest.raises(MemoryError):
         optimizer.step()
     assert all(torch.equal(p.grad, values[name]) for name, p in module.named_parameters() if p.grad is not None)
 
 
-def test_nothing_has_moved_when_the_base_step_fails() -> None:
+@RULES
+def test_nothing_has_moved_when_the_base_step_fails(rule: str) -> None:
     module, x, y = problem(4, 6, 5, 3)
     twin = copy.deepcopy(module)
-    optimizer, base = failing_step(module, x, y)
+    optimizer, base = failing_step(module, x, y, rule)
     before = weights_of(module)
     with pytest.raises(MemoryError):
         optimizer.step()
@@ -145,43 +161,48 @@ def test_nothing_has_moved_when_the_base_step_fails() -> None:
         torch.testing.assert_close(p.detach(), before[name], rtol=1e-14, atol=0)
     base.fail = False
     optimizer.step()
-    other, other_base = failing_step(twin, x, y)
+    other, other_base = failing_step(twin, x, y, rule)
     other_base.fail = False
     other.step()
     for p, q in zip(module.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
 
 
-def test_coordinates_without_a_gradient_stay() -> None:
+@RULES
+def test_coordinates_without_a_gradient_stay(rule: str) -> None:
     module, x, y = problem(4, 6, 5, 3)
     start = balanced(module, x)
     paths = paths_of(start, x)
-    optimizer = ec_sgd(module, x, lr=0.05)
+    optimizer = ec_sgd(module, x, rule=rule, lr=0.05)
     loss_of(module, x, y).backward()
     module[2].weight.grad = None
     module[0].bias.grad = None
     optimizer.step()
-    now = paths.paths(weights_of(module))
+    before, now = coordinates_of(start, paths, rule), coordinates_of(module, paths, rule)
     for name, value in now.items():
         stayed = name in ("2.weight", "0.bias")
-        assert torch.allclose(value, paths.v[name], rtol=1e-12, atol=1e-14) == stayed, name
-    # The weights themselves take part in the move of the units that they lead into.
-    assert not torch.allclose(module[0].bias, start[0].bias, rtol=1e-9)
+        assert torch.allclose(value, before[name], rtol=1e-12, atol=1e-14) == stayed, name
+    if rule == "path":  # the weights themselves take part in the move of the units that they lead into
+        assert not torch.allclose(module[0].bias, start[0].bias, rtol=1e-9)
     assert module[2].weight.grad is None
 
 
-def test_a_step_without_any_gradient_only_balances() -> None:
+@RULES
+def test_a_step_without_any_gradient_only_balances(rule: str) -> None:
     module, x, _ = problem(4, 6, 5, 3)
     expected = balanced(module, x)
-    ec_sgd(module, x, lr=0.05, weight_decay=0.1).step()
-    assert same_bits(module, expected)
+    ec_sgd(module, x, rule=rule, lr=0.05, weight_decay=0.1).step()
+    if rule == "path":
+        assert same_bits(module, expected)
+    for p, q in zip(module.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-15, atol=0)
 
 
 def test_weight_decay_does_not_move_the_fixed_skeleton_weights() -> None:
     module, x, y = problem(4, 6, 5, 3)
     start = balanced(module, x)
     paths = paths_of(start, x)
-    train(module, ec_sgd(module, x, lr=0.05, momentum=0.9, weight_decay=0.5), x, y, range(20))
+    train(module, path_sgd(module, x, lr=0.05, momentum=0.9, weight_decay=0.5), x, y, range(20))
     now, before = weights_of(module), weights_of(start)
     for name, index in paths.fixed.values():
         assert torch.equal(now[name][index], before[name][index])
@@ -198,7 +219,7 @@ HUGE = 1e3  # a learning rate at which every path wants to move by far more than
 def test_the_guard_limits_how_far_a_path_moves_in_one_step() -> None:
     module, x, y = problem(4, 6, 3)
     free = copy.deepcopy(module)
-    optimizer = ec_sgd(module, x, lr=HUGE)
+    optimizer = path_sgd(module, x, lr=HUGE)
     train(module, optimizer, x, y, range(1))
     statistics = optimizer.statistics()
     assert statistics is not None
@@ -210,7 +231,7 @@ def test_the_guard_limits_how_far_a_path_moves_in_one_step() -> None:
     assert optimizer.statistics().max_beta <= 4.0
     assert optimizer.statistics().guarded_paths > 6
 
-    optimizer = ec_sgd(free, x, lr=HUGE, wrapper={"max_path_ratio": None})
+    optimizer = path_sgd(free, x, lr=HUGE, wrapper={"max_path_ratio": None})
     train(free, optimizer, x, y, range(1))
     assert optimizer.statistics().max_beta > 2.0
     assert optimizer.statistics().min_beta < 0  # the paper's rule lets a path change its sign
@@ -221,7 +242,7 @@ def test_the_guard_lets_no_skeleton_weight_change_its_sign() -> None:
     for limit, same in ((2.0, True), (None, False)):
         module, x, y = problem(4, 6, 3)
         paths = paths_of(balanced(module, x), x)
-        optimizer = ec_sgd(module, x, lr=HUGE, wrapper={"max_path_ratio": limit})
+        optimizer = path_sgd(module, x, lr=HUGE, wrapper={"max_path_ratio": limit})
         train(module, optimizer, x, y, range(1))
         now = weights_of(module)
         signs = [bool(now[name][index].sign() == paths.start[name][index].sign()) for name, index in paths.out.values()]
@@ -230,7 +251,7 @@ def test_the_guard_lets_no_skeleton_weight_change_its_sign() -> None:
 
 def test_counts_start_over_at_a_refresh() -> None:
     module, x, y = problem(4, 6, 3)
-    optimizer = ec_sgd(module, x, lr=HUGE)
+    optimizer = path_sgd(module, x, lr=HUGE)
     assert optimizer.statistics() is None
     train(module, optimizer, x, y, range(1))
     assert optimizer.statistics().guarded_paths > 0
@@ -241,11 +262,12 @@ def test_counts_start_over_at_a_refresh() -> None:
     assert optimizer.statistics().min_beta == optimizer.statistics().max_beta == 1.0
 
 
-def test_dormant_units_are_counted() -> None:
+@RULES
+def test_dormant_units_are_counted(rule: str) -> None:
     module, x, y = problem(4, 6, 5, 3)
     with torch.no_grad():
         module[2].weight[:, :2] = 0
-    optimizer = ec_sgd(module, x, lr=0.01)
+    optimizer = ec_sgd(module, x, rule=rule, lr=0.01)
     train(module, optimizer, x, y, range(1))
     assert optimizer.statistics().dormant_units == 2
     # The gradient has brought them to life; a refresh finds them.
@@ -265,7 +287,7 @@ def test_no_path_leads_through_a_dormant_unit(side: str) -> None:
         else:  # nothing comes of its incoming weights
             module[4].weight[:, 3] = 0
             own = "2.weight", {(3, column) for column in range(5)}
-    optimizer = ec_sgd(module, x, lr=0.01)
+    optimizer = path_sgd(module, x, lr=0.01)
     train(module, optimizer, x, y, range(1))
     skeleton = Skeleton.from_state_dict(optimizer.state_dict()["equivalent_class"]["skeleton"])
     assert int(skeleton.active.sum()) == 10
@@ -278,12 +300,13 @@ def test_no_path_leads_through_a_dormant_unit(side: str) -> None:
             assert name != own[0] or place not in own[1]
 
 
-def test_a_zero_initialised_last_layer_trains_as_with_the_base_optimizer_until_a_refresh() -> None:
+@RULES
+def test_a_zero_initialised_last_layer_trains_as_with_the_base_optimizer_until_a_refresh(rule: str) -> None:
     module, x, y = problem(4, 6, 3)
     with torch.no_grad():
         module[2].weight.zero_()
     plain = copy.deepcopy(module)
-    optimizer = ec_sgd(module, x, lr=0.05, momentum=0.9)
+    optimizer = ec_sgd(module, x, rule=rule, lr=0.05, momentum=0.9)
     train(module, optimizer, x, y, range(5))
     train(plain, SGD(plain.parameters(), lr=0.05, momentum=0.9), x, y, range(5))
     assert same_bits(module, plain)
@@ -303,9 +326,8 @@ def test_gradients_that_are_not_finite_spoil_weights_as_with_the_base_optimizer(
     bad: float, max_path_ratio: float | None, momentum: float
 ) -> None:
     module, x, y = problem(4, 6, 5, 3)
-    optimizer = ec_sgd(
-        module, x, lr=0.05, momentum=momentum, wrapper={"max_path_ratio": max_path_ratio, "refresh_interval": 2}
-    )
+    wrapper = {"max_path_ratio": max_path_ratio, "refresh_interval": 2}
+    optimizer = path_sgd(module, x, lr=0.05, momentum=momentum, wrapper=wrapper)
     train(module, optimizer, x, y, range(1))
     paths = paths_of(balanced(problem(4, 6, 5, 3)[0], x), x)
     for p in module.parameters():
@@ -326,12 +348,27 @@ def test_gradients_that_are_not_finite_spoil_weights_as_with_the_base_optimizer(
         assert math.isfinite(optimizer.statistics().max_beta)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_gradients_that_are_not_finite_spoil_weights_with_unit_steps_too(bad: float, momentum: float) -> None:
+    module, x, y = problem(4, 6, 5, 3)
+    optimizer = ec_sgd(module, x, rule="unit", lr=0.05, momentum=momentum, wrapper={"refresh_interval": 2})
+    train(module, optimizer, x, y, range(1))
+    for p in module.parameters():
+        p.grad = torch.full_like(p, bad)
+    optimizer.step()
+    assert not any(bool(p.isfinite().any()) for p in module.parameters())
+    for step in range(2, 6):  # through a refresh
+        assert math.isfinite(optimizer.statistics().clipped)
+        train(module, optimizer, x, y, range(step, step + 1))
+
+
 @pytest.mark.parametrize("kind", ["ordinary", "free"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_one_gradient_that_is_not_finite_spoils_its_own_weight(bad: float, kind: str) -> None:
     module, x, y = problem(4, 6, 5, 3)
     paths = paths_of(balanced(module, x), x)
-    optimizer = ec_sgd(module, x, lr=0.05)
+    optimizer = path_sgd(module, x, lr=0.05)
     loss_of(module, x, y).backward()
     skeleton = {*paths.fixed.values(), *paths.out.values()}
     # An element that leads into an output, which no other coordinate depends on, or a free skeleton weight.
@@ -358,13 +395,14 @@ SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
 }
 
 
+@RULES
 @pytest.mark.parametrize("holder", ["base", "wrapper"])
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_schedulers_work_on_the_base_and_on_the_wrapper(name: str, holder: str) -> None:
+def test_schedulers_work_on_the_base_and_on_the_wrapper(name: str, holder: str, rule: str) -> None:
     module, x, y = problem(4, 6, 3)
     base = SGD(module.parameters(), lr=0.1, momentum=0.9)
     reference = SGD([nn.Parameter(torch.zeros(1))], lr=0.1, momentum=0.9)
-    optimizer = EquivalentClassOptimizer(base, scaling_group(module, x))
+    optimizer = EquivalentClassOptimizer(base, scaling_group(module, x), rule=rule)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         scheduler = SCHEDULERS[name](optimizer if holder == "wrapper" else base)
@@ -380,9 +418,10 @@ def test_schedulers_work_on_the_base_and_on_the_wrapper(name: str, holder: str) 
     assert base.param_groups[0]["lr"] != 0.1
 
 
-def test_a_scheduled_learning_rate_is_used() -> None:
+@RULES
+def test_a_scheduled_learning_rate_is_used(rule: str) -> None:
     module, x, y = problem(4, 6, 3)
-    optimizer = ec_sgd(module, x, lr=0.1)
+    optimizer = ec_sgd(module, x, rule=rule, lr=0.1)
     optimizer.param_groups[0]["lr"] = 0.0
     expected = balanced(module, x)
     train(module, optimizer, x, y, range(2))
@@ -390,12 +429,13 @@ def test_a_scheduled_learning_rate_is_used() -> None:
         torch.testing.assert_close(p, q, rtol=1e-14, atol=0)
 
 
-def test_groups_state_and_defaults_are_those_of_the_base() -> None:
+@RULES
+def test_groups_state_and_defaults_are_those_of_the_base(rule: str) -> None:
     module, x, y = problem(4, 6, 3)
     base = SGD(
         [{"params": module[0].parameters(), "lr": 0.01}, {"params": module[2].parameters()}], lr=0.1, momentum=0.9
     )
-    optimizer = EquivalentClassOptimizer(base, scaling_group(module, x))
+    optimizer = EquivalentClassOptimizer(base, scaling_group(module, x), rule=rule)
     train(module, optimizer, x, y, range(2))
     assert optimizer.param_groups is base.param_groups
     assert optimizer.state is base.state
@@ -405,18 +445,21 @@ def test_groups_state_and_defaults_are_those_of_the_base() -> None:
     assert isinstance(optimizer, torch.optim.Optimizer)
 
 
-def test_a_parameter_group_that_does_not_learn_keeps_its_coordinates() -> None:
+@RULES
+def test_a_parameter_group_that_does_not_learn_keeps_its_coordinates(rule: str) -> None:
     module, x, y = problem(4, 6, 3)
-    paths = paths_of(balanced(module, x), x)
+    start = balanced(module, x)
+    paths = paths_of(start, x)
     groups = [{"params": module[0].parameters(), "lr": 0.0}, {"params": module[2].parameters()}]
-    optimizer = EquivalentClassOptimizer(SGD(groups, lr=0.05, momentum=0.9), scaling_group(module, x))
+    optimizer = EquivalentClassOptimizer(SGD(groups, lr=0.05, momentum=0.9), scaling_group(module, x), rule=rule)
     train(module, optimizer, x, y, range(5))
-    now = paths.paths(weights_of(module))
+    before, now = coordinates_of(start, paths, rule), coordinates_of(module, paths, rule)
     for name, value in now.items():
-        assert torch.allclose(value, paths.v[name], rtol=1e-12, atol=1e-14) == name.startswith("0."), name
+        assert torch.allclose(value, before[name], rtol=1e-12, atol=1e-14) == name.startswith("0."), name
 
 
-def test_a_parameter_group_can_be_added_on_the_way() -> None:
+@RULES
+def test_a_parameter_group_can_be_added_on_the_way(rule: str) -> None:
     module, x, y = problem(4, 6, 5, 3)
     other = copy.deepcopy(module)
     group = scaling_group(other, x)
@@ -426,9 +469,8 @@ def test_a_parameter_group_can_be_added_on_the_way() -> None:
     log_scale[own] = torch.randn(6, dtype=torch.float64)
     group.act_(log_scale)
     for one in (module, other):
-        optimizer = EquivalentClassOptimizer(
-            SGD([*one[0].parameters(), *one[2].parameters()], lr=0.02, momentum=0.9), scaling_group(one, x)
-        )
+        base = SGD([*one[0].parameters(), *one[2].parameters()], lr=0.02, momentum=0.9)
+        optimizer = EquivalentClassOptimizer(base, scaling_group(one, x), rule=rule)
         last = weights_of(one[4])
         train(one, optimizer, x, y, range(5))
         assert all(torch.equal(p, last[name]) for name, p in one[4].named_parameters())
@@ -459,11 +501,12 @@ def test_zero_grad_clears_the_gradients(set_to_none: bool) -> None:
         assert p.grad is None if set_to_none else bool((p.grad == 0).all())
 
 
-def test_a_closure_is_called_once_before_anything_moves_and_its_loss_returned() -> None:
+@RULES
+def test_a_closure_is_called_once_before_anything_moves_and_its_loss_returned(rule: str) -> None:
     module, x, y = problem(4, 6, 3)
     twin = copy.deepcopy(module)
     before, calls = weights_of(module), []
-    optimizer = ec_sgd(module, x, lr=0.1, momentum=0.9)
+    optimizer = ec_sgd(module, x, rule=rule, lr=0.1, momentum=0.9)
 
     def closure() -> Tensor:
         assert torch.is_grad_enabled()
@@ -477,7 +520,7 @@ def test_a_closure_is_called_once_before_anything_moves_and_its_loss_returned() 
     with torch.no_grad():
         assert optimizer.step(closure) is calls[0]
     assert len(calls) == 1
-    other = ec_sgd(twin, x, lr=0.1, momentum=0.9)
+    other = ec_sgd(twin, x, rule=rule, lr=0.1, momentum=0.9)
     loss_of(twin, x, y).backward()
     assert other.step() is None
     assert same_bits(module, twin)
@@ -491,22 +534,25 @@ def test_the_representation_shows_base_and_group() -> None:
     assert "ScalingGroup(num_units=6, num_parameters=51, dimension=45)" in text
 
 
+@RULES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_other_types_of_parameters_train(dtype: torch.dtype) -> None:
+def test_other_types_of_parameters_train(dtype: torch.dtype, rule: str) -> None:
     module, x, y = problem(4, 16, 16, 3, dtype=dtype)
-    optimizer = ec_sgd(module, x, lr=0.02, momentum=0.9, weight_decay=1e-4, wrapper={"refresh_interval": 7})
+    wrapper = {"refresh_interval": 7}
+    optimizer = ec_sgd(module, x, rule=rule, lr=0.02, momentum=0.9, weight_decay=1e-4, wrapper=wrapper)
     losses = train(module, optimizer, x, y, range(80))
     assert all(p.dtype == dtype for p in module.parameters())
     assert all(optimizer.state[p]["momentum_buffer"].dtype == dtype for p in module.parameters())
     assert sum(losses[-4:]) < 0.9 * sum(losses[:4])
 
 
-def test_types_may_be_mixed() -> None:
+@RULES
+def test_types_may_be_mixed(rule: str) -> None:
     module, x, y = problem(4, 6, 3, dtype=torch.float32)
     module[2].double()
     module.insert(2, Cast())
     y = y.double()
-    optimizer = ec_sgd(module, x, lr=0.02, momentum=0.9)
+    optimizer = ec_sgd(module, x, rule=rule, lr=0.02, momentum=0.9)
     losses = train(module, optimizer, x, y, range(20))
     assert optimizer.statistics().dormant_units == 0
     assert [p.dtype for p in module.parameters()] == [torch.float32] * 2 + [torch.float64] * 2
@@ -518,14 +564,17 @@ class Cast(nn.Module):
         return x.double()
 
 
+@RULES
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01}])
-def test_a_module_without_freedoms_trains_bit_for_bit_as_with_the_base_optimizer(options: dict[str, Any]) -> None:
+def test_a_module_without_freedoms_trains_bit_for_bit_as_with_the_base_optimizer(
+    options: dict[str, Any], rule: str
+) -> None:
     torch.manual_seed(0)
     module = mlp(4, 6, 3, activation=nn.Tanh).double()
     x, y = torch.randn(32, 4, dtype=torch.float64), torch.randn(32, 3, dtype=torch.float64)
     plain = copy.deepcopy(module)
     with pytest.warns(UserWarning, match="no scaling freedoms, so the base optimizer is used as it is"):
-        optimizer = ec_sgd(module, x, lr=0.1, wrapper={"refresh_interval": 3}, **options)
+        optimizer = ec_sgd(module, x, rule=rule, lr=0.1, wrapper={"refresh_interval": 3}, **options)
     base = SGD(plain.parameters(), lr=0.1, **options)
     assert optimizer.group.num_units == 0
     assert train(module, optimizer, x, y, range(10)) == train(plain, base, x, y, range(10))
@@ -534,25 +583,30 @@ def test_a_module_without_freedoms_trains_bit_for_bit_as_with_the_base_optimizer
     assert optimizer.state_dict()["param_groups"] == base.state_dict()["param_groups"]
 
 
-def test_two_optimizers_leave_the_units_that_touch_both_alone() -> None:
+@RULES
+def test_two_optimizers_leave_the_units_that_touch_both_alone(rule: str) -> None:
     module, x, y = problem(4, 6, 5, 7, 3)
     group = scaling_group(module, x)
     first_parameters = [*module[0].parameters(), *module[2].parameters()]
     second_parameters = [*module[4].parameters(), *module[6].parameters()]
-    first = EquivalentClassOptimizer(SGD(first_parameters, lr=0.0), group)
-    second = EquivalentClassOptimizer(SGD(second_parameters, lr=0.0), group)
+    first = EquivalentClassOptimizer(SGD(first_parameters, lr=0.0), group, rule=rule)
+    second = EquivalentClassOptimizer(SGD(second_parameters, lr=0.0), group, rule=rule)
     before = weights_of(module)
+
+    def stayed(bias: Tensor) -> None:  # divided and multiplied by a scale under the rule "unit"
+        torch.testing.assert_close(bias, before["2.bias"], rtol=0 if rule == "path" else 1e-15, atol=0)
+
     loss_of(module, x, y).backward()
     output = module(x).detach()
     first.step()
     after = weights_of(module)
     assert all(torch.equal(after[name], before[name]) for name in after if name[0] in "46")
     assert not torch.equal(after["0.weight"], before["0.weight"])
-    assert torch.equal(after["2.bias"], before["2.bias"])
+    stayed(after["2.bias"])
     second.step()
     after = weights_of(module)
     assert not torch.equal(after["4.bias"], before["4.bias"])
-    assert torch.equal(after["2.bias"], before["2.bias"])
+    stayed(after["2.bias"])
     torch.testing.assert_close(module(x), output, rtol=1e-12, atol=1e-14)
     # 18 units, 5 of them between the two optimizers.
     assert [int(one.usable_units().sum()) for one in (first, second)] == [6, 7]
@@ -567,7 +621,8 @@ def test_two_optimizers_leave_the_units_that_touch_both_alone() -> None:
     first.step()
     second.step()
     base.step()
-    torch.testing.assert_close(module[2].bias, plain[2].bias, rtol=1e-14, atol=0)
+    if rule == "path":  # these units are in weight space
+        torch.testing.assert_close(module[2].bias, plain[2].bias, rtol=1e-14, atol=0)
     assert not torch.equal(module[0].bias, plain[0].bias)
 
 
@@ -588,46 +643,50 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
 }
 
 
-def fresh(name: str, x: Tensor, pending: bool, interval: int | None, dtype: torch.dtype) -> tuple[Any, Any]:
+def fresh(
+    name: str, x: Tensor, rule: str, pending: bool, interval: int | None, dtype: torch.dtype = torch.float64
+) -> tuple[Any, Any]:
     """A module and its optimizer, the same at every call."""
     torch.manual_seed(1)
     module = NETWORKS[name][0]().to(dtype)
     group = PendingGroup(module, "forward") if pending else scaling_group(module, x)
     base = SGD(module.parameters(), lr=0.03, momentum=0.9, weight_decay=1e-3)
-    return module, EquivalentClassOptimizer(base, group, refresh_interval=interval)
+    return module, EquivalentClassOptimizer(base, group, rule=rule, refresh_interval=interval)
 
 
+@RULES
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("pending", [False, True])
 @pytest.mark.parametrize("interval", [1, 5, None])
 @pytest.mark.parametrize("stop", [0, 5, 13])
-def test_a_resumed_run_has_the_same_bits(name: str, pending: bool, interval: int | None, stop: int) -> None:
+def test_a_resumed_run_has_the_same_bits(name: str, pending: bool, interval: int | None, stop: int, rule: str) -> None:
     torch.manual_seed(0)
     dtype = torch.float32 if stop == 13 else torch.float64
     x = torch.randn(32, *NETWORKS[name][1], dtype=dtype)
     y = torch.randn(32, NETWORKS[name][2], dtype=dtype)
-    reference, optimizer = fresh(name, x, pending, interval, dtype)
+    reference, optimizer = fresh(name, x, rule, pending, interval, dtype)
     losses = train(reference, optimizer, x, y, range(16))
 
-    module, optimizer = fresh(name, x, pending, interval, dtype)
+    module, optimizer = fresh(name, x, rule, pending, interval, dtype)
     train(module, optimizer, x, y, range(stop))
     state = through_a_file({"module": module.state_dict(), "optimizer": optimizer.state_dict()})
-    again, optimizer = fresh(name, x, pending, interval, dtype)
+    again, optimizer = fresh(name, x, rule, pending, interval, dtype)
     again.load_state_dict(state["module"])
     optimizer.load_state_dict(state["optimizer"])
     assert train(again, optimizer, x, y, range(stop, 16)) == losses[stop:]
     assert same_bits(again, reference)
 
 
+@RULES
 @pytest.mark.parametrize("again", [False, True])
-def test_a_state_that_was_loaded_can_be_saved_before_the_next_step(again: bool) -> None:
+def test_a_state_that_was_loaded_can_be_saved_before_the_next_step(again: bool, rule: str) -> None:
     torch.manual_seed(0)
     x, y = torch.randn(32, 4, dtype=torch.float64), torch.randn(32, 3, dtype=torch.float64)
-    reference, optimizer = fresh("mlp", x, False, None, torch.float64)
+    reference, optimizer = fresh("mlp", x, rule, False, None)
     train(reference, optimizer, x, y, range(10))
     states = reference.state_dict(), optimizer.state_dict()
     for _ in range(1 + again):
-        module, other = fresh("mlp", x, again, None, torch.float64)
+        module, other = fresh("mlp", x, rule, again, None)
         module.load_state_dict(states[0])
         other.load_state_dict(states[1])
         states = through_a_file((module.state_dict(), other.state_dict()))
@@ -636,12 +695,13 @@ def test_a_state_that_was_loaded_can_be_saved_before_the_next_step(again: bool) 
     assert same_bits(module, reference)
 
 
-def test_a_refresh_that_is_asked_for_after_loading_takes_place() -> None:
+@RULES
+def test_a_refresh_that_is_asked_for_after_loading_takes_place(rule: str) -> None:
     torch.manual_seed(0)
     x, y = torch.randn(32, 4, dtype=torch.float64), torch.randn(32, 3, dtype=torch.float64)
-    reference, optimizer = fresh("mlp", x, False, None, torch.float64)
+    reference, optimizer = fresh("mlp", x, rule, False, None)
     train(reference, optimizer, x, y, range(10))
-    module, other = fresh("mlp", x, False, None, torch.float64)
+    module, other = fresh("mlp", x, rule, False, None)
     module.load_state_dict(reference.state_dict())
     other.load_state_dict(optimizer.state_dict())
     for one, its in ((reference, optimizer), (module, other)):
@@ -650,13 +710,14 @@ def test_a_refresh_that_is_asked_for_after_loading_takes_place() -> None:
     assert same_bits(module, reference)
 
 
-def test_a_refresh_that_is_due_is_saved() -> None:
+@RULES
+def test_a_refresh_that_is_due_is_saved(rule: str) -> None:
     torch.manual_seed(0)
     x, y = torch.randn(32, 4, dtype=torch.float64), torch.randn(32, 3, dtype=torch.float64)
-    reference, optimizer = fresh("mlp", x, False, None, torch.float64)
+    reference, optimizer = fresh("mlp", x, rule, False, None)
     train(reference, optimizer, x, y, range(10))
     optimizer.refresh()
-    module, other = fresh("mlp", x, False, None, torch.float64)
+    module, other = fresh("mlp", x, rule, False, None)
     module.load_state_dict(reference.state_dict())
     other.load_state_dict(optimizer.state_dict())
     train(reference, optimizer, x, y, range(10, 15))
@@ -664,10 +725,11 @@ def test_a_refresh_that_is_due_is_saved() -> None:
     assert same_bits(module, reference)
 
 
-def test_saving_changes_nothing() -> None:
+@RULES
+def test_saving_changes_nothing(rule: str) -> None:
     module, x, y = problem(4, 6, 5, 3)
     twin = copy.deepcopy(module)
-    first, second = ec_sgd(module, x, lr=0.03, momentum=0.9), ec_sgd(twin, x, lr=0.03, momentum=0.9)
+    first, second = (ec_sgd(one, x, rule=rule, lr=0.03, momentum=0.9) for one in (module, twin))
     for step in range(6):
         train(module, first, x, y, range(step, step + 1))
         train(twin, second, x, y, range(step, step + 1))
@@ -675,15 +737,20 @@ def test_saving_changes_nothing() -> None:
     assert same_bits(module, twin)
 
 
-def test_a_saved_state_does_not_move_on_with_the_run() -> None:
+@RULES
+def test_a_saved_state_does_not_move_on_with_the_run(rule: str) -> None:
     module, x, y = problem(4, 6, 5, 3)
-    optimizer = ec_sgd(module, x, lr=0.03)
+    optimizer = ec_sgd(module, x, rule=rule, lr=0.03)
     train(module, optimizer, x, y, range(3))
     state = optimizer.state_dict()
-    frozen = copy.deepcopy(state["equivalent_class"])
+    kept = copy.deepcopy(state["equivalent_class"])
     train(module, optimizer, x, y, range(3, 6))
-    assert torch.equal(state["equivalent_class"]["beta"], frozen["beta"])
-    assert state["equivalent_class"]["steps_since_refresh"] == 3
+    own = state["equivalent_class"]
+    moving = {"unit": ["second", "weight"], "path": ["beta"]}[rule]
+    assert all(torch.equal(own[name], kept[name]) for name in moving)
+    now = optimizer.state_dict()["equivalent_class"]
+    assert not any(torch.equal(now[name], kept[name]) for name in moving)
+    assert own["steps_since_refresh"] == 3
 
 
 def momentum_of(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
@@ -702,7 +769,7 @@ def test_the_saved_momentum_of_one_gradient_is_that_gradient_but_at_skeleton_wei
     module, x, y = problem(4, 6, 5, 3)
     start = balanced(module, x)
     expected = without_skeleton(paths_of(start, x), gradients_of(start, x, y))
-    optimizer = ec_sgd(module, x, lr=0.0, momentum=0.9)
+    optimizer = path_sgd(module, x, lr=0.0, momentum=0.9)
     loss_of(module, x, y).backward()
     optimizer.step()
     plain = SGD(module.parameters(), lr=0.0, momentum=0.9)
@@ -719,7 +786,7 @@ def test_the_saved_momentum_is_that_of_the_weights(steps: int) -> None:
     module, x, y = problem(4, 6, 5, 3)
     start = balanced(module, x)
     paths = paths_of(start, x)
-    optimizer = ec_sgd(module, x, lr=0.05, momentum=0.9, wrapper={"max_path_ratio": None})
+    optimizer = path_sgd(module, x, lr=0.05, momentum=0.9, wrapper={"max_path_ratio": None})
     train(module, optimizer, x, y, range(steps))
     plain = SGD(module.parameters(), lr=0.05, momentum=0.9)
     plain.load_state_dict(optimizer.state_dict())
@@ -764,7 +831,7 @@ def test_momentum_of_the_plain_base_optimizer_is_taken_over() -> None:
         value.data.sub_(0.05 * (0.9 * momentum[name] + g))
     expected = paths.weights(v)
 
-    optimizer = ec_sgd(module, x, lr=0.05, momentum=0.9, wrapper={"max_path_ratio": None})
+    optimizer = path_sgd(module, x, lr=0.05, momentum=0.9, wrapper={"max_path_ratio": None})
     optimizer.load_state_dict(state)
     train(module, optimizer, x, y, range(5, 6))
     for name, p in module.named_parameters():
@@ -772,16 +839,20 @@ def test_momentum_of_the_plain_base_optimizer_is_taken_over() -> None:
     assert all(map(math.isfinite, train(module, optimizer, x, y, range(6, 12))))
 
 
-def test_a_refresh_carries_the_momentum_of_ordinary_weights() -> None:
+@RULES
+def test_a_refresh_carries_the_momentum_of_ordinary_weights(rule: str) -> None:
     module, x, y = problem(4, 6, 5, 3)
-    optimizer = ec_sgd(module, x, lr=0.05, momentum=0.9)
+    optimizer = ec_sgd(module, x, rule=rule, lr=0.05, momentum=0.9)
     train(module, optimizer, x, y, range(4))
-    old = paths_of(balanced(problem(4, 6, 5, 3)[0], x), x)
-    kept = without_skeleton(old, momentum_of(optimizer, module))
+    kept = momentum_of(optimizer, module)
+    if rule == "path":
+        kept = without_skeleton(paths_of(balanced(problem(4, 6, 5, 3)[0], x), x), kept)
     before, start = weights_of(module), balanced(module, x)
     after = weights_of(start)
     # As a gradient, it divides by what its weight is multiplied by.
-    expected = without_skeleton(paths_of(start, x), {name: kept[name] * before[name] / after[name] for name in kept})
+    expected = {name: kept[name] * before[name] / after[name] for name in kept}
+    if rule == "path":
+        expected = without_skeleton(paths_of(start, x), expected)
     optimizer.refresh()
     optimizer.zero_grad()
     optimizer.step()  # without gradients SGD leaves the momentum alone
@@ -789,29 +860,52 @@ def test_a_refresh_carries_the_momentum_of_ordinary_weights() -> None:
         torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-12, msg=name)
 
 
-def test_loading_a_state_does_not_change_what_is_in_it() -> None:
+@RULES
+def test_loading_a_state_does_not_change_what_is_in_it(rule: str) -> None:
     module, x, y = problem(4, 6, 5, 3)
-    optimizer = ec_sgd(module, x, lr=0.03, momentum=0.9)
+    optimizer = ec_sgd(module, x, rule=rule, lr=0.03, momentum=0.9)
     train(module, optimizer, x, y, range(3))
     state = optimizer.state_dict()
     kept = copy.deepcopy(state)
-    again = ec_sgd(module, x, lr=0.03, momentum=0.9)
+    again = ec_sgd(module, x, rule=rule, lr=0.03, momentum=0.9)
     again.load_state_dict(state)
     train(module, again, x, y, range(3, 6))
     assert state.keys() == kept.keys()
     own, before = state["equivalent_class"], kept["equivalent_class"]
-    assert torch.equal(own["beta"], before["beta"])
-    assert torch.equal(own["covectors"]["momentum_buffer"], before["covectors"]["momentum_buffer"])
+    assert own.keys() == before.keys()
+    tensors = [name for name, value in own.items() if isinstance(value, Tensor)]
+    assert len(tensors) == {"unit": 5, "path": 2}[rule]
+    assert all(torch.equal(own[name], before[name]) for name in tensors)
+    if rule == "path":
+        assert torch.equal(own["moments"]["momentum_buffer"], before["moments"]["momentum_buffer"])
 
 
+@RULES
+@pytest.mark.parametrize("steps", [0, 4])
+def test_the_state_of_another_rule_is_taken_over_as_that_of_the_base_optimizer(steps: int, rule: str) -> None:
+    module, x, y = problem(4, 6, 5, 3)
+    before = ec_sgd(module, x, rule={"unit": "path", "path": "unit"}[rule], lr=0.03, momentum=0.9)
+    train(module, before, x, y, range(steps))
+    state = through_a_file(before.state_dict())
+    plain = {name: value for name, value in state.items() if name != "equivalent_class"}
+    assert len(state) == len(plain) + (steps > 0)
+    twin = copy.deepcopy(module)
+    for one, its in ((module, state), (twin, plain)):
+        optimizer = ec_sgd(one, x, rule=rule, lr=0.03, momentum=0.9)
+        optimizer.load_state_dict(copy.deepcopy(its))
+        train(one, optimizer, x, y, range(steps, steps + 5))
+    assert same_bits(module, twin)
+
+
+@RULES
 @pytest.mark.parametrize("pending", [False, True])
-def test_a_checkpoint_of_a_network_with_other_units_is_an_error(pending: bool) -> None:
+def test_a_checkpoint_of_a_network_with_other_units_is_an_error(pending: bool, rule: str) -> None:
     module, x, y = problem(4, 6, 3)
-    optimizer = ec_sgd(module, x, lr=0.03, momentum=0.9)
+    optimizer = ec_sgd(module, x, rule=rule, lr=0.03, momentum=0.9)
     train(module, optimizer, x, y, range(2))
     other, x, y = problem(4, 7, 3)
     group = PendingGroup(other, "forward") if pending else scaling_group(other, x)
-    wrapped = EquivalentClassOptimizer(SGD(other.parameters(), lr=0.03, momentum=0.9), group)
+    wrapped = EquivalentClassOptimizer(SGD(other.parameters(), lr=0.03, momentum=0.9), group, rule=rule)
     state = optimizer.state_dict()
     message = "The checkpoint was made with 6 units, this network has 7"
     if pending:  # known at the first step only
@@ -824,9 +918,10 @@ def test_a_checkpoint_of_a_network_with_other_units_is_an_error(pending: bool) -
         assert not wrapped.state
 
 
-def test_a_copy_of_module_and_optimizer_trains_alike_and_apart() -> None:
+@RULES
+def test_a_copy_of_module_and_optimizer_trains_alike_and_apart(rule: str) -> None:
     module, x, y = problem(4, 6, 5, 3)
-    optimizer = ec_sgd(module, x, lr=0.03, momentum=0.9)
+    optimizer = ec_sgd(module, x, rule=rule, lr=0.03, momentum=0.9)
     train(module, optimizer, x, y, range(3))
     twin, other = copy.deepcopy((module, optimizer))
     before = weights_of(module)
@@ -842,6 +937,7 @@ def test_a_copy_of_module_and_optimizer_trains_alike_and_apart() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"rule": "paths"}, "rule must be 'unit' or 'path', got 'paths'"),
         ({"skeleton": "min"}, "skeleton must be 'max' or 'diagonal', got 'min'"),
         ({"representative": "first"}, "representative must be 'balanced' or 'current', got 'first'"),
         ({"max_path_ratio": 1.0}, "max_path_ratio must be a finite number greater than 1, or None, got 1.0"),
@@ -867,8 +963,8 @@ def test_wrapping_twice_is_an_error() -> None:
 
 def test_another_base_optimizer_is_an_error() -> None:
     module, x, _ = problem(4, 6, 3)
-    with pytest.raises(TypeError, match=r"wraps torch.optim.SGD, got Adam: use SGD"):
-        EquivalentClassOptimizer(torch.optim.Adam(module.parameters()), scaling_group(module, x))
+    with pytest.raises(TypeError, match=r"wraps torch.optim.SGD, Adam and AdamW, got RMSprop: use one of them"):
+        EquivalentClassOptimizer(torch.optim.RMSprop(module.parameters()), scaling_group(module, x))
 
 
 class Sharded(Tensor):
@@ -929,16 +1025,17 @@ def test_a_step_before_the_network_was_traced_is_an_error() -> None:
     assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
 
 
-def test_a_skipped_batch_before_the_network_was_traced_does_nothing() -> None:
+@RULES
+def test_a_skipped_batch_before_the_network_was_traced_does_nothing(rule: str) -> None:
     module, x, y = problem(4, 6, 3)
     twin = copy.deepcopy(module)
-    optimizer = EquivalentClassOptimizer(SGD(module.parameters(), lr=0.1), PendingGroup(module, "forward"))
+    optimizer = EquivalentClassOptimizer(SGD(module.parameters(), lr=0.1), PendingGroup(module, "forward"), rule=rule)
     before = weights_of(module)
     optimizer.step()
     assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
     train(module, optimizer, x, y, range(3))
     assert optimizer.group.num_units == 6
-    train(twin, ec_sgd(twin, x, lr=0.1), x, y, range(3))
+    train(twin, ec_sgd(twin, x, rule=rule, lr=0.1), x, y, range(3))
     assert same_bits(module, twin)
 
 
@@ -952,9 +1049,10 @@ def test_the_usable_units_are_not_known_before_the_network_was_traced() -> None:
     assert int(ec_sgd(module, x, lr=0.1).usable_units().sum()) == 5
 
 
-def test_the_closure_of_the_first_step_may_be_what_is_traced() -> None:
+@RULES
+def test_the_closure_of_the_first_step_may_be_what_is_traced(rule: str) -> None:
     module, x, y = problem(4, 6, 3)
-    optimizer = EquivalentClassOptimizer(SGD(module.parameters(), lr=0.1), PendingGroup(module, "forward"))
+    optimizer = EquivalentClassOptimizer(SGD(module.parameters(), lr=0.1), PendingGroup(module, "forward"), rule=rule)
 
     def closure() -> Tensor:
         optimizer.zero_grad()
