@@ -336,17 +336,18 @@ def search(
     middle = len(rates) // 2
     following = set()
     for direction in (rates[middle:], rates[: middle + 1][::-1]):
-        for number, rate in enumerate(direction):
+        for rate in direction:
             if rate not in scores:
                 following.add(rate)
                 break
-            hopeless = scores[rate] < max(scores.values()) - HOPELESS
-            if hopeless and best_rate(scores) not in direction[number:]:
+            best = best_rate(scores)
+            beyond = best <= rate if direction[0] < direction[-1] else best >= rate
+            if beyond and scores[rate] < scores[best] - HOPELESS:
                 break
     if not following:
-        best = max(range(len(rates)), key=lambda k: scores.get(rates[k], -math.inf))
-        around = [rates[k] for k in (best - 1, best + 1) if 0 <= k < len(rates)]
-        following = {float(f"{math.sqrt(rates[best] * rate):.2g}") for rate in around} - set(scores)
+        top = max(range(len(rates)), key=lambda k: scores.get(rates[k], -math.inf))
+        around = [rates[k] for k in (top - 1, top + 1) if 0 <= k < len(rates)]
+        following = {float(f"{math.sqrt(rates[top] * rate):.2g}") for rate in around} - set(scores)
     return dict(sorted(scores.items())), following
 
 

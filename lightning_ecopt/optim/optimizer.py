@@ -302,7 +302,7 @@ class EquivalentClassOptimizer(Optimizer):
         found = {}
         for options in self.param_groups:
             momentum, dampening = options.get("momentum", 0.0), options.get("dampening", 0.0)
-            factor = (1 - momentum) / (1 - dampening) if momentum else 1.0
+            factor = (1 - momentum) / (1 - dampening) if 0 < momentum < 1 and dampening < 1 else 1.0
             found.update({id(p): factor for p in options["params"]})
         return {name: found.get(id(p), 1.0) for name, p in self._group.parameters.items()}
 

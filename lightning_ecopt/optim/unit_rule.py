@@ -22,7 +22,9 @@ their mean, at the balanced member close to the direction of equal entries. Divi
 centralization (Yong et al., arXiv:2004.01461).
 
 Rows of one element (gains, biases) take a tenth of a step: of their own magnitude or, for what is added, of the norm of
-the weights into the same unit.
+the weights into the same unit. Magnitudes are at least a tenth of their mean; gradients that are, relative to rho_h,
+below 1e-5 of the root mean square of all rows (such as that of a bias before a batch norm, which is rounding alone) are
+not blown up to full steps. Weight decay is lr * weight_decay * w, not scaled.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ CENTRING = 0.9
 MEMORY = 0.99
 SINGLE = 0.1
 FLOOR = 0.1
+FAINT = 1e-5
 SAVED = ("rho", "reference", "second", "weight")
 
 
@@ -48,30 +51,43 @@ class _Rows:
 
     def __init__(self, coupling: Coupling, parameter: Tensor) -> None:
         self.parameter = coupling.parameter
-        self.additive = coupling.additive
         self.view = coupling.view
         shape = coupling.view(parameter).shape
         self.shape = (1,) * (len(shape) - coupling.incoming.ndim) + tuple(coupling.incoming.shape)
-        self.units = coupling.incoming.reshape(-1)
-        self.count = self.units.numel()
-        self.size = shape.numel() // max(self.count, 1)
+        if len(shape) == 1 and not coupling.additive:  # gains and slopes, whatever they lead into
+            self.shape = tuple(shape)
+        units = coupling.incoming.expand(self.shape).reshape(-1)
         self._axes = [axis for axis, (own, whole) in enumerate(zip(self.shape, shape, strict=True)) if own < whole]
-
-    @property
-    def single(self) -> bool:
-        """Whether a row is one element, which has no direction of its own."""
-        return self.size == 1 or self.additive
+        # One unit may be met at several places: in a grouped transposed convolution, once for each input of the group.
+        apart = torch.where(units < 0, -1 - torch.arange(len(units)), units)
+        met, place, times = apart.unique(return_inverse=True, return_counts=True)
+        self.units = met.clamp(min=-1) if len(met) < len(units) else units
+        self.count = len(met)
+        self.sizes = (times if len(met) < len(units) else torch.ones_like(units)) * (
+            shape.numel() // max(len(units), 1)
+        )
+        self._times, self._place = times.to(parameter.device), place.to(parameter.device)
+        self._merge = SegmentSum(place, len(met)) if len(met) < len(units) else None
+        #: Whether a row has no direction of its own: it is one element, or added to what the unit's weights give.
+        self.single = coupling.additive or bool((self.sizes == 1).all())
+        self.additive = coupling.additive
 
     def norm(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         """Norms of the rows, ``[count]``."""
         view = self.view(tensor)
         norm = torch.linalg.vector_norm(view, dim=self._axes, dtype=dtype) if self._axes else view.abs().to(dtype)
-        return norm.reshape(-1)
+        norm = norm.reshape(-1)
+        return norm if self._merge is None else self._merge(norm.square()).sqrt()
 
     def mean(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         """Means of the rows, ``[count]``."""
         view = self.view(tensor)
-        return (view.mean(self._axes, dtype=dtype) if self._axes else view.to(dtype)).reshape(-1)
+        mean = (view.mean(self._axes, dtype=dtype) if self._axes else view.to(dtype)).reshape(-1)
+        return mean if self._merge is None else self._merge(mean) / self._times
+
+    def spread(self, values: Tensor, dtype: torch.dtype) -> Tensor:
+        """One value for each row, ``[count]``, as a tensor that broadcasts to the elements."""
+        return (values if self._merge is None else values[self._place]).view(self.shape).to(dtype)
 
 
 def _bounded(scale: Tensor, mean: Tensor) -> Tensor:
@@ -103,13 +119,15 @@ class UnitRule:
         self._normalized = normalized
         self._rows = [_Rows(c, parameters[c.parameter]) for c in couplings if c.parameter in parameters]
         self._counts = [rows.count for rows in self._rows]
-        self._size = self._spread([rows.size for rows in self._rows], first.device)
+        sizes = [rows.sizes for rows in self._rows]
+        self._size = torch.cat(sizes or [torch.zeros(0)]).to(first.device, self._dtype)
         self._centring = self._spread([0.0 if rows.single else CENTRING for rows in self._rows], first.device)
         self._clipped = torch.zeros((), dtype=torch.int64, device=first.device)
         self._steps = 0
         self._second = (1 - MEMORY) * self._collect("norm", means or {}).square() / self._size
-        self._weight = torch.where(self._second > 0, 1 - MEMORY, 0.0)  # sum of the weights in the running mean
+        self._weight = (self._second > 0).to(self._dtype) * (1 - MEMORY)  # sum of the weights in the running mean
         self._next = (self._second, self._weight, self._clipped)
+        self._moving: set[str] = set()  # names of the parameters with a dense gradient
         self._rho, self._reference = self._scales(parameters)
 
     def _spread(self, values: Sequence[float], device: torch.device) -> Tensor:
@@ -134,7 +152,7 @@ class UnitRule:
         proper = [(rows, norm) for rows, norm in zip(self._rows, norms, strict=True) if not rows.single and rows.count]
         ones = self._size.new_ones(1)
         squares = torch.cat([norm.square() for _, norm in proper] or [ones])
-        sizes = torch.cat([norm.new_full((rows.count,), rows.size) for rows, norm in proper] or [ones])
+        sizes = torch.cat([rows.sizes.to(ones) for rows, _ in proper] or [ones])
         mean = (squares.sum() / sizes.sum()).sqrt()
         mean_norm = squares.mean().sqrt()
         into = [(rows.units, norm.square()) for rows, norm in zip(self._rows, norms, strict=True) if not rows.additive]
@@ -149,32 +167,34 @@ class UnitRule:
                 own = of_unit[rows.units.to(of_unit.device)] if rows.additive else norm
                 scales.append(SINGLE * _bounded(own, mean_norm))
             else:
-                scales.append(_bounded(norm / rows.size**0.5, mean))
+                scales.append(_bounded(norm / rows.sizes.to(norm).sqrt(), mean))
         return torch.cat(scales), mean
 
     def gradients(self, weights: Tensors, gradients: Tensors) -> dict[str, Tensor]:
         """Centred and clipped gradients, as new tensors."""
-        result = {name: gradient.clone() for name, gradient in gradients.items()}
+        result = {name: gradient.clone() for name, gradient in gradients.items() if not gradient.is_sparse}
+        self._moving = set(result)
         mean, norm = self._collect("mean", result), self._collect("norm", result)
         # |g - c m|^2 = |g|^2 - n m^2 (1 - (1 - c)^2)
         shift = self._centring * mean
         second = norm.square() / self._size - mean.square() * (1 - (1 - self._centring).square())
         second = second.clamp(min=0)
         known = second.isfinite()
-        if len(result) < len({rows.parameter for rows in self._rows}):
+        if any(rows.parameter not in result for rows in self._rows):
             known &= self._spread([rows.parameter in result for rows in self._rows], known.device) > 0
         running = torch.where(known, self._second.lerp(second, 1 - MEMORY), self._second)
         weight = torch.where(known, self._weight.lerp(torch.ones_like(self._weight), 1 - MEMORY), self._weight)
         limit = running / weight
-        factor = torch.where(second > limit, (limit / second).sqrt(), 1.0)
+        slack = 1 + 8 * torch.finfo(self._dtype).eps
+        factor = torch.where(second > slack * limit, (limit / second).sqrt(), 1.0)
         self._next = (running, weight, self._clipped + (factor < 1).sum())
         for rows, less, times in zip(self._rows, shift.split(self._counts), factor.split(self._counts), strict=True):
             gradient = result.get(rows.parameter)
             if gradient is not None:
                 view = rows.view(gradient)
                 if not rows.single:
-                    view.sub_(less.view(rows.shape).to(view.dtype))
-                view.mul_(times.view(rows.shape).to(view.dtype))
+                    view.sub_(rows.spread(less, view.dtype))
+                view.mul_(rows.spread(times, view.dtype))
         return result
 
     def enter_(self, weights: Tensors, moments: Moments, average: Mapping[str, float]) -> Callable[[Moments], None]:
@@ -189,20 +209,22 @@ class UnitRule:
             scale = self._rho / self._reference
         else:
             second, weight, _ = self._next
-            deviation = (second / weight.clamp(min=1 - MEMORY)).sqrt().clamp(min=self._tiny)
+            deviation = (second / weight.clamp(min=1 - MEMORY)).sqrt()
+            faint = FAINT * (self._rho * deviation).square().mean().sqrt() / self._rho
             factors = [average[rows.parameter] for rows in self._rows]
             constant = factors[0] if len(set(factors)) == 1 else self._spread(factors, self._rho.device)
-            scale = constant * self._rho / deviation
-        parts = [
-            (rows.view(weights[rows.parameter]), part.view(rows.shape))
-            for rows, part in zip(self._rows, scale.split(self._counts), strict=True)
-        ]
+            scale = constant * self._rho / torch.maximum(deviation, faint).clamp(min=self._tiny)
+        parts = []
+        for rows, part in zip(self._rows, scale.split(self._counts), strict=True):
+            if rows.parameter in self._moving:
+                view = rows.view(weights[rows.parameter])
+                parts.append((view, rows.spread(part, view.dtype)))
         for view, part in parts:
-            view.div_(part.to(view.dtype))
+            view.div_(part)
 
         def leave_(moments: Moments) -> None:
             for view, part in parts:
-                view.mul_(part.to(view.dtype))
+                view.mul_(part)
 
         return leave_
 
