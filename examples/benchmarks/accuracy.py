@@ -6,7 +6,7 @@ trained, and starts whose hidden units are rescaled by exp(N(0, 1)). Test images
 is one line of JSON, and runs whose line is there are not repeated::
 
     python examples/benchmarks/accuracy.py --data FOLDER --out results.jsonl --jobs 2
-    python examples/benchmarks/report.py results.jsonl --out FOLDER
+    python examples/benchmarks/report.py results.jsonl --out examples/benchmarks
 
 FOLDER holds ``mnist.npz`` and ``cifar10.npz`` in Keras layout, or torchvision's copies. ``--scale full`` is the grid
 for a GPU, ``--grid settings.yaml`` the one that the defaults were chosen by.
@@ -260,8 +260,8 @@ def train(run: Run, task: Task, contender: Contender, warmup: float, folder: str
                     break
         if hopeless:
             break
-    seconds = time.perf_counter() - began
-    curve = [100 * float(part.mean()) for part in hits.split(span)]
+    seconds = round(time.perf_counter() - began, 2)
+    curve = [round(100 * float(part.mean()), 2) for part in hits.split(span)]
     if hopeless:
         return Result(run, 10.0, 10.0, math.log(10), curve, seconds)
     net.eval()

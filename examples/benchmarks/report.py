@@ -1,8 +1,8 @@
 """Tables and a figure from the results of ``accuracy.py``::
 
-    python examples/benchmarks/report.py results.jsonl --out FOLDER
+    python examples/benchmarks/report.py results.jsonl --out FOLDER --name RESULTS
 
-writes ``results.md`` and ``accuracy.png``.
+writes ``RESULTS.md`` and ``RESULTS.png``.
 """
 
 from __future__ import annotations
@@ -172,24 +172,25 @@ def plot(grid: Grid, all_outcomes: Mapping[str, Mapping[str, Outcome]], path: Pa
     rows = math.ceil(len(all_outcomes) / columns)
     figure, axes = plt.subplots(rows, columns, figsize=(3.6 * columns, 3 * rows), layout="constrained", squeeze=False)
     for axis, (task, outcomes) in zip(axes.flat, all_outcomes.items(), strict=False):
-        for number, name in enumerate(name for name in SHOWN if name in outcomes):
+        names = [name for name in SHOWN if name in outcomes] or list(outcomes)
+        for number, name in enumerate(names):
             rates = outcomes[name].by_rate
             style = "o--" if "EC" not in name else "o-"
             axis.semilogx(list(rates), list(rates.values()), style, color=f"C{number}", label=name, markersize=3)
         best = max(max(outcome.by_rate.values()) for outcome in outcomes.values())
-        axis.set(title=task, ylim=(best - 12, best + 1))
+        axis.set(title=task, ylim=(best - 15, best + 1))
     for axis in list(axes.flat)[len(all_outcomes) :]:
         axis.set_axis_off()
     handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
     figure.supxlabel("learning rate")
     figure.supylabel("validation accuracy, %")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-def write_report(grid: Grid, results_path: Path, folder: Path) -> None:
-    """Write ``results.md`` and ``accuracy.png`` of what is complete.
+def write_report(grid: Grid, results_path: Path, folder: Path, name: str) -> None:
+    """Write ``name.md`` and ``name.png`` of what is complete.
 
     Raises:
         ValueError: if nothing is, or the file is not one of this benchmark's.
@@ -207,11 +208,18 @@ def write_report(grid: Grid, results_path: Path, folder: Path) -> None:
         line for line in results_path.read_text().splitlines() if line.strip() and "run" not in json.loads(line)
     }
     lines = [
-        f"{len(results)} runs, {grid.seeds} seeds ({grid.search_seeds} to choose the rate), "
-        f"{sum(result.seconds for result in results.values()) / 3600:.1f} hours of one process; "
-        + "; ".join(", ".join(f"{k} {v}" for k, v in json.loads(line).items()) for line in sorted(conditions)),
+        f"# {name.capitalize()} of the accuracy benchmark",
         "",
-        "± is half of a 95 % interval (Student's t over the seeds).",
+        "Written by `report.py` from the lines of JSON that `accuracy.py` wrote; their docstrings say how.",
+        "",
+        f"{len(results)} runs, {grid.seeds} seeds ({grid.search_seeds} of them to choose the rate), "
+        f"{sum(result.seconds for result in results.values()) / 3600:.1f} hours of one process; "
+        + "; ".join(", ".join(f"{k} {v}" for k, v in json.loads(line).items()) for line in sorted(conditions))
+        + ".",
+        "",
+        "± is half of a 95 % interval (Student's t over the seeds). *Rates within* is the largest over the smallest "
+        f"rate within {CLOSE:g} % of the best validation accuracy, *steps to* the share of the steps after which the "
+        "running training accuracy reached the number (median).",
         "",
     ]
     if any(pair[0] in outcomes and pair[1] in outcomes for pair in COMPARISONS for outcomes in complete.values()):
@@ -233,20 +241,21 @@ def write_report(grid: Grid, results_path: Path, folder: Path) -> None:
             "",
         ]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.md").write_text("\n".join(lines))
-    plot(grid, complete, folder / "accuracy.png")
-    print(f"Wrote {folder / 'results.md'} and {folder / 'accuracy.png'}")
+    (folder / f"{name}.md").write_text("\n".join(lines))
+    plot(grid, complete, folder / f"{name}.png")
+    print(f"Wrote {folder / name}.md and {name}.png")
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="file of JSON lines")
-    parser.add_argument("--out", type=Path, default=Path(), help="folder for results.md and accuracy.png")
+    parser.add_argument("--out", type=Path, default=Path(), help="folder to write to")
+    parser.add_argument("--name", default="RESULTS", help="name of the two files")
     add_grid_options(parser)
     arguments = parser.parse_args()
     try:
-        write_report(chosen_grid(arguments), arguments.results, arguments.out)
+        write_report(chosen_grid(arguments), arguments.results, arguments.out, arguments.name)
     except ValueError as error:
         parser.error(str(error))
 

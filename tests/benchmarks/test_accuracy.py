@@ -89,10 +89,10 @@ def test_the_grid_is_run_once_and_resumed_where_it_stopped(
     assert again.keys() == results.keys()
     for run, found in again.items():
         assert dataclasses.replace(found, seconds=0.0) == dataclasses.replace(results[run], seconds=0.0)
-    report.write_report(grid, out, tmp_path / "report")
-    text = (tmp_path / "report" / "results.md").read_text()
+    report.write_report(grid, out, tmp_path / "report", "FOUND")
+    text = (tmp_path / "report" / "FOUND.md").read_text()
     assert "EC-SGD-M, unit against SGD-M" in text
-    assert (tmp_path / "report" / "accuracy.png").stat().st_size > 1000
+    assert (tmp_path / "report" / "FOUND.png").stat().st_size > 1000
 
 
 def test_a_rescaled_start_is_the_same_function(grid: accuracy.Grid, folder: Path) -> None:
@@ -266,7 +266,7 @@ def test_bad_grids_and_results_are_refused_by_name(tmp_path: Path, grid: accurac
         accuracy.read_results(path)
     path.write_text('{"torch": "2"}\n')
     with pytest.raises(ValueError, match="no complete contender"):
-        report.write_report(grid, path, tmp_path)
+        report.write_report(grid, path, tmp_path, "FOUND")
 
 
 @pytest.mark.parametrize("name", list(tasks.NETWORKS))
