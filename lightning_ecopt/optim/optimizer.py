@@ -255,7 +255,7 @@ class EquivalentClassOptimizer(Optimizer):
             if self._refresh_due or self._steps_since_refresh == self.refresh_interval:
                 self._refresh()
             self._steps_since_refresh += 1
-            if self._rule is None:  # no unit has a path
+            if self._rule is None:  # nothing to be done
                 self.optimizer.step()
                 return loss
             weights = self._parameters()
@@ -331,17 +331,15 @@ class EquivalentClassOptimizer(Optimizer):
             )
         alive = group.alive().cpu()
         active = self._active = alive & self._own
-        if not bool(active.any()):
-            return
         moments = self._moments()
-        if self.representative == "balanced":
+        if self.representative == "balanced" and bool(active.any()):
             log_scale = group.balance_(active)
             group.rescale_({name: p.grad for name, p in group.parameters.items()}, log_scale, power=-1)
             for moment in moments.values():
                 group.rescale_(moment.tensors, log_scale, power=-moment.power)
-        if self.rule == "unit":
+        if self.rule == "unit" and group.num_units > 0:
             self._rule = before or self._unit_rule()
-        else:
+        elif bool(active.any()):
             # Units of other optimizers are as ground; dormant ones are not, for no path leads through them.
             own = [coupling.restricted(self._own | ~alive) for coupling in group.couplings]
             skeleton = choose_skeleton(own, parameters, active, self.skeleton)
@@ -397,7 +395,7 @@ class EquivalentClassOptimizer(Optimizer):
             for entry, moment in plain.items():
                 for name, value in moment.tensors.items():
                     state["state"][numbers[name]][entry] = value
-        elif not self._refresh_due:  # no unit had a path at the last refresh
+        elif not self._refresh_due:  # there was nothing to be done at the last refresh
             state[STATE] = counts
         return state
 

@@ -300,13 +300,17 @@ def test_no_path_leads_through_a_dormant_unit(side: str) -> None:
             assert name != own[0] or place not in own[1]
 
 
-@RULES
-def test_a_zero_initialised_last_layer_trains_as_with_the_base_optimizer_until_a_refresh(rule: str) -> None:
+def with_a_zero_last_layer() -> tuple[nn.Module, Tensor, Tensor]:
     module, x, y = problem(4, 6, 3)
     with torch.no_grad():
         module[2].weight.zero_()
+    return module, x, y
+
+
+def test_a_zero_initialised_last_layer_trains_as_with_the_base_optimizer_until_a_refresh() -> None:
+    module, x, y = with_a_zero_last_layer()
     plain = copy.deepcopy(module)
-    optimizer = ec_sgd(module, x, rule=rule, lr=0.05, momentum=0.9)
+    optimizer = ec_sgd(module, x, rule="path", lr=0.05, momentum=0.9)
     train(module, optimizer, x, y, range(5))
     train(plain, SGD(plain.parameters(), lr=0.05, momentum=0.9), x, y, range(5))
     assert same_bits(module, plain)
@@ -317,6 +321,22 @@ def test_a_zero_initialised_last_layer_trains_as_with_the_base_optimizer_until_a
     assert optimizer.statistics().dormant_units == 0
     assert before == 0
     assert not same_bits(module, plain)
+
+
+def test_unit_steps_are_relative_before_any_unit_is_alive() -> None:
+    module, x, y = with_a_zero_last_layer()
+    hidden = module[0].weight.detach().square().mean().sqrt()
+    optimizer = ec_sgd(module, x, lr=0.05)
+    train(module, optimizer, x, y, range(1))
+    assert optimizer.statistics().dormant_units == 6
+    lengths = module[2].weight.detach().square().mean(1).sqrt()
+    # Rows of zeros are as large as the others are on average, here the hidden ones over all elements.
+    elements, zeros = module[0].weight.numel(), module[2].weight.numel()
+    expected = 0.05 * hidden * (elements / (elements + zeros)) ** 0.5
+    torch.testing.assert_close(lengths, expected.expand(3), rtol=1e-10, atol=0)
+    optimizer.refresh()
+    train(module, optimizer, x, y, range(1, 2))
+    assert optimizer.statistics().dormant_units == 0
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
