@@ -96,7 +96,17 @@ class Contender:
 
 @dataclass(frozen=True)
 class Grid:
-    """All that is run."""
+    """All that is run.
+
+    Args:
+        rates: the common grid of learning rates.
+        seeds: number of seeds at the best rate.
+        search_seeds: number of those by which it is chosen.
+        warmup: share of the steps in which the rate rises.
+        tasks: by name.
+        contenders: by name.
+        refine: whether the rates half-way from the best to its neighbours are tried, too.
+    """
 
     rates: list[float]
     seeds: int
@@ -104,6 +114,7 @@ class Grid:
     warmup: float
     tasks: dict[str, Task]
     contenders: dict[str, Contender]
+    refine: bool = True
 
     @classmethod
     def read(cls, path: Path) -> Grid:
@@ -344,7 +355,7 @@ def search(
             beyond = best <= rate if direction[0] < direction[-1] else best >= rate
             if beyond and scores[rate] < scores[best] - HOPELESS:
                 break
-    if not following:
+    if grid.refine and not following:
         top = max(range(len(rates)), key=lambda k: scores.get(rates[k], -math.inf))
         around = [rates[k] for k in (top - 1, top + 1) if 0 <= k < len(rates)]
         following = {float(f"{math.sqrt(rates[top] * rate):.2g}") for rate in around} - set(scores)

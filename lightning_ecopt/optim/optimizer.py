@@ -39,7 +39,7 @@ class EquivalentClassOptimizer(Optimizer):
 
     - ``"unit"``: relative to the unit that takes it. The base optimizer's step in the incoming weights of a unit is
       scaled to their magnitude, after gradients are centred and clipped unit by unit. With SGD the learning rate is the
-      relative length of a step, and 0.03 to 0.1 fits most networks, with and without momentum; with Adam and AdamW it
+      relative length of a step, and 0.03 to 0.3 fits most networks, with and without momentum; with Adam and AdamW it
       keeps its meaning. Beside the base's own state it needs O(H). See :mod:`lightning_ecopt.optim.unit_rule`.
     - ``"path"``: the paper's. The base optimizer moves the m - H values of basis paths instead of the m weights. They
       are normalised so that at the start all but those of free skeleton weights, at most one in a unit, equal the

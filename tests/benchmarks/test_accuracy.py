@@ -128,6 +128,8 @@ def test_rates_are_tried_outwards_until_they_are_hopeless_and_refined_around_the
     assert searched(grid, rising) == ([{0.1}, {1.0, 0.01}, {0.32}], 1.0)
     hopeless_in_the_middle = {1.0: 10.0, 0.1: 10.0, 0.01: 60.0, 0.001: 65.0, 0.0032: 66.0}
     assert searched(grid, hopeless_in_the_middle) == ([{0.1}, {1.0, 0.01}, {0.001}, {0.0032}], 0.0032)
+    coarse = dataclasses.replace(grid, refine=False)
+    assert searched(coarse, hopeless_in_the_middle) == ([{0.1}, {1.0, 0.01}, {0.001}], 0.001)
 
 
 def test_the_rate_is_chosen_by_validation_and_never_by_test_images(grid: accuracy.Grid) -> None:
