@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -133,6 +133,7 @@ def test_a_run_of_any_mlp_with_any_options_depends_on_the_class_alone(
     start = copy.deepcopy(module)
     for one in (module, other):
         train(one, ec_sgd(one, x, rule=rule, wrapper=wrapper, **options), x, y, range(20))
+    assume(bool(module(x).any()) or bool(other(x).any()))  # there is no relative error of two dead networks
     assert distance(module, other, x) < 1e-8
     assert distance(start, module, x) > 1e-6
 
