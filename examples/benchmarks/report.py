@@ -172,11 +172,12 @@ def plot(grid: Grid, all_outcomes: Mapping[str, Mapping[str, Outcome]], path: Pa
     rows = math.ceil(len(all_outcomes) / columns)
     figure, axes = plt.subplots(rows, columns, figsize=(3.6 * columns, 3 * rows), layout="constrained", squeeze=False)
     for axis, (task, outcomes) in zip(axes.flat, all_outcomes.items(), strict=False):
-        names = [name for name in SHOWN if name in outcomes] or list(outcomes)
+        names = SHOWN if set(SHOWN) & set(outcomes) else tuple(outcomes)
         for number, name in enumerate(names):
-            rates = outcomes[name].by_rate
-            style = "o--" if "EC" not in name else "o-"
-            axis.semilogx(list(rates), list(rates.values()), style, color=f"C{number}", label=name, markersize=3)
+            if name in outcomes:
+                rates = outcomes[name].by_rate
+                style = "o--" if "EC" not in name else "o-"
+                axis.semilogx(list(rates), list(rates.values()), style, color=f"C{number}", label=name, markersize=3)
         best = max(max(outcome.by_rate.values()) for outcome in outcomes.values())
         axis.set(title=task, ylim=(best - 15, best + 1))
     for axis in list(axes.flat)[len(all_outcomes) :]:
