@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -19,7 +18,17 @@ from torch.optim import Adam, AdamW, Optimizer
 from lightning_ecopt import EquivalentClassOptimizer, scaling_group
 from lightning_ecopt.paths import choose_skeleton
 from tests.networks import DenseNet, ResidualMLP, ResNet, mlp, plain_cnn
-from tests.optim.training import batches, distance, rescaled, train, weights_of
+from tests.optim.training import (
+    batches,
+    distance,
+    only_refresh,
+    problem,
+    rescaled,
+    same_bits,
+    through_a_file,
+    train,
+    weights_of,
+)
 from tests.paths.explicit import ExplicitPaths
 
 Make = Callable[[Iterable[Any]], Optimizer]
@@ -36,13 +45,6 @@ POWERS = {"exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
 def in_paths(module: nn.Module, x: Tensor, base: str, **wrapper: Any) -> EquivalentClassOptimizer:
     """A base optimizer in path coordinates."""
     return EquivalentClassOptimizer(BASES[base](module.parameters()), scaling_group(module, x), rule="path", **wrapper)
-
-
-def problem(*widths: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[nn.Sequential, Tensor, Tensor]:
-    """A perceptron with batches of a regression."""
-    torch.manual_seed(seed)
-    module = mlp(*widths).to(dtype)
-    return module, torch.randn(32, widths[0], dtype=dtype), torch.randn(32, widths[-1], dtype=dtype)
 
 
 def teacher(shape: tuple[int, ...], outputs: int, regression: bool) -> tuple[Tensor, Tensor]:
@@ -73,25 +75,6 @@ def skeleton_of(paths: ExplicitPaths) -> dict[str, Tensor]:
     for name, index in [*paths.fixed.values(), *paths.out.values()]:
         at[name][index] = True
     return at
-
-
-def only_refresh(optimizer: EquivalentClassOptimizer) -> None:
-    """Balance and choose, and nothing else: there are no gradients."""
-    optimizer.refresh()
-    optimizer.zero_grad()
-    optimizer.step()
-
-
-def through_a_file(state: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
-def same_bits(first: nn.Module, second: nn.Module) -> bool:
-    a, b = first.state_dict(), second.state_dict()
-    return all(torch.equal(a[name], b[name]) for name in a)
 
 
 def entries(optimizer: Optimizer, module: nn.Module) -> dict[str, dict[str, Tensor]]:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import math
 import warnings
 from collections.abc import Callable
@@ -16,17 +15,21 @@ from lightning_ecopt import EquivalentClassOptimizer, scaling_group
 from lightning_ecopt.paths import Skeleton, choose_skeleton
 from lightning_ecopt.symmetry import PendingGroup
 from tests.networks import ResidualMLP, mlp, norm_cnn
-from tests.optim.training import RULES, distance, ec_sgd, loss_of, rescaled, train, weights_of
+from tests.optim.training import (
+    RULES,
+    distance,
+    ec_sgd,
+    loss_of,
+    problem,
+    rescaled,
+    same_bits,
+    through_a_file,
+    train,
+    weights_of,
+)
 from tests.paths.explicit import ExplicitPaths, ends, place_of
 
 SGD = torch.optim.SGD
-
-
-def problem(*widths: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[nn.Sequential, Tensor, Tensor]:
-    """A perceptron with batches of a regression."""
-    torch.manual_seed(seed)
-    module = mlp(*widths).to(dtype)
-    return module, torch.randn(32, widths[0], dtype=dtype), torch.randn(32, widths[-1], dtype=dtype)
 
 
 def balanced(module: nn.Module, x: Tensor) -> nn.Module:
@@ -58,11 +61,6 @@ def gradients_of(module: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
 def coordinates_of(module: nn.Module, paths: ExplicitPaths, rule: str) -> dict[str, Tensor]:
     """What the base optimizer moves."""
     return paths.paths(weights_of(module)) if rule == "path" else weights_of(module)
-
-
-def same_bits(first: nn.Module, second: nn.Module) -> bool:
-    a, b = first.state_dict(), second.state_dict()
-    return all(torch.equal(a[name], b[name]) for name in a)
 
 
 # The step -------------------------------------------------------------------------------------------------------------
@@ -647,13 +645,6 @@ def test_two_optimizers_leave_the_units_that_touch_both_alone(rule: str) -> None
 
 
 # Checkpoints ----------------------------------------------------------------------------------------------------------
-
-
-def through_a_file(state: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -19,7 +18,18 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from lightning_ecopt import EquivalentClassOptimizer, scaling_group
 from tests.networks import DenseNet, ResidualMLP, ResNet, mlp, plain_cnn
-from tests.optim.training import batches, distance, loss_of, rescaled, train, weights_of
+from tests.optim.training import (
+    batches,
+    distance,
+    loss_of,
+    only_refresh,
+    problem,
+    rescaled,
+    same_bits,
+    through_a_file,
+    train,
+    weights_of,
+)
 
 Make = Callable[[Iterable[Any]], Optimizer]
 
@@ -42,37 +52,11 @@ def unit(module: nn.Module, x: Tensor, base: str | Make, **wrapper: Any) -> Equi
     return EquivalentClassOptimizer(make(module.parameters()), scaling_group(module, x), rule="unit", **wrapper)
 
 
-def problem(*widths: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[nn.Sequential, Tensor, Tensor]:
-    """A perceptron with batches of a regression."""
-    torch.manual_seed(seed)
-    module = mlp(*widths).to(dtype)
-    return module, torch.randn(32, widths[0], dtype=dtype), torch.randn(32, widths[-1], dtype=dtype)
-
-
 def data(shape: tuple[int, ...], outputs: int, *, regression: bool, size: int = 64) -> tuple[Tensor, Tensor]:
     """Inputs that are not centred, as pixels, and targets that a random teacher has set."""
     x = torch.rand(size, *shape, dtype=torch.float64) + 0.3 * torch.randn(size, *shape, dtype=torch.float64)
     score = (x - x.mean(0)).flatten(1) @ torch.randn(x[0].numel(), outputs, dtype=torch.float64)
     return x, score / score.std() if regression else score.argmax(1)
-
-
-def only_refresh(optimizer: EquivalentClassOptimizer) -> None:
-    """Balance, and nothing else: there are no gradients."""
-    optimizer.refresh()
-    optimizer.zero_grad()
-    optimizer.step()
-
-
-def through_a_file(state: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
-def same_bits(first: nn.Module, second: nn.Module) -> bool:
-    a, b = first.state_dict(), second.state_dict()
-    return all(torch.equal(a[name], b[name]) for name in a)
 
 
 def finite(module: nn.Module) -> bool:

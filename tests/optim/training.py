@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_ecopt import EquivalentClassOptimizer, scaling_group
+from tests.networks import mlp
 
 #: For what does not depend on how a step is taken.
 RULES = pytest.mark.parametrize("rule", ["unit", "path"])
@@ -66,3 +68,29 @@ def distance(first: nn.Module, second: nn.Module, x: Tensor) -> float:
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
     """Copies of the parameters."""
     return {name: p.detach().clone() for name, p in module.named_parameters()}
+
+
+def problem(*widths: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[nn.Sequential, Tensor, Tensor]:
+    """A perceptron with batches of a regression."""
+    torch.manual_seed(seed)
+    module = mlp(*widths).to(dtype)
+    return module, torch.randn(32, widths[0], dtype=dtype), torch.randn(32, widths[-1], dtype=dtype)
+
+
+def only_refresh(optimizer: EquivalentClassOptimizer) -> None:
+    """Balance (and choose), and nothing else: there are no gradients."""
+    optimizer.refresh()
+    optimizer.zero_grad()
+    optimizer.step()
+
+
+def through_a_file(state: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def same_bits(first: nn.Module, second: nn.Module) -> bool:
+    a, b = first.state_dict(), second.state_dict()
+    return all(torch.equal(a[name], b[name]) for name in a)
