@@ -118,7 +118,7 @@ def compare(first: Sequence[float], second: Sequence[float]) -> str:
     return f"{verdict} ({difference:+.2f}, p = {p:.2g})"
 
 
-def task_table(grid: Grid, outcomes: Mapping[str, Outcome], target: float) -> list[str]:
+def task_table(outcomes: Mapping[str, Outcome], target: float) -> list[str]:
     """The contenders of one task at their best rates."""
     lines = [
         "| contender | best rate | test accuracy, % | training loss | from a rescaled start, % "
@@ -161,7 +161,7 @@ def comparison_table(all_outcomes: Mapping[str, Mapping[str, Outcome]]) -> list[
     return lines
 
 
-def plot(grid: Grid, all_outcomes: Mapping[str, Mapping[str, Outcome]], path: Path) -> None:
+def plot(all_outcomes: Mapping[str, Mapping[str, Outcome]], path: Path) -> None:
     """Validation accuracy over the learning rate, one panel for each task."""
     import matplotlib as mpl
 
@@ -232,7 +232,7 @@ def write_report(grid: Grid, results_path: Path, folder: Path, name: str) -> Non
         ]
     for task, outcomes in complete.items():
         missing = [name for name, outcome in found[task].items() if not outcome.complete]
-        lines += [f"## {task}", "", *task_table(grid, outcomes, grid.tasks[task].target), ""]
+        lines += [f"## {task}", "", *task_table(outcomes, grid.tasks[task].target), ""]
         if missing:
             lines += [f"Not run: {', '.join(missing)}.", ""]
         lines += [
@@ -243,7 +243,7 @@ def write_report(grid: Grid, results_path: Path, folder: Path, name: str) -> Non
         ]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.md").write_text("\n".join(lines))
-    plot(grid, complete, folder / f"{name}.png")
+    plot(complete, folder / f"{name}.png")
     print(f"Wrote {folder / name}.md and {name}.png")
 
 
