@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_ecopt.symmetry import ScalingGroup
+from lightning_ecopt.symmetry import ScalingGroup, scaling_group
+from lightning_ecopt.symmetry.trace import tensors_in
 
 DRAWS = 30
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
@@ -27,7 +29,7 @@ def draw_(module: nn.Module, generator: torch.Generator) -> None:
 
 
 def count_freedoms(
-    module: nn.Module, shapes: Sequence[tuple[int, ...]], generator: torch.Generator
+    module: nn.Module, inputs: Callable[[torch.Generator, float], tuple[Any, ...]], generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Rows ``w * df/dw`` over many draws of weights and inputs, and which parameter elements ever mattered.
 
@@ -41,8 +43,7 @@ def count_freedoms(
     while len(rows) < DRAWS or sum(len(row) for row in rows) < 2 * count + 20:
         draw_(module, generator)
         # Wide enough inputs to meet both sides of every bend.
-        inputs = [4 * torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
-        output = module(*inputs).flatten()
+        output = flat_output(module(*inputs(generator, 4.0)))
         grads = torch.autograd.grad(
             output, parameters, torch.eye(len(output), dtype=output.dtype), is_grads_batched=True, allow_unused=True
         )
@@ -55,6 +56,27 @@ def count_freedoms(
         rows.append(torch.cat(logarithmic, 1))
     matrix = torch.cat(rows)
     return matrix, matrix.abs().amax(0) > 0
+
+
+def normal(*shapes: tuple[int, ...]) -> Callable[[torch.Generator, float], tuple[Tensor, ...]]:
+    """Draws normally distributed inputs of these shapes."""
+    return lambda generator, size: tuple(
+        size * torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes
+    )
+
+
+def assert_complete(
+    module: nn.Module, inputs: Callable[[torch.Generator, float], tuple[Any, ...]], seed: int = 0
+) -> None:
+    """The units are freedoms, and there are no others."""
+    generator = torch.Generator().manual_seed(seed)
+    draw_(module, generator)
+    found = directions(scaling_group(module, *inputs(generator, 1.0)))
+    rows, living = count_freedoms(module, inputs, generator)
+    rows, found = rows[:, living], found[living]
+    assert (rows @ found).abs().sum() < 1e-9 * rows.abs().sum()
+    # Units that touch only elements which never matter are no freedoms of the function, in either count.
+    assert int(torch.linalg.matrix_rank(found)) == nullity(rows)
 
 
 def nullity(matrix: Tensor) -> int:
@@ -77,11 +99,16 @@ def directions(group: ScalingGroup) -> Tensor:
     return torch.stack(columns, 1) if columns else torch.zeros(group.num_parameters, 0, dtype=torch.float64)
 
 
+def flat_output(output: Any) -> Tensor:
+    """All real numbers in an output of any structure, as one vector."""
+    return torch.cat([tensor.flatten() for tensor in tensors_in(output, objects=True) if tensor.is_floating_point()])
+
+
 @torch.no_grad()
-def evaluate(module: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
-    """The output, with the same random numbers on every call."""
+def evaluate(module: nn.Module, inputs: Sequence[Any]) -> Tensor:
+    """The output as one vector, with the same random numbers on every call."""
     torch.manual_seed(0)
-    return module(*inputs)
+    return flat_output(module(*inputs))
 
 
 def assert_same(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:

@@ -8,20 +8,9 @@ from torch import nn
 
 from lightning_ecopt.symmetry import scaling_group
 from tests.networks import mlp
-from tests.symmetry.helpers import BATCH_NORM, count_freedoms, directions, draw_, nullity
-from tests.symmetry.zoo import TINY, Case
-
-
-def assert_complete(module: nn.Module, shapes: tuple[tuple[int, ...], ...], seed: int = 0) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    draw_(module, generator)
-    inputs = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
-    found = directions(scaling_group(module, *inputs))
-    rows, living = count_freedoms(module, shapes, generator)
-    rows, found = rows[:, living], found[living]
-    assert (rows @ found).abs().sum() < 1e-9 * rows.abs().sum()
-    # Units that touch only elements which never matter are no freedoms of the function, in either count.
-    assert int(torch.linalg.matrix_rank(found)) == nullity(rows)
+from tests.symmetry.helpers import BATCH_NORM, assert_complete, count_freedoms, normal, nullity
+from tests.symmetry.zoo.case import Case
+from tests.symmetry.zoo.tiny import TINY
 
 
 @pytest.mark.parametrize("case", TINY, ids=lambda case: case.name)
@@ -34,7 +23,7 @@ def test_as_many_units_as_were_counted_by_hand(case: Case) -> None:
 
 @pytest.mark.parametrize("case", TINY, ids=lambda case: case.name)
 def test_units_span_the_null_space_in_evaluation_mode(case: Case) -> None:
-    assert_complete(case.build().eval(), case.shapes)
+    assert_complete(case.build().eval(), case.inputs)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +32,7 @@ def test_units_span_the_null_space_in_evaluation_mode(case: Case) -> None:
     ids=lambda case: case.name,
 )
 def test_units_span_the_null_space_in_training_mode(case: Case) -> None:
-    assert_complete(case.build().train(), case.shapes)
+    assert_complete(case.build().train(), case.inputs)
 
 
 @pytest.mark.parametrize("case", [case for case in TINY if case.frozen], ids=lambda case: case.name)
@@ -60,7 +49,7 @@ def test_the_count_itself_tells_a_freedom_from_its_absence() -> None:
     generator = torch.Generator().manual_seed(0)
     for activation, expected in ((nn.ReLU, 4), (nn.Softplus, 0)):
         module = mlp(2, 4, 2, activation=activation).double()
-        rows, living = count_freedoms(module, ((8, 2),), generator)
+        rows, living = count_freedoms(module, normal((8, 2)), generator)
         assert living.all()
         assert nullity(rows) == expected
 
@@ -69,9 +58,9 @@ def test_elements_that_never_matter_are_left_out_of_both_counts() -> None:
     # With padding on all sides and a single pixel, only the centre of the second kernel ever sees data.
     module = nn.Sequential(nn.Conv1d(1, 3, 1), nn.ReLU(), nn.Conv1d(3, 2, 3, padding=1)).double()
     generator = torch.Generator().manual_seed(0)
-    _, living = count_freedoms(module, ((8, 1, 1),), generator)
+    _, living = count_freedoms(module, normal((8, 1, 1)), generator)
     assert int((~living).sum()) == 2 * 3 * 2
-    assert_complete(module, ((8, 1, 1),))
+    assert_complete(module, normal((8, 1, 1)))
 
 
 @pytest.mark.xfail(strict=True, raises=AssertionError, reason="a product of two unknown scales is not solved")
@@ -84,7 +73,7 @@ def test_elements_that_never_matter_are_left_out_of_both_counts() -> None:
     ],
 )
 def test_products_of_scales(make: object) -> None:
-    assert_complete(make().double(), ((8, 3),))  # type: ignore[operator]
+    assert_complete(make().double(), normal((8, 3)))  # type: ignore[operator]
 
 
 class _Times(nn.Module):
@@ -113,4 +102,4 @@ def test_shared_weight_without_bias_applied_twice_in_a_row() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.head(self.same(self.same(x).relu()).relu())
 
-    assert_complete(Twice().double(), ((8, 3),))
+    assert_complete(Twice().double(), normal((8, 3)))

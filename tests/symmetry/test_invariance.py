@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_ecopt.symmetry import ScalingGroup, scaling_group
-from tests.symmetry.helpers import assert_same, copies, draw_, evaluate, put_, squares
-from tests.symmetry.test_completeness import assert_complete
-from tests.symmetry.zoo import SHARED, TINY, Case
+from tests.symmetry.helpers import assert_complete, assert_same, copies, draw_, evaluate, normal, put_, squares
+from tests.symmetry.zoo.case import Case
+from tests.symmetry.zoo.tiny import SHARED, TINY
 
 ALL = [*SHARED, *TINY]
 RESCALED = [case for case in ALL if case.units]
@@ -327,4 +327,4 @@ def test_random_networks_compute_the_same_after_acting_and_balancing(module: Com
     st.integers(0, 1000),
 )
 def test_random_networks_have_no_freedoms_but_those_found(module: Composed, seed: int) -> None:
-    assert_complete(module.double().eval(), (shape_of(module),), seed)
+    assert_complete(module.double().eval(), normal(shape_of(module)), seed)

@@ -3,36 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.networks import DenseNet, ResidualMLP, ResNet, mlp, norm_cnn, plain_cnn
-
-
-@dataclass(frozen=True)
-class Case:
-    """A network, the shapes of its inputs (with the batch), its number of freedoms, and what is frozen in it."""
-
-    name: str
-    make: Callable[[], nn.Module]
-    shapes: tuple[tuple[int, ...], ...]
-    units: int
-    frozen: tuple[str, ...] = ()
-
-    def build(self) -> nn.Module:
-        module = self.make().double()
-        for name in self.frozen:
-            module.get_parameter(name).requires_grad_(False)
-        for part in module.modules():
-            if isinstance(part, nn.modules.batchnorm._BatchNorm):
-                part.eps = 0.1  # large enough that a freedom which only epsilon breaks cannot be taken for one
-        return module
-
-    def inputs(self, generator: torch.Generator) -> tuple[Tensor, ...]:
-        return tuple(torch.randn(shape, generator=generator, dtype=torch.float64) for shape in self.shapes)
+from tests.symmetry.zoo.case import Case
 
 
 class Function(nn.Module):

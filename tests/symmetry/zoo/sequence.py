@@ -1,0 +1,7 @@
+"""Placeholder."""
+
+from __future__ import annotations
+
+from tests.symmetry.zoo.case import Case
+
+SEQUENCE: list[Case] = []
