@@ -169,25 +169,28 @@ class EquivalentClassOptimizer(Optimizer):
         trainable = [p for options in self.param_groups for p in options["params"] if p.requires_grad]
         self._check_known(group, trainable)
         held = {id(p) for p in trainable}
-        own = torch.ones(group.num_units, dtype=torch.bool)
+        foreign = torch.zeros(group.scales.num_scales, dtype=torch.bool)
         for coupling in group.couplings:
             if id(group.parameters[coupling.parameter]) not in held:  # another optimizer's, or frozen by now
                 for ids in (coupling.incoming, coupling.outgoing):
-                    own[ids[ids >= 0]] = False
+                    foreign[ids[ids >= 0]] = True
+        own = ~group.scales.in_(foreign)
         if group.num_units == 0:
             warnings.warn(NO_FREEDOMS, stacklevel=3)
         self._group, self._own, self._pending = group, own, None
         self._rule, self._active, self._refresh_due = None, None, True
 
     def usable_units(self) -> Tensor:
-        """Units whose freedom is used, ``bool[H]``: alive at the last refresh, no other optimizer's.
+        """Units whose freedom is used, ``bool[H]``: alive at the last refresh, no other optimizer's, and with paths if
+        the rule is that of paths.
 
         Raises:
             RuntimeError: if the group has not been found yet.
         """
         if self._group is None:
             raise RuntimeError("The scaling group is not known before the first step.")
-        return self._group.alive().cpu() & self._own if self._active is None else self._active
+        active = self._group.alive().cpu() & self._own if self._active is None else self._active
+        return active & self._group.scales.simple if self.rule == "path" else active
 
     def stop_watching(self) -> None:
         """Give the module back the method that a pending group watches."""
@@ -339,10 +342,11 @@ class EquivalentClassOptimizer(Optimizer):
                 group.rescale_(moment.tensors, log_scale, power=-moment.power)
         if self.rule == "unit" and group.num_units > 0:
             self._rule = before or self._unit_rule()
-        elif bool(active.any()):
-            # Units of other optimizers are as ground; dormant ones are not, for no path leads through them.
-            own = [coupling.restricted(self._own | ~alive) for coupling in group.couplings]
-            skeleton = choose_skeleton(own, parameters, active, self.skeleton)
+        elif bool(self.usable_units().any()):
+            # Units of other optimizers, and those in products, are as ground; dormant ones are not, for no path leads
+            # through them.
+            own = [coupling.restricted(self._own & group.scales.simple | ~alive) for coupling in group.couplings]
+            skeleton = choose_skeleton(own, parameters, self.usable_units(), self.skeleton)
             self._rule = PathRule(group, parameters, skeleton, self.free_start, self.max_path_ratio)
             self._rule.restart_(moments)
 

@@ -5,7 +5,8 @@ With ``a`` the squares of the elements from unit ``u`` to unit ``h``, the log-sc
     F(s) = sum_e a_e exp(2 (s_h - s_u)),        s = 0 for ground,
 
 where for every unit the incoming and the outgoing squares are equal. (The same problem as balancing a matrix by a
-diagonal similarity: E. E. Osborne, "On pre-conditioning of matrices", J. ACM 7 (1960).)
+diagonal similarity: E. E. Osborne, "On pre-conditioning of matrices", J. ACM 7 (1960).) Where scales are products of
+powers of units, s_h and s_u are linear in the units; F is convex all the same.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_ecopt.symmetry.scales import Scales
 from lightning_ecopt.symmetry.segments import SegmentSum
 
 COARSE_SWEEPS = 40
@@ -35,65 +37,58 @@ class Flow:
     outgoing: Tensor
 
 
-def alive_units(flows: Sequence[Flow], num_units: int) -> Tensor:
-    """Units that non-zero elements connect to ground on both sides, ``bool[H]``.
+def alive_units(flows: Sequence[Flow], scales: Scales) -> Tensor:
+    """Units that non-zero elements keep from growing and from shrinking without end, ``bool[H]``.
 
-    A unit with an infinite or undefined element, as after a step that diverged, is not alive.
+    In a plain network they are those which non-zero elements connect to ground on both sides. A unit with an infinite
+    or undefined element, as after a step that diverged, is not alive.
     """
     device = flows[0].mass.device if flows else torch.device("cpu")
-    sound = torch.ones(num_units + 1, dtype=torch.bool, device=device)
+    scales = scales.to(device)
+    broken = torch.zeros(scales.num_scales + 1, dtype=torch.bool, device=device)
     for flow in flows:
-        broken = ~flow.mass.isfinite()
-        for units in (flow.incoming, flow.outgoing):
-            sound[units[broken.to(flow.mass.dtype).sum_to_size(units.shape) > 0]] = False
-    sound[-1] = True  # ground, which is index -1
-    forward = _reached([(f.mass, f.outgoing, f.incoming) for f in flows], sound)
-    backward = _reached([(f.mass, f.incoming, f.outgoing) for f in reversed(flows)], sound)
-    return forward & backward
-
-
-def _reached(edges: Sequence[tuple[Tensor, Tensor, Tensor]], sound: Tensor) -> Tensor:
-    """Units that can be reached from ground through edges of non-zero mass, each from its source to its target."""
-    reached = torch.zeros_like(sound)
-    reached[-1] = True
+        unsound = ~flow.mass.isfinite()
+        for ids in (flow.incoming, flow.outgoing):
+            broken[ids[unsound.to(flow.mass.dtype).sum_to_size(ids.shape) > 0]] = True
+    sound = ~scales.in_(broken[:-1])
+    above, below = torch.zeros_like(sound), torch.zeros_like(sound)
     count = -1
-    while count != (count := int(reached.sum())):
-        for mass, source, target in edges:
-            open_ = ((mass > 0) & reached[source]).to(mass.dtype).sum_to_size(target.shape) > 0
-            reached[target[open_]] = True
-            reached &= sound
-    return reached[:-1]
+    while count != (count := int(above.sum()) + int(below.sum())):
+        caps, floors = scales.bounded(above, below)
+        ground = caps.new_ones(1)  # index -1 is the last
+        caps, floors = torch.cat([caps, ground]), torch.cat([floors, ground])
+        _spread_bounds(caps, [(f.mass, f.outgoing, f.incoming) for f in flows], broken)
+        _spread_bounds(floors, [(f.mass, f.incoming, f.outgoing) for f in reversed(flows)], broken)
+        scales.bound_units(above, below, caps[:-1], floors[:-1])
+        above &= sound
+        below &= sound
+    return above & below
 
 
-def balancing_scale(flows: Sequence[Flow], active: Tensor) -> Tensor:
+def _spread_bounds(bounded: Tensor, edges: Sequence[tuple[Tensor, Tensor, Tensor]], broken: Tensor) -> None:
+    """Bound, in place, what a non-zero element connects to a bounded source; each edge: mass, source, target."""
+    for mass, source, target in edges:
+        open_ = ((mass > 0) & bounded[source]).to(mass.dtype).sum_to_size(target.shape) > 0
+        bounded[target[open_ & ~broken[target]]] = True
+
+
+def balancing_scale(flows: Sequence[Flow], scales: Scales, active: Tensor) -> Tensor:
     """The log-scales ``[H]`` that balance the ``active`` units (``bool[H]``, all alive); zero for the others.
 
     Coarse sweeps, each of which can only lower F however the units hang together, then Newton steps to rounding.
     """
-    num_units = len(active)
-    padded = torch.cat([active, active.new_zeros(1)])
-    problem = _Problem(
-        [
-            Flow(
-                # An element from a unit to itself does not change; one that is not finite joins units at rest.
-                flow.mass.masked_fill(
-                    (flow.incoming == flow.outgoing) & (flow.incoming >= 0) | ~flow.mass.isfinite(), 0.0
-                ),
-                flow.incoming.where(padded[flow.incoming], -1) % (num_units + 1),
-                flow.outgoing.where(padded[flow.outgoing], -1) % (num_units + 1),
-            )
-            for flow in flows
-        ],
-        num_units,
-    )
-    scale = torch.zeros(num_units, dtype=flows[0].mass.dtype, device=active.device)
+    device = flows[0].mass.device
+    active = active.to(device)
+    problem = _Problem(flows, scales.to(device), active)
+    scale = torch.zeros(len(active), dtype=flows[0].mass.dtype, device=device)
     tolerance = 64 * torch.finfo(scale.dtype).eps
 
+    reach = problem.scales.reach
     for _ in range(COARSE_SWEEPS):
         # exp(2 (a - b)) <= (exp(4 a) + exp(-4 b)) / 2 separates the units; the bound is least where
-        # exp(8 a) = out / in.
+        # exp(8 a) = out / in. So for more terms, with the sum of their exponents for 2.
         incoming, outgoing = problem.sums(scale)
-        step = torch.where(active, (outgoing.log() - incoming.log()) / 8, 0.0)
+        step = torch.where(active, (outgoing.log() - incoming.log()) / (8 * reach), 0.0)
         scale += step
         if float(step.abs().max()) < 0.01:
             break
@@ -115,19 +110,34 @@ def balancing_scale(flows: Sequence[Flow], active: Tensor) -> Tensor:
 
 
 class _Problem:
-    """F, its gradient and its Hessian. Unit numbers are in 0 ... H, where H is ground."""
+    """F, its gradient and its Hessian."""
 
-    def __init__(self, flows: Sequence[Flow], num_units: int) -> None:
-        self.flows = flows
-        self._incoming = SegmentSum(torch.cat([flow.incoming.reshape(-1) for flow in flows]), num_units + 1)
-        self._outgoing = SegmentSum(torch.cat([flow.outgoing.reshape(-1) for flow in flows]), num_units + 1)
+    def __init__(self, flows: Sequence[Flow], scales: Scales, active: Tensor) -> None:
+        # An element from a scale to itself does not change; one that is not finite joins units at rest.
+        self.flows = [
+            Flow(
+                flow.mass.masked_fill(
+                    (flow.incoming == flow.outgoing) & (flow.incoming >= 0) | ~flow.mass.isfinite(), 0.0
+                ),
+                flow.incoming % (scales.num_scales + 1),  # ground is the last
+                flow.outgoing % (scales.num_scales + 1),
+            )
+            for flow in flows
+        ]
+        self.scales, self.active = scales, active
+        size = scales.num_scales + 1
+        self._incoming = SegmentSum(torch.cat([flow.incoming.reshape(-1) for flow in self.flows]), size)
+        self._outgoing = SegmentSum(torch.cat([flow.outgoing.reshape(-1) for flow in self.flows]), size)
 
     def _squares(self, scale: Tensor) -> list[Tensor]:
-        padded = torch.cat([scale, scale.new_zeros(1)])
+        padded = self._padded(scale)
         return [f.mass * (2 * (padded[f.incoming] - padded[f.outgoing])).exp() for f in self.flows]
 
+    def _padded(self, scale: Tensor) -> Tensor:
+        return torch.cat([self.scales.of(scale), scale.new_zeros(1)])
+
     def _collect(self, values: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Sums ``[H]`` of what leads into, and of what comes out of, each unit."""
+        """Sums ``[S]`` of what leads into, and of what comes out of, each scale."""
         into = [value.sum_to_size(f.incoming.shape).reshape(-1) for value, f in zip(values, self.flows, strict=True)]
         out = [value.sum_to_size(f.outgoing.shape).reshape(-1) for value, f in zip(values, self.flows, strict=True)]
         return self._incoming(torch.cat(into))[:-1], self._outgoing(torch.cat(out))[:-1]
@@ -136,18 +146,18 @@ class _Problem:
         return torch.stack([squares.sum() for squares in self._squares(scale)]).sum()
 
     def sums(self, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """Sums of squares into and out of each unit, ``[H]`` both."""
-        return self._collect(self._squares(scale))
+        """Sums of squares that grow and that shrink with each unit, ``[H]`` both."""
+        return self.scales.collect_parts(*self._collect(self._squares(scale)))
 
     def solve(self, scale: Tensor, right: Tensor, diagonal: Tensor) -> Tensor:
         """Solve ``(D - A) z = right``, a quarter of the Hessian, by conjugate gradients with its diagonal D."""
         squares = self._squares(scale)
 
         def apply(z: Tensor) -> Tensor:
-            padded = torch.cat([z, z.new_zeros(1)])
+            padded = self._padded(z)
             pulls = [s * (padded[f.incoming] - padded[f.outgoing]) for s, f in zip(squares, self.flows, strict=True)]
             into, out = self._collect(pulls)
-            return into - out
+            return torch.where(self.active, self.scales.collect(into - out), 0.0)
 
         z = torch.zeros_like(right)
         residual = right.clone()

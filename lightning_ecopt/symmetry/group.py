@@ -10,27 +10,23 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ecopt.symmetry.balance import Flow, alive_units, balancing_scale
+from lightning_ecopt.symmetry.scales import Scales, widest
 from lightning_ecopt.symmetry.solve import NO_UNIT, Solution
 from lightning_ecopt.symmetry.tracer import Operation
 
 
-def widest(device: torch.device) -> torch.dtype:
-    """The most exact floating point type that the device has."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
 @dataclass(frozen=True, eq=False)
 class Coupling:
-    """How a box-shaped region of one parameter scales with the units.
+    """How a box-shaped region of one parameter scales.
 
     Rescaling unit ``u`` by ``c`` multiplies the elements where ``incoming == u`` by ``c`` and those where
-    ``outgoing == u`` by ``1 / c``.
+    ``outgoing == u`` by ``1 / c``. Numbers from H on stand for products of powers of units, see :class:`Scales`.
 
     Args:
         parameter: name of the parameter in the module.
         region: slices of the parameter.
-        incoming: unit that each element leads into, ``-1`` for none; integers that broadcast to the region.
-        outgoing: unit that each element comes from, ``-1`` for none; likewise.
+        incoming: scale of what each element leads into, ``-1`` for none; integers that broadcast to the region.
+        outgoing: scale of what each element comes from, ``-1`` for none; likewise.
         additive: whether the elements are added (a bias) rather than multiplied with data.
     """
 
@@ -50,14 +46,14 @@ class Coupling:
         return Coupling(self.parameter, self.region, incoming, outgoing, self.additive)
 
     def restricted(self, active: Tensor) -> Coupling:
-        """The same coupling with the units that are not ``active`` (``bool[H]``) held still."""
+        """The same coupling with the units that are not ``active`` (``bool[H]``), and all products, held still."""
         padded = torch.cat([active, active.new_zeros(1)])  # index -1 is the last
-        incoming = self.incoming.where(padded[self.incoming], NO_UNIT)
-        outgoing = self.outgoing.where(padded[self.outgoing], NO_UNIT)
+        incoming = self.incoming.where(padded[self.incoming.clamp(max=len(active))], NO_UNIT)
+        outgoing = self.outgoing.where(padded[self.outgoing.clamp(max=len(active))], NO_UNIT)
         return Coupling(self.parameter, self.region, incoming, outgoing, self.additive)
 
     def log_factor(self, log_scale: Tensor) -> Tensor:
-        """Logarithm of what the region is multiplied by; ``log_scale`` is ``[H]``, the result broadcasts to it."""
+        """Logarithm of what the region is multiplied by; ``log_scale`` is ``[S]``, the result broadcasts to it."""
         padded = torch.cat([log_scale, log_scale.new_zeros(1)])
         return padded[self.incoming] - padded[self.outgoing]
 
@@ -81,15 +77,15 @@ class ScalingGroup:
 
     Args:
         parameters: the parameters that may be rescaled, by name.
-        couplings: how they scale with the units.
-        num_units: number of freedoms H.
+        couplings: how they scale.
+        scales: the scales that the couplings refer to, as products of powers of units.
         costs: for each operation that fixed scales which would otherwise have been free, how many.
         unseen: names of parameters that the traced call did not use.
     """
 
     parameters: Mapping[str, nn.Parameter]
     couplings: Sequence[Coupling]
-    num_units: int
+    scales: Scales
     costs: Mapping[Operation, int]
     unseen: tuple[str, ...] = ()
 
@@ -108,7 +104,19 @@ class ScalingGroup:
             )
             for use in solution.uses
         ]
-        return cls(parameters, couplings, solution.num_units, Counter(solution.costs), unseen)
+        scales = Scales(
+            solution.num_units,
+            solution.num_scales,
+            torch.from_numpy(solution.scales),
+            torch.from_numpy(solution.units),
+            torch.from_numpy(solution.exponents),
+        )
+        return cls(parameters, couplings, scales, Counter(solution.costs), unseen)
+
+    @property
+    def num_units(self) -> int:
+        """Number of freedoms H."""
+        return self.scales.num_units
 
     @property
     def num_parameters(self) -> int:
@@ -174,7 +182,7 @@ class ScalingGroup:
             log_scale: ``[H]``, natural logarithms of the units' factors.
             power: exponent of the factors.
         """
-        log_scale = log_scale.to(widest(log_scale.device))
+        log_scale = self.scales.to(log_scale.device).of(log_scale.to(widest(log_scale.device)))
         for coupling in self.couplings:
             tensor = tensors.get(coupling.parameter)
             if tensor is not None:
@@ -188,7 +196,7 @@ class ScalingGroup:
         The others (all weights of one side zero, as in a zero-initialised layer) are *dormant*: they have no balanced
         scale and no path.
         """
-        return alive_units(list(self._flows()), self.num_units)
+        return alive_units(list(self._flows()), self.scales)
 
     @torch.no_grad()
     def balance_(self, active: Tensor | None = None) -> Tensor:
@@ -205,10 +213,8 @@ class ScalingGroup:
         """
         flows = list(self._flows())
         if active is None:
-            active = alive_units(flows, self.num_units)
-        log_scale = (
-            balancing_scale(flows, active.to(flows[0].mass.device)) if flows else torch.zeros(0, dtype=torch.double)
-        )
+            active = alive_units(flows, self.scales)
+        log_scale = balancing_scale(flows, self.scales, active) if flows else torch.zeros(0, dtype=torch.double)
         self.rescale_(self.parameters, log_scale)
         return log_scale
 

@@ -57,6 +57,17 @@ def stretch(ids: IntArray, shape: Sequence[int], axes: Iterable[int]) -> IntArra
     return np.broadcast_to(ids, target)
 
 
+def unique_rows(table: IntArray) -> tuple[IntArray, IntArray]:
+    """The different rows of a table of non-negative numbers, and the place of each row among them."""
+    place = np.zeros(len(table), dtype=np.int64)
+    for column in table.T:
+        _, first, place = np.unique(
+            place * (column.max(initial=0) + 1) + column, return_index=True, return_inverse=True
+        )
+        place = place.reshape(-1)
+    return table[first], place
+
+
 def reshape(ids: IntArray, old: Sequence[int], new: Sequence[int]) -> IntArray:
     """What ``tensor.reshape(new)`` does to the label of a tensor of shape ``old``.
 
@@ -95,27 +106,51 @@ class ParameterView:
         name: the parameter's name in the module.
         axes: for each axis of the parameter the index that every element of the view came from, an array that
             broadcasts to the shape of the view. View operations act on these arrays as they act on labels.
+        factor: the label of what the elements have been multiplied by since; it broadcasts to the view.
+        picked: axes of the parameter along which data decides what the view shows, as in an embedding.
     """
 
     name: str
     axes: tuple[IntArray, ...]
+    factor: IntArray
+    picked: frozenset[int] = frozenset()
 
     @classmethod
     def whole(cls, name: str, shape: Sequence[int]) -> ParameterView:
         """The view that is the parameter itself. A scalar counts as a vector of one element."""
         if not shape:
-            return cls(name, (np.zeros((), dtype=np.int64),))
+            return cls(name, (np.zeros((), dtype=np.int64),), constant(GROUND, 0))
         return cls(
             name,
             tuple(
                 np.arange(size, dtype=np.int64).reshape([-1 if k == axis else 1 for k in range(len(shape))])
                 for axis, size in enumerate(shape)
             ),
+            constant(GROUND, len(shape)),
         )
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the view."""
+        return max((axis.ndim for axis in self.axes), default=0)
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether the view changes along more than one axis of the parameter."""
+        return sum(axis.size > 1 for axis in self.axes) > 1
 
     def map(self, view: Callable[[IntArray], IntArray]) -> ParameterView:
         """Do to the view what an operation did to the tensor."""
-        return ParameterView(self.name, tuple(view(axis) for axis in self.axes))
+        return ParameterView(self.name, tuple(view(axis) for axis in self.axes), view(self.factor), self.picked)
+
+    def split(self, view: Callable[[IntArray], Sequence[IntArray]]) -> list[ParameterView]:
+        """Likewise, for an operation that makes several tensors."""
+        parts = zip(*(view(array) for array in (*self.axes, self.factor)), strict=True)
+        return [ParameterView(self.name, tuple(axes), factor, self.picked) for *axes, factor in parts]
+
+    def times(self, factor: IntArray) -> ParameterView:
+        """The view after all its elements were multiplied by something with this label."""
+        return ParameterView(self.name, self.axes, factor, self.picked)
 
     def varying(self) -> set[int]:
         """The axes of the view along which the element of the parameter changes."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
+from math import lcm, prod
 
 import numpy as np
 
@@ -16,7 +18,11 @@ from lightning_ecopt.symmetry.labels import (
     align,
     compress,
     constant,
+    unique_rows,
 )
+
+#: No label has more entries: what would need more is held fixed.
+MOST_ENTRIES = 2**22
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,14 @@ class Use:
     additive: bool
 
 
+@dataclass(frozen=True, eq=False)
+class Relations:
+    """Equations ``sum_k coefficients[k] * log(scales[n, k]) = 0``, one for each row n."""
+
+    scales: IntArray
+    coefficients: tuple[int, ...]
+
+
 @dataclass(eq=False)
 class Tracer:
     """Collects scales and equations; knows nothing of how the operations are watched.
@@ -55,13 +69,13 @@ class Tracer:
     uses: dict[str, list[Use]] = field(default_factory=dict)
     seen: set[str] = field(default_factory=set)
     equalities: list[IntArray] = field(default_factory=list)
+    relations: list[Relations] = field(default_factory=list)
     groundings: list[tuple[Operation, IntArray]] = field(default_factory=list)
 
     def fresh(self, shape: Sequence[int]) -> IntArray:
         """New scales, one for each element of ``shape``."""
-        count = int(np.prod(shape, dtype=np.int64))
-        ids = np.arange(self.num_scales, self.num_scales + count, dtype=np.int64).reshape(tuple(shape))
-        self.num_scales += count
+        ids = np.arange(self.num_scales, self.num_scales + prod(shape), dtype=np.int64).reshape(tuple(shape))
+        self.num_scales += ids.size
         return ids
 
     def equate(self, first: IntArray, second: IntArray) -> IntArray:
@@ -69,7 +83,7 @@ class Tracer:
         first, second = np.broadcast_arrays(first, second)
         differ = (first != second) & (first != ZERO) & (second != ZERO)
         if differ.any():
-            pairs = np.unique(np.stack([first[differ], second[differ]], 1), axis=0)
+            pairs, _ = unique_rows(np.stack([first[differ], second[differ]], 1))
             grounded = (pairs == GROUND).any(1)
             if grounded.any():
                 self.groundings.append((self.operation, np.unique(pairs[grounded].max(1))))
@@ -93,29 +107,104 @@ class Tracer:
         self.equate(ids, representative)
         return representative
 
-    def materialise(self, view: ParameterView) -> IntArray:
-        """The label of a parameter that is used as a tensor among others: one new scale per element of a vector.
+    def combine(self, *terms: tuple[int | Fraction, IntArray]) -> IntArray:
+        """The label of a product of powers: each term is an exponent and the label of what is raised to it.
 
-        A parameter with more than one axis is grounded: its scales would be as many as its elements.
+        A product with a factor of zero is zero. A label with more than ``MOST_ENTRIES`` is held fixed.
         """
-        long_axes = [axis for axis in view.axes if axis.size > 1]
-        ndim = max((axis.ndim for axis in view.axes), default=0)
-        if len(long_axes) > 1:
-            self.ground(view)
-            return constant(GROUND, ndim)
-        varying = view.varying()
-        shape = [max(axis.shape[k] for axis in view.axes) if k in varying else 1 for k in range(ndim)]
-        ids = self.fresh(shape)
+        shape = np.broadcast_shapes(*(ids.shape for _, ids in terms))
+        if all((ids <= GROUND).all() for _, ids in terms):
+            zero = [ids == ZERO for exponent, ids in terms if exponent > 0]
+            return (
+                compress(np.where(np.logical_or.reduce(np.broadcast_arrays(*zero)), ZERO, GROUND))
+                if zero
+                else (constant(GROUND, len(shape)))
+            )
+        if prod(shape) > MOST_ENTRIES:
+            for _, ids in terms:
+                self.ground(ids)
+            return constant(GROUND, len(shape))
+        columns = np.stack([np.broadcast_to(ids, shape).ravel() for _, ids in terms], 1)
+        exponents = np.array([1 if exponent > 0 else -1 for exponent, _ in terms])
+        zero = ((columns == ZERO) & (exponents > 0)).any(1)
+        columns = np.maximum(columns, GROUND)
+        columns[zero] = GROUND
+        rows, place = unique_rows(columns)
+        result = np.full(len(rows), GROUND, dtype=np.int64)
+        alone = (rows > GROUND).sum(1) == 1
+        for k, (exponent, _) in enumerate(terms):
+            if exponent == 1:
+                kept = alone & (rows[:, k] > GROUND)
+                result[kept] = rows[kept, k]
+        new = (rows > GROUND).any(1) & (result == GROUND)
+        result[new] = self.fresh((int(new.sum()),))
+        denominator = lcm(*(Fraction(exponent).denominator for exponent, _ in terms))
+        coefficients = (denominator, *(int(-exponent * denominator) for exponent, _ in terms))
+        self.relate(np.concatenate([result[new, None], rows[new]], 1), coefficients)
+        return compress(np.where(zero, ZERO, result[place]).reshape(shape))
+
+    def relate(self, scales: IntArray, coefficients: tuple[int, ...]) -> None:
+        """Demand ``sum_k coefficients[k] * log(scales[n, k]) = 0`` for every row n of ``scales``."""
+        if len(scales):
+            self.relations.append(Relations(scales, coefficients))
+
+    def difference(self, first: IntArray, second: IntArray, axes: Iterable[int]) -> IntArray:
+        """Demand that ``first / second`` changes along ``axes`` only; returns its label, new scales."""
+        first, second = np.broadcast_arrays(first, second)
+        axes = set(axes)
+        ratio = self.fresh([size if k in axes else 1 for k, size in enumerate(first.shape)])
+        columns = [array.ravel() for array in np.broadcast_arrays(first, second, ratio)]
+        self.relate(unique_rows(np.stack(columns, 1))[0], (1, -1, -1))
+        return ratio
+
+    def materialise(self, view: ParameterView, uniform: Iterable[int] = ()) -> IntArray:
+        """The label of a parameter that is used as a tensor among others.
+
+        The scales are those of an earlier use, or new ones, one for each element of a vector. Those of a parameter with
+        more axes would be as many as its elements: they change along one axis alone, the last one, or that of the
+        channels of an image.
+
+        Args:
+            view: the parameter.
+            uniform: axes of the view along which there must be one label anyway.
+        """
+        known = self._known(view)
+        if known is not None:
+            return known
+        free = sorted(view.varying() - set(uniform))
+        if len(free) > 1:
+            free = [1 if view.ndim > 3 and 1 in free else free[-1]]
+        ids = self.fresh([max(axis.shape[k] for axis in view.axes) if k in free else 1 for k in range(view.ndim)])
         self.assign(view, ids, constant(GROUND, 0), additive=False)
         return ids
 
+    def _known(self, view: ParameterView) -> IntArray | None:
+        """The label of a view whose elements were used before."""
+        region = _box(view, self.shapes[view.name])
+        for use in self.uses.get(view.name, []):
+            if region is not None and use.region == region:
+                labels = [self.uniform(ids, view.picked) for ids in (use.incoming, use.outgoing)]
+                if all(ids.size > 1 for ids in labels):  # as a dense matrix it would be too large
+                    labels[1] = self.uniform(labels[1], range(labels[1].ndim))
+                incoming, outgoing = (self._push_forward(view, ids) for ids in labels)
+                return self.combine((1, incoming), (-1, outgoing), (1, view.factor))
+        return None
+
+    def _push_forward(self, view: ParameterView, ids: IntArray) -> IntArray:
+        """Carry a label of the box that the view shows to the view."""
+        nowhere = np.zeros((1,) * view.ndim, np.int64)
+        positions = [np.unique(axis, return_inverse=True)[1].reshape(axis.shape) for axis in view.axes]
+        return ids[tuple(p if size > 1 else nowhere for p, size in zip(positions, ids.shape, strict=True))]
+
     def assign(self, view: ParameterView, incoming: IntArray, outgoing: IntArray, *, additive: bool) -> None:
-        """Record that the elements of ``view`` scale by ``incoming - outgoing``, labels that broadcast to the view.
+        """Record that the elements of ``view`` scale by ``incoming / outgoing``, labels that broadcast to the view.
 
         Every further use of the same elements must agree. A use whose elements are not a regular box of the parameter,
         or overlap another box in part only, grounds the whole parameter.
         """
         self.seen.add(view.name)
+        if (view.factor > GROUND).any():
+            incoming, outgoing = self._without_factor(view, incoming, outgoing)
         region = _box(view, self.shapes[view.name])
         if region is None:
             self._ground_parameter(view.name, (incoming, outgoing))
@@ -123,14 +212,38 @@ class Tracer:
         use = Use(region, self._pull_back(view, incoming), self._pull_back(view, outgoing), additive)
         for earlier in self.uses.setdefault(view.name, []):
             if earlier.region == use.region:
-                earlier.incoming = self.equate(earlier.incoming, use.incoming)
-                earlier.outgoing = self.equate(earlier.outgoing, use.outgoing)
-                earlier.additive &= additive
+                self._agree(earlier, use)
                 return
             if _overlap(earlier.region, use.region, self.shapes[view.name]):
                 self._ground_parameter(view.name, (incoming, outgoing))
                 return
         self.uses[view.name].append(use)
+
+    def _without_factor(self, view: ParameterView, incoming: IntArray, outgoing: IntArray) -> tuple[IntArray, IntArray]:
+        """What the parameter itself scales by, if the view does by ``incoming / outgoing``."""
+        incoming, outgoing, factor = (align(ids, view.ndim) for ids in (incoming, outgoing, view.factor))
+        if _varying(factor) & _varying(outgoing) and not _varying(factor) & _varying(incoming):
+            return incoming, self.combine((1, outgoing), (1, factor))
+        return self.combine((1, incoming), (-1, factor)), outgoing
+
+    def _agree(self, earlier: Use, use: Use) -> None:
+        """Demand that two uses of one region scale it alike."""
+        earlier.additive &= use.additive
+        pairs = [
+            np.broadcast_arrays(earlier.incoming, use.incoming),
+            np.broadcast_arrays(earlier.outgoing, use.outgoing),
+        ]
+        if any((ids == ZERO).any() for pair in pairs for ids in pair):  # what meets zeros need not agree
+            earlier.incoming = self.equate(*pairs[0])
+            earlier.outgoing = self.equate(*pairs[1])
+            return
+        alike = [bool((first == second).all()) for first, second in pairs]
+        if any(alike):
+            self.equate(*pairs[1 if alike[0] else 0])
+            return
+        # in / in' = out / out' for all elements: it changes along no axis along which only one of the sides does.
+        shared = _varying(earlier.incoming, use.incoming) & _varying(earlier.outgoing, use.outgoing)
+        self.equate(*(self.difference(first, second, shared) for first, second in pairs))
 
     def _ground_parameter(self, name: str, labels: Iterable[IntArray]) -> None:
         for ids in labels:
@@ -144,18 +257,14 @@ class Tracer:
 
     def _pull_back(self, view: ParameterView, ids: IntArray) -> IntArray:
         """Carry a label of a view back to the box of the parameter that the view shows."""
-        ndim = max((axis.ndim for axis in view.axes), default=0)
+        ndim = view.ndim
         ids = align(ids, ndim)
         # The parameter is the same wherever the view only repeats it.
         repeated = [k for k in range(ndim) if ids.shape[k] > 1 and k not in view.varying()]
         ids = compress(self.uniform(ids, repeated))
-        changing = {k for k, size in enumerate(ids.shape) if size > 1}
+        changing = _varying(ids)
         # Axes of the parameter on which the label depends; along the others it has size 1.
-        wanted = {
-            axis
-            for axis, index in enumerate(view.axes)
-            if changing & {k for k, size in enumerate(index.shape) if size > 1}
-        }
+        wanted = {axis for axis, index in enumerate(view.axes) if changing & _varying(index)}
         positions, shape = [], []
         for axis, index in enumerate(view.axes):
             numbers, position = np.unique(index, return_inverse=True)
@@ -168,11 +277,19 @@ class Tracer:
         return compress(result)
 
 
+def _varying(*labels: IntArray) -> set[int]:
+    """Axes along which one of the arrays has more than one entry."""
+    return {k for ids in labels for k, size in enumerate(ids.shape) if size > 1}
+
+
 def _box(view: ParameterView, shape: Sequence[int]) -> tuple[slice, ...] | None:
     """The slices of the parameter that ``view`` covers; ``None`` if it does not cover a regular box."""
     region = []
-    for axis in view.axes:
-        numbers = np.unique(axis)
+    for axis, (index, size) in enumerate(zip(view.axes, shape, strict=True)):
+        if axis in view.picked:
+            region.append(slice(0, size, 1))
+            continue
+        numbers = np.unique(index)
         steps = np.unique(np.diff(numbers)) if len(numbers) > 1 else np.ones(1, np.int64)
         if len(numbers) == 0 or len(steps) > 1:
             return None

@@ -7,20 +7,23 @@ is then found again whatever object stands for it.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_ecopt.symmetry.labels import GROUND, ParameterView, Value, compress, constant
+from lightning_ecopt.symmetry.labels import GROUND, IntArray, ParameterView, Value, compress, constant, reshape, stretch
 from lightning_ecopt.symmetry.rules import RULES, Call
 from lightning_ecopt.symmetry.rules.registry import is_inexact
 from lightning_ecopt.symmetry.tracer import Operation, Tracer
@@ -30,7 +33,10 @@ View = tuple[int, tuple[int, ...], tuple[int, ...]]
 
 @dataclass(eq=False)
 class _Storage:
-    """The labels of one piece of memory, by the views of it that have been seen."""
+    """The labels of one piece of memory, by the views of it that have been seen.
+
+    The first of them is the whole, as far as is known: others can be found from it.
+    """
 
     reference: StorageWeakRef  # keeps the address from being used again while labels hang on it
     external: bool  # was there before the call, or stays after it
@@ -58,7 +64,7 @@ class _Memory:
     def add_parameter(self, name: str, tensor: Tensor) -> None:
         """Register a parameter whose scales are looked for."""
         found = self._find(tensor)
-        if found is None:
+        if found is None or not is_plain(tensor) or not tensor.dtype.is_floating_point:
             self.tracer.ground(ParameterView.whole(name, tensor.shape))
             return
         storage, _ = found
@@ -71,14 +77,28 @@ class _Memory:
         if found is None:
             return constant(GROUND, tensor.ndim)
         storage, new = found
+        view = _view(tensor)
         if new:
             storage.external = True
-            storage.views[_view(tensor)] = constant(GROUND, tensor.ndim)
-        value = storage.views.get(_view(tensor))
-        if value is None:  # a view that nobody saw being made
+            storage.views[view] = constant(GROUND, tensor.ndim)
+        if view not in storage.views:  # one that nobody saw being made, or that was not there before a change in place
+            self._derive(storage, view)
+        return storage.views[view]
+
+    def _derive(self, storage: _Storage, view: View) -> None:
+        """Find the label of a view from that of the whole."""
+        whole, value = next(iter(storage.views.items()), (view, constant(GROUND, len(view[1]))))
+        box = _box(whole, view)
+        if isinstance(value, ParameterView) or (box is None and value.size > 1 and not _same_order(whole, view)):
             self._ground_all(storage)
-            value = constant(GROUND, tensor.ndim)
-        return value
+            value = constant(GROUND, len(view[1]))
+        elif value.size == 1:
+            value = value.reshape((1,) * len(view[1]))
+        elif box is None:
+            value = reshape(value, whole[1], view[1])
+        else:
+            value = box.of(value)
+        storage.views[view] = value
 
     def is_new(self, tensor: Tensor) -> bool:
         """Whether the call has made the memory of the tensor."""
@@ -89,7 +109,7 @@ class _Memory:
     def write(self, tensor: Tensor, value: Value) -> None:
         """Set the label of the output of an operation."""
         found = self._find(tensor)
-        if found is None or not is_inexact(tensor):
+        if found is None or not is_inexact(tensor) or not is_plain(tensor):
             self.tracer.ground(value)
             value = constant(GROUND, tensor.ndim)
         if tensor.numel() == 0:
@@ -106,11 +126,16 @@ class _Memory:
         found = self._find(tensor)
         if found is not None:
             storage, view = found[0], _view(tensor)
-            whole = tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
-            if whole and not storage.external:
-                storage.views = {}
-                self.write(tensor, value)
-                return
+            if not storage.external:
+                if tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes():
+                    storage.views = {}
+                    self.write(tensor, value)
+                    return
+                whole, base = next(iter(storage.views.items()))
+                box = _box(whole, view)
+                if box is not None and not isinstance(base, ParameterView) and not isinstance(value, ParameterView):
+                    storage.views = {whole: box.put(base, value, whole[1])}  # other views are found from it again
+                    return
             self._ground_all(storage)
             storage.views[view] = constant(GROUND, tensor.ndim)
         self.tracer.ground(value)
@@ -130,6 +155,102 @@ def _storage_of(tensor: Tensor) -> torch.UntypedStorage | None:
 
 def _view(tensor: Tensor) -> View:
     return int(tensor.storage_offset()), tuple(tensor.shape), tuple(tensor.stride())
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether the tensor is none of a class that makes something else of the operations."""
+    kind = type(tensor)
+    return issubclass(kind, FakeTensor) or kind.__torch_dispatch__ in _PLAIN
+
+
+def _is_ordinary(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and is_plain(tensor)
+
+
+_PLAIN = (Tensor.__torch_dispatch__, torch._C._disabled_torch_dispatch_impl)
+
+
+@dataclass(frozen=True, eq=False)
+class _Box:
+    """A view as slices of the whole, and for each axis of the view the axis of the whole that it is."""
+
+    part: tuple[slice, ...]
+    axes: tuple[int | None, ...]
+
+    def of(self, ids: IntArray) -> IntArray:
+        """The label of the view from that of the whole."""
+        taken = ids[tuple(slice(None) if size == 1 else part for size, part in zip(ids.shape, self.part, strict=True))]
+        kept = [axis for axis in self.axes if axis is not None]
+        taken = taken.transpose(*kept, *(axis for axis in range(ids.ndim) if axis not in kept))
+        taken = taken.reshape(taken.shape[: len(kept)])
+        return np.expand_dims(taken, tuple(k for k, axis in enumerate(self.axes) if axis is None))
+
+    def put(self, ids: IntArray, new: IntArray, shape: Sequence[int]) -> IntArray:
+        """The label of the whole after the view has got a new one."""
+        kept = [axis for axis in self.axes if axis is not None]
+        new = new.squeeze(tuple(k for k, axis in enumerate(self.axes) if axis is None)).transpose(np.argsort(kept))
+        new = np.expand_dims(new, tuple(axis for axis in range(len(shape)) if axis not in kept))
+        partial = {axis for axis, part in enumerate(self.part) if part != slice(None)}
+        result = np.array(stretch(ids, shape, partial | {axis for axis, size in enumerate(new.shape) if size > 1}))
+        result[self.part] = new
+        return compress(result)
+
+
+def _box(whole: View, view: View) -> _Box | None:
+    """``view`` as a box of ``whole``, if it is one."""
+    offset, shape, strides = whole
+    rest = view[0] - offset
+    part = [slice(None)] * len(shape)
+    starts = {}
+    smallest = None
+    for axis in sorted((k for k, size in enumerate(shape) if size > 1), key=lambda k: -strides[k]):
+        if smallest is not None and strides[axis] * shape[axis] > smallest:
+            return None  # axes overlap
+        smallest = strides[axis]
+        starts[axis], rest = divmod(rest, smallest) if smallest else (0, -1)
+        if not 0 <= starts[axis] < shape[axis]:
+            return None
+    if rest:
+        return None
+    axes: list[int | None] = []
+    for size, stride in zip(view[1], view[2], strict=True):
+        if size == 1 or stride == 0:
+            axes.append(None)
+            continue
+        fitting = [
+            axis
+            for axis, start in starts.items()
+            if axis not in axes
+            and stride % strides[axis] == 0
+            and start + (size - 1) * (stride // strides[axis]) < shape[axis]
+        ]
+        if not fitting:
+            return None
+        axis = max(fitting, key=lambda k: strides[k])
+        step = stride // strides[axis]
+        if (starts[axis], size, step) != (0, shape[axis], 1):
+            part[axis] = slice(starts[axis], starts[axis] + (size - 1) * step + 1, step)
+        axes.append(axis)
+    for axis, start in starts.items():
+        if axis not in axes:
+            part[axis] = slice(start, start + 1)
+    return _Box(tuple(part), tuple(axes))
+
+
+def _same_order(whole: View, view: View) -> bool:
+    """Whether both show the same elements, in the order in which they lie in memory."""
+    return (
+        whole[0] == view[0] and prod(whole[1]) == prod(view[1]) and all(_is_contiguous(*v[1:]) for v in (whole, view))
+    )
+
+
+def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    expected = 1
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if size > 1 and stride != expected:
+            return False
+        expected *= size
+    return True
 
 
 class Watch(TorchDispatchMode):
@@ -168,7 +289,7 @@ class Watch(TorchDispatchMode):
         shapes = {id(tensor): tuple(tensor.shape) for tensor in tensors}  # some operations change them in place
         output = func(*args, **kwargs)
         arguments = _named_arguments(func, args, kwargs)
-        if rule is None or arguments is None or any(tensor.layout is not torch.strided for tensor in tensors):
+        if rule is None or arguments is None or not all(map(_is_ordinary, tensors)):
             self._ground(inputs.values(), (args, kwargs), output, func)
         else:
             try:
@@ -230,10 +351,13 @@ class Watch(TorchDispatchMode):
             self._path.pop()
 
         handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
+        fast_attention = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)  # one operation for a whole layer, for inference only
         try:
-            with _Escapes(self), self:
+            with torch.compiler.set_stance("force_eager"), _Escapes(self), self:
                 yield
         finally:
+            torch.backends.mha.set_fastpath_enabled(fast_attention)
             for handle in handles:
                 handle.remove()
 

@@ -63,7 +63,6 @@ def test_elements_that_never_matter_are_left_out_of_both_counts() -> None:
     assert_complete(module, normal((8, 1, 1)))
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="a product of two unknown scales is not solved")
 @pytest.mark.parametrize(
     "make",
     [
@@ -92,7 +91,6 @@ class _Times(nn.Module):
         return self.two(h * factor)
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="labels on both sides of a shared weight must agree")
 def test_shared_weight_without_bias_applied_twice_in_a_row() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:

@@ -7,7 +7,30 @@ under which those labels are right. Rules are found by the operation's base name
 
 from __future__ import annotations
 
-from lightning_ecopt.symmetry.rules import contractions, factories, normalization, pointwise, reductions, views
+from lightning_ecopt.symmetry.rules import (
+    attention,
+    contractions,
+    factories,
+    images,
+    indexing,
+    normalization,
+    pointwise,
+    reductions,
+    views,
+)
 from lightning_ecopt.symmetry.rules.registry import RULES, Call, rule
 
-__all__ = ["RULES", "Call", "contractions", "factories", "normalization", "pointwise", "reductions", "rule", "views"]
+__all__ = [
+    "RULES",
+    "Call",
+    "attention",
+    "contractions",
+    "factories",
+    "images",
+    "indexing",
+    "normalization",
+    "pointwise",
+    "reductions",
+    "rule",
+    "views",
+]

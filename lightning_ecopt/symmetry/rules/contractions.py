@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 
 from lightning_ecopt.symmetry.labels import (
@@ -14,6 +16,7 @@ from lightning_ecopt.symmetry.labels import (
     along_channels,
     constant,
     map_value,
+    stretch,
 )
 from lightning_ecopt.symmetry.rules.pointwise import add
 from lightning_ecopt.symmetry.rules.registry import Call, rule
@@ -64,7 +67,7 @@ def convolution(call: Call) -> IntArray:
     ids = call.tracer.uniform(ids, [axis for axis in range(ids.ndim) if axis != 1])
     inputs = np.broadcast_to(ids.reshape(-1), call.shape("input")[1]).reshape(groups, -1)
     if (inputs == ZERO).all():
-        output = constant(ZERO, ids.ndim)
+        label = constant(ZERO, 1)
     elif isinstance(weight, ParameterView):
         label = call.tracer.fresh((channels,))
         outputs = label.reshape(groups, -1)
@@ -73,11 +76,15 @@ def convolution(call: Call) -> IntArray:
         else:
             outgoing, incoming = _grouped(inputs, outputs)  # [groups, out, in]
         call.tracer.assign(weight, _spread(incoming, ids.ndim), _spread(outgoing, ids.ndim), additive=False)
-        output = along_channels(label, ids.ndim)
     else:
-        call.tracer.ground(weight)
-        mixed = call.tracer.uniform(inputs, [1])
-        output = along_channels(np.repeat(mixed.reshape(-1), channels // groups), ids.ndim)
+        rows = stretch(call.tracer.uniform(weight, range(2, weight.ndim)), call.shape("weight"), [0])
+        kernel = rows.reshape((groups, rows.shape[0] // groups, rows.shape[1]))  # [groups, out, in]
+        if call["transposed"]:
+            kernel = kernel.swapaxes(1, 2)
+        products = call.tracer.combine((1, kernel), (1, inputs[:, None]))
+        mixed = call.tracer.uniform(products, [2])[..., 0]
+        label = np.broadcast_to(mixed, (groups, channels // groups)).reshape(-1)
+    output = along_channels(label, ids.ndim)
     if call["bias"] is None:
         return output
     return add(call, output, map_value(call.value("bias"), lambda axis: along_channels(axis, ids.ndim)), ids.ndim)
@@ -105,16 +112,24 @@ def contract(call: Call, left: Value, right: Value, ndim: int) -> IntArray:
     if isinstance(right, ParameterView):
         return _parameter_product(call, left, right.map(lambda axis: align(axis, ndim)))
     right = align(right, ndim)
-    if (left == ZERO).all() or (right == ZERO).all():
-        return constant(ZERO, ndim)
-    if (left > GROUND).any() and (right > GROUND).any():  # products of two labels are not solved
-        call.tracer.ground(left)
-        call.tracer.ground(right)
-        return constant(GROUND, ndim)
-    # One factor is constant. What it mixes must have one label; rows of the other may keep their own.
-    if (right > GROUND).any():
-        return call.tracer.uniform(right, [ndim - 2])
-    return call.tracer.uniform(left, [ndim - 1])
+    if left.shape[-2] > 1 and right.shape[-1] > 1 and not (left == ZERO).any() and not (right == ZERO).any():
+        # With x(n, k) y(k, p) the same for all k, x is a(n) t(k) and y is b(p) / t(k).
+        left, mixed = _split_rows(call, left)
+        right = call.tracer.uniform(call.tracer.combine((1, right), (1, mixed.swapaxes(-1, -2))), [ndim - 2])
+        return call.tracer.combine((1, left), (1, right))
+    products = call.tracer.combine((1, left[..., None]), (1, right[..., None, :, :]))
+    return call.tracer.uniform(products, [ndim - 1]).squeeze(-2)
+
+
+def _split_rows(call: Call, left: IntArray) -> tuple[IntArray, IntArray]:
+    """Write a label [..., n, k] as the product of one that changes along n and one that changes along k."""
+    if left.shape[-1] == 1:
+        return left, constant(GROUND, left.ndim)
+    first = left[..., :1, :]
+    if left.shape[-2] == 1:
+        return constant(GROUND, left.ndim), first
+    axes = [axis for axis in range(left.ndim) if axis != left.ndim - 1]
+    return call.tracer.difference(left, first, axes), first
 
 
 def _transposed(value: Value, ndim: int) -> Value:
@@ -122,15 +137,78 @@ def _transposed(value: Value, ndim: int) -> Value:
 
 
 def _parameter_product(call: Call, left: IntArray, weight: ParameterView) -> IntArray:
+    """``x @ w``: output p of row n has the label of the row times a scale of its own."""
     ndim = left.ndim
     if (left == ZERO).all():
         return constant(ZERO, ndim)
     varying = weight.varying()
     batch = [axis for axis in range(ndim - 2) if axis in varying]
-    left = call.tracer.uniform(left, [axis for axis in range(ndim - 1) if axis not in batch])
+    rows = [axis for axis in range(ndim - 1) if axis not in batch]
     shape = [1] * ndim
     for axis in [*batch, ndim - 1]:
         shape[axis] = max((index.shape[axis] for index in weight.axes), default=1)
     output = call.tracer.fresh(shape)
+    own = constant(GROUND, ndim)
+    if any(left.shape[axis] > 1 for axis in rows) and not (left == ZERO).any():
+        first = left
+        for axis in rows:
+            first = first.take([0], axis)
+        if left.shape[-1] == 1 and not batch:
+            own, left = left, constant(GROUND, ndim)
+        else:
+            own, left = call.tracer.difference(left, first, [*rows, *batch]), first
+    else:
+        left = call.tracer.uniform(left, rows)
     call.tracer.assign(weight, output, left.swapaxes(-1, -2), additive=False)
-    return output
+    return call.tracer.combine((1, own), (1, output))
+
+
+@rule("dot", "vdot")
+def inner_product(call: Call) -> IntArray:
+    products = call.tracer.combine(
+        (1, call.ids("self")), (1, call.ids(call["tensor" if "tensor" in call.arguments else "other"]))
+    )
+    return call.tracer.uniform(products, [0]).reshape(())
+
+
+@rule("addr")
+def outer_product_added(call: Call) -> IntArray:
+    product = call.tracer.combine((1, call.ids("vec1")[:, None]), (1, call.ids("vec2")[None]))
+    return add(call, product, call.value("self"), 2)
+
+
+@rule("addbmm")
+def products_summed(call: Call) -> IntArray:
+    ids = call.tracer.uniform(contract(call, call.value("batch1"), call.value("batch2"), 3), [0])[0]
+    return add(call, ids, call.value("self"), 2)
+
+
+@rule("linalg_cross")
+def cross_product(call: Call) -> IntArray:
+    axis = call["dim"] % call.output.ndim
+    products = call.tracer.combine((1, call.broadcast("self")), (1, call.broadcast("other")))
+    return call.tracer.uniform(products, [axis])
+
+
+@rule("_trilinear")
+def trilinear(call: Call) -> IntArray:
+    """Sum over some axes of the product of three tensors, each of which is expanded along others."""
+    factors = []
+    for name in ("i1", "i2", "i3"):
+        value = call.value(name)
+        for axis in sorted(call[f"expand{name[1]}"]):
+            value = map_value(value, partial(np.expand_dims, axis=axis))
+        factors.append(value)
+    labels = [value for value in factors if not isinstance(value, ParameterView)]
+    weights = [value for value in factors if isinstance(value, ParameterView)]
+    labels += [call.tracer.materialise(weight) for weight in weights[1:]]
+    axes = tuple(call["sumdim"])
+    ids = call.tracer.combine(*((1, label) for label in labels))
+    if weights:
+        weight = weights[0]
+        ids = call.tracer.uniform(ids, set(range(ids.ndim)) - weight.varying())
+        kept = weight.varying() - set(axes)
+        output = call.tracer.fresh([max(a.shape[k] for a in weight.axes) if k in kept else 1 for k in range(ids.ndim)])
+        call.tracer.assign(weight, output, ids, additive=False)
+        ids = output
+    return call.tracer.uniform(ids, axes).squeeze(axes)

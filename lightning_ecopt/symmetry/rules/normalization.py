@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from lightning_ecopt.symmetry.labels import GROUND, IntArray, align, along_channels, constant, map_value
-from lightning_ecopt.symmetry.rules.pointwise import add
+from lightning_ecopt.symmetry.labels import GROUND, IntArray, Value, align, along_channels, constant, map_value
+from lightning_ecopt.symmetry.rules.pointwise import add, multiply
 from lightning_ecopt.symmetry.rules.registry import Call, rule
 
 
@@ -29,7 +29,7 @@ def batch_norm(call: Call) -> list[IntArray]:
     return _normalized(call, along_channels)
 
 
-@rule("native_layer_norm")
+@rule("native_layer_norm", "_fused_rms_norm")
 def layer_norm(call: Call) -> list[IntArray]:
     return _normalized(call, align)
 
@@ -41,12 +41,22 @@ def group_norm(call: Call) -> list[IntArray]:
 
 def _normalized(call: Call, place: Callable[[IntArray, int], IntArray]) -> list[IntArray]:
     """``place`` brings the label of the affine parameters to the number of axes of the output."""
-    call.tracer.ground(call.ids("input"))
+    call.ground("input")
     outputs = call.output if isinstance(call.output, tuple | list) else [call.output]
     ndim = outputs[0].ndim
     ids = constant(GROUND, ndim)
     if call["weight"] is not None:
         ids = place(call.ids("weight"), ndim)
-    if call["bias"] is not None:
+    if call.arguments.get("bias") is not None:
         ids = add(call, ids, map_value(call.value("bias"), lambda axis: place(axis, ndim)), ndim)
     return [ids, *(constant(GROUND, output.ndim) for output in outputs[1:])]
+
+
+@rule("_weight_norm_interface")
+def weight_norm(call: Call) -> list[Value]:
+    """``v * (g / |v|)``, the norm over all axes but ``dim``; without an epsilon the scales of v's rows are free."""
+    v, ndim = call.value("v"), call.output[0].ndim
+    others = [axis for axis in range(ndim) if axis != call["dim"] % ndim]
+    norms = call.uniform("v", others)
+    gains = call.tracer.combine((1, call.ids("g", others)), (-1, norms))
+    return [multiply(call, gains, v, ndim), norms]

@@ -2,41 +2,84 @@
 
 from __future__ import annotations
 
-import numpy as np
+from fractions import Fraction
 
-from lightning_ecopt.symmetry.labels import GROUND, ZERO, IntArray, ParameterView, Value, align, constant, map_value
+from lightning_ecopt.symmetry.labels import (
+    GROUND,
+    ZERO,
+    IntArray,
+    ParameterView,
+    Value,
+    align,
+    constant,
+    map_value,
+    stretch,
+)
 from lightning_ecopt.symmetry.rules.registry import Call, rule
 
 
-@rule("relu", "leaky_relu", "abs", "absolute", "neg", "negative", "rrelu_with_noise")
-def homogeneous(call: Call) -> IntArray:
-    """f(c x) = c f(x) for c > 0."""
-    return call.ids("self")
+@rule("relu", "leaky_relu", "abs", "absolute", "neg", "negative", "rrelu_with_noise", "nan_to_num")
+def homogeneous(call: Call) -> Value:
+    """f(c x) = c f(x) for c > 0 (and finite x)."""
+    return call.value("self")
 
 
 @rule("_prelu_kernel", "prelu")
 def prelu(call: Call) -> IntArray:
     """Homogeneous in its input; the slope must not change."""
-    call.tracer.ground(call.value("weight"))
+    call.ground("weight")
     return call.ids("self")
 
 
 @rule("native_dropout")
 def dropout(call: Call) -> list[Value]:
-    value = call.ids("input")
-    return [value, constant(GROUND, value.ndim)]
+    return [call.value("input"), constant(GROUND, call.output[1].ndim)]
 
 
 @rule("clamp", "clamp_min", "clamp_max", "clip", "hardtanh")
-def clamped(call: Call) -> IntArray:
+def clamped(call: Call) -> Value:
     """A bound of zero is a relu; any other bound must not be crossed."""
     bounds = [name for name in ("min", "max", "min_val", "max_val") if call.arguments.get(name) is not None]
+    if all(not isinstance(bound := call.value(name), ParameterView) and (bound == ZERO).all() for name in bounds):
+        return call.value("self")
     return _all_equal(call, "self", *bounds)
 
 
 @rule("threshold")
 def thresholded(call: Call) -> IntArray:
     return _all_equal(call, "self", "threshold", "value")
+
+
+@rule("pow", "float_power")
+def power(call: Call) -> IntArray:
+    """A constant exponent multiplies the label."""
+    exponent = call["exponent"]
+    if isinstance(exponent, int | float) and abs(exponent) < 1e6:
+        exact = Fraction(exponent).limit_denominator(1000)
+        if abs(exact - Fraction(exponent)) < 1e-9:
+            return call.tracer.combine((exact, call.ids("self")))
+    call.ground("self", "exponent")
+    return constant(GROUND, call.output.ndim)
+
+
+def _raised(call: Call, exponent: int | Fraction) -> IntArray:
+    return call.tracer.combine((exponent, call.ids("self")))
+
+
+rule("square")(lambda call: _raised(call, 2))
+rule("sqrt")(lambda call: _raised(call, Fraction(1, 2)))
+rule("rsqrt")(lambda call: _raised(call, Fraction(-1, 2)))
+rule("reciprocal")(lambda call: _raised(call, -1))
+
+
+@rule("glu")
+def gated(call: Call) -> IntArray:
+    """The first half, times the sigmoid of the second."""
+    (axis,) = call.axes("dim")
+    half = call.output.shape[axis]
+    ids = stretch(call.ids("self"), call.shape("self"), [axis])
+    call.tracer.ground(ids.take(range(half, 2 * half), axis))
+    return ids.take(range(half), axis)
 
 
 @rule("add", "sub", "subtract", "rsub", "maximum", "minimum", "fmax", "fmin")
@@ -62,26 +105,37 @@ def copied(call: Call) -> Value:
 
 @rule("mul", "multiply")
 def multiplied(call: Call) -> Value:
-    """Constants pass the label on; a vector of parameters times a tensor is a gain with scales of its own."""
-    first, second, ndim = call.value("self"), call.value("other"), call.output.ndim
-    if isinstance(first, ParameterView):
-        first, second = second, first
-    if isinstance(first, ParameterView):
-        first = call.tracer.materialise(first)
-    if isinstance(second, ParameterView):
-        return gain(call, align(first, ndim), second.map(lambda axis: align(axis, ndim)))
-    return _product(call, first, second)
+    """Labels add; a vector of parameters times a tensor is a gain with scales of its own."""
+    return multiply(call, call.value("self"), call.value("other"), call.output.ndim)
 
 
 @rule("div", "divide", "true_divide")
 def divided(call: Call) -> Value:
-    """Division by constants passes the label on."""
-    call.tracer.ground(call.ids("other"))
+    """Labels subtract."""
     numerator, ndim = call.value("self"), call.output.ndim
     if call.arguments.get("rounding_mode") is not None:
-        call.tracer.ground(numerator)
+        call.ground("self", "other")
         return constant(GROUND, ndim)
-    return map_value(numerator, lambda ids: align(ids, ndim))
+    return divide(call, numerator, call.ids("other"), ndim)
+
+
+@rule("addcmul")
+def product_added(call: Call) -> IntArray:
+    ndim = call.output.ndim
+    return add(call, call.value("self"), multiply(call, call.value("tensor1"), call.value("tensor2"), ndim), ndim)
+
+
+@rule("addcdiv")
+def quotient_added(call: Call) -> IntArray:
+    ndim = call.output.ndim
+    return add(call, call.value("self"), divide(call, call.value("tensor1"), call.ids("tensor2"), ndim), ndim)
+
+
+@rule("lerp")
+def interpolated(call: Call) -> IntArray:
+    """Between two tensors of one label; the weight is added to a constant."""
+    call.ground("weight")
+    return add(call, call.value("self"), call.value("end"), call.output.ndim)
 
 
 @rule("gt", "ge", "lt", "le", "eq", "ne", "greater", "greater_equal", "less", "less_equal", "not_equal")
@@ -91,9 +145,16 @@ def compared(call: Call) -> IntArray:
     return constant(GROUND, call.output.ndim)
 
 
-@rule("sign", "sgn", "signbit", "logical_not", "isnan", "isinf", "isfinite")
+@rule("sign", "sgn", "signbit", "logical_not", "isnan", "isinf", "isfinite", "nonzero", "count_nonzero", "any", "all")
 def unchanging(call: Call) -> IntArray:
-    call.ids("self")
+    """Of the sign alone, or of what is zero."""
+    return constant(GROUND, call.output.ndim)
+
+
+@rule("heaviside")
+def step(call: Call) -> IntArray:
+    """Zero or one, by the sign; what stands for zero must not change."""
+    call.ground("values")
     return constant(GROUND, call.output.ndim)
 
 
@@ -104,38 +165,43 @@ def _all_equal(call: Call, *names: str) -> IntArray:
     return ids
 
 
-def _product(call: Call, first: IntArray, second: IntArray) -> IntArray:
-    """One factor must be ground: products of two labels are not solved."""
-    ndim = call.output.ndim
-    first, second = np.broadcast_arrays(align(first, ndim), align(second, ndim))
-    both = (first > GROUND) & (second > GROUND)
-    if both.any():
-        call.tracer.ground(first[both])
-        call.tracer.ground(second[both])
-        first, second = np.where(both, GROUND, first), np.where(both, GROUND, second)
-    zero = (first == ZERO) | (second == ZERO)
-    return np.where(zero, ZERO, np.maximum(first, second))
+def multiply(call: Call, first: Value, second: Value, ndim: int) -> Value:
+    """``x * y`` with ``ndim`` axes. A matrix of parameters remains one, whatever it is multiplied by."""
+    if isinstance(first, ParameterView) and (not isinstance(second, ParameterView) or second.is_matrix):
+        first, second = second, first
+    if isinstance(first, ParameterView):
+        first = call.tracer.materialise(first)
+    ids = align(first, ndim)
+    if not isinstance(second, ParameterView):
+        return call.tracer.combine((1, ids), (1, align(second, ndim)))
+    second = second.map(lambda axis: align(axis, ndim))
+    if second.is_matrix:
+        return second.times(call.tracer.combine((1, ids), (1, second.factor)))
+    return _gain(call, ids, second)
 
 
-def gain(call: Call, ids: IntArray, parameter: ParameterView) -> Value:
+def _gain(call: Call, ids: IntArray, vector: ParameterView) -> IntArray:
     """``x * g``: the output has scales of its own, one per element of the vector ``g``.
 
-    They can only be free where ``x`` has one label for each element of ``g``; elsewhere ``g`` is ground. A matrix times
-    constants (a pruning mask) is still that matrix.
+    If that is not one per label of ``x``, they are products of those of ``x`` and ``g``.
     """
-    varying = parameter.varying()
-    if (ids <= GROUND).all() and sum(axis.size > 1 for axis in parameter.axes) > 1:
-        return parameter
+    varying = vector.varying()
     if any(size > 1 for k, size in enumerate(ids.shape) if k not in varying) or (ids == ZERO).any():
-        call.tracer.ground(parameter)
-        return ids
-    if sum(axis.size > 1 for axis in parameter.axes) > 1:
-        call.tracer.ground(parameter)
-        return ids
-    shape = [max(axis.shape[k] for axis in parameter.axes) if k in varying else 1 for k in range(ids.ndim)]
-    output = call.tracer.fresh(shape)
-    call.tracer.assign(parameter, output, ids, additive=False)
+        return call.tracer.combine((1, ids), (1, call.tracer.materialise(vector)))
+    output = call.tracer.fresh([max(a.shape[k] for a in vector.axes) if k in varying else 1 for k in range(ids.ndim)])
+    call.tracer.assign(vector, output, ids, additive=False)
     return output
+
+
+def divide(call: Call, numerator: Value, denominator: IntArray, ndim: int) -> Value:
+    """``x / y`` with ``ndim`` axes."""
+    denominator = align(denominator, ndim)
+    if isinstance(numerator, ParameterView):
+        numerator = numerator.map(lambda axis: align(axis, ndim))
+        if numerator.is_matrix:
+            return numerator.times(call.tracer.combine((1, numerator.factor), (-1, denominator)))
+        numerator = call.tracer.materialise(numerator)
+    return call.tracer.combine((1, align(numerator, ndim)), (-1, denominator))
 
 
 def add(call: Call, first: Value, second: Value, ndim: int) -> IntArray:

@@ -1,7 +1,9 @@
-"""Sums, means, extremes and pooling: what is combined must have one label."""
+"""Sums, means, extremes, norms: what is combined must have one label."""
 
 from __future__ import annotations
 
+from fractions import Fraction
+from math import prod
 from typing import Any
 
 from lightning_ecopt.symmetry.labels import GROUND, IntArray, constant
@@ -9,20 +11,53 @@ from lightning_ecopt.symmetry.rules.pointwise import add
 from lightning_ecopt.symmetry.rules.registry import Call, rule
 
 
-def _reduced(call: Call, output: Any) -> IntArray:
-    """One label along the reduced axes, which stay (size 1) or go."""
-    ids = call.ids("self")
+def _reduced(call: Call, output: Any, power: int | Fraction = 1) -> IntArray:
+    """One label along the reduced axes, which stay (size 1) or go; to a power."""
     axes = call.axes("dim")
-    ids = call.tracer.uniform(ids, axes)
+    ids = call.uniform("self", axes)
+    if power != 1:
+        ids = call.tracer.combine((power, ids))
     return ids if output.ndim == ids.ndim else ids.squeeze(axes)
 
 
-@rule("sum", "mean", "amax", "amin", "nansum", "nanmean")
-def reduced(call: Call) -> IntArray:
-    return _reduced(call, call.output)
+@rule("sum", "mean", "amax", "amin", "nansum", "nanmean", "std", "linalg_vector_norm", "norm", "aminmax")
+def reduced(call: Call) -> IntArray | list[IntArray]:
+    """Homogeneous of degree one. The zeroth norm only counts."""
+    if isinstance(call.output, tuple | list):
+        return [_reduced(call, output) for output in call.output]
+    order = call.arguments.get("ord", call.arguments.get("p"))
+    return _reduced(call, call.output, 0 if isinstance(order, int | float) and order == 0 else 1)
 
 
-@rule("max", "min")
+@rule("var")
+def variance(call: Call) -> IntArray:
+    return _reduced(call, call.output, 2)
+
+
+@rule("var_mean")
+def variance_and_mean(call: Call) -> list[IntArray]:
+    return [_reduced(call, call.output[0], 2), _reduced(call, call.output[1])]
+
+
+@rule("std_mean")
+def deviation_and_mean(call: Call) -> list[IntArray]:
+    return [_reduced(call, output) for output in call.output]
+
+
+@rule("prod")
+def product(call: Call) -> IntArray:
+    shape = call.shape("self")
+    return _reduced(call, call.output, prod(shape[axis] for axis in call.axes("dim")))
+
+
+@rule("argmax", "argmin", "argsort")
+def position(call: Call) -> IntArray:
+    """Where something is does not change if all of it is multiplied by one factor."""
+    call.uniform("self", call.axes("dim"))
+    return constant(GROUND, call.output.ndim)
+
+
+@rule("max", "min", "median", "nanmedian")
 def extreme(call: Call) -> Any:
     """Of two tensors, over all of one, or the values and the indices along an axis."""
     if "other" in call.arguments:
@@ -33,38 +68,20 @@ def extreme(call: Call) -> Any:
     return [values, constant(GROUND, values.ndim)]
 
 
+@rule("sort", "topk", "kthvalue", "mode", "cummax", "cummin")
+def ordered(call: Call) -> list[IntArray]:
+    """Values and indices along an axis."""
+    axes = call.axes("dim")
+    values = call.uniform("self", axes)
+    values = values if call.output[0].ndim == values.ndim else values.squeeze(axes)
+    return [values, constant(GROUND, values.ndim)]
+
+
+@rule("trace")
+def trace(call: Call) -> IntArray:
+    return call.uniform("self", [0, 1]).reshape(())
+
+
 @rule("cumsum")
 def accumulated(call: Call) -> IntArray:
-    return call.tracer.uniform(call.ids("self"), call.axes("dim"))
-
-
-def _pool(call: Call, spatial: int) -> IntArray:
-    ids = call.ids("self")
-    return call.tracer.uniform(ids, range(ids.ndim - spatial, ids.ndim))
-
-
-def _register_pools() -> None:
-    for spatial in (1, 2, 3):
-
-        def pooled(call: Call, spatial: int = spatial) -> IntArray:
-            return _pool(call, spatial)
-
-        def pooled_with_indices(call: Call, spatial: int = spatial) -> list[IntArray]:
-            values = _pool(call, spatial)
-            return [values, constant(GROUND, values.ndim)]
-
-        rule(
-            f"avg_pool{spatial}d",
-            f"max_pool{spatial}d",
-            f"adaptive_avg_pool{spatial}d",
-            f"_adaptive_avg_pool{spatial}d",
-            f"upsample_nearest{spatial}d",
-            f"_upsample_nearest_exact{spatial}d",
-        )(pooled)
-        rule(f"max_pool{spatial}d_with_indices", f"adaptive_max_pool{spatial}d")(pooled_with_indices)
-    rule("upsample_linear1d")(lambda call: _pool(call, 1))
-    rule("upsample_bilinear2d", "upsample_bicubic2d", "_upsample_bilinear2d_aa")(lambda call: _pool(call, 2))
-    rule("upsample_trilinear3d")(lambda call: _pool(call, 3))
-
-
-_register_pools()
+    return call.uniform("self", call.axes("dim"))

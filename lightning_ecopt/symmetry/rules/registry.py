@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,10 +46,21 @@ class Call:
             return self.values[id(argument)]
         return constant(ZERO if argument == 0 else GROUND, 0)
 
-    def ids(self, argument: Any) -> IntArray:
-        """The label of a tensor or number; a parameter gets scales of its own."""
+    def ids(self, argument: Any, uniform: Iterable[int] = ()) -> IntArray:
+        """The label of a tensor or number; a parameter gets scales of its own, one along the ``uniform`` axes."""
         value = self.value(argument)
-        return self.tracer.materialise(value) if isinstance(value, ParameterView) else value
+        return self.tracer.materialise(value, uniform) if isinstance(value, ParameterView) else value
+
+    def uniform(self, name: str, axes: Iterable[int]) -> IntArray:
+        """The label of a tensor after demanding that it does not change along ``axes``, which keep size 1."""
+        axes = tuple(axes)
+        return self.tracer.uniform(self.ids(name, axes), axes)
+
+    def ground(self, *names: str) -> None:
+        """Demand that arguments do not change; those that are ``None`` or missing are passed over."""
+        for name in names:
+            if self.arguments.get(name) is not None:
+                self.tracer.ground(self.value(name))
 
     def broadcast(self, argument: Any) -> IntArray:
         """The label, with as many axes as the output."""
@@ -89,5 +100,5 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 def is_inexact(tensor: Tensor) -> bool:
-    """Whether the tensor holds real numbers that a scale can multiply."""
-    return tensor.dtype.is_floating_point and tensor.layout is torch.strided
+    """Whether the tensor holds real or complex numbers that a scale can multiply."""
+    return (tensor.dtype.is_floating_point or tensor.dtype.is_complex) and tensor.layout is torch.strided

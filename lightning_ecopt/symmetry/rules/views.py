@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import numpy as np
 
@@ -33,10 +34,9 @@ def view(*names: str) -> Callable[[View], View]:
             value = call.value("self")
             if not isinstance(value, ParameterView):
                 return function(call, value)
-            parts = [function(call, axis) for axis in value.axes]
-            if isinstance(parts[0] if parts else None, list):
-                return [ParameterView(value.name, tuple(part)) for part in zip(*parts, strict=True)]
-            return ParameterView(value.name, tuple(parts))  # type: ignore[arg-type]
+            if isinstance(call.output, list | tuple):
+                return value.split(lambda ids: cast(list[IntArray], function(call, ids)))
+            return value.map(lambda ids: cast(IntArray, function(call, ids)))
 
         return function
 
@@ -58,13 +58,28 @@ def viewed(call: Call) -> Value:
     return map_value(value, lambda ids: reshape(ids, call.shape("self"), call.output.shape))
 
 
-@view("detach", "clone", "alias", "positive", "lift_fresh", "lift_fresh_copy", "detach_copy")
+@view(
+    "detach",
+    "clone",
+    "alias",
+    "positive",
+    "lift_fresh",
+    "lift_fresh_copy",
+    "detach_copy",
+    "_conj",
+    "_conj_physical",
+    "conj_physical",
+    "resolve_conj",
+    "resolve_neg",
+    "tril",
+    "triu",
+)
 def unchanged(call: Call, ids: IntArray) -> IntArray:
     return ids
 
 
 @rule("_to_copy")
-def cast(call: Call) -> Value:
+def converted(call: Call) -> Value:
     value = call.value("self")
     if not is_inexact(call.output):
         call.tracer.ground(value)
@@ -127,6 +142,45 @@ def unbound(call: Call, ids: IntArray) -> list[IntArray]:
     return [piece.squeeze(axis) for piece in _pieces(ids, axis, [1] * len(call.output))]
 
 
+@view("unfold")
+def windows(call: Call, ids: IntArray) -> IntArray:
+    """Overlapping pieces along an axis; their elements come last."""
+    (axis,) = call.axes("dimension")
+    if ids.shape[axis] == 1:
+        return ids[..., None]
+    pieces = np.lib.stride_tricks.sliding_window_view(ids, call["size"], axis)
+    return pieces[(slice(None),) * axis + (slice(None, None, call["step"]),)]
+
+
+@view("diagonal")
+def diagonal(call: Call, ids: IntArray) -> IntArray:
+    axes = call.axes("dim1")[0], call.axes("dim2")[0]
+    if all(ids.shape[axis] == 1 for axis in axes):
+        return np.diagonal(ids, 0, *axes)
+    return np.diagonal(stretch(ids, call.shape("self"), axes), call["offset"], *axes)
+
+
+@view("view_as_real")
+def as_real(call: Call, ids: IntArray) -> IntArray:
+    return ids[..., None]
+
+
+@rule("view_as_complex")
+def as_complex(call: Call) -> IntArray:
+    return call.uniform("self", [call.output.ndim]).squeeze(-1)
+
+
+@rule("complex")
+def from_real_and_imaginary_part(call: Call) -> IntArray:
+    return call.tracer.equate(call.broadcast("real"), call.broadcast("imag"))
+
+
+@rule("polar")
+def from_magnitude_and_angle(call: Call) -> IntArray:
+    call.ground("angle")
+    return call.broadcast("abs")
+
+
 @view("roll")
 def rolled(call: Call, ids: IntArray) -> IntArray:
     if not call["dims"]:
@@ -138,6 +192,11 @@ def rolled(call: Call, ids: IntArray) -> IntArray:
 @view("flip")
 def flipped(call: Call, ids: IntArray) -> IntArray:
     return np.flip(ids, call.axes("dims"))
+
+
+@rule("rot90")
+def turned(call: Call) -> IntArray:
+    return call.uniform("self", call.axes("dims"))
 
 
 @view("repeat")
@@ -194,22 +253,5 @@ def padded(call: Call) -> IntArray:
     "replication_pad3d",
 )
 def padded_by_copies(call: Call) -> IntArray:
-    ids = call.ids("self")
-    spatial = len(call["padding"]) // 2
-    return call.tracer.uniform(ids, range(ids.ndim - spatial, ids.ndim))
-
-
-@rule("index_select")
-def index_selected(call: Call) -> IntArray:
-    return call.tracer.uniform(call.ids("self"), call.axes("dim"))
-
-
-@rule("index")
-def indexed(call: Call) -> IntArray:
-    """Which elements an index picks is data: one label along the indexed axes."""
-    ids = call.ids("self")
-    indices = list(call["indices"]) + [None] * (ids.ndim - len(call["indices"]))
-    if any(index is not None and index.dtype.itemsize == 1 for index in indices):  # masks take more than one axis
-        return call.tracer.uniform(ids, range(ids.ndim)).reshape((1,) * call.output.ndim)
-    ids = call.tracer.uniform(ids, [axis for axis, index in enumerate(indices) if index is not None])
-    return ids[tuple(slice(None) if index is None else np.zeros((1,) * index.ndim, np.int64) for index in indices)]
+    ndim = call.output.ndim
+    return call.uniform("self", range(ndim - len(call["padding"]) // 2, ndim))

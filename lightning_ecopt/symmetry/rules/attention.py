@@ -1,0 +1,36 @@
+"""Attention: the labels of queries and keys cancel, that of the values passes to the output."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lightning_ecopt.symmetry.labels import GROUND, IntArray, align, constant
+from lightning_ecopt.symmetry.rules.registry import Call, rule
+
+
+@rule(
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_fused_attention_overrideable",
+    "_scaled_dot_product_attention_math",
+    "_scaled_dot_product_attention_math_for_mps",
+    "scaled_dot_product_attention",
+)
+def scaled_dot_product(call: Call) -> list[IntArray]:
+    """Queries [..., heads, length, channels]; several heads of queries may share one of keys and values."""
+    call.ground("attn_mask", "attn_bias")
+    query, key, value = (call.uniform(name, [len(call.shape(name)) - 2]) for name in ("query", "key", "value"))
+    outputs = call.output if isinstance(call.output, tuple | list) else [call.output]
+    if query.ndim > 2:
+        heads = call.shape("query")[-3]
+        key, value = (_shared(ids, heads) for ids in (key, value))
+    scores = call.tracer.combine((1, query), (1, key))
+    call.tracer.ground(call.tracer.uniform(scores, [scores.ndim - 1]))
+    return [align(value, outputs[0].ndim), *(constant(GROUND, getattr(part, "ndim", 0)) for part in outputs[1:])]
+
+
+def _shared(ids: IntArray, heads: int) -> IntArray:
+    """Repeat heads of keys or values that are fewer than those of the queries."""
+    return ids if ids.shape[-3] in (1, heads) else np.repeat(ids, heads // ids.shape[-3], axis=-3)

@@ -1,0 +1,192 @@
+"""Elements that data picks out or puts in place: one label along the axes whose elements it chooses among."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from torch import Tensor
+
+from lightning_ecopt.symmetry.labels import (
+    GROUND,
+    IntArray,
+    ParameterView,
+    Value,
+    align,
+    compress,
+    constant,
+    map_value,
+    stretch,
+)
+from lightning_ecopt.symmetry.rules.registry import Call, rule
+
+
+def pick(call: Call, name: str, axes: Iterable[int]) -> Value:
+    """Let data choose among the elements of an argument along ``axes``, which get size 1."""
+    value, axes = call.value(name), tuple(axes)
+    if not isinstance(value, ParameterView):
+        return call.tracer.uniform(value, axes)
+    chosen = {number for number, index in enumerate(value.axes) if any(index.shape[axis] > 1 for axis in axes)}
+    if any(index.shape[k] > 1 for n in chosen for index in [value.axes[n]] for k in range(index.ndim) if k not in axes):
+        return call.uniform(name, axes)  # reshaped, so that one axis of the parameter lies along several of the view
+
+    def first(ids: IntArray) -> IntArray:
+        for axis in axes:
+            ids = ids.take([0], axis)
+        return ids
+
+    factor = call.tracer.uniform(value.factor, axes)
+    return ParameterView(value.name, tuple(first(ids) for ids in value.axes), factor, value.picked | chosen)
+
+
+@rule("embedding")
+def embedding(call: Call) -> Value:
+    """Rows of a table. With sparse gradients the table is held fixed."""
+    if call["sparse"]:
+        call.ground("weight")
+        return constant(GROUND, call.output.ndim)
+    leading = (1,) * (call.output.ndim - 1)
+    return map_value(pick(call, "weight", [0]), lambda ids: ids.reshape(leading + ids.shape[1:]))
+
+
+@rule("_embedding_bag", "_embedding_bag_forward_only")
+def embedding_bag(call: Call) -> list[IntArray]:
+    """Sums, means or maxima of rows of a table."""
+    ids = call.uniform("weight", [0])
+    if call["sparse"]:
+        call.ground("weight")
+    if call["per_sample_weights"] is not None:
+        weights = call.uniform("per_sample_weights", [0])
+        ids = call.tracer.combine((1, ids), (1, weights[None]))
+    return [ids, *(constant(GROUND, part.ndim) for part in call.output[1:])]
+
+
+@rule("index_select")
+def index_selected(call: Call) -> Value:
+    return pick(call, "self", call.axes("dim"))
+
+
+@rule("index", "_unsafe_index")
+def indexed(call: Call) -> Value:
+    indices = _indices(call)
+    if any(index is not None and _is_mask(index) for index in indices):  # masks take more than one axis
+        return constant(int(call.uniform("self", range(len(indices))).item()), call.output.ndim)
+    axes = [axis for axis, index in enumerate(indices) if index is not None]
+    places = tuple(slice(None) if i is None else np.zeros((1,) * i.ndim, np.int64) for i in indices)
+    return map_value(pick(call, "self", axes), lambda ids: ids[places])
+
+
+def _indices(call: Call) -> list[Tensor | None]:
+    return list(call["indices"]) + [None] * (len(call.shape("self")) - len(call["indices"]))
+
+
+def _is_mask(index: Tensor) -> bool:
+    return index.dtype.itemsize == 1
+
+
+@rule("index_put", "_index_put_impl", "_unsafe_index_put")
+def put_at_indices(call: Call) -> IntArray:
+    indices = _indices(call)
+    if any(index is not None and _is_mask(index) for index in indices):
+        everything = range(len(indices))
+        ids, values = call.uniform("self", everything), call.uniform("values", range(len(call.shape("values"))))
+        return call.tracer.equate(ids, constant(int(values.item()), ids.ndim))
+    axes = [axis for axis, index in enumerate(indices) if index is not None]
+    ids = call.uniform("self", axes)
+    width = max(index.ndim for index in indices if index is not None)
+    place = axes[0] if axes[-1] - axes[0] == len(axes) - 1 else 0  # where the axes of the indices stand in what is put
+    among = range(place, place + width)
+    values = align(call.ids("values"), ids.ndim - len(axes) + width)
+    values = call.tracer.uniform(values, among).squeeze(tuple(among))
+    return call.tracer.equate(ids, np.expand_dims(values, tuple(axes)))
+
+
+@rule("gather", "take_along_dim")
+def gathered(call: Call) -> Value:
+    """With sparse gradients a parameter is held fixed."""
+    if call.arguments.get("sparse_grad"):
+        call.ground("self")
+    return _cut(pick(call, "self", call.axes("dim")), call.shape("index"))
+
+
+def _cut(value: Value, shape: tuple[int, ...]) -> Value:
+    """The part of a label from the beginning of every axis to the end of a smaller tensor."""
+    return map_value(value, lambda ids: ids[tuple(slice(size) for size in shape)] if ids.ndim else ids)
+
+
+@rule("take")
+def taken(call: Call) -> IntArray:
+    return constant(int(call.uniform("self", range(len(call.shape("self")))).item()), call.output.ndim)
+
+
+@rule("masked_select")
+def selected_by_mask(call: Call) -> IntArray:
+    return constant(int(call.uniform("self", range(len(call.shape("self")))).item()), 1)
+
+
+@rule("masked_scatter")
+def put_at_mask(call: Call) -> IntArray:
+    ids = call.uniform("self", range(len(call.shape("self"))))
+    source = call.uniform("source", range(len(call.shape("source"))))
+    return call.tracer.equate(ids.reshape((1,) * call.output.ndim), constant(int(source.item()), call.output.ndim))
+
+
+@rule("scatter", "scatter_add", "scatter_reduce")
+def scattered(call: Call) -> IntArray:
+    """What is put, or added, has the label of what it is put into. A product over elements is no sum."""
+    if call.arguments.get("reduce") in ("prod", "multiply"):
+        call.ground("self", "src", "value")
+        return constant(GROUND, call.output.ndim)
+    axes = call.axes("dim")
+    ids = call.uniform("self", axes)
+    if call.arguments.get("src") is None:
+        return call.tracer.equate(ids, align(call.ids("value"), ids.ndim))
+    shape = call.shape("index")
+    source = np.asarray(_cut(call.uniform("src", axes), shape))
+    if all(part in (1, whole) for part, whole in zip(source.shape, ids.shape, strict=True)):
+        return call.tracer.equate(ids, source)
+    # Only a part of the rows is put into: the label is written out along the axes on which it changes.
+    whole = np.array(stretch(ids, call.shape("self"), _changing(source)))
+    part = tuple(slice(size) for size in source.shape)
+    whole[part] = call.tracer.equate(whole[part], source)
+    return compress(whole)
+
+
+def _changing(ids: IntArray) -> list[int]:
+    return [axis for axis, size in enumerate(ids.shape) if size > 1]
+
+
+@rule("index_add", "index_copy", "index_reduce")
+def put_along_axis(call: Call) -> IntArray:
+    axes = call.axes("dim")
+    if call.arguments.get("reduce") == "prod":
+        call.ground("self", "source")
+        return constant(GROUND, call.output.ndim)
+    source = align(call.uniform("source", axes) if call.shape("source") else call.ids("source"), call.output.ndim)
+    return call.tracer.equate(call.uniform("self", axes), source)
+
+
+@rule("index_fill")
+def filled_along_axis(call: Call) -> IntArray:
+    return call.tracer.equate(call.uniform("self", call.axes("dim")), align(call.ids("value"), call.output.ndim))
+
+
+@rule("slice_scatter", "select_scatter")
+def put_into_slice(call: Call) -> IntArray:
+    """A copy with one slice replaced."""
+    (axis,) = call.axes("dim")
+    ids, source = call.ids("self"), call.ids("src")
+    if "index" in call.arguments:
+        source = np.expand_dims(source, axis)
+        part = slice(call["index"], call["index"] + 1 or None)
+    else:
+        part = slice(call["start"], call["end"], call["step"])
+    return put_into(call, ids, source, (slice(None),) * axis + (part,))
+
+
+def put_into(call: Call, ids: IntArray, source: IntArray, part: tuple[slice, ...]) -> IntArray:
+    """The label after a box of the tensor was replaced."""
+    partial = [axis for axis, piece in enumerate(part) if piece != slice(None)]
+    whole = np.array(stretch(ids, call.output.shape, {*partial, *_changing(source)}))
+    whole[part] = source
+    return compress(whole)
