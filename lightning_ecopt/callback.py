@@ -178,4 +178,4 @@ class EquivalentClassOptimization(Callback):
                 usable = torch.zeros(self.group.num_units, dtype=torch.bool)
                 for optimizer in self._optimizers:
                     usable |= optimizer.usable_units()
-                rank_zero_only(print_report)(self.group, usable)
+                rank_zero_only(print_report)(self.group, usable=usable, rule=self._options["rule"])

@@ -2,63 +2,92 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from lightning_ecopt.symmetry import ScalingGroup
-from lightning_ecopt.symmetry.tracer import Operation
+from lightning_ecopt.symmetry.describe import UnitSet, power, runs
+
+if TYPE_CHECKING:
+    from lightning_ecopt.symmetry.group import ScalingGroup
+    from lightning_ecopt.symmetry.tracer import Operation
 
 MAX_ROWS = 24
 MAX_NAMES = 4
 
 
-def print_report(group: ScalingGroup, usable: Tensor, console: Console | None = None) -> None:
+def print_report(
+    group: ScalingGroup, console: Console | None = None, *, usable: Tensor | None = None, rule: str = "unit"
+) -> None:
     """Print the units of a network, the dimensions of its equivalent-class space and what cost freedoms.
 
     Args:
         group: the scaling group.
-        usable: ``bool[H]``, units that are optimised in path coordinates; the others are dormant, or shared by
-            optimizers.
         console: where to print; by default standard output.
+        usable: ``bool[H]``, when training starts: units whose freedom is used; the others are dormant, or shared by
+            optimizers. The rows of the table are limited then.
+        rule: the rule by which is trained; ``"path"`` has no paths for units in products.
     """
-    (console or Console()).print(render_report(group, usable))
+    (console or Console()).print(render_report(group, usable, rule))
 
 
-def render_report(group: ScalingGroup, usable: Tensor) -> RenderableType:
+def render_report(group: ScalingGroup, usable: Tensor | None = None, rule: str = "unit") -> RenderableType:
     """The report as something that rich can print."""
-    parts: list[RenderableType] = [_units_table(group, usable.cpu()), _summary(group, usable)]
+    dormant = None if usable is None else ~usable.cpu()
+    dimensions = (
+        f"m = {group.num_parameters:,} parameters, H = {group.num_units:,} freedoms, m - H = {group.dimension:,} path "
+        "coordinates"
+    )
+    if dormant is not None:
+        share = f"{1 - dormant.double().mean():.1%}" if group.num_units else "none"
+        pathless = dormant & ~group.scales.simple if rule == "path" else dormant & False
+        dormant &= ~pathless
+        dimensions += f"; {share} of the freedoms used, {int(dormant.sum()):,} units dormant"
+        if pathless.any():
+            dimensions += (
+                f"; {int(pathless.sum()):,} units are in products with others: they have no paths and are optimised in "
+                "weight space"
+            )
+    parts: list[RenderableType] = [Text(dimensions)]
+    if group.num_units:
+        parts.insert(0, _units_table(group.unit_sets(), dormant))
+    if group.unseen:
+        parts.append(Text(f"Parameters that the traced call never used: {_shortened(group.unseen, ', ')}"))
     if group.costs:
         parts.append(_costs_table(group.costs))
     return Group(*parts)
 
 
-def _units_table(group: ScalingGroup, usable: Tensor) -> Table:
+def _units_table(sets: Sequence[UnitSet], dormant: Tensor | None) -> Table:
     table = Table(title="Freedoms of the network", title_justify="left")
     table.add_column("units", justify="right")
+    table.add_column("numbers")
     table.add_column("scaled by c")
     table.add_column("scaled by 1/c")
-    table.add_column("dormant", justify="right")
-    sets = group.unit_sets()
-    for units in sets[:MAX_ROWS]:
-        dormant = int((~usable[units.units]).sum())
-        table.add_row(str(len(units.units)), _names(units.incoming), _names(units.outgoing), str(dormant or ""))
-    if len(sets) > MAX_ROWS:
-        rest = sets[MAX_ROWS:]
-        table.add_row(str(sum(len(units.units) for units in rest)), f"... {len(rest)} more sets", "", "")
+    if dormant is not None:
+        table.add_column("dormant", justify="right")
+    shown = sets if dormant is None else sets[:MAX_ROWS]
+    for units in shown:
+        row = [str(len(units.units)), _shortened(runs(units.units.tolist()), "\n"), *_sides(units)]
+        if dormant is not None:
+            row.append(str(int(dormant[units.units].sum()) or ""))
+        table.add_row(*(Text(cell) for cell in row))  # not as markup: a name may have brackets
+    rest = sets[len(shown) :]
+    if rest:
+        table.add_row(str(sum(len(units.units) for units in rest)), "", f"{len(rest)} more sets: group.summary()")
     return table
 
 
-def _summary(group: ScalingGroup, usable: Tensor) -> Text:
-    used = int(usable.sum())
-    share = f"{used / group.num_units:.1%}" if group.num_units else "none"
-    return Text(
-        f"m = {group.num_parameters:,} parameters, H = {group.num_units:,} freedoms, m - H = {group.dimension:,} path "
-        f"coordinates; {share} of the freedoms used, {group.num_units - used:,} units dormant"
-    )
+def _sides(units: UnitSet) -> tuple[str, str]:
+    """What is multiplied by ``c`` or a positive power of it, and what by a negative one."""
+    sides: tuple[list[str], list[str]] = [], []
+    for name, exponent in units.powers:
+        sides[exponent < 0].append(name if abs(exponent) == 1 else f"{name} ({power(exponent)})")
+    return _shortened(sides[0], "\n"), _shortened(sides[1], "\n")
 
 
 def _costs_table(costs: Mapping[Operation, int]) -> Table:
@@ -70,13 +99,13 @@ def _costs_table(costs: Mapping[Operation, int]) -> Table:
     for operation, count in costs.items():
         by_name.setdefault(operation.name, []).append((operation.module, count))
     for name, places in by_name.items():
-        modules = tuple(dict.fromkeys(module or "(top level)" for module, _ in places))
-        table.add_row(name, _names(modules), str(sum(count for _, count in places)))
+        modules = list(dict.fromkeys(module or "(top level)" for module, _ in places))
+        table.add_row(name, Text(_shortened(modules, "\n")), str(sum(count for _, count in places)))
     return table
 
 
-def _names(names: tuple[str, ...]) -> str:
+def _shortened(names: Sequence[str], separator: str) -> str:
     shown = list(names[:MAX_NAMES])
     if len(names) > MAX_NAMES:
         shown.append(f"... {len(names) - MAX_NAMES} more")
-    return "\n".join(shown)
+    return separator.join(shown)

@@ -7,9 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
+from lightning_ecopt.report import print_report
 from lightning_ecopt.symmetry.balance import Flow, alive_units, balancing_scale
+from lightning_ecopt.symmetry.describe import UnitSet, describe_unit, sort_units
 from lightning_ecopt.symmetry.scales import Scales, widest
 from lightning_ecopt.symmetry.solve import NO_UNIT, Solution
 from lightning_ecopt.symmetry.tracer import Operation
@@ -56,15 +59,6 @@ class Coupling:
         """Logarithm of what the region is multiplied by; ``log_scale`` is ``[S]``, the result broadcasts to it."""
         padded = torch.cat([log_scale, log_scale.new_zeros(1)])
         return padded[self.incoming] - padded[self.outgoing]
-
-
-@dataclass(frozen=True, eq=False)
-class UnitSet:
-    """Units that couple the same parameters in the same way, such as the channels of one layer."""
-
-    units: Tensor
-    incoming: tuple[str, ...]
-    outgoing: tuple[str, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,18 +127,44 @@ class ScalingGroup:
         return f"{type(self).__name__}({sizes})"
 
     def unit_sets(self) -> list[UnitSet]:
-        """The units, sorted into sets that couple the same parameters."""
-        members: dict[tuple[tuple[str, ...], tuple[str, ...]], list[int]] = {}
-        incoming: list[list[str]] = [[] for _ in range(self.num_units)]
-        outgoing: list[list[str]] = [[] for _ in range(self.num_units)]
-        for coupling in self.couplings:
-            for names, ids in ((incoming, coupling.incoming), (outgoing, coupling.outgoing)):
-                for unit in ids.unique().tolist():
-                    if unit != NO_UNIT and coupling.parameter not in names[unit]:
-                        names[unit].append(coupling.parameter)
-        for unit in range(self.num_units):
-            members.setdefault((tuple(incoming[unit]), tuple(outgoing[unit])), []).append(unit)
-        return [UnitSet(torch.tensor(units), *names) for names, units in members.items()]
+        """The units, sorted into sets that couple the same parameters in the same way."""
+        return sort_units(self.couplings, self.scales)
+
+    def summary(self, console: Console | None = None) -> None:
+        """Print what the freedoms are: the units, set by set, the dimensions, and which operations cost freedoms.
+
+        Args:
+            console: where to print; by default standard output.
+
+        Example::
+
+            scaling_group(model, x).summary()
+        """
+        print_report(self, console)
+
+    def describe(self, unit: int) -> str:
+        """In words what one unit is: which elements it multiplies, as index expressions, and by which power of ``c``.
+
+        Where an element is named twice, as in the row and in the column of one weight, both factors apply.
+
+        Args:
+            unit: its number, from 0 to H - 1.
+
+        Returns:
+            One line, such as ``Unit 5: c multiplies conv.weight[5], conv.bias[5]; 1/c multiplies head.weight[:, 5]``.
+
+        Raises:
+            IndexError: if there is no such unit; negative numbers do not count from the end.
+
+        Example::
+
+            print(scaling_group(model, x).describe(5))
+        """
+        if not 0 <= unit < self.num_units:
+            numbers = f"units 0 to {self.num_units - 1}" if self.num_units else "no units"
+            raise IndexError(f"there is no unit {unit}: the group has {numbers}")
+        shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
+        return describe_unit(unit, self.couplings, self.scales, shapes)
 
     @torch.no_grad()
     def act_(self, log_scale: Tensor) -> ScalingGroup:
@@ -220,6 +240,12 @@ class ScalingGroup:
 
     def _flows(self) -> Iterator[Flow]:
         """Sums of squares of each coupling, one per pair of units."""
+        empty = [name for name, parameter in self.parameters.items() if parameter.is_meta]
+        if empty:
+            raise RuntimeError(
+                f"{len(empty)} parameters, {empty[0]} first, are on the meta device and have no values: materialise the "
+                "module (module.to_empty(device=...) and its initialisation) and trace it again."
+            )
         for coupling in self.couplings:
             if self.num_units == 0 or bool((torch.maximum(coupling.incoming, coupling.outgoing) == NO_UNIT).all()):
                 continue

@@ -13,7 +13,7 @@ The functions here know nothing of networks: they do to an array what an operati
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -108,12 +108,14 @@ class ParameterView:
             broadcasts to the shape of the view. View operations act on these arrays as they act on labels.
         factor: the label of what the elements have been multiplied by since; it broadcasts to the view.
         picked: axes of the parameter along which data decides what the view shows, as in an embedding.
+        added: other parameters that have been added to it.
     """
 
     name: str
     axes: tuple[IntArray, ...]
     factor: IntArray
     picked: frozenset[int] = frozenset()
+    added: tuple[ParameterView, ...] = ()
 
     @classmethod
     def whole(cls, name: str, shape: Sequence[int]) -> ParameterView:
@@ -141,16 +143,15 @@ class ParameterView:
 
     def map(self, view: Callable[[IntArray], IntArray]) -> ParameterView:
         """Do to the view what an operation did to the tensor."""
-        return ParameterView(self.name, tuple(view(axis) for axis in self.axes), view(self.factor), self.picked)
+        return self.each(lambda v: replace(v, axes=tuple(view(axis) for axis in v.axes), factor=view(v.factor)))
 
-    def split(self, view: Callable[[IntArray], Sequence[IntArray]]) -> list[ParameterView]:
-        """Likewise, for an operation that makes several tensors."""
-        parts = zip(*(view(array) for array in (*self.axes, self.factor)), strict=True)
-        return [ParameterView(self.name, tuple(axes), factor, self.picked) for *axes, factor in parts]
+    def each(self, change: Callable[[ParameterView], ParameterView]) -> ParameterView:
+        """Change the view, and all that have been added to it, one by one."""
+        return replace(change(replace(self, added=())), added=tuple(part.each(change) for part in self.added))
 
-    def times(self, factor: IntArray) -> ParameterView:
-        """The view after all its elements were multiplied by something with this label."""
-        return ParameterView(self.name, self.axes, factor, self.picked)
+    def parts(self) -> list[ParameterView]:
+        """The view and all that have been added to it, each by itself."""
+        return [replace(self, added=()), *(part for view in self.added for part in view.parts())]
 
     def varying(self) -> set[int]:
         """The axes of the view along which the element of the parameter changes."""

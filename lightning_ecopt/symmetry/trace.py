@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import warnings
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,8 +27,10 @@ def scaling_group(
     """Find every rescaling of hidden units that leaves the function of ``module`` unchanged.
 
     One call ``module(*args, **kwargs)`` is traced, operation by operation, with fake tensors: nothing is computed and
-    nothing in the module changes. A module whose control flow depends on data, or a scripted one, cannot be called that
-    way; it is called once for real, and its buffers, its attributes and the random number generators are put back.
+    nothing in the module changes, so that it may be on the meta device. A module whose control flow depends on data, or
+    a scripted one, cannot be called that way; it is called once for real, and its buffers, its attributes and the random
+    number generators are put back. Should it work by itself but not while it is watched, a warning says that all of it
+    is held fixed. Compiled parts run uncompiled meanwhile.
 
     Args:
         module: any module; the outputs of its call are what must not change.
@@ -52,11 +55,21 @@ def scaling_group(
     trainable = select_parameters(module, parameters)
     try:
         group = _trace_fake(module, trainable, args, kwargs)
+        if not trainable or len(group.unseen) < len(trainable):  # a scripted module does not take fake parameters
+            return group
     except Exception:  # data-dependent control flow, an operation without a fake form; a mistake shows up again below
+        pass
+    try:
         return _trace_real(module, trainable, args, kwargs)
-    if trainable and len(group.unseen) == len(trainable):  # a scripted module does not take fake parameters
-        return _trace_real(module, trainable, args, kwargs)
-    return group
+    except Exception as error:
+        with _state_kept(module):
+            module(*_copied(args), **_copied(kwargs))  # raises what the module raises by itself
+        warnings.warn(
+            f"{type(module).__name__} cannot be watched, so that all of it is held fixed: {error!r}", stacklevel=2
+        )
+        watch = Watch(module, trainable)
+        watch.ground(trainable.values(), "call")
+        return _group(watch, trainable)
 
 
 def select_parameters(module: nn.Module, parameters: Iterable[Tensor] | None) -> dict[str, nn.Parameter]:
@@ -76,7 +89,7 @@ def select_parameters(module: nn.Module, parameters: Iterable[Tensor] | None) ->
 def _trace_fake(
     module: nn.Module, trainable: Mapping[str, nn.Parameter], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> ScalingGroup:
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, _without_fused_kernels():
 
         def fake(tensor: Tensor) -> Tensor:
             return mode.from_tensor(tensor)
@@ -89,22 +102,39 @@ def _trace_fake(
     return _group(watch, trainable)
 
 
+@contextmanager
+def _without_fused_kernels() -> Iterator[None]:
+    """Let no library run a recurrent network as one operation."""
+    with torch.backends.cudnn.flags(enabled=False), torch.backends.mkldnn.flags(enabled=False):
+        yield
+
+
 def _trace_real(
     module: nn.Module, trainable: Mapping[str, nn.Parameter], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> ScalingGroup:
-    devices = sorted({p.device.index for p in module.parameters() if p.device.type == "cuda"})
-    before = [(tensor, tensor.detach().clone()) for tensor in [*module.parameters(), *module.buffers()]]
-    args, kwargs = tree_map_only(Tensor, Tensor.clone, (args, kwargs))
     watch = Watch(module, trainable)
+    with _state_kept(module):
+        _watch_call(watch, module, _copied(args), _copied(kwargs))
+    return _group(watch, trainable)
+
+
+def _copied(inputs: Any) -> Any:
+    return tree_map_only(Tensor, Tensor.clone, inputs)
+
+
+@contextmanager
+def _state_kept(module: nn.Module) -> Iterator[None]:
+    """Put parameters, buffers, attributes and the states of the random number generators back."""
+    devices = sorted({p.device.index for p in module.parameters() if p.device.type == "cuda"})
+    before = [(t, t.detach().clone()) for t in [*module.parameters(), *module.buffers()] if not t.is_meta]
     try:
         with torch.random.fork_rng(devices), _attributes_restored(module, {}):
-            _watch_call(watch, module, args, kwargs)
+            yield
     finally:
         with torch.no_grad():
             for tensor, values in before:
                 if not torch.equal(tensor, values):
                     tensor.copy_(values)
-    return _group(watch, trainable)
 
 
 def _watch_call(watch: Watch, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -161,8 +191,16 @@ def _containers(module: nn.Module) -> list[Any]:
 
 
 def _kept(module: nn.Module) -> list[Tensor]:
-    """Tensors in the attributes of a module and its submodules."""
-    return [tensor for part in module.modules() for tensor in tensors_in(vars(part))]
+    """Tensors in the attributes of a module and its submodules, without those that are computed for every call anew."""
+    found = []
+    for part in module.modules():
+        computed = {
+            getattr(hook, "name", getattr(hook, "_tensor_name", None))  # weights that are normalised, or pruned
+            for hook in part._forward_pre_hooks.values()
+            if type(hook).__module__.startswith("torch.nn.utils.")
+        }
+        found += tensors_in({name: value for name, value in vars(part).items() if name not in computed})
+    return found
 
 
 def tensors_in(structure: Any, *, objects: bool = False) -> list[Tensor]:

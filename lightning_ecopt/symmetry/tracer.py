@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from math import lcm, prod
 
@@ -23,6 +23,8 @@ from lightning_ecopt.symmetry.labels import (
 
 #: No label has more entries: what would need more is held fixed.
 MOST_ENTRIES = 2**22
+#: Parameters with more elements have no scale for each of them.
+MOST_ELEMENTS = 2**16
 
 
 @dataclass(frozen=True)
@@ -160,35 +162,46 @@ class Tracer:
     def materialise(self, view: ParameterView, uniform: Iterable[int] = ()) -> IntArray:
         """The label of a parameter that is used as a tensor among others.
 
-        The scales are those of an earlier use, or new ones, one for each element of a vector. Those of a parameter with
-        more axes would be as many as its elements: they change along one axis alone, the last one, or that of the
-        channels of an image.
+        The scales are those of an earlier use, or new ones, one for each element. If these would be more than
+        ``MOST_ELEMENTS``, they change along one axis alone, the last one, or that of the channels of an image.
 
         Args:
             view: the parameter.
             uniform: axes of the view along which there must be one label anyway.
         """
-        known = self._known(view)
-        if known is not None:
-            return known
-        free = sorted(view.varying() - set(uniform))
-        if len(free) > 1:
-            free = [1 if view.ndim > 3 and 1 in free else free[-1]]
-        ids = self.fresh([max(axis.shape[k] for axis in view.axes) if k in free else 1 for k in range(view.ndim)])
-        self.assign(view, ids, constant(GROUND, 0), additive=False)
+        first, *others = view.parts()
+        ids = self._known(first)
+        if ids is None:
+            free = sorted(view.varying() - set(uniform))
+            sizes = [max(axis.shape[k] for axis in view.axes) for k in range(view.ndim)]
+            if prod(sizes[k] for k in free) > MOST_ELEMENTS:
+                free = [1 if view.ndim > 3 and 1 in free else free[-1]]
+            ids = self.fresh([size if k in free else 1 for k, size in enumerate(sizes)])
+            self.assign(first, ids, constant(GROUND, 0), additive=False)
+        for other in others:
+            self.assign(other, ids, constant(GROUND, 0), additive=False)
         return ids
 
     def _known(self, view: ParameterView) -> IntArray | None:
         """The label of a view whose elements were used before."""
-        region = _box(view, self.shapes[view.name])
+        region = box(view, self.shapes[view.name])
         for use in self.uses.get(view.name, []):
             if region is not None and use.region == region:
-                labels = [self.uniform(ids, view.picked) for ids in (use.incoming, use.outgoing)]
-                if all(ids.size > 1 for ids in labels):  # as a dense matrix it would be too large
+                labels = [
+                    self._push_forward(view, self.uniform(ids, view.picked)) for ids in (use.incoming, use.outgoing)
+                ]
+                if prod(np.broadcast_shapes(*(ids.shape for ids in labels))) > MOST_ELEMENTS:
                     labels[1] = self.uniform(labels[1], range(labels[1].ndim))
-                incoming, outgoing = (self._push_forward(view, ids) for ids in labels)
-                return self.combine((1, incoming), (-1, outgoing), (1, view.factor))
+                return self.combine((1, labels[0]), (-1, labels[1]), (1, view.factor))
         return None
+
+    def multiply(self, view: ParameterView, exponent: int, ids: IntArray) -> ParameterView:
+        """The view after its elements were multiplied by something with label ``ids``, or divided: ``exponent`` -1."""
+        return view.each(lambda part: replace(part, factor=self.combine((1, part.factor), (exponent, ids))))
+
+    def is_box(self, view: ParameterView) -> bool:
+        """Whether every part of the view shows all elements of a box-shaped region, so that it can be consumed."""
+        return all(box(part, self.shapes[part.name]) is not None for part in view.parts())
 
     def _push_forward(self, view: ParameterView, ids: IntArray) -> IntArray:
         """Carry a label of the box that the view shows to the view."""
@@ -202,10 +215,14 @@ class Tracer:
         Every further use of the same elements must agree. A use whose elements are not a regular box of the parameter,
         or overlap another box in part only, grounds the whole parameter.
         """
+        for part in view.parts():
+            self._assign(part, incoming, outgoing, additive)
+
+    def _assign(self, view: ParameterView, incoming: IntArray, outgoing: IntArray, additive: bool) -> None:
         self.seen.add(view.name)
         if (view.factor > GROUND).any():
             incoming, outgoing = self._without_factor(view, incoming, outgoing)
-        region = _box(view, self.shapes[view.name])
+        region = box(view, self.shapes[view.name])
         if region is None:
             self._ground_parameter(view.name, (incoming, outgoing))
             return
@@ -282,7 +299,7 @@ def _varying(*labels: IntArray) -> set[int]:
     return {k for ids in labels for k, size in enumerate(ids.shape) if size > 1}
 
 
-def _box(view: ParameterView, shape: Sequence[int]) -> tuple[slice, ...] | None:
+def box(view: ParameterView, shape: Sequence[int]) -> tuple[slice, ...] | None:
     """The slices of the parameter that ``view`` covers; ``None`` if it does not cover a regular box."""
     region = []
     for axis, (index, size) in enumerate(zip(view.axes, shape, strict=True)):

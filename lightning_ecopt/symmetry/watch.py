@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_ecopt.symmetry.labels import GROUND, IntArray, ParameterView, Value, compress, constant, reshape, stretch
 from lightning_ecopt.symmetry.rules import RULES, Call
@@ -253,6 +253,54 @@ def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     return True
 
 
+class _Constants:
+    """Integers and truth values that the call makes from nothing, so that they are always the same: indices, masks."""
+
+    MOST = 2**16
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, View], tuple[Tensor, Tensor]] = {}
+
+    def follow(self, func: Any, args: Any, kwargs: Any, output: Any) -> dict[int, IntArray]:
+        """Take note of the outputs of an operation; returns the values of its inputs that are known, by ``id``."""
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if not all(map(_is_ordinary, tensors)):
+            return {}
+        known = {id(t): self._known[key][1] for t in tensors if (key := _key(t)) in self._known}
+        if _base_name(func) == "lift_fresh" and tensors and not isinstance(tensors[0], FakeTensor):
+            known[id(tensors[0])] = tensors[0]
+        if func._schema.is_mutable:
+            for tensor in tensors:
+                self._forget(tensor)
+        elif len(known) == len(tensors) and torch.Tag.nondeterministic_seeded not in func.tags:
+            self._make(func, args, kwargs, output, known)
+        return {number: value.numpy() for number, value in known.items()}
+
+    def _make(self, func: Any, args: Any, kwargs: Any, output: Any, known: dict[int, Tensor]) -> None:
+        outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        if any(is_inexact(leaf) or leaf.numel() > self.MOST or not _is_ordinary(leaf) for leaf in outputs):
+            return
+
+        def value(leaf: Any) -> Any:
+            if isinstance(leaf, torch.device):
+                return torch.device("cpu")
+            return known[id(leaf)] if isinstance(leaf, Tensor) else leaf
+
+        with unset_fake_temporarily():
+            made = func(*tree_map(value, args), **tree_map(value, kwargs))
+        for leaf, real in zip(outputs, (leaf for leaf in tree_leaves(made) if isinstance(leaf, Tensor)), strict=True):
+            self._known[_key(leaf)] = (leaf, real.clone())
+
+    def _forget(self, tensor: Tensor) -> None:
+        place = tensor.untyped_storage()._cdata
+        for key in [key for key in self._known if key[0] == place]:
+            del self._known[key]
+
+
+def _key(tensor: Tensor) -> tuple[int, View]:
+    return tensor.untyped_storage()._cdata, _view(tensor)
+
+
 class Watch(TorchDispatchMode):
     """While it is entered, every ATen operation is taken down in ``tracer``.
 
@@ -267,6 +315,7 @@ class Watch(TorchDispatchMode):
         super().__init__()
         self.tracer = Tracer({name: tuple(tensor.shape) or (1,) for name, tensor in parameters.items()})
         self.memory = _Memory(self.tracer)
+        self.constants = _Constants()
         self._names = {id(part): name for name, part in module.named_modules()}
         self._path: list[str] = []
         for name, tensor in parameters.items():
@@ -288,12 +337,13 @@ class Watch(TorchDispatchMode):
         inputs = {id(tensor): self.memory.read(tensor) for tensor in tensors}
         shapes = {id(tensor): tuple(tensor.shape) for tensor in tensors}  # some operations change them in place
         output = func(*args, **kwargs)
+        constants = self.constants.follow(func, args, kwargs, output)
         arguments = _named_arguments(func, args, kwargs)
         if rule is None or arguments is None or not all(map(_is_ordinary, tensors)):
             self._ground(inputs.values(), (args, kwargs), output, func)
         else:
             try:
-                self._apply(rule, Call(self.tracer, arguments, inputs, shapes, output), func)
+                self._apply(rule, Call(self.tracer, arguments, inputs, shapes, output, constants), func)
             except Exception as error:  # a form of the operation that the rule does not know must not stop training
                 warnings.warn(f"The rule for {name} failed, so what it touches is held fixed: {error!r}", stacklevel=2)
                 self._ground(inputs.values(), (args, kwargs), output, func)
@@ -318,7 +368,7 @@ class Watch(TorchDispatchMode):
         in_place = [] if torch.Tag.inplace_view in func.tags else _outputs_in_place(func)
         written = {id(call.arguments[name]) for name in in_place if call.arguments[name] is not None}
         for tensor, value in zip(outputs, values, strict=True):
-            if not isinstance(tensor, Tensor):
+            if not isinstance(tensor, Tensor) or value is None:
                 continue
             if id(tensor) in written:
                 self.memory.overwrite(tensor, value)

@@ -18,7 +18,7 @@ from lightning_ecopt.symmetry.labels import (
     map_value,
     stretch,
 )
-from lightning_ecopt.symmetry.rules.pointwise import add
+from lightning_ecopt.symmetry.rules.pointwise import add_to
 from lightning_ecopt.symmetry.rules.registry import Call, rule
 
 
@@ -30,13 +30,13 @@ def matrix_product(call: Call) -> IntArray:
 @rule("addmm")
 def matrix_product_with_bias(call: Call) -> IntArray:
     ids = contract(call, call.value("mat1"), call.value("mat2"), call.output.ndim)
-    return add(call, ids, call.value("self"), call.output.ndim)
+    return add_to(call, ids, call.value("self"), call.output.ndim)
 
 
 @rule("baddbmm")
 def batched_matrix_product_with_bias(call: Call) -> IntArray:
     ids = contract(call, call.value("batch1"), call.value("batch2"), call.output.ndim)
-    return add(call, ids, call.value("self"), call.output.ndim)
+    return add_to(call, ids, call.value("self"), call.output.ndim)
 
 
 @rule("mv")
@@ -49,14 +49,14 @@ def matrix_vector_product(call: Call) -> IntArray:
 def matrix_vector_product_with_bias(call: Call) -> IntArray:
     vector = map_value(call.value("vec"), lambda ids: ids[..., None])
     ids = contract(call, call.value("mat"), vector, 2)[..., 0]
-    return add(call, ids, call.value("self"), 1)
+    return add_to(call, ids, call.value("self"), 1)
 
 
 @rule("linear")
 def linear(call: Call) -> IntArray:
     weight = map_value(call.value("weight"), lambda ids: ids.swapaxes(-1, -2))
     ids = contract(call, call.value("input"), weight, call.output.ndim)
-    return ids if call["bias"] is None else add(call, ids, call.value("bias"), call.output.ndim)
+    return ids if call["bias"] is None else add_to(call, ids, call.value("bias"), call.output.ndim)
 
 
 @rule("convolution", "_convolution", "convolution_overrideable")
@@ -87,7 +87,7 @@ def convolution(call: Call) -> IntArray:
     output = along_channels(label, ids.ndim)
     if call["bias"] is None:
         return output
-    return add(call, output, map_value(call.value("bias"), lambda axis: along_channels(axis, ids.ndim)), ids.ndim)
+    return add_to(call, output, map_value(call.value("bias"), lambda axis: along_channels(axis, ids.ndim)), ids.ndim)
 
 
 def _grouped(inner: IntArray, outer: IntArray) -> tuple[IntArray, IntArray]:
@@ -174,13 +174,13 @@ def inner_product(call: Call) -> IntArray:
 @rule("addr")
 def outer_product_added(call: Call) -> IntArray:
     product = call.tracer.combine((1, call.ids("vec1")[:, None]), (1, call.ids("vec2")[None]))
-    return add(call, product, call.value("self"), 2)
+    return add_to(call, product, call.value("self"), 2)
 
 
 @rule("addbmm")
 def products_summed(call: Call) -> IntArray:
     ids = call.tracer.uniform(contract(call, call.value("batch1"), call.value("batch2"), 3), [0])[0]
-    return add(call, ids, call.value("self"), 2)
+    return add_to(call, ids, call.value("self"), 2)
 
 
 @rule("linalg_cross")

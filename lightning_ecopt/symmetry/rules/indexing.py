@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 from torch import Tensor
@@ -26,17 +27,18 @@ def pick(call: Call, name: str, axes: Iterable[int]) -> Value:
     value, axes = call.value(name), tuple(axes)
     if not isinstance(value, ParameterView):
         return call.tracer.uniform(value, axes)
-    chosen = {number for number, index in enumerate(value.axes) if any(index.shape[axis] > 1 for axis in axes)}
-    if any(index.shape[k] > 1 for n in chosen for index in [value.axes[n]] for k in range(index.ndim) if k not in axes):
+    varying = [set(_changing(index)) for part in value.parts() for index in part.axes]
+    if any(changing & set(axes) and not changing <= set(axes) for changing in varying):
         return call.uniform(name, axes)  # reshaped, so that one axis of the parameter lies along several of the view
 
-    def first(ids: IntArray) -> IntArray:
-        for axis in axes:
-            ids = ids.take([0], axis)
-        return ids
+    def first(part: ParameterView) -> ParameterView:
+        chosen = {number for number, index in enumerate(part.axes) if set(axes) & set(_changing(index))}
+        indices = tuple(
+            index[tuple(slice(1) if k in axes else slice(None) for k in range(index.ndim))] for index in part.axes
+        )
+        return replace(part, axes=indices, factor=call.tracer.uniform(part.factor, axes), picked=part.picked | chosen)
 
-    factor = call.tracer.uniform(value.factor, axes)
-    return ParameterView(value.name, tuple(first(ids) for ids in value.axes), factor, value.picked | chosen)
+    return value.each(first)
 
 
 @rule("embedding")
@@ -63,7 +65,24 @@ def embedding_bag(call: Call) -> list[IntArray]:
 
 @rule("index_select")
 def index_selected(call: Call) -> Value:
-    return pick(call, "self", call.axes("dim"))
+    index = call.constants.get(id(call["index"]))
+    (axis,) = call.axes("dim")
+    if index is not None:
+        exact = _at(call, {axis: index})
+        if exact is not None:
+            return exact
+    return pick(call, "self", [axis])
+
+
+def _at(call: Call, indices: dict[int, IntArray]) -> Value | None:
+    """The elements at known indices; ``None`` if they are no box of a parameter."""
+
+    def taken(ids: IntArray) -> IntArray:
+        places = (indices[k] * (ids.shape[k] > 1) if k in indices else slice(None) for k in range(ids.ndim))
+        return ids[tuple(places)]
+
+    value = map_value(call.value("self"), taken)
+    return None if isinstance(value, ParameterView) and not call.tracer.is_box(value) else value
 
 
 @rule("index", "_unsafe_index")
@@ -71,9 +90,14 @@ def indexed(call: Call) -> Value:
     indices = _indices(call)
     if any(index is not None and _is_mask(index) for index in indices):  # masks take more than one axis
         return constant(int(call.uniform("self", range(len(indices))).item()), call.output.ndim)
-    axes = [axis for axis, index in enumerate(indices) if index is not None]
+    given = {axis: index for axis, index in enumerate(indices) if index is not None}
+    known = {axis: call.constants[id(index)] for axis, index in given.items() if id(index) in call.constants}
+    if len(known) == len(given):
+        exact = _at(call, known)
+        if exact is not None:
+            return exact
     places = tuple(slice(None) if i is None else np.zeros((1,) * i.ndim, np.int64) for i in indices)
-    return map_value(pick(call, "self", axes), lambda ids: ids[places])
+    return map_value(pick(call, "self", given), lambda ids: ids[places])
 
 
 def _indices(call: Call) -> list[Tensor | None]:
@@ -190,3 +214,18 @@ def put_into(call: Call, ids: IntArray, source: IntArray, part: tuple[slice, ...
     whole = np.array(stretch(ids, call.output.shape, {*partial, *_changing(source)}))
     whole[part] = source
     return compress(whole)
+
+
+@rule("_pack_padded_sequence")
+def packed(call: Call) -> list[IntArray]:
+    """[batch, time, channels] to [steps, channels], and how many sequences each time has."""
+    ids = call.uniform("input", [0, 1])
+    return [ids[0], constant(GROUND, 1)]
+
+
+@rule("_pad_packed_sequence")
+def unpacked(call: Call) -> list[IntArray]:
+    """The inverse; what is filled up with anything but zeros must not change."""
+    if call["padding_value"] != 0:
+        call.ground("data")
+    return [call.uniform("data", [0])[None], constant(GROUND, 1)]

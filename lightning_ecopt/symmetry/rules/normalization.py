@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from lightning_ecopt.symmetry.labels import GROUND, IntArray, Value, align, along_channels, constant, map_value
-from lightning_ecopt.symmetry.rules.pointwise import add, multiply
+from lightning_ecopt.symmetry.rules.pointwise import add_to, multiply
 from lightning_ecopt.symmetry.rules.registry import Call, rule
 
 
@@ -48,7 +48,7 @@ def _normalized(call: Call, place: Callable[[IntArray, int], IntArray]) -> list[
     if call["weight"] is not None:
         ids = place(call.ids("weight"), ndim)
     if call.arguments.get("bias") is not None:
-        ids = add(call, ids, map_value(call.value("bias"), lambda axis: place(axis, ndim)), ndim)
+        ids = add_to(call, ids, map_value(call.value("bias"), lambda axis: place(axis, ndim)), ndim)
     return [ids, *(constant(GROUND, output.ndim) for output in outputs[1:])]
 
 

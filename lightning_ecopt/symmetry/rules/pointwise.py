@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 
 from lightning_ecopt.symmetry.labels import (
@@ -40,13 +41,11 @@ def dropout(call: Call) -> list[Value]:
 def clamped(call: Call) -> Value:
     """A bound of zero is a relu; any other bound must not be crossed."""
     bounds = [name for name in ("min", "max", "min_val", "max_val") if call.arguments.get(name) is not None]
-    if all(not isinstance(bound := call.value(name), ParameterView) and (bound == ZERO).all() for name in bounds):
-        return call.value("self")
     return _all_equal(call, "self", *bounds)
 
 
 @rule("threshold")
-def thresholded(call: Call) -> IntArray:
+def thresholded(call: Call) -> Value:
     return _all_equal(call, "self", "threshold", "value")
 
 
@@ -83,18 +82,18 @@ def gated(call: Call) -> IntArray:
 
 
 @rule("add", "sub", "subtract", "rsub", "maximum", "minimum", "fmax", "fmin")
-def added(call: Call) -> IntArray:
+def added(call: Call) -> Value:
     """Summands have one label; a constant other than zero grounds."""
     return add(call, call.value("self"), call.value("other"), call.output.ndim)
 
 
 @rule("where")
-def chosen(call: Call) -> IntArray:
+def chosen(call: Call) -> Value:
     return _all_equal(call, "self", "other")
 
 
 @rule("masked_fill")
-def masked(call: Call) -> IntArray:
+def masked(call: Call) -> Value:
     return _all_equal(call, "self", "value")
 
 
@@ -120,19 +119,19 @@ def divided(call: Call) -> Value:
 
 
 @rule("addcmul")
-def product_added(call: Call) -> IntArray:
+def product_added(call: Call) -> Value:
     ndim = call.output.ndim
     return add(call, call.value("self"), multiply(call, call.value("tensor1"), call.value("tensor2"), ndim), ndim)
 
 
 @rule("addcdiv")
-def quotient_added(call: Call) -> IntArray:
+def quotient_added(call: Call) -> Value:
     ndim = call.output.ndim
     return add(call, call.value("self"), divide(call, call.value("tensor1"), call.ids("tensor2"), ndim), ndim)
 
 
 @rule("lerp")
-def interpolated(call: Call) -> IntArray:
+def interpolated(call: Call) -> Value:
     """Between two tensors of one label; the weight is added to a constant."""
     call.ground("weight")
     return add(call, call.value("self"), call.value("end"), call.output.ndim)
@@ -158,7 +157,12 @@ def step(call: Call) -> IntArray:
     return constant(GROUND, call.output.ndim)
 
 
-def _all_equal(call: Call, *names: str) -> IntArray:
+def _all_equal(call: Call, *names: str) -> Value:
+    """The common label; a parameter among zeros remains one."""
+    values = [call.value(name) for name in names]
+    others = [value for value in values if isinstance(value, ParameterView) or not (value == ZERO).all()]
+    if len(others) == 1 and isinstance(others[0], ParameterView):
+        return others[0].map(lambda axis: align(axis, call.output.ndim))
     ids = call.broadcast(names[0])
     for name in names[1:]:
         ids = call.tracer.equate(ids, call.broadcast(name))
@@ -176,7 +180,7 @@ def multiply(call: Call, first: Value, second: Value, ndim: int) -> Value:
         return call.tracer.combine((1, ids), (1, align(second, ndim)))
     second = second.map(lambda axis: align(axis, ndim))
     if second.is_matrix:
-        return second.times(call.tracer.combine((1, ids), (1, second.factor)))
+        return call.tracer.multiply(second, 1, ids)
     return _gain(call, ids, second)
 
 
@@ -199,21 +203,32 @@ def divide(call: Call, numerator: Value, denominator: IntArray, ndim: int) -> Va
     if isinstance(numerator, ParameterView):
         numerator = numerator.map(lambda axis: align(axis, ndim))
         if numerator.is_matrix:
-            return numerator.times(call.tracer.combine((1, numerator.factor), (-1, denominator)))
+            return call.tracer.multiply(numerator, -1, denominator)
         numerator = call.tracer.materialise(numerator)
     return call.tracer.combine((1, align(numerator, ndim)), (-1, denominator))
 
 
-def add(call: Call, first: Value, second: Value, ndim: int) -> IntArray:
-    """``x + b``: a parameter that is added takes the label of what it is added to."""
+def add(call: Call, first: Value, second: Value, ndim: int) -> Value:
+    """``x + b``: a parameter that is added takes the label of what it is added to.
+
+    Two matrices of parameters remain one that is not consumed yet.
+    """
     if isinstance(first, ParameterView):
         first, second = second, first
+    if isinstance(first, ParameterView) and isinstance(second, ParameterView) and first.is_matrix and second.is_matrix:
+        first, second = (view.map(lambda axis: align(axis, ndim)) for view in (first, second))
+        return replace(first, added=(*first.added, second))
     if isinstance(first, ParameterView):
         first = call.tracer.materialise(first)
-    ids = align(first, ndim)
-    if not isinstance(second, ParameterView):
-        return call.tracer.equate(ids, align(second, ndim))
-    parameter = second.map(lambda axis: align(axis, ndim))
+    return add_to(call, first, second, ndim)
+
+
+def add_to(call: Call, ids: IntArray, other: Value, ndim: int) -> IntArray:
+    """Likewise, for a tensor with a label."""
+    ids = align(ids, ndim)
+    if not isinstance(other, ParameterView):
+        return call.tracer.equate(ids, align(other, ndim))
+    parameter = other.map(lambda axis: align(axis, ndim))
     varying = parameter.varying()
     ids = call.tracer.uniform(ids, [k for k in range(ndim) if k not in varying])
     if (ids == ZERO).any():

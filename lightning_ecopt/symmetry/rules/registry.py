@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ class Call:
         values: the label or parameter view of every tensor argument, by ``id`` of the tensor.
         shapes: likewise the shapes, as they were before the call.
         output: what the operation returned.
+        constants: values of integer tensors that the call always makes alike, by ``id`` of the tensor.
     """
 
     tracer: Tracer
@@ -30,6 +31,7 @@ class Call:
     values: dict[int, Value]
     shapes: dict[int, tuple[int, ...]]
     output: Any
+    constants: Mapping[int, IntArray] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Any:
         return self.arguments[name]
@@ -75,7 +77,7 @@ class Call:
         return tuple(axis % max(ndim, 1) for axis in (given if isinstance(given, Sequence) else (given,)))
 
 
-Rule = Callable[[Call], Value | Sequence[Value]]
+Rule = Callable[[Call], Value | Sequence[Value] | None]
 RULES: dict[str, Rule] = {}
 
 

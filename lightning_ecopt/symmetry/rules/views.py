@@ -35,7 +35,8 @@ def view(*names: str) -> Callable[[View], View]:
             if not isinstance(value, ParameterView):
                 return function(call, value)
             if isinstance(call.output, list | tuple):
-                return value.split(lambda ids: cast(list[IntArray], function(call, ids)))
+                pieces = range(len(call.output))
+                return [value.map(lambda ids, k=k: function(call, ids)[k]) for k in pieces]  # type: ignore[misc]
             return value.map(lambda ids: cast(IntArray, function(call, ids)))
 
         return function
@@ -87,6 +88,11 @@ def converted(call: Call) -> Value:
     return value
 
 
+@rule("as_strided")
+def restrided(call: Call) -> None:
+    """A view of the memory, whatever shape it had: found from the label of the whole when it is read."""
+
+
 @view("permute")
 def permuted(call: Call, ids: IntArray) -> IntArray:
     return ids.transpose(call.axes("dims"))
@@ -130,7 +136,7 @@ def _pieces(ids: IntArray, axis: int, sizes: Sequence[int]) -> list[IntArray]:
     return np.split(ids, np.cumsum(sizes)[:-1], axis)
 
 
-@view("split", "split_with_sizes")
+@view("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes")
 def split(call: Call, ids: IntArray) -> list[IntArray]:
     (axis,) = call.axes("dim")
     return _pieces(ids, axis, [part.shape[axis] for part in call.output])
@@ -228,19 +234,16 @@ def _joined(parts: Sequence[IntArray], axis: int) -> IntArray:
 
 @rule("constant_pad_nd")
 def padded(call: Call) -> IntArray:
-    ids = call.ids("self")
-    if call["value"] != 0:
-        call.tracer.ground(ids)
-        return constant(GROUND, ids.ndim)
+    ids, shape = call.ids("self"), call.shape("self")
     for pair, (before, after) in enumerate(zip(call["pad"][::2], call["pad"][1::2], strict=True)):
-        axis = ids.ndim - 1 - pair
-        if ids.shape[axis] == 1:
+        axis = len(shape) - 1 - pair
+        if ids.shape[axis] == 1 and call["value"] == 0:
             continue  # zeros fit the label that is there
-        kept = slice(max(-before, 0), ids.shape[axis] - max(-after, 0))
-        ids = ids[(slice(None),) * axis + (kept,)]
+        kept = slice(max(-before, 0), shape[axis] - max(-after, 0))
+        ids = stretch(ids, shape, [axis])[(slice(None),) * axis + (kept,)]
         widths = [(0, 0)] * ids.ndim
         widths[axis] = (max(before, 0), max(after, 0))
-        ids = np.pad(ids, widths, constant_values=ZERO)
+        ids = np.pad(ids, widths, constant_values=ZERO if call["value"] == 0 else GROUND)
     return ids
 
 

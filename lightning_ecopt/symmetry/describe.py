@@ -1,0 +1,206 @@
+"""What the units of a network are: sorted into sets, and in words."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import product
+from math import prod
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from scipy.sparse import csr_array
+from torch import Tensor
+
+from lightning_ecopt.symmetry.labels import IntArray
+from lightning_ecopt.symmetry.scales import Scales
+
+if TYPE_CHECKING:
+    from lightning_ecopt.symmetry.group import Coupling
+
+LONGEST_LIST = 8
+MOST_RUNS = 4
+MOST_EXPRESSIONS = 8
+DECIMALS = 9
+
+
+@dataclass(frozen=True, eq=False)
+class UnitSet:
+    """Units that couple the same parameters in the same way, such as the channels of one layer.
+
+    Args:
+        units: their numbers, ascending.
+        powers: names of parameters, each with an exponent: rescaling one of the units by ``c`` multiplies some elements
+            of the parameter by ``c ** exponent``.
+    """
+
+    units: Tensor
+    powers: tuple[tuple[str, float], ...]
+
+
+def sort_units(couplings: Iterable[Coupling], scales: Scales) -> list[UnitSet]:
+    """The units, sorted into sets that couple the same parameters in the same way."""
+    table = _exponents(scales)
+    powers: list[set[tuple[int, float]]] = [set() for _ in range(scales.num_units)]
+    names: dict[str, int] = {}
+    for coupling in couplings if scales.num_units else ():
+        number = names.setdefault(coupling.parameter, len(names))
+        for unit, exponents in _exponents_of_units(coupling, table):
+            powers[unit].update((number, -exponent) for exponent in exponents if exponent)
+    members: dict[tuple[tuple[int, float], ...], list[int]] = defaultdict(list)
+    for unit, found in enumerate(powers):
+        members[tuple(sorted(found))].append(unit)
+    order = list(names)
+    return [
+        UnitSet(torch.from_numpy(np.array(units)), tuple((order[number], -exponent) for number, exponent in found))
+        for found, units in members.items()
+    ]
+
+
+def _exponents(scales: Scales) -> csr_array:
+    """Exponents of the units in the scales, ``[S + 1, H]``; the last row is that of what has no scale."""
+    own = np.arange(scales.num_units)
+    rows, columns = np.concatenate([own, scales.products.numpy()]), np.concatenate([own, scales.units.numpy()])
+    values = np.concatenate([np.ones(scales.num_units), scales.exponents.numpy()])
+    return csr_array((values, (rows, columns)), shape=(scales.num_scales + 1, scales.num_units))
+
+
+def _exponents_of_units(coupling: Coupling, table: csr_array) -> Iterator[tuple[int, set[float]]]:
+    """For each unit in a coupling the exponents with which it multiplies elements."""
+    incoming, outgoing = (ids.numpy() % table.shape[0] for ids in (coupling.incoming, coupling.outgoing))
+    if _share_axes(incoming, outgoing):
+        first, second = np.divmod(np.unique(incoming * table.shape[0] + outgoing), table.shape[0])
+        yield from _by_unit(table[first] - table[second]).items()
+        return
+    into, out_of = (_by_unit(table[np.unique(ids)]) for ids in (incoming, outgoing))  # all pairs of them occur
+    for unit in into.keys() | out_of.keys():
+        pairs_of_unit = product(into.get(unit, {0.0}), out_of.get(unit, {0.0}))
+        yield unit, {round(first - second, DECIMALS) for first, second in pairs_of_unit}
+
+
+def _by_unit(exponents: csr_array) -> dict[int, set[float]]:
+    """The exponents in each column that has some, zero among them if a row of the column has none."""
+    entries = exponents.tocoo()
+    result: dict[int, set[float]] = defaultdict(set)
+    for unit, exponent in zip(entries.col.tolist(), entries.data.round(DECIMALS).tolist(), strict=True):
+        result[unit].add(exponent)
+    for unit in np.flatnonzero(np.bincount(entries.col, minlength=entries.shape[1]) < entries.shape[0]):
+        if unit in result:
+            result[unit].add(0.0)
+    return result
+
+
+def _share_axes(first: np.ndarray, second: np.ndarray) -> bool:
+    """Whether there is an axis along which both have more than one entry."""
+    return any(a > 1 and b > 1 for a, b in zip(first.shape[::-1], second.shape[::-1], strict=False))
+
+
+def describe_unit(
+    unit: int, couplings: Iterable[Coupling], scales: Scales, shapes: Mapping[str, Sequence[int]]
+) -> str:
+    """In words what one unit multiplies; ``shapes`` are those of the parameters."""
+    exponents = _exponents(scales)[:, [unit]].toarray().ravel()  # index -1 is the last
+    found: dict[float, list[str]] = defaultdict(list)
+    for coupling in couplings:
+        for part in _parts(exponents[coupling.incoming.numpy()], exponents[coupling.outgoing.numpy()]):
+            part = part.round(DECIMALS)
+            for exponent in np.unique(part[part != 0]).tolist():
+                found[exponent] += _elements(coupling, part == exponent, shapes[coupling.parameter])
+    order = sorted(found, key=lambda exponent: (exponent < 0, abs(exponent)))
+    return f"Unit {unit}: " + "; ".join(f"{power(e)} multiplies {', '.join(found[e])}" for e in order)
+
+
+def power(exponent: float) -> str:
+    """``c`` to the ``exponent``, as text: ``c``, ``1/c``, ``c^2``, ``c^(1/2)``."""
+    if abs(exponent) == 1:
+        return "c" if exponent > 0 else "1/c"
+    fraction = Fraction(exponent).limit_denominator(1000)
+    return f"c^{fraction}" if fraction.denominator == 1 else f"c^({fraction})"
+
+
+def _parts(incoming: np.ndarray, outgoing: np.ndarray) -> list[np.ndarray]:
+    """Exponents by which elements are multiplied, one array after the other.
+
+    Where a row and a column are multiplied this says so; what cancels everywhere is left out.
+    """
+    if _share_axes(incoming, outgoing):
+        return [incoming - outgoing]
+    values, counts = np.unique(outgoing, return_counts=True)
+    common = values[counts.argmax()] if 2 * counts.max() > outgoing.size else 0.0
+    return [incoming - common, common - outgoing]
+
+
+def _elements(coupling: Coupling, chosen: np.ndarray, shape: Sequence[int]) -> list[str]:
+    """Index expressions of the elements that ``chosen``, which broadcasts to the coupling's region, marks."""
+    if not shape:
+        return [coupling.parameter]
+    found = []
+    for box in _boxes(chosen):
+        numbers = [
+            np.arange(size)[region][place if many > 1 else slice(None)]
+            for size, region, place, many in zip(shape, coupling.region, box, chosen.shape, strict=True)
+        ]
+        texts: list[list[str]] = []
+        for axis, size in zip(numbers, shape, strict=True):
+            several = any(text[0].startswith("[") for text in texts)  # two lists would be read in pairs
+            texts.append(_index(axis, size, split=several))
+        found += [_subscript(coupling.parameter, index) for index in product(*texts)]
+    if len(found) > MOST_EXPRESSIONS:
+        found[MOST_EXPRESSIONS:] = [f"... ({len(found) - MOST_EXPRESSIONS} more of {coupling.parameter})"]
+    return found
+
+
+def _boxes(chosen: np.ndarray) -> Iterator[list[IntArray]]:
+    """Split what is marked into boxes, each given by its positions along every axis."""
+    if not chosen.any():
+        return
+    box = [np.unique(places) for places in np.nonzero(chosen)]
+    if prod(len(places) for places in box) == chosen.sum():
+        yield box
+        return
+    for axis, places in enumerate(box):
+        slices = np.moveaxis(chosen, axis, 0)[places].reshape(len(places), -1)
+        kinds, kind = np.unique(slices, axis=0, return_inverse=True)
+        if len(kinds) > 1:
+            for number in range(len(kinds)):
+                own = np.zeros((chosen.shape[axis], *(1,) * (chosen.ndim - axis - 1)), dtype=bool)
+                own[places[kind.reshape(-1) == number]] = True
+                yield from _boxes(chosen & own)
+            return
+
+
+def _index(numbers: IntArray, size: int, *, split: bool) -> list[str]:
+    """How to index an axis of ``size`` to get these: with one expression, or with several if that is shorter."""
+    if len(numbers) == size:
+        return [":"]
+    found = runs(numbers.tolist())
+    if len(found) == 1 or split or (len(numbers) > LONGEST_LIST and len(found) <= MOST_RUNS):
+        return found
+    shown = [str(number) for number in numbers[:LONGEST_LIST].tolist()]
+    return [f"[{', '.join(shown + ['...'] * (len(numbers) > LONGEST_LIST))}]"]
+
+
+def runs(numbers: Sequence[int]) -> list[str]:
+    """Ascending numbers as single ones and slices: ``[0, 1, 2, 7, 10, 20, 30]`` gives ``0:3``, ``7``, ``10:31:10``."""
+    found, start = [], 0
+    while start < len(numbers):
+        stop = start + 1
+        step = numbers[stop] - numbers[start] if stop < len(numbers) else 1
+        while stop < len(numbers) and numbers[stop] - numbers[stop - 1] == step:
+            stop += 1
+        if step > 1 and stop - start < 3:
+            stop = start + 1
+        first, last = numbers[start], numbers[stop - 1]
+        found.append(str(first) if stop - start == 1 else f"{first}:{last + 1}" + (f":{step}" if step > 1 else ""))
+        start = stop
+    return found
+
+
+def _subscript(name: str, index: Sequence[str]) -> str:
+    index = list(index)
+    while index and index[-1] == ":":
+        index.pop()
+    return f"{name}[{', '.join(index)}]" if index else name

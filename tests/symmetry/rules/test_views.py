@@ -1,0 +1,107 @@
+"""Rules for what moves elements about."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tests.symmetry.rules.ops import Op, check, every, out_of
+
+ops = torch.ops.aten
+
+OPS = [
+    Op("view", lambda m, h: h.view(8, 2, 2)),
+    Op("view", lambda m, h: h.view(8, 2, 8).relu().view(8, 4, 4), spatial=1),
+    Op("view", lambda m, h: h @ m.w.view(2, 2, 4).view(4, 4), 8, shapes={"w": (4, 4)}),
+    Op("view", lambda m, h: F.linear(h, m.w.view(5, 4)), 4 + 5, shapes={"w": (20,)}),
+    Op("_unsafe_view", lambda m, h: h.transpose(1, 2) @ m.w, 4 + 3, 1, {"w": (4, 3)}),
+    Op("_reshape_alias", lambda m, h: ops._reshape_alias(h, [8, 2, 2], [4, 2, 1])),
+    Op("reshape", lambda m, h: h.t().reshape(2, 2, 8).permute(2, 1, 0), inference=True),
+    Op("flatten", lambda m, h: h.flatten(1), spatial=2, inference=True),
+    Op("unflatten", lambda m, h: h.unflatten(1, (2, 2)).transpose(1, 2), inference=True),
+    Op("view_as", lambda m, h: h.view_as(h.relu()), inference=True),
+    Op("view_as", lambda m, h: h.view_as(m.known.expand(8, 2, 2, 4)[..., 0]), inference=True),
+    Op("squeeze", lambda m, h: h[:, None].squeeze(1)),
+    Op("squeeze", lambda m, h: h[:, None, :, None].squeeze()),
+    Op("squeeze", lambda m, h: h.view(8, 1, 4).squeeze_(1)),
+    Op("unsqueeze", lambda m, h: h.unsqueeze(1) * torch.ones(2, 1, dtype=h.dtype)),
+    Op("unsqueeze", lambda m, h: h.unsqueeze_(-1)),
+    Op("atleast_1d", lambda m, h: torch.atleast_1d(h), inference=True),
+    Op("atleast_1d", lambda m, h: torch.atleast_1d([h, h])[1], inference=True),
+    Op("atleast_2d", lambda m, h: torch.atleast_2d(h), inference=True),
+    Op("detach", lambda m, h: h.detach()),
+    Op("clone", lambda m, h: h.clone()),
+    Op("contiguous", lambda m, h: h.t().contiguous().t(), inference=True),
+    Op("alias", lambda m, h: ops.alias(h)),
+    Op("positive", lambda m, h: +h, inference=True),
+    Op("lift_fresh", lambda m, h: ops.lift_fresh(h)),
+    Op("lift_fresh_copy", lambda m, h: ops.lift_fresh_copy(h)),
+    Op("detach_copy", lambda m, h: ops.detach_copy(h)),
+    Op("_to_copy", lambda m, h: h.float().double() * 0 + h),
+    Op("_to_copy", lambda m, h: (8 * h).long().double(), 0),
+    Op("to", lambda m, h: h.to(torch.float64), inference=True),
+    Op("type_as", lambda m, h: h.type_as(m.known), inference=True),
+    Op("permute", lambda m, h: h.permute(2, 0, 1).permute(1, 0, -1), spatial=1),
+    Op("transpose", lambda m, h: h.transpose(1, -1), spatial=2),
+    Op("transpose", lambda m, h: h.transpose_(1, 2), spatial=1),
+    Op("t", lambda m, h: h.t().roll(1, 0).t()),
+    Op("t", lambda m, h: h.t_().roll(1, 0).t()),
+    Op("t", lambda m, h: torch.cat([h, m.w.t().expand(8, 3)], 1), 4 + 3, shapes={"w": (3,)}, inference=True),
+    Op("numpy_T", lambda m, h: (h.T * m.known[:, None]).T, inference=True),
+    Op("mT", lambda m, h: h.mT, spatial=1, inference=True),
+    Op("adjoint", lambda m, h: h.adjoint(), spatial=1, inference=True),
+    Op("expand", lambda m, h: h[:, None].expand(8, 3, -1)),
+    Op("expand", lambda m, h: h * m.g.expand(8, 4), 8, shapes={"g": (4,)}),
+    Op("slice", lambda m, h: h[:, 1:]),
+    Op("slice", lambda m, h: torch.cat([h[:, 1::2], h[:, -4:-3]], 1)),  # what nobody reads is free too
+    Op("slice", lambda m, h: h[:, :2] + h[:, 2:], 2),
+    Op("slice", lambda m, h: h[:, :, ::2], spatial=1),
+    Op("slice", lambda m, h: torch.cat([h[:, :0].reshape(8, 0), h], 1)),
+    Op("select", lambda m, h: h[:, -1] * h[:, -1].sign() + h.relu().sum(1) * 0, 1),
+    Op("select", lambda m, h: torch.stack([h[:, 2], h[:, 0]], 1)),
+    Op("select", lambda m, h: h[:, :, 1], spatial=1),
+    Op("split", lambda m, h: torch.cat(h.split(3, 1)[::-1], 1)),
+    Op("split", lambda m, h: h.split(2, 1)[0] - h.split(2, 1)[1], 2),
+    Op("split", lambda m, h: h.split(1, 2)[1], spatial=1),
+    Op("split", lambda m, h: torch.cat([h @ part for part in m.w.split(2, 1)], 1), 8, shapes={"w": (4, 4)}),
+    Op("split_with_sizes", lambda m, h: torch.cat(h.split([1, 3], 1)[::-1], 1) + h, 1),
+    Op("split_with_sizes", lambda m, h: h.split([1, 3], 1)[1] - h[:, :3], 1),
+    Op("chunk", lambda m, h: h.chunk(2, 1)[0] - h.chunk(2, 1)[1], 2, inference=True),
+    Op("tensor_split", lambda m, h: h.tensor_split(2, 1)[0] - h.tensor_split(2, 1)[1], 2, inference=True),
+    Op("unbind", lambda m, h: torch.stack(h.unbind(1)[::-1], 1) + h, 2),
+    Op("unbind", lambda m, h: h.unbind(2)[3], spatial=1),
+    Op("roll", lambda m, h: h.roll(1, 1) + h.roll(3, 1), 2),
+    Op("roll", lambda m, h: h.roll((1, 1), (1, 2)), spatial=1),
+    Op("roll", lambda m, h: h.roll(2) + h, 2),
+    Op("flip", lambda m, h: h.flip(1) + h, 2),
+    Op("flip", lambda m, h: h.flip(-1, 0), spatial=1),
+    Op("repeat", lambda m, h: h.repeat(1, 2)[:, 1:5] + h, 1),
+    Op("repeat", lambda m, h: h + m.b.repeat(2), 2, shapes={"b": (2,)}),
+    Op("repeat", lambda m, h: h.repeat(1, 3, 1, 2), spatial=1),
+    Op("cat", lambda m, h: torch.cat([h, h.roll(1, 1)], 1)),
+    Op("cat", lambda m, h: torch.cat([torch.zeros(0, dtype=h.dtype), h, m.known.expand(8, 4)], -1)),
+    Op("cat", lambda m, h: torch.cat([h, h.flip(1)], 0)[4:12], 2),
+    Op("cat", lambda m, h: torch.cat([h, m.w.expand(8, 3)], 1), 4 + 3, shapes={"w": (3,)}),
+    Op("concat", lambda m, h: torch.concat([h, h], 1), inference=True),
+    Op("concatenate", lambda m, h: torch.concatenate([h, h], 1), inference=True),
+    Op("stack", lambda m, h: torch.stack([h, h.roll(1, 1)], -1)),
+    Op("stack", lambda m, h: torch.stack([h, h.roll(1, 1)], 1).sum(1), 1),
+    Op("constant_pad_nd", lambda m, h: F.pad(h, (1, 2))[:, 1:-2] + F.pad(h, (1, -1)), 1),
+    Op("constant_pad_nd", lambda m, h: F.pad(h, (0, 0, 2, 2)) + F.pad(h, (0, 0, 4, 0)), 2, 1),
+    Op("constant_pad_nd", lambda m, h: F.pad(h, (1, 1, 0, 0, 1, 0)), spatial=2),
+    Op("constant_pad_nd", lambda m, h: F.pad(h, (1, 1), value=1.0), 0, 1),
+    Op("reflection_pad1d", lambda m, h: F.pad(h, (1, 1), "reflect"), spatial=1),
+    Op("reflection_pad1d", lambda m, h: F.pad(h.mT, (1, 1), "reflect"), 1, 1),
+    Op("reflection_pad2d", lambda m, h: F.pad(h, (1, 1, 1, 0), "reflect"), spatial=2),
+    Op("reflection_pad3d", lambda m, h: F.pad(h, (1, 1, 1, 0, 1, 1), "reflect"), spatial=3),
+    Op("replication_pad1d", lambda m, h: F.pad(h, (1, 1), "replicate"), spatial=1),
+    Op("replication_pad2d", lambda m, h: F.pad(h, (1, 1, 1, 0), "replicate"), spatial=2),
+    Op("replication_pad2d", lambda m, h: F.pad(h.transpose(1, 3), (1, 1, 1, 0), "replicate"), 1, 2),
+    Op("replication_pad3d", lambda m, h: F.pad(h, (1, 1, 1, 0, 1, 1), "replicate"), spatial=3),
+]  # fmt: skip
+
+
+@every(OPS)
+def test_a_rule_keeps_the_function_and_loses_no_freedom(op: Op, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(op, monkeypatch)
