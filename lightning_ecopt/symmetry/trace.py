@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import warnings
-from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from types import ModuleType
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from lightning_ecopt.symmetry.group import ScalingGroup
 from lightning_ecopt.symmetry.solve import solve
+from lightning_ecopt.symmetry.structure import attributes_kept, inputs_kept, tensors_in, values_kept
 from lightning_ecopt.symmetry.watch import Watch
 
 
@@ -28,7 +24,7 @@ def scaling_group(
 
     One call ``module(*args, **kwargs)`` is traced, operation by operation, with fake tensors: nothing is computed and
     nothing in the module changes, so that it may be on the meta device. A module whose control flow depends on data, or
-    a scripted one, cannot be called that way; it is called once for real, and its buffers, its attributes and the random
+    a scripted one, cannot be called that way; it is called once for real, and its buffers, its attributes and random
     number generators are put back. Should it work by itself but not while it is watched, a warning says that all of it
     is held fixed. Compiled parts run uncompiled meanwhile.
 
@@ -53,22 +49,23 @@ def scaling_group(
         assert group.num_units == 8
     """
     trainable = select_parameters(module, parameters)
-    try:
-        group = _trace_fake(module, trainable, args, kwargs)
-        if not trainable or len(group.unseen) < len(trainable):  # a scripted module does not take fake parameters
-            return group
-    except Exception:  # data-dependent control flow, an operation without a fake form; a mistake shows up again below
-        pass
+    if not any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):  # these take no fake parameters
+        try:
+            return _trace_fake(module, trainable, args, kwargs)
+        except (
+            Exception
+        ):  # control flow that depends on data, an operation without a fake form; or a mistake: see below
+            pass
     try:
         return _trace_real(module, trainable, args, kwargs)
     except Exception as error:
-        with _state_kept(module):
-            module(*_copied(args), **_copied(kwargs))  # raises what the module raises by itself
+        with values_kept(module), inputs_kept((args, kwargs)):
+            module(*args, **kwargs)  # raises what the module raises by itself
         warnings.warn(
             f"{type(module).__name__} cannot be watched, so that all of it is held fixed: {error!r}", stacklevel=2
         )
         watch = Watch(module, trainable)
-        watch.ground(trainable.values(), "call")
+        watch.ground_all("call")
         return _group(watch, trainable)
 
 
@@ -89,7 +86,8 @@ def select_parameters(module: nn.Module, parameters: Iterable[Tensor] | None) ->
 def _trace_fake(
     module: nn.Module, trainable: Mapping[str, nn.Parameter], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> ScalingGroup:
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, _without_fused_kernels():
+    whole = torch.backends.cudnn.flags(enabled=False)  # it runs recurrent networks as one operation
+    with whole, inputs_kept((args, kwargs)), FakeTensorMode(allow_non_fake_inputs=True) as mode:
 
         def fake(tensor: Tensor) -> Tensor:
             return mode.from_tensor(tensor)
@@ -97,48 +95,23 @@ def _trace_fake(
         state = {id(tensor): fake(tensor) for tensor in [*module.parameters(), *module.buffers()]}
         args, kwargs = tree_map_only(Tensor, fake, (args, kwargs))
         watch = Watch(module, {name: state[id(p)] for name, p in trainable.items()})
-        with _attributes_restored(module, state):
+        with attributes_kept(module, state), torch.enable_grad():
             _watch_call(watch, module, args, kwargs)
     return _group(watch, trainable)
-
-
-@contextmanager
-def _without_fused_kernels() -> Iterator[None]:
-    """Let no library run a recurrent network as one operation."""
-    with torch.backends.cudnn.flags(enabled=False), torch.backends.mkldnn.flags(enabled=False):
-        yield
 
 
 def _trace_real(
     module: nn.Module, trainable: Mapping[str, nn.Parameter], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> ScalingGroup:
     watch = Watch(module, trainable)
-    with _state_kept(module):
-        _watch_call(watch, module, _copied(args), _copied(kwargs))
+    with values_kept(module), inputs_kept((args, kwargs)):
+        _watch_call(watch, module, args, kwargs)
     return _group(watch, trainable)
 
 
-def _copied(inputs: Any) -> Any:
-    return tree_map_only(Tensor, Tensor.clone, inputs)
-
-
-@contextmanager
-def _state_kept(module: nn.Module) -> Iterator[None]:
-    """Put parameters, buffers, attributes and the states of the random number generators back."""
-    devices = sorted({p.device.index for p in module.parameters() if p.device.type == "cuda"})
-    before = [(t, t.detach().clone()) for t in [*module.parameters(), *module.buffers()] if not t.is_meta]
-    try:
-        with torch.random.fork_rng(devices), _attributes_restored(module, {}):
-            yield
-    finally:
-        with torch.no_grad():
-            for tensor, values in before:
-                if not torch.equal(tensor, values):
-                    tensor.copy_(values)
-
-
 def _watch_call(watch: Watch, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    with torch.enable_grad(), watch.watching():
+    watch.accept(tensors_in((args, kwargs), objects=True))
+    with watch.watching():
         output = module(*args, **kwargs)
     watch.ground(tensors_in(output, objects=True), "output")
     watch.ground_new(_kept(module), "kept by the module")
@@ -147,47 +120,6 @@ def _watch_call(watch: Watch, module: nn.Module, args: tuple[Any, ...], kwargs: 
 def _group(watch: Watch, trainable: Mapping[str, nn.Parameter]) -> ScalingGroup:
     unseen = tuple(name for name in trainable if name not in watch.tracer.seen)
     return ScalingGroup.from_solution(trainable, solve(watch.tracer), unseen)
-
-
-@contextmanager
-def _attributes_restored(module: nn.Module, replaced: Mapping[int, Tensor]) -> Iterator[None]:
-    """Put all attributes back, and what lists and dictionaries among them hold.
-
-    Args:
-        module: whose attributes, with those of its submodules; parameters and buffers are among them.
-        replaced: tensors that stand for others in the meantime, by ``id`` of these.
-    """
-    before = [(container, copy.copy(container)) for container in _containers(module)]
-    try:
-        for container, content in before:
-            if isinstance(container, set):
-                continue
-            for key, value in content.items() if isinstance(content, dict) else enumerate(content):
-                if id(value) in replaced:
-                    container[key] = replaced[id(value)]
-        yield
-    finally:
-        for container, content in before:
-            container.clear()
-            if isinstance(container, list):
-                container.extend(content)
-            else:
-                container.update(content)
-
-
-_CONTAINERS = (dict, OrderedDict, defaultdict, list, set)
-
-
-def _containers(module: nn.Module) -> list[Any]:
-    """The dictionaries, lists and sets in which a module and its submodules keep what they have."""
-    found: dict[int, Any] = {}
-    waiting: list[Any] = [vars(part) for part in module.modules()]
-    while waiting:
-        container = waiting.pop()
-        if type(container) in _CONTAINERS and id(container) not in found:
-            found[id(container)] = container
-            waiting.extend(container.values() if isinstance(container, dict) else container)
-    return list(found.values())
 
 
 def _kept(module: nn.Module) -> list[Tensor]:
@@ -201,32 +133,6 @@ def _kept(module: nn.Module) -> list[Tensor]:
         }
         found += tensors_in({name: value for name, value in vars(part).items() if name not in computed})
     return found
-
-
-def tensors_in(structure: Any, *, objects: bool = False) -> list[Tensor]:
-    """All tensors in nested mappings, sequences, sets and data classes; in the attributes of other ``objects`` too."""
-    found: list[Tensor] = []
-    seen: set[int] = set()
-    waiting = [structure]
-    while waiting:
-        item = waiting.pop()
-        if isinstance(item, Tensor):
-            found.append(item)
-            continue
-        if isinstance(item, str | bytes | int | float | type | ModuleType | nn.Module) or id(item) in seen:
-            continue
-        seen.add(id(item))
-        if isinstance(item, Mapping):
-            waiting.extend(item.values())
-        elif isinstance(item, list | tuple | set | frozenset | deque):
-            waiting.extend(item)
-        if dataclasses.is_dataclass(item) or (objects and hasattr(item, "__dict__")):
-            waiting.extend(vars(item).values() if hasattr(item, "__dict__") else _slots(item))
-    return found
-
-
-def _slots(item: Any) -> list[Any]:
-    return [getattr(item, field.name) for field in dataclasses.fields(item)]
 
 
 class PendingGroup:

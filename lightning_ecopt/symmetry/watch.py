@@ -6,10 +6,12 @@ is then found again whatever object stands for it.
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -26,6 +28,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lightning_ecopt.symmetry.labels import GROUND, IntArray, ParameterView, Value, compress, constant, reshape, stretch
 from lightning_ecopt.symmetry.rules import RULES, Call
 from lightning_ecopt.symmetry.rules.registry import is_inexact
+from lightning_ecopt.symmetry.structure import tensors_in
 from lightning_ecopt.symmetry.tracer import Operation, Tracer
 
 View = tuple[int, tuple[int, ...], tuple[int, ...]]
@@ -64,7 +67,7 @@ class _Memory:
     def add_parameter(self, name: str, tensor: Tensor) -> None:
         """Register a parameter whose scales are looked for."""
         found = self._find(tensor)
-        if found is None or not is_plain(tensor) or not tensor.dtype.is_floating_point:
+        if found is None or not is_ordinary(tensor) or not tensor.dtype.is_floating_point:
             self.tracer.ground(ParameterView.whole(name, tensor.shape))
             return
         storage, _ = found
@@ -73,9 +76,9 @@ class _Memory:
 
     def read(self, tensor: Tensor) -> Value:
         """The label of a tensor. Memory first met as an input is constant and stays after the call."""
-        found = self._find(tensor)
+        found = self._find(tensor) if is_ordinary(tensor) else None
         if found is None:
-            return constant(GROUND, tensor.ndim)
+            return constant(GROUND, tensor.dim())
         storage, new = found
         view = _view(tensor)
         if new:
@@ -100,6 +103,11 @@ class _Memory:
             value = box.of(value)
         storage.views[view] = value
 
+    def has_seen(self, tensor: Tensor) -> bool:
+        """Whether the memory of the tensor has been met."""
+        storage = _storage_of(tensor)
+        return storage is None or storage._cdata in self.storages
+
     def is_new(self, tensor: Tensor) -> bool:
         """Whether the call has made the memory of the tensor."""
         storage = _storage_of(tensor)
@@ -108,12 +116,10 @@ class _Memory:
 
     def write(self, tensor: Tensor, value: Value) -> None:
         """Set the label of the output of an operation."""
-        found = self._find(tensor)
-        if found is None or not is_inexact(tensor) or not is_plain(tensor):
+        found = self._find(tensor) if is_ordinary(tensor) else None
+        if found is None or not is_inexact(tensor) or tensor.numel() == 0:
             self.tracer.ground(value)
-            value = constant(GROUND, tensor.ndim)
-        if tensor.numel() == 0:
-            value = constant(GROUND, tensor.ndim)
+            value = constant(GROUND, tensor.dim())
         if found is not None:
             value = value if isinstance(value, ParameterView) else compress(value)
             found[0].views[_view(tensor)] = value
@@ -157,14 +163,11 @@ def _view(tensor: Tensor) -> View:
     return int(tensor.storage_offset()), tuple(tensor.shape), tuple(tensor.stride())
 
 
-def is_plain(tensor: Tensor) -> bool:
-    """Whether the tensor is none of a class that makes something else of the operations."""
+def is_ordinary(tensor: Tensor) -> bool:
+    """Whether the tensor is dense, and of no class that makes something else of the operations."""
     kind = type(tensor)
-    return issubclass(kind, FakeTensor) or kind.__torch_dispatch__ in _PLAIN
-
-
-def _is_ordinary(tensor: Tensor) -> bool:
-    return tensor.layout is torch.strided and is_plain(tensor)
+    plain = issubclass(kind, FakeTensor) or kind.__torch_dispatch__ in _PLAIN
+    return plain and tensor.layout is torch.strided and not tensor.is_nested
 
 
 _PLAIN = (Tensor.__torch_dispatch__, torch._C._disabled_torch_dispatch_impl)
@@ -264,11 +267,9 @@ class _Constants:
     def follow(self, func: Any, args: Any, kwargs: Any, output: Any) -> dict[int, IntArray]:
         """Take note of the outputs of an operation; returns the values of its inputs that are known, by ``id``."""
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if not all(map(_is_ordinary, tensors)):
-            return {}
         known = {id(t): self._known[key][1] for t in tensors if (key := _key(t)) in self._known}
-        if _base_name(func) == "lift_fresh" and tensors and not isinstance(tensors[0], FakeTensor):
-            known[id(tensors[0])] = tensors[0]
+        if _base_name(func) == "lift_fresh" and not is_inexact(tensors[0]) and not isinstance(tensors[0], FakeTensor):
+            known[id(tensors[0])] = tensors[0]  # a literal
         if func._schema.is_mutable:
             for tensor in tensors:
                 self._forget(tensor)
@@ -278,7 +279,7 @@ class _Constants:
 
     def _make(self, func: Any, args: Any, kwargs: Any, output: Any, known: dict[int, Tensor]) -> None:
         outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-        if any(is_inexact(leaf) or leaf.numel() > self.MOST or not _is_ordinary(leaf) for leaf in outputs):
+        if any(is_inexact(leaf) or leaf.numel() > self.MOST or not is_ordinary(leaf) for leaf in outputs):
             return
 
         def value(leaf: Any) -> Any:
@@ -318,6 +319,9 @@ class Watch(TorchDispatchMode):
         self.constants = _Constants()
         self._names = {id(part): name for name, part in module.named_modules()}
         self._path: list[str] = []
+        self.is_fake = any(isinstance(tensor, FakeTensor) for tensor in parameters.values())
+        self._lock = threading.RLock()  # the call may have threads of its own
+        self._parameters = list(parameters.values())
         for name, tensor in parameters.items():
             self.memory.add_parameter(name, tensor)
 
@@ -326,28 +330,57 @@ class Watch(TorchDispatchMode):
         name = _base_name(func)
         if name.startswith("prim::"):  # a question about a tensor, such as its device
             return func(*args, **kwargs)
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        ordinary = all(map(is_ordinary, tensors))
         rule = RULES.get(name)
-        if rule is None and isinstance(func, torch._ops.OpOverload):
+        if rule is None and ordinary and isinstance(func, torch._ops.OpOverload):
             with self:
                 parts = func.decompose(*args, **kwargs)
             if parts is not NotImplemented:
                 return parts
-        self.tracer.operation = Operation(name, self._path[-1] if self._path else "")
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        inputs = {id(tensor): self.memory.read(tensor) for tensor in tensors}
-        shapes = {id(tensor): tuple(tensor.shape) for tensor in tensors}  # some operations change them in place
+        if name == "lift_fresh" and self.is_fake and not tensors[0].untyped_storage().resizable():
+            raise RuntimeError("A fake tensor shares no memory with NumPy.")  # the module is called with real ones then
+        operation = Operation(name, self._path[-1] if self._path else "")
+        with self._lock, torch._C.DisableTorchFunction():
+            self.tracer.operation = operation
+            inputs = {id(tensor): self._read(tensor) for tensor in tensors}
+            shapes = {id(tensor): tuple(tensor.shape) for tensor in tensors if not tensor.is_nested}  # some change
         output = func(*args, **kwargs)
-        constants = self.constants.follow(func, args, kwargs, output)
-        arguments = _named_arguments(func, args, kwargs)
-        if rule is None or arguments is None or not all(map(_is_ordinary, tensors)):
-            self._ground(inputs.values(), (args, kwargs), output, func)
-        else:
+        with self._lock, torch._C.DisableTorchFunction():
+            self.tracer.operation = operation
+            arguments = _named_arguments(func, args, kwargs)
+            constants = {} if arguments is None or not ordinary else self.constants.follow(func, args, kwargs, output)
+            if rule is None or arguments is None or not ordinary:
+                self._ground(inputs.values(), (args, kwargs), output, func)
+                return output
             try:
                 self._apply(rule, Call(self.tracer, arguments, inputs, shapes, output, constants), func)
             except Exception as error:  # a form of the operation that the rule does not know must not stop training
                 warnings.warn(f"The rule for {name} failed, so what it touches is held fixed: {error!r}", stacklevel=2)
                 self._ground(inputs.values(), (args, kwargs), output, func)
         return output
+
+    def _read(self, tensor: Tensor) -> Value:
+        """The label of an input. Of one that nobody saw being made, all that it was made of is held fixed."""
+        if not is_ordinary(tensor):
+            self.ground([part for part in tensors_in(vars(tensor)) if part is not tensor])
+        elif tensor.grad_fn is not None and not self.memory.has_seen(tensor):
+            self._ground_origin(tensor)
+        return self.memory.read(tensor)
+
+    def _ground_origin(self, tensor: Tensor) -> None:
+        """Hold fixed the parameters that a tensor was computed from, on another thread for instance."""
+        own = {id(parameter): parameter for parameter in self._parameters}
+        waiting, seen = [tensor.grad_fn], set()
+        while waiting:
+            node = waiting.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            variable = getattr(node, "variable", None)
+            if id(variable) in own:
+                self.tracer.ground(self.memory.read(own[id(variable)]))
+            waiting += [source for source, _ in node.next_functions]
 
     def _ground(self, inputs: Iterable[Value], arguments: Any, output: Any, func: Any) -> None:
         """An operation without a rule: nothing that it touches may change."""
@@ -365,14 +398,16 @@ class Watch(TorchDispatchMode):
         values = rule(call)
         outputs = call.output if isinstance(call.output, list | tuple) else [call.output]
         values = values if isinstance(values, list | tuple) else [values]
-        in_place = [] if torch.Tag.inplace_view in func.tags else _outputs_in_place(func)
-        written = {id(call.arguments[name]) for name in in_place if call.arguments[name] is not None}
-        for tensor, value in zip(outputs, values, strict=True):
+        written = _written(func)
+        if torch.Tag.inplace_view in func.tags or len(written) != len(outputs):  # a list of views is one output
+            written = [None] * len(outputs)
+        for tensor, value, name in zip(outputs, values, written, strict=True):
             if not isinstance(tensor, Tensor) or value is None:
                 continue
-            if id(tensor) in written:
-                self.memory.overwrite(tensor, value)
-            else:
+            target = call.arguments[name] if name is not None else None
+            if target is not None:
+                self.memory.overwrite(target, value)
+            if tensor is not target:
                 self.memory.write(tensor, value)
 
     def leaves(self, name: str, tensor: Tensor) -> None:
@@ -380,11 +415,21 @@ class Watch(TorchDispatchMode):
         self.tracer.operation = Operation(name, self._path[-1] if self._path else "")
         self.tracer.ground(self.memory.read(tensor))
 
-    def ground(self, tensors: Iterable[Tensor], name: str) -> None:
+    def ground(self, tensors: Iterable[Tensor], name: str | None = None) -> None:
         """Demand that tensors which leave the call stay as they are; ``name`` is for the report."""
-        self.tracer.operation = Operation(name, "")
+        if name is not None:
+            self.tracer.operation = Operation(name, "")
         for tensor in tensors:
-            self.tracer.ground(self.memory.read(tensor))
+            self.tracer.ground(self._read(tensor))
+
+    def accept(self, tensors: Iterable[Tensor]) -> None:
+        """Take tensors for constants that the call is given."""
+        for tensor in tensors:
+            self.memory.read(tensor)
+
+    def ground_all(self, name: str) -> None:
+        """Demand that no parameter changes."""
+        self.ground(self._parameters, name)
 
     def ground_new(self, tensors: Iterable[Tensor], name: str) -> None:
         """Likewise, but only those that the call has made."""
@@ -404,18 +449,42 @@ class Watch(TorchDispatchMode):
         fast_attention = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)  # one operation for a whole layer, for inference only
         try:
-            with torch.compiler.set_stance("force_eager"), _Escapes(self), self:
+            with torch.compiler.set_stance("force_eager"), self._threads_watched(), _Escapes(self), self:
                 yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fast_attention)
             for handle in handles:
                 handle.remove()
 
+    @contextmanager
+    def _threads_watched(self) -> Iterator[None]:
+        """Enter the mode on threads too that the call starts."""
+        start, own = threading.Thread.start, threading.get_ident()
+
+        def watched(run: Callable[[], None]) -> None:
+            with _Escapes(self), self:
+                run()
+
+        def noticed(thread: threading.Thread) -> None:
+            if threading.get_ident() == own:
+                if self.is_fake:
+                    raise RuntimeError("Threads cannot share fake tensors.")  # the module is called with real ones then
+                thread.run = partial(watched, thread.run)  # type: ignore[method-assign]
+            start(thread)
+
+        threading.Thread.start = noticed  # type: ignore[method-assign, assignment]
+        try:
+            yield
+        finally:
+            threading.Thread.start = start  # type: ignore[method-assign]
+
 
 class _Escapes(TorchFunctionMode):
     """Grounds tensors whose values leave torch, where no operation shows what becomes of them."""
 
-    EXITS = frozenset({"numpy", "tolist", "__array__", "__dlpack__", "data_ptr"})
+    EXITS = frozenset(
+        {"numpy", "tolist", "__array__", "__dlpack__", "data_ptr", "__reduce_ex__", "storage", "untyped_storage"}
+    )
 
     def __init__(self, watch: Watch) -> None:
         super().__init__()
@@ -424,6 +493,8 @@ class _Escapes(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
         if name in self.EXITS and args and isinstance(args[0], Tensor):
+            if name == "data_ptr" and isinstance(args[0], FakeTensor):
+                raise RuntimeError("A fake tensor has no memory.")  # the module is called with real ones then
             self.watch.leaves(name, args[0])
         return func(*args, **(kwargs or {}))
 
@@ -455,11 +526,13 @@ def _named_arguments(func: Any, args: Any, kwargs: Mapping[str, Any]) -> dict[st
     return named
 
 
-def _outputs_in_place(func: Any) -> list[str]:
-    """Names of the arguments that the operation writes to and returns."""
-    returned = {alias for value in func._schema.returns if value.alias_info for alias in value.alias_info.before_set}
-    return [
-        argument.name
+def _written(func: Any) -> list[str | None]:
+    """For each output the name of the argument that the operation writes it to."""
+    names = {
+        alias: argument.name
         for argument in func._schema.arguments
-        if argument.alias_info and argument.alias_info.is_write and argument.alias_info.before_set & returned
-    ]
+        if argument.alias_info and argument.alias_info.is_write
+        for alias in argument.alias_info.before_set
+    }
+    aliases = [value.alias_info.before_set if value.alias_info else () for value in func._schema.returns]
+    return [next((names[alias] for alias in output if alias in names), None) for output in aliases]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ecopt.symmetry import ScalingGroup, scaling_group
-from lightning_ecopt.symmetry.trace import tensors_in
+from lightning_ecopt.symmetry.structure import tensors_in
 
 DRAWS = 30
 BATCH_NORM = nn.modules.batchnorm._BatchNorm

@@ -15,6 +15,7 @@ from lightning_ecopt.symmetry.rules import (
     indexing,
     normalization,
     pointwise,
+    recurrent,
     reductions,
     views,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "indexing",
     "normalization",
     "pointwise",
+    "recurrent",
     "reductions",
     "rule",
     "views",

@@ -1,0 +1,38 @@
+"""Recurrent networks that a library runs as one operation. Their gates are fixed, what comes in need not be."""
+
+from __future__ import annotations
+
+from lightning_ecopt.symmetry.labels import GROUND, IntArray, ParameterView, constant
+from lightning_ecopt.symmetry.rules.registry import Call, rule
+
+
+@rule("mkldnn_rnn_layer")
+def recurrent_layer(call: Call) -> list[IntArray]:
+    """One direction of one layer of an LSTM."""
+    _lead_in(call, "input", [call["weight0"]])
+    call.ground("weight1", "weight2", "weight3", "hx_", "cx_")
+    return [constant(GROUND, getattr(output, "ndim", 0)) for output in call.output]
+
+
+@rule("_cudnn_rnn")
+def recurrent_network(call: Call) -> list[IntArray]:
+    """All layers; ``weight`` holds those of each layer and direction, ``weight_stride0`` at a time."""
+    size, directions = call["weight_stride0"], 2 if call["bidirectional"] else 1
+    first = [call["weight"][number * size] for number in range(directions)]
+    _lead_in(call, "input", first)
+    for weight in call["weight"]:
+        if not any(weight is other for other in first):
+            call.tracer.ground(call.value(weight))
+    call.ground("hx", "cx", "dropout_state")
+    return [constant(GROUND, getattr(output, "ndim", 0)) for output in call.output]
+
+
+def _lead_in(call: Call, name: str, weights: list[object]) -> None:
+    """Lead from the channels of an input, its last axis, through ``weights`` [gates, channels] to fixed gates."""
+    ids = call.uniform(name, range(len(call.shape(name)) - 1)).reshape(1, -1)
+    for weight in weights:
+        value = call.value(weight)
+        if isinstance(value, ParameterView):
+            call.tracer.assign(value, constant(GROUND, 2), ids, additive=False)
+        else:
+            call.tracer.ground(call.tracer.combine((1, ids), (1, value)))
