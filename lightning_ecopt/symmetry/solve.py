@@ -80,7 +80,7 @@ def solve(tracer: Tracer) -> Solution:
     number[units + products] = np.arange(len(order))
     terms = [(number[item], number[unit], float(power)) for item in products for unit, power in powers[item].items()]
     uses = [
-        SolvedUse(name, use.region, number[incoming], number[outgoing], use.additive)
+        SolvedUse(name, use.region, _shortened(number[incoming]), _shortened(number[outgoing]), use.additive)
         for (name, use), incoming, outgoing in zip(names, labels[::2], labels[1::2], strict=True)
     ]
     scales, of, exponents = zip(*terms, strict=True) if terms else ((), (), ())
@@ -93,6 +93,13 @@ def solve(tracer: Tracer) -> Solution:
         uses,
         costs,
     )
+
+
+def _shortened(numbers: IntArray) -> IntArray:
+    """A matrix of scales none of which is free need not be written out; one row for each element of the first axis."""
+    if sum(size > 1 for size in numbers.shape) > 1 and (numbers == NO_UNIT).all():
+        return numbers[(slice(None), *(slice(1) for _ in numbers.shape[1:]))]
+    return numbers
 
 
 def _components(pairs: IntArray, size: int) -> IntArray:

@@ -8,6 +8,7 @@ from fractions import Fraction
 from math import lcm, prod
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lightning_ecopt.symmetry.labels import (
     GROUND,
@@ -73,12 +74,21 @@ class Tracer:
     equalities: list[IntArray] = field(default_factory=list)
     relations: list[Relations] = field(default_factory=list)
     groundings: list[tuple[Operation, IntArray]] = field(default_factory=list)
+    grounded: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(1024, dtype=bool))
 
     def fresh(self, shape: Sequence[int]) -> IntArray:
         """New scales, one for each element of ``shape``."""
         ids = np.arange(self.num_scales, self.num_scales + prod(shape), dtype=np.int64).reshape(tuple(shape))
         self.num_scales += ids.size
+        if self.num_scales >= len(self.grounded):
+            self.grounded = np.concatenate([self.grounded, np.zeros(self.num_scales, dtype=bool)])
         return ids
+
+    def simplify(self, ids: IntArray) -> IntArray:
+        """The same label, written shorter by what is known to be ground."""
+        if ids.size == 1 or not self.grounded[ids].any():  # the last entry, which stands for ZERO, is never set
+            return ids
+        return compress(np.where(self.grounded[ids], GROUND, ids))
 
     def equate(self, first: IntArray, second: IntArray) -> IntArray:
         """Demand that two labels agree element by element; returns the common label."""
@@ -88,7 +98,9 @@ class Tracer:
             pairs, _ = unique_rows(np.stack([first[differ], second[differ]], 1))
             grounded = (pairs == GROUND).any(1)
             if grounded.any():
-                self.groundings.append((self.operation, np.unique(pairs[grounded].max(1))))
+                numbers = np.unique(pairs[grounded].max(1))
+                self.groundings.append((self.operation, numbers))
+                self.grounded[numbers] = True
             if not grounded.all():
                 self.equalities.append(pairs[~grounded])
         return compress(np.where(first == ZERO, second, first))
@@ -149,6 +161,30 @@ class Tracer:
         """Demand ``sum_k coefficients[k] * log(scales[n, k]) = 0`` for every row n of ``scales``."""
         if len(scales):
             self.relations.append(Relations(scales, coefficients))
+
+    def cancel(self, *terms: tuple[int, IntArray]) -> None:
+        """Demand that a product of powers is one for all elements; each term is an exponent and a label.
+
+        Factors that change along different axes are constant, each by itself, so that no label is written out along
+        axes on which it does not change.
+        """
+        clusters: list[tuple[set[int], list[tuple[int, IntArray]]]] = []
+        for term in terms:
+            axes, members = _varying(term[1]), [term]
+            apart = []
+            for cluster in clusters:
+                if cluster[0] & axes or not cluster[0] or not axes:
+                    axes, members = axes | cluster[0], [*cluster[1], *members]
+                else:
+                    apart.append(cluster)
+            clusters = [*apart, (axes, members)]
+        constants = self.fresh((len(clusters) - 1,))
+        for k, (_, members) in enumerate(clusters):
+            rest = constants[k : k + 1] if k < len(constants) else constants
+            columns = np.broadcast_arrays(*(ids for _, ids in members))
+            rows, _ = unique_rows(np.stack([column.ravel() for column in columns], 1))
+            signs = [exponent for exponent, _ in members] + [-1 if k < len(constants) else 1] * len(rest)
+            self.relate(np.concatenate([rows, np.broadcast_to(rest, (len(rows), len(rest)))], 1), tuple(signs))
 
     def difference(self, first: IntArray, second: IntArray, axes: Iterable[int]) -> IntArray:
         """Demand that ``first / second`` changes along ``axes`` only; returns its label, new scales."""
@@ -246,21 +282,15 @@ class Tracer:
     def _agree(self, earlier: Use, use: Use) -> None:
         """Demand that two uses of one region scale it alike."""
         earlier.additive &= use.additive
-        pairs = [
-            np.broadcast_arrays(earlier.incoming, use.incoming),
-            np.broadcast_arrays(earlier.outgoing, use.outgoing),
-        ]
+        pairs = ((earlier.incoming, use.incoming), (earlier.outgoing, use.outgoing))
         if any((ids == ZERO).any() for pair in pairs for ids in pair):  # what meets zeros need not agree
-            earlier.incoming = self.equate(*pairs[0])
-            earlier.outgoing = self.equate(*pairs[1])
+            earlier.incoming, earlier.outgoing = (self.equate(*pair) for pair in pairs)
             return
-        alike = [bool((first == second).all()) for first, second in pairs]
-        if any(alike):
-            self.equate(*pairs[1 if alike[0] else 0])
-            return
-        # in / in' = out / out' for all elements: it changes along no axis along which only one of the sides does.
-        shared = _varying(earlier.incoming, use.incoming) & _varying(earlier.outgoing, use.outgoing)
-        self.equate(*(self.difference(first, second, shared) for first, second in pairs))
+        terms = [(1, pairs[0][0]), (-1, pairs[0][1]), (-1, pairs[1][0]), (1, pairs[1][1])]
+        for k, (first, second) in enumerate(pairs):
+            if np.array_equal(first, second):
+                terms = terms[2:] if k == 0 else terms[:2]
+        self.cancel(*terms)
 
     def _ground_parameter(self, name: str, labels: Iterable[IntArray]) -> None:
         for ids in labels:

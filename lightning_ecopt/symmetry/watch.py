@@ -86,7 +86,10 @@ class _Memory:
             storage.views[view] = constant(GROUND, tensor.ndim)
         if view not in storage.views:  # one that nobody saw being made, or that was not there before a change in place
             self._derive(storage, view)
-        return storage.views[view]
+        value = storage.views[view]
+        if not isinstance(value, ParameterView):
+            value = storage.views[view] = self.tracer.simplify(value)
+        return value
 
     def _derive(self, storage: _Storage, view: View) -> None:
         """Find the label of a view from that of the whole."""
@@ -270,12 +273,13 @@ class _Constants:
         known = {id(t): self._known[key][1] for t in tensors if (key := _key(t)) in self._known}
         if _base_name(func) == "lift_fresh" and not is_inexact(tensors[0]) and not isinstance(tensors[0], FakeTensor):
             known[id(tensors[0])] = tensors[0]  # a literal
-        if func._schema.is_mutable:
-            for tensor in tensors:
-                self._forget(tensor)
-        elif len(known) == len(tensors) and torch.Tag.nondeterministic_seeded not in func.tags:
-            self._make(func, args, kwargs, output, known)
-        return {number: value.numpy() for number, value in known.items()}
+        with unset_fake_temporarily():
+            if func._schema.is_mutable:
+                for tensor in tensors:
+                    self._forget(tensor)
+            elif len(known) == len(tensors) and torch.Tag.nondeterministic_seeded not in func.tags:
+                self._make(func, args, kwargs, output, known)
+            return {number: value.numpy() for number, value in known.items()}
 
     def _make(self, func: Any, args: Any, kwargs: Any, output: Any, known: dict[int, Tensor]) -> None:
         outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
@@ -287,9 +291,8 @@ class _Constants:
                 return torch.device("cpu")
             return known[id(leaf)] if isinstance(leaf, Tensor) else leaf
 
-        with unset_fake_temporarily():
-            made = func(*tree_map(value, args), **tree_map(value, kwargs))
-        for leaf, real in zip(outputs, (leaf for leaf in tree_leaves(made) if isinstance(leaf, Tensor)), strict=True):
+        made = tree_leaves(func(*tree_map(value, args), **tree_map(value, kwargs)))
+        for leaf, real in zip(outputs, (leaf for leaf in made if isinstance(leaf, Tensor)), strict=True):
             self._known[_key(leaf)] = (leaf, real.clone())
 
     def _forget(self, tensor: Tensor) -> None:
@@ -493,7 +496,7 @@ class _Escapes(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
         if name in self.EXITS and args and isinstance(args[0], Tensor):
-            if name == "data_ptr" and isinstance(args[0], FakeTensor):
+            if name in ("data_ptr", "__dlpack__") and isinstance(args[0], FakeTensor):
                 raise RuntimeError("A fake tensor has no memory.")  # the module is called with real ones then
             self.watch.leaves(name, args[0])
         return func(*args, **(kwargs or {}))
