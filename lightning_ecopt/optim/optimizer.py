@@ -190,7 +190,11 @@ class EquivalentClassOptimizer(Optimizer):
         if self._group is None:
             raise RuntimeError("The scaling group is not known before the first step.")
         active = self._group.alive().cpu() & self._own if self._active is None else self._active
-        return active & self._group.scales.simple if self.rule == "path" else active
+        return active & self._with_paths(self._group) if self.rule == "path" else active
+
+    def _with_paths(self, group: ScalingGroup) -> Tensor:
+        """Units that something leads into and out of, no products among it, ``bool[H]``."""
+        return group.scales.simple & ~group.scale_invariant
 
     def stop_watching(self) -> None:
         """Give the module back the method that a pending group watches."""
@@ -343,9 +347,10 @@ class EquivalentClassOptimizer(Optimizer):
         if self.rule == "unit" and group.num_units > 0:
             self._rule = before or self._unit_rule()
         elif bool(self.usable_units().any()):
-            # Units of other optimizers, and those in products, are as ground; dormant ones are not, for no path leads
+            # Units without paths, and those of other optimizers, are as ground; dormant ones are not, for no path leads
             # through them.
-            own = [coupling.restricted(self._own & group.scales.simple | ~alive) for coupling in group.couplings]
+            edges = self._own & self._with_paths(group) | ~alive
+            own = [coupling.restricted(edges) for coupling in group.couplings]
             skeleton = choose_skeleton(own, parameters, self.usable_units(), self.skeleton)
             self._rule = PathRule(group, parameters, skeleton, self.free_start, self.max_path_ratio)
             self._rule.restart_(moments)

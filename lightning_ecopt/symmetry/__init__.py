@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from lightning_ecopt.symmetry.group import Coupling, ScalingGroup, UnitSet
+from lightning_ecopt.symmetry.describe import UnitSet
+from lightning_ecopt.symmetry.group import Coupling, ScalingGroup
 from lightning_ecopt.symmetry.segments import SegmentSum
 from lightning_ecopt.symmetry.trace import PendingGroup, scaling_group
 

@@ -29,12 +29,13 @@ CONJUGATE_GRADIENT_STEPS = 1000
 class Flow:
     """Squares between units: ``mass`` with the shape to which the unit numbers ``incoming`` and ``outgoing`` broadcast.
 
-    ``-1`` stands for ground.
+    ``-1`` stands for ground. To each entry of ``incoming`` belong as many ``rows`` of the weights.
     """
 
     mass: Tensor
     incoming: Tensor
     outgoing: Tensor
+    rows: float
 
 
 def alive_units(flows: Sequence[Flow], scales: Scales) -> Tensor:
@@ -70,6 +71,15 @@ def _spread_bounds(bounded: Tensor, edges: Sequence[tuple[Tensor, Tensor, Tensor
     for mass, source, target in edges:
         open_ = ((mass > 0) & bounded[source]).to(mass.dtype).sum_to_size(target.shape) > 0
         bounded[target[open_ & ~broken[target]]] = True
+
+
+def mean_square(flows: Sequence[Flow], scales: Scales) -> Tensor:
+    """Sums of squares of the rows that lead into each unit, divided by the number of rows, ``[H]``."""
+    incoming = torch.cat([flow.incoming.reshape(-1) % (scales.num_scales + 1) for flow in flows])
+    squares = torch.cat([flow.mass.sum_to_size(flow.incoming.shape).reshape(-1) for flow in flows])
+    rows = torch.cat([squares.new_full((flow.incoming.numel(),), flow.rows) for flow in flows])
+    total = SegmentSum(incoming, scales.num_scales + 1)
+    return (total(squares) / total(rows))[: scales.num_units]
 
 
 def balancing_scale(flows: Sequence[Flow], scales: Scales, active: Tensor) -> Tensor:
@@ -121,6 +131,7 @@ class _Problem:
                 ),
                 flow.incoming % (scales.num_scales + 1),  # ground is the last
                 flow.outgoing % (scales.num_scales + 1),
+                flow.rows,
             )
             for flow in flows
         ]

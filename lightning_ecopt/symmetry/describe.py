@@ -87,9 +87,9 @@ def _by_unit(exponents: csr_array) -> dict[int, set[float]]:
     result: dict[int, set[float]] = defaultdict(set)
     for unit, exponent in zip(entries.col.tolist(), entries.data.round(DECIMALS).tolist(), strict=True):
         result[unit].add(exponent)
-    for unit in np.flatnonzero(np.bincount(entries.col, minlength=entries.shape[1]) < entries.shape[0]):
-        if unit in result:
-            result[unit].add(0.0)
+    units, rows = np.unique(entries.col, return_counts=True)
+    for unit in units[rows < entries.shape[0]].tolist():
+        result[unit].add(0.0)
     return result
 
 
@@ -98,9 +98,7 @@ def _share_axes(first: np.ndarray, second: np.ndarray) -> bool:
     return any(a > 1 and b > 1 for a, b in zip(first.shape[::-1], second.shape[::-1], strict=False))
 
 
-def describe_unit(
-    unit: int, couplings: Iterable[Coupling], scales: Scales, shapes: Mapping[str, Sequence[int]]
-) -> str:
+def describe_unit(unit: int, couplings: Iterable[Coupling], scales: Scales, shapes: Mapping[str, Sequence[int]]) -> str:
     """In words what one unit multiplies; ``shapes`` are those of the parameters."""
     exponents = _exponents(scales)[:, [unit]].toarray().ravel()  # index -1 is the last
     found: dict[float, list[str]] = defaultdict(list)
@@ -163,9 +161,9 @@ def _boxes(chosen: np.ndarray) -> Iterator[list[IntArray]]:
         return
     for axis, places in enumerate(box):
         slices = np.moveaxis(chosen, axis, 0)[places].reshape(len(places), -1)
-        kinds, kind = np.unique(slices, axis=0, return_inverse=True)
-        if len(kinds) > 1:
-            for number in range(len(kinds)):
+        _, first, kind = np.unique(slices, axis=0, return_index=True, return_inverse=True)
+        if len(first) > 1:
+            for number in np.argsort(first):
                 own = np.zeros((chosen.shape[axis], *(1,) * (chosen.ndim - axis - 1)), dtype=bool)
                 own[places[kind.reshape(-1) == number]] = True
                 yield from _boxes(chosen & own)

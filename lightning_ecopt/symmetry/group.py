@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
-from lightning_ecopt.report import print_report
-from lightning_ecopt.symmetry.balance import Flow, alive_units, balancing_scale
+from lightning_ecopt.symmetry.balance import Flow, alive_units, balancing_scale, mean_square
 from lightning_ecopt.symmetry.describe import UnitSet, describe_unit, sort_units
 from lightning_ecopt.symmetry.scales import Scales, widest
 from lightning_ecopt.symmetry.solve import NO_UNIT, Solution
 from lightning_ecopt.symmetry.tracer import Operation
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,6 +143,8 @@ class ScalingGroup:
 
             scaling_group(model, x).summary()
         """
+        from lightning_ecopt.report import print_report  # which imports this module
+
         print_report(self, console)
 
     def describe(self, unit: int) -> str:
@@ -209,14 +214,37 @@ class ScalingGroup:
                 factor = (power * coupling.to(log_scale.device).log_factor(log_scale)).exp()
                 coupling.view(tensor).mul_(factor.to(tensor))
 
+    @cached_property
+    def scale_invariant(self) -> Tensor:
+        """Units of weights whose length does not matter, such as v of ``g * v / |v|``, ``bool[H]``.
+
+        Nothing is divided by them and nothing else scales their weights. Without a balance between two sides, their
+        representative is the one whose rows have a mean square of one over their number of elements.
+        """
+        alone = torch.zeros(self.scales.num_scales, dtype=torch.bool)
+        others = torch.zeros_like(alone)
+        for coupling in self.couplings:
+            incoming, outgoing = torch.broadcast_tensors(coupling.incoming, coupling.outgoing)
+            alone[incoming[(incoming != NO_UNIT) & (outgoing == NO_UNIT)]] = True
+            others[incoming[(incoming != NO_UNIT) & (outgoing != NO_UNIT)]] = True
+            others[outgoing[outgoing != NO_UNIT]] = True
+        return alone[: self.num_units] & ~self.scales.in_(others) & self.scales.simple
+
     @torch.no_grad()
     def alive(self) -> Tensor:
         """Which units lie on a path of non-zero elements through the network, ``bool[H]``.
 
         The others (all weights of one side zero, as in a zero-initialised layer) are *dormant*: they have no balanced
-        scale and no path.
+        scale and no path. Scale-invariant weights are alive unless all are zero.
         """
-        return alive_units(list(self._flows()), self.scales)
+        return self._alive(list(self._flows()))
+
+    def _alive(self, flows: list[Flow]) -> Tensor:
+        alive = alive_units(flows, self.scales)
+        if not bool(self.scale_invariant.any()):
+            return alive
+        excess = mean_square(flows, self.scales)
+        return torch.where(self.scale_invariant.to(excess.device), (excess > 0) & excess.isfinite(), alive)
 
     @torch.no_grad()
     def balance_(self, active: Tensor | None = None) -> Tensor:
@@ -233,8 +261,14 @@ class ScalingGroup:
         """
         flows = list(self._flows())
         if active is None:
-            active = alive_units(flows, self.scales)
-        log_scale = balancing_scale(flows, self.scales, active) if flows else torch.zeros(0, dtype=torch.double)
+            active = self._alive(flows)
+        log_scale = torch.zeros(0, dtype=torch.double)
+        if flows:
+            active = active.to(flows[0].mass.device)
+            invariant = active & self.scale_invariant.to(active.device)
+            log_scale = balancing_scale(flows, self.scales, active & ~invariant)
+            if bool(invariant.any()):
+                log_scale -= torch.where(invariant, mean_square(flows, self.scales).log() / 2, 0.0)
         self.rescale_(self.parameters, log_scale)
         return log_scale
 
@@ -243,8 +277,8 @@ class ScalingGroup:
         empty = [name for name, parameter in self.parameters.items() if parameter.is_meta]
         if empty:
             raise RuntimeError(
-                f"{len(empty)} parameters, {empty[0]} first, are on the meta device and have no values: materialise the "
-                "module (module.to_empty(device=...) and its initialisation) and trace it again."
+                f"{len(empty)} parameters, {empty[0]} first, are on the meta device and have no values: materialise "
+                "the module (module.to_empty(device=...) and its initialisation) and trace it again."
             )
         for coupling in self.couplings:
             if self.num_units == 0 or bool((torch.maximum(coupling.incoming, coupling.outgoing) == NO_UNIT).all()):
@@ -252,4 +286,5 @@ class ScalingGroup:
             weight = coupling.view(self.parameters[coupling.parameter].detach())
             shape = torch.broadcast_shapes(coupling.incoming.shape, coupling.outgoing.shape)
             local = coupling.to(weight.device)
-            yield Flow(weight.to(widest(weight.device)).square().sum_to_size(shape), local.incoming, local.outgoing)
+            mass = weight.to(widest(weight.device)).square().sum_to_size(shape)
+            yield Flow(mass, local.incoming, local.outgoing, len(weight) / local.incoming.numel())

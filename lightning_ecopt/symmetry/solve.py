@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import numpy as np
@@ -16,7 +16,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from lightning_ecopt.symmetry.labels import GROUND, ZERO, IntArray
-from lightning_ecopt.symmetry.tracer import Operation, Tracer
+from lightning_ecopt.symmetry.tracer import Operation, Tracer, Use
 
 NO_UNIT = -1
 
@@ -65,7 +65,9 @@ def solve(tracer: Tracer) -> Solution:
             costs[operation] += len(lost)
     rows, component, ground = _simplify(_Rows.of(tracer), component, ground)
 
-    names = [(name, use) for name in tracer.shapes for use in tracer.uses.get(name, [])]
+    names = [
+        (name, use) for name in tracer.shapes for use in _completed(tracer.uses.get(name, []), tracer.shapes[name])
+    ]
     labels = [component[np.where(ids == ZERO, GROUND, ids)] for _, use in names for ids in (use.incoming, use.outgoing)]
     met = np.zeros(tracer.num_scales, dtype=bool)  # by component
     for members in labels:
@@ -95,10 +97,24 @@ def solve(tracer: Tracer) -> Solution:
     )
 
 
+def _completed(uses: list[Use], shape: tuple[int, ...]) -> list[Use]:
+    """Let the rest of a parameter of one use go along, on axes on which its scales do not change.
+
+    So that it fits a longer input, of which the example needs the first positions only.
+    """
+    if len(uses) != 1:
+        return uses
+    (use,) = uses
+    alike = [use.incoming.shape[axis] == use.outgoing.shape[axis] == 1 for axis in range(len(shape))]
+    region = tuple(slice(0, size, 1) if same else own for size, same, own in zip(shape, alike, use.region, strict=True))
+    return [replace(use, region=region)]
+
+
 def _shortened(numbers: IntArray) -> IntArray:
     """A matrix of scales none of which is free need not be written out; one row for each element of the first axis."""
     if sum(size > 1 for size in numbers.shape) > 1 and (numbers == NO_UNIT).all():
-        return numbers[(slice(None), *(slice(1) for _ in numbers.shape[1:]))]
+        first = [slice(None)] + [slice(1)] * (numbers.ndim - 1)
+        return numbers[tuple(first)]
     return numbers
 
 

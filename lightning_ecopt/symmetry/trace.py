@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
@@ -170,7 +171,7 @@ class PendingGroup:
                 vars(self.module)[self.method] = pending._own
 
     def _watched(self, *args: Any, **kwargs: Any) -> Any:
-        if self._cancelled:
+        if self._cancelled or detect_fake_mode() is not None:  # a call that computes nothing is no real one
             return self._method(*args, **kwargs)
         watch = Watch(self.module, self.trainable)
         with watch.watching():

@@ -325,8 +325,9 @@ class Watch(TorchDispatchMode):
         self.is_fake = any(isinstance(tensor, FakeTensor) for tensor in parameters.values())
         self._lock = threading.RLock()  # the call may have threads of its own
         self._parameters = list(parameters.values())
-        for name, tensor in parameters.items():
-            self.memory.add_parameter(name, tensor)
+        with torch._C.DisableTorchFunction():  # another watch may be looking
+            for name, tensor in parameters.items():
+                self.memory.add_parameter(name, tensor)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -415,20 +416,23 @@ class Watch(TorchDispatchMode):
 
     def leaves(self, name: str, tensor: Tensor) -> None:
         """Take down that a tensor's values leave torch in the module that is running."""
-        self.tracer.operation = Operation(name, self._path[-1] if self._path else "")
-        self.tracer.ground(self.memory.read(tensor))
+        with self._lock, torch._C.DisableTorchFunction():  # another watch may be looking
+            self.tracer.operation = Operation(name, self._path[-1] if self._path else "")
+            self.tracer.ground(self._read(tensor))
 
     def ground(self, tensors: Iterable[Tensor], name: str | None = None) -> None:
         """Demand that tensors which leave the call stay as they are; ``name`` is for the report."""
-        if name is not None:
-            self.tracer.operation = Operation(name, "")
-        for tensor in tensors:
-            self.tracer.ground(self._read(tensor))
+        with self._lock, torch._C.DisableTorchFunction():
+            if name is not None:
+                self.tracer.operation = Operation(name, "")
+            for tensor in tensors:
+                self.tracer.ground(self._read(tensor))
 
     def accept(self, tensors: Iterable[Tensor]) -> None:
         """Take tensors for constants that the call is given."""
-        for tensor in tensors:
-            self.memory.read(tensor)
+        with torch._C.DisableTorchFunction():
+            for tensor in tensors:
+                self.memory.read(tensor)
 
     def ground_all(self, name: str) -> None:
         """Demand that no parameter changes."""
@@ -436,7 +440,9 @@ class Watch(TorchDispatchMode):
 
     def ground_new(self, tensors: Iterable[Tensor], name: str) -> None:
         """Likewise, but only those that the call has made."""
-        self.ground([tensor for tensor in tensors if self.memory.is_new(tensor)], name)
+        with torch._C.DisableTorchFunction():
+            new = [tensor for tensor in tensors if self.memory.is_new(tensor)]
+        self.ground(new, name)
 
     @contextmanager
     def watching(self) -> Iterator[None]:

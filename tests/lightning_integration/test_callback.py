@@ -6,7 +6,6 @@ import copy
 import csv
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -283,12 +282,21 @@ def test_an_example_of_one_row_is_enough_for_batch_norm() -> None:
     assert same(weights(module), weights(reference))
 
 
+class Calls:
+    """What is counted; an object of the user's, so that tracing does not put it back."""
+
+    def __init__(self) -> None:
+        self.real: list[bool] = []
+        self.fake: list[bool] = []
+        self.batches: list[tuple[int, float]] = []
+
+
 class Counting(Classifier):
     """Keeps books outside of the module, which a trace would put back as they were."""
 
     def __init__(self, example: Tensor | None) -> None:
         super().__init__(nn.Sequential(mlp(), nn.Dropout(0.3)), example=example)
-        self.calls = SimpleNamespace(real=[], fake=[], batches=[])
+        self.calls = Calls()
 
     def forward(self, x: Tensor) -> Tensor:
         (self.calls.fake if isinstance(x, FakeTensor) else self.calls.real).append(self.training)
@@ -301,7 +309,7 @@ class Counting(Classifier):
 
 @pytest.mark.parametrize("example", [None, EXAMPLE], ids=["first step", "example"])
 def test_no_batch_forward_pass_or_random_number_is_spent(example: Tensor | None) -> None:
-    def run(*callbacks: Any) -> tuple[SimpleNamespace, Tensor]:
+    def run(*callbacks: Any) -> tuple[Calls, Tensor]:
         module = Counting(example)
         torch.manual_seed(1)
         fit(module, *callbacks, data=loader(shuffle=True))

@@ -1058,6 +1058,7 @@ def test_the_usable_units_are_not_known_before_the_network_was_traced() -> None:
     with torch.no_grad():
         module[2].weight[:, 1] = 0
     assert int(ec_sgd(module, x, lr=0.1).usable_units().sum()) == 5
+    assert optimizer.group is None  # another trace of the module is not the call that it waits for
 
 
 @RULES
