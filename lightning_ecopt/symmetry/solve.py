@@ -1,7 +1,8 @@
 """From the equations of a traced call to the units: the scales that remain free.
 
-Nearly all equations are ``a = b`` or ``a = 0`` (in logarithms): connected components. What is left, the products, is
-solved by elimination, exactly: first the scales that one equation alone mentions, many at a time, then row by row.
+Nearly all equations are ``a = b``, ``a = -b`` or ``a = 0`` (in logarithms): connected components, with signs. What is
+left, the products, is solved by elimination, exactly: first the scales that no parameter has, many at a time, then the
+few others one by one.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from lightning_ecopt.symmetry.labels import GROUND, ZERO, IntArray
+from lightning_ecopt.symmetry.labels import GROUND, ZERO, IntArray, unique_rows
 from lightning_ecopt.symmetry.tracer import Operation, Tracer, Use
 
 NO_UNIT = -1
+Powers = dict[int, int | Fraction]  # exponents of unknowns
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,47 +55,60 @@ class Solution:
 
 def solve(tracer: Tracer) -> Solution:
     """Solve the equations of a traced call."""
+    unknowns = _Unknowns(tracer.num_scales)
     pairs = np.concatenate(tracer.equalities) if tracer.equalities else np.empty((0, 2), np.int64)
-    component = _components(pairs, tracer.num_scales)
-    ground = np.zeros(tracer.num_scales, dtype=bool)  # by component
-    ground[component[GROUND]] = True
+    unknowns.merge(pairs[:, 0], pairs[:, 1], np.ones(len(pairs), np.int64))
+    unknowns.ground[unknowns.of[GROUND]] = True
     costs: Counter[Operation] = Counter()
     for operation, ids in tracer.groundings:
-        lost = np.unique(component[ids[ids > GROUND]])
-        lost = lost[~ground[lost]]
-        ground[lost] = True
+        lost = np.unique(unknowns.of[ids[ids > GROUND]])
+        lost = lost[~unknowns.ground[lost]]
+        unknowns.ground[lost] = True
         if len(lost):
             costs[operation] += len(lost)
-    rows, component, ground = _simplify(_Rows.of(tracer), component, ground)
 
-    names = [
-        (name, use) for name in tracer.shapes for use in _completed(tracer.uses.get(name, []), tracer.shapes[name])
-    ]
-    labels = [component[np.where(ids == ZERO, GROUND, ids)] for _, use in names for ids in (use.incoming, use.outgoing)]
-    met = np.zeros(tracer.num_scales, dtype=bool)  # by component
-    for members in labels:
-        met[members] = True
-    met &= ~ground
-    powers = _eliminate(rows, met)
-
-    order = _in_order(labels, met)
-    units = [scale for scale in order if scale not in powers]
-    products = [scale for scale in order if scale in powers]
-    number = np.full(tracer.num_scales, NO_UNIT, dtype=np.int64)  # by component
-    number[units + products] = np.arange(len(order))
-    terms = [(number[item], number[unit], float(power)) for item in products for unit, power in powers[item].items()]
     uses = [
+        (name, use) for name, shape in tracer.shapes.items() for use in _completed(tracer.uses.get(name, []), shape)
+    ]
+    labels = [np.where(ids == ZERO, GROUND, ids) for _, use in uses for ids in (use.incoming, use.outgoing)]
+    had = np.unique(np.concatenate([ids.ravel() for ids in labels])) if labels else np.empty(0, np.int64)
+    rows, expressed = _simplify(_Rows.of(tracer), unknowns, had)
+    powers = _eliminate(rows, expressed, unknowns.met(had))
+
+    # Each unknown is met as it is or inverted; a unit is the way in which the parameters meet it first.
+    codes = [2 * unknowns.of[ids] + (unknowns.sign[ids] < 0) for ids in labels]
+    order = [divmod(code, 2) for code in _in_order(codes, np.repeat(unknowns.met(had), 2))]
+    units: dict[int, int] = {}
+    turned: dict[int, int] = {}
+    for unknown, inverted in order:
+        if unknown not in powers and unknown not in units:
+            units[unknown], turned[unknown] = len(units), -1 if inverted else 1
+    number = np.full(2 * tracer.num_scales, NO_UNIT, dtype=np.int64)  # by code
+    terms: list[tuple[int, int, float]] = []
+    count = len(units)
+    for unknown, inverted in order:
+        if not powers.get(unknown, True):
+            continue  # ground after all
+        sign = -1 if inverted else 1
+        if turned.get(unknown) == sign:
+            number[2 * unknown + inverted] = units[unknown]
+            continue
+        number[2 * unknown + inverted] = count
+        for unit, power in powers.get(unknown, {unknown: 1}).items():
+            terms.append((count, units[unit], float(sign * turned[unit] * power)))
+        count += 1
+    solved = [
         SolvedUse(name, use.region, _shortened(number[incoming]), _shortened(number[outgoing]), use.additive)
-        for (name, use), incoming, outgoing in zip(names, labels[::2], labels[1::2], strict=True)
+        for (name, use), incoming, outgoing in zip(uses, codes[::2], codes[1::2], strict=True)
     ]
     scales, of, exponents = zip(*terms, strict=True) if terms else ((), (), ())
     return Solution(
         len(units),
-        len(units) + len(products),
+        count,
         np.array(scales, np.int64),
         np.array(of, np.int64),
         np.array(exponents, np.float64),
-        uses,
+        solved,
         costs,
     )
 
@@ -118,9 +134,43 @@ def _shortened(numbers: IntArray) -> IntArray:
     return numbers
 
 
-def _components(pairs: IntArray, size: int) -> IntArray:
-    graph = coo_array((np.ones(len(pairs), np.int8), (pairs[:, 0], pairs[:, 1])), shape=(size, size))
-    return np.asarray(connected_components(graph, directed=False)[1], dtype=np.int64)
+class _Unknowns:
+    """Scales that are equal or inverse are one unknown: scale ``s`` is ``of[s]`` to the power ``sign[s]``.
+
+    ``ground`` says by unknown which must not change.
+    """
+
+    def __init__(self, num_scales: int) -> None:
+        self.of = np.arange(num_scales, dtype=np.int64)
+        self.sign = np.ones(num_scales, dtype=np.int64)
+        self.ground = np.zeros(num_scales, dtype=bool)
+
+    def merge(self, first: IntArray, second: IntArray, sign: IntArray) -> tuple[IntArray, IntArray]:
+        """Let unknowns ``first[n]`` be ``second[n]`` to the power ``sign[n]``.
+
+        Returns:
+            The new number and the sign of each unknown that there was.
+        """
+        size = len(self.ground)
+        turned = (sign < 0).astype(np.int64)
+        # A node for each unknown and one for its inverse.
+        rows = np.concatenate([2 * first, 2 * first + 1])
+        columns = np.concatenate([2 * second + turned, 2 * second + 1 - turned])
+        graph = coo_array((np.ones(len(rows), np.int8), (rows, columns)), shape=(2 * size, 2 * size))
+        component = connected_components(graph, directed=False)[1].reshape(size, 2)
+        _, number = np.unique(component.min(1), return_inverse=True)
+        number = number.reshape(-1).astype(np.int64)
+        turn = np.where(component[:, 0] <= component[:, 1], 1, -1)
+        ground = np.zeros(size, dtype=bool)
+        ground[number[self.ground | (component[:, 0] == component[:, 1])]] = True  # a = -a
+        self.of, self.sign, self.ground = number[self.of], self.sign * turn[self.of], ground
+        return number, turn
+
+    def met(self, scales: IntArray) -> NDArray[np.bool_]:
+        """Which unknowns are among the scales, and not ground."""
+        met = np.zeros_like(self.ground)
+        met[self.of[scales]] = True
+        return met & ~self.ground
 
 
 def _in_order(labels: Sequence[IntArray], met: np.ndarray) -> list[int]:
@@ -162,51 +212,164 @@ class _Rows:
             count,
         )
 
-    def merged(self, component: IntArray, ground: np.ndarray) -> _Rows:
-        """The same with components for scales: ground left out, equal ones added up, rows numbered anew."""
-        scale = component[self.scale]
-        kept = ~ground[scale]
-        keys, place = np.unique(np.stack([self.row[kept], scale[kept]], 1), axis=0, return_inverse=True)
-        coefficient = np.zeros(len(keys), np.int64)
-        np.add.at(coefficient, place.reshape(-1), self.coefficient[kept])
-        keys, coefficient = keys[coefficient != 0], coefficient[coefficient != 0]
+    def renumbered(self, number: IntArray, sign: IntArray, ground: NDArray[np.bool_]) -> _Rows:
+        """The same in other unknowns: ground left out, equal ones added up, rows numbered anew, each once."""
+        unknown = number[self.scale]
+        return self._tidied(self.row, unknown, self.coefficient * sign[self.scale], ~ground[unknown])
+
+    @staticmethod
+    def _tidied(row: IntArray, scale: IntArray, coefficient: IntArray, kept: NDArray[np.bool_]) -> _Rows:
+        keys, place = unique_rows(np.stack([row[kept], scale[kept]], 1))
+        total = np.zeros(len(keys), np.int64)
+        np.add.at(total, place, coefficient[kept])
+        keys, total = keys[total != 0], total[total != 0]
         _, row = np.unique(keys[:, 0], return_inverse=True)
-        return _Rows(row.reshape(-1), keys[:, 1], coefficient, int(row.max(initial=-1)) + 1)
+        row = row.reshape(-1)
+        return _Rows(row, keys[:, 1], total, int(row.max(initial=-1)) + 1)._each_once()
+
+    def _each_once(self) -> _Rows:
+        """Leave out what is repeated, among rows of up to four terms."""
+        length = np.bincount(self.row, minlength=self.count)
+        start = np.cumsum(length) - length  # entries are sorted by row
+        kept = length > 4
+        for terms in range(1, 5):
+            rows = np.flatnonzero(length == terms)
+            if not len(rows):
+                continue
+            places = start[rows, None] + np.arange(terms)
+            table = np.concatenate([self.scale[places], self.coefficient[places]], 1)
+            table[:, terms:] *= np.sign(table[:, terms : terms + 1])
+            table[:, terms:] -= min(0, table[:, terms:].min())
+            _, same = unique_rows(table)
+            kept[rows[np.unique(same, return_index=True)[1]]] = True
+        if kept.all():
+            return self
+        number = np.cumsum(kept) - 1
+        entries = kept[self.row]
+        return _Rows(number[self.row[entries]], self.scale[entries], self.coefficient[entries], int(kept.sum()))
+
+    def substituted(self, spare: NDArray[np.bool_], usable: NDArray[np.bool_]) -> tuple[_Rows, _Rows, IntArray] | None:
+        """Use rows to replace unknowns in the others, as many as do not interfere.
+
+        Args:
+            spare: which unknowns may be replaced.
+            usable: which rows may be used for it.
+
+        Returns:
+            The other rows, those that were used, and the unknown that each of these gave; ``None`` if none can be used,
+            or too few to be worth it.
+        """
+        candidates = np.flatnonzero(spare[self.scale] & usable[self.row] & (np.abs(self.coefficient) == 1))
+        occurs = np.bincount(self.scale, minlength=len(spare))
+        candidates = candidates[np.lexsort([occurs[self.scale[candidates]], self.row[candidates]])]
+        candidates = candidates[np.unique(self.row[candidates], return_index=True)[1]]  # one for each row
+        candidates = candidates[np.unique(self.scale[candidates], return_index=True)[1]]  # and for each unknown
+        pivot_row = np.full(len(spare), -1, dtype=np.int64)  # by unknown
+        pivot_row[self.scale[candidates]] = self.row[candidates]
+        chosen = np.zeros(self.count, dtype=bool)
+        chosen[self.row[candidates]] = True
+        # Of two chosen rows one of which has the pivot of the other, the later one has to wait.
+        other = pivot_row[self.scale]
+        clash = chosen[self.row] & (other >= 0) & (other != self.row)
+        chosen[np.maximum(self.row[clash], other[clash])] = False
+        if chosen.sum() < 16:
+            return None
+        pivot_row[self.scale[candidates][~chosen[self.row[candidates]]]] = -1
+        source = pivot_row[self.scale]
+        own = chosen[self.row]
+        replaced = np.flatnonzero((source >= 0) & ~own)
+        plain = np.flatnonzero((source < 0) & ~own)
+        leading = np.zeros(self.count, dtype=np.int64)
+        leading[self.row[own & (source >= 0)]] = self.coefficient[own & (source >= 0)]
+        length = np.bincount(self.row, minlength=self.count)
+        start = np.cumsum(length) - length
+        sources = source[replaced]
+        times = length[sources]
+        within = np.arange(times.sum()) - np.repeat(np.cumsum(times) - times, times)
+        entries = np.repeat(start[sources], times) + within
+        # x = -c (sum of the others) with the coefficient c = 1 or -1 of the pivot x, which drops out itself.
+        factor = np.repeat(-self.coefficient[replaced] * leading[sources], times)
+        others = source[entries] < 0
+        row = np.concatenate([self.row[plain], np.repeat(self.row[replaced], times)[others]])
+        scale = np.concatenate([self.scale[plain], self.scale[entries][others]])
+        coefficient = np.concatenate([self.coefficient[plain], (factor * self.coefficient[entries])[others]])
+        left = self._tidied(row, scale, coefficient, np.ones(len(row), dtype=bool))
+        _, number = np.unique(self.row[own], return_inverse=True)
+        used = _Rows(number.reshape(-1), self.scale[own], self.coefficient[own], int(chosen.sum()))
+        return left, used, self.scale[own & (source >= 0)]
+
+    def equations(self) -> list[Powers]:
+        """The rows as mappings from unknowns to coefficients."""
+        found: list[Powers] = [{} for _ in range(self.count)]
+        entries = zip(self.row.tolist(), self.scale.tolist(), self.coefficient.tolist(), strict=True)
+        for row, scale, coefficient in entries:
+            found[row][scale] = coefficient
+        return found
 
 
-def _simplify(rows: _Rows, component: IntArray, ground: np.ndarray) -> tuple[_Rows, IntArray, np.ndarray]:
-    """Use up the equations of one term (``a = 0``) and those of the form ``a = b``, until there are none."""
-    rows = rows.merged(component, ground)
+def _simplify(rows: _Rows, unknowns: _Unknowns, had: IntArray) -> tuple[_Rows, list[tuple[int, Powers]]]:
+    """Use up equations many at a time: of one term, of the form ``a = b`` and ``a = -b``, and as they can be solved.
+
+    Args:
+        rows: the equations.
+        unknowns: changed in place.
+        had: the scales that parameters have; others are eliminated first.
+
+    Returns:
+        What is left of the equations, and unknowns as powers of others, the later of which may be replaced again.
+    """
+    solved: list[tuple[int, Powers]] = []
+    rows = rows.renumbered(unknowns.of, unknowns.sign, unknowns.ground)
     while True:
         length = np.bincount(rows.row, minlength=rows.count)
-        total = np.bincount(rows.row, weights=rows.coefficient, minlength=rows.count)
         alone = rows.scale[(length == 1)[rows.row]]
-        pairs = rows.scale[((length == 2) & (total == 0))[rows.row]].reshape(-1, 2)  # entries are sorted by row
-        if not len(alone) and not len(pairs):
-            return rows, component, ground
-        merged = _components(pairs, len(ground))
-        fixed = np.zeros_like(ground)
-        fixed[merged[ground]] = True
-        fixed[merged[alone]] = True
-        component, ground = merged[component], fixed
-        rows = rows.merged(merged, ground)
+        two = (length == 2)[rows.row]
+        pairs, coefficients = rows.scale[two].reshape(-1, 2), rows.coefficient[two].reshape(-1, 2)
+        whole = np.abs(coefficients[:, 0]) == np.abs(coefficients[:, 1])
+        if len(alone) or whole.any():
+            unknowns.ground[alone] = True
+            pairs, coefficients = pairs[whole], coefficients[whole]
+            signs = -np.sign(coefficients[:, 0] * coefficients[:, 1])
+            number, turn = unknowns.merge(pairs[:, 0], pairs[:, 1], signs)
+            rows = rows.renumbered(number, turn, unknowns.ground)
+            solved = [_renumbered(item, number, turn, unknowns.ground) for item in solved]
+            continue
+        spare = ~unknowns.met(had)
+        everywhere = np.ones(rows.count, dtype=bool)
+        without = np.bincount(rows.row, weights=spare[rows.scale], minlength=rows.count) == 0
+        step = rows.substituted(spare, everywhere) or rows.substituted(~spare, without)
+        if step is None:
+            return rows, solved
+        rows, used, pivots = step
+        if not spare[pivots[0]]:
+            for pivot, equation in zip(pivots.tolist(), used.equations(), strict=True):
+                leading = equation.pop(pivot)
+                solved.append((pivot, {scale: -c * leading for scale, c in equation.items()}))
 
 
-Powers = dict[int, int | Fraction]
+def _renumbered(
+    item: tuple[int, Powers], number: IntArray, turn: IntArray, ground: NDArray[np.bool_]
+) -> tuple[int, Powers]:
+    """The same unknown and its powers after unknowns were merged, which it was not."""
+    pivot, powers = item
+    total: Powers = defaultdict(int)
+    for scale, power in powers.items():
+        if not ground[number[scale]]:
+            total[int(number[scale])] += power * int(turn[scale] * turn[pivot])
+    return int(number[pivot]), dict(total)
 
 
-def _eliminate(rows: _Rows, met: np.ndarray) -> dict[int, Powers]:
-    """Express scales by others: those that are ``met`` only by such that are met.
+def _eliminate(rows: _Rows, solved: list[tuple[int, Powers]], met: NDArray[np.bool_]) -> dict[int, Powers]:
+    """Express unknowns by others: those that are ``met`` only by such that are met.
 
     Returns:
         For each scale that is not free the exponents of free ones.
     """
-    equations: dict[int, Powers] = defaultdict(dict)
+    equations = dict(enumerate(rows.equations()))
     occurs: dict[int, set[int]] = defaultdict(set)
-    for row, scale, coefficient in zip(rows.row.tolist(), rows.scale.tolist(), rows.coefficient.tolist(), strict=True):
-        equations[row][scale] = coefficient
-        occurs[scale].add(row)
-    solved: list[tuple[int, Powers]] = []
+    for row, equation in equations.items():
+        for scale in equation:
+            occurs[scale].add(row)
     for row in sorted(equations, key=lambda row: len(equations[row])):
         equation = equations.pop(row)
         if not equation:
