@@ -1,0 +1,109 @@
+"""The solver against plain linear algebra."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_ecopt.symmetry import solve as solver
+from lightning_ecopt.symmetry.labels import GROUND
+from lightning_ecopt.symmetry.solve import NO_UNIT, solve
+from lightning_ecopt.symmetry.tracer import Operation, Tracer, Use
+
+SCALES = 12
+
+
+@st.composite
+def systems(draw: Any) -> tuple[Tracer, np.ndarray]:
+    """Random equations between a few scales, as a tracer has them and as the rows of a matrix."""
+    tracer = Tracer({"w": (SCALES,)})
+    tracer.fresh((SCALES,))
+    numbers = st.integers(1, SCALES)
+    rows = []
+
+    def row(scales: list[int], coefficients: list[int]) -> None:
+        rows.append(np.zeros(SCALES + 1))
+        for scale, coefficient in zip(scales, coefficients, strict=True):
+            rows[-1][scale] += coefficient
+
+    for first, second in draw(st.lists(st.tuples(numbers, numbers), max_size=4)):
+        tracer.equalities.append(np.array([[first, second]]))
+        row([first, second], [1, -1])
+    for number in draw(st.lists(numbers, max_size=2)):
+        tracer.groundings.append((Operation("ground", ""), np.array([number])))
+        row([number], [1])
+    for width in draw(st.lists(st.integers(2, 4), max_size=8)):
+        coefficients = draw(st.lists(st.sampled_from([1, -1, 1, -1, 2, -3]), min_size=width, max_size=width))
+        count = draw(st.integers(1, 3))
+        scales = draw(
+            st.lists(st.lists(st.integers(0, SCALES), min_size=width, max_size=width), min_size=count, max_size=count)
+        )
+        tracer.relate(np.array(scales), tuple(coefficients))
+        for numbered in scales:
+            row(numbered, coefficients)
+    used = np.array(sorted(draw(st.sets(numbers, min_size=1))))
+    region = (slice(0, len(used), 1),)
+    tracer.uses["w"] = [Use(region, used, np.zeros(1, np.int64), additive=False)]
+    matrix = np.array(rows or [np.zeros(SCALES + 1)])
+    matrix[:, GROUND] = 0
+    return tracer, matrix[:, 1:]
+
+
+def null_space(matrix: np.ndarray) -> np.ndarray:
+    _, values, vectors = np.linalg.svd(matrix, full_matrices=True)
+    rank = int((values > 1e-9).sum())
+    return vectors[rank:].T
+
+
+@pytest.mark.parametrize("worth_it", [1, 2, solver.WORTH_IT])
+@settings(max_examples=250, deadline=None, derandomize=True)
+@given(system=systems())
+def test_units_span_the_solutions_as_far_as_parameters_show_them(
+    worth_it: int, system: tuple[Tracer, np.ndarray]
+) -> None:
+    tracer, matrix = system
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(solver, "WORTH_IT", worth_it)
+        solution = solve(tracer)
+    (use,) = tracer.uses["w"]
+    (solved,) = solution.uses
+    scales = np.zeros((solution.num_scales + 1, solution.num_units))  # the last is ground
+    scales[: solution.num_units] = np.eye(solution.num_units)
+    np.add.at(scales, (solution.scales, solution.units), solution.exponents)
+    found = scales[np.broadcast_to(solved.incoming, use.incoming.shape)]
+    expected = null_space(matrix)[use.incoming - 1]
+    rank = int(np.linalg.matrix_rank(expected, tol=1e-9))
+    assert solution.num_units == rank
+    assert np.linalg.matrix_rank(found, tol=1e-9) == rank
+    assert np.linalg.matrix_rank(np.hstack([expected, found]), tol=1e-9) == rank
+
+
+def test_units_come_in_the_order_and_direction_in_which_parameters_meet_them() -> None:
+    tracer = Tracer({"a": (2,), "b": (2,)})
+    first, second = tracer.fresh((2,)), tracer.fresh((2,))
+    tracer.relate(np.stack([first, second], 1), (1, 1))
+    ground = np.zeros(1, np.int64)
+    tracer.uses["a"] = [Use((slice(0, 2, 1),), second[::-1], ground, additive=False)]
+    tracer.uses["b"] = [Use((slice(0, 2, 1),), first, ground, additive=False)]
+    solution = solve(tracer)
+    assert solution.num_units == 2
+    assert solution.uses[0].incoming.tolist() == [0, 1]
+    assert solution.uses[1].incoming.tolist() == [2, 3]
+    assert (solution.scales.tolist(), solution.units.tolist()) == ([2, 3], [1, 0])
+    assert solution.exponents.tolist() == [-1, -1]
+
+
+def test_a_scale_that_is_its_own_inverse_is_ground() -> None:
+    tracer = Tracer({"w": (1,)})
+    scale = tracer.fresh((1,))
+    other = tracer.fresh((1,))
+    tracer.relate(np.array([[scale[0], other[0]]]), (1, 1))
+    tracer.equate(scale, other)
+    tracer.uses["w"] = [Use((slice(0, 1, 1),), scale, np.zeros(1, np.int64), additive=False)]
+    solution = solve(tracer)
+    assert solution.num_units == 0
+    assert solution.uses[0].incoming.tolist() == [NO_UNIT]
