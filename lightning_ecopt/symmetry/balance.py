@@ -12,7 +12,8 @@ powers of units, s_h and s_u are linear in the units; F is convex all the same.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 from torch import Tensor
@@ -27,15 +28,45 @@ CONJUGATE_GRADIENT_STEPS = 1000
 
 @dataclass(frozen=True, eq=False)
 class Flow:
-    """Squares between units: ``mass`` with the shape to which the unit numbers ``incoming`` and ``outgoing`` broadcast.
+    """Squares between scales, as a batch of matrices, so that sums over them are products of matrices and vectors.
 
-    ``-1`` stands for ground. To each entry of ``incoming`` belong as many ``rows`` of the weights.
+    Args:
+        mass: ``[G, A, B]``; G counts what changes with both sides, as the groups of a convolution.
+        incoming: scales ``[G, A]``, -1 for ground.
+        outgoing: scales ``[G, B]``, likewise.
+        rows: how many rows of the weights belong to each entry of ``incoming``.
     """
 
     mass: Tensor
     incoming: Tensor
     outgoing: Tensor
     rows: float
+
+    @classmethod
+    def of(cls, weight: Tensor, incoming: Tensor, outgoing: Tensor) -> Flow:
+        """The squares of a weight that leads from ``outgoing`` to ``incoming``, scales that broadcast to it."""
+        shapes = incoming.shape, outgoing.shape
+        mass = weight.square().sum_to_size(torch.broadcast_shapes(*shapes))
+        varies = [[size > 1 for size in shape] for shape in shapes]
+        both = [k for k in range(mass.ndim) if varies[0][k] and varies[1][k]]
+        first, second = ([k for k in range(mass.ndim) if own[k] and k not in both] for own in varies)
+        rest = [k for k in range(mass.ndim) if not varies[0][k] and not varies[1][k]]
+        count = prod(mass.shape[k] for k in both)
+        sizes = (count, prod(mass.shape[k] for k in first), prod(mass.shape[k] for k in second))
+        return cls(
+            mass.permute(*both, *first, *second, *rest).reshape(sizes),
+            incoming.permute(*both, *first, *second, *rest).reshape(count, -1),
+            outgoing.permute(*both, *first, *second, *rest).reshape(count, -1),
+            len(weight) / incoming.numel(),
+        )
+
+    def into(self, values: Tensor) -> Tensor:
+        """Sums ``[G, A]`` of mass times values of the outgoing side, ``[G, B]``."""
+        return torch.bmm(self.mass, values[..., None])[..., 0]
+
+    def out_of(self, values: Tensor) -> Tensor:
+        """Sums ``[G, B]`` of mass times values of the incoming side, ``[G, A]``."""
+        return torch.bmm(values[:, None], self.mass)[:, 0]
 
 
 def alive_units(flows: Sequence[Flow], scales: Scales) -> Tensor:
@@ -48,50 +79,62 @@ def alive_units(flows: Sequence[Flow], scales: Scales) -> Tensor:
     scales = scales.to(device)
     broken = torch.zeros(scales.num_scales + 1, dtype=torch.bool, device=device)
     for flow in flows:
-        unsound = ~flow.mass.isfinite()
-        for ids in (flow.incoming, flow.outgoing):
-            broken[ids[unsound.to(flow.mass.dtype).sum_to_size(ids.shape) > 0]] = True
+        sums = flow.into(torch.ones_like(flow.outgoing, dtype=flow.mass.dtype))
+        if not bool(sums.isfinite().all()):
+            unsound = ~flow.mass.isfinite()
+            broken[flow.incoming[unsound.any(2)]] = True
+            broken[flow.outgoing[unsound.any(1)]] = True
     sound = ~scales.in_(broken[:-1])
+    flows = [flow if not bool(broken[flow.incoming].any()) else _finite(flow) for flow in flows]
     above, below = torch.zeros_like(sound), torch.zeros_like(sound)
     count = -1
     while count != (count := int(above.sum()) + int(below.sum())):
         caps, floors = scales.bounded(above, below)
         ground = caps.new_ones(1)  # index -1 is the last
         caps, floors = torch.cat([caps, ground]), torch.cat([floors, ground])
-        _spread_bounds(caps, [(f.mass, f.outgoing, f.incoming) for f in flows], broken)
-        _spread_bounds(floors, [(f.mass, f.incoming, f.outgoing) for f in reversed(flows)], broken)
+        # What non-zero elements connect to something bounded is bounded itself.
+        for flow in flows:
+            open_ = flow.into(caps[flow.outgoing].to(flow.mass.dtype)) > 0
+            caps[flow.incoming[open_ & ~broken[flow.incoming]]] = True
+        for flow in reversed(flows):
+            open_ = flow.out_of(floors[flow.incoming].to(flow.mass.dtype)) > 0
+            floors[flow.outgoing[open_ & ~broken[flow.outgoing]]] = True
         scales.bound_units(above, below, caps[:-1], floors[:-1])
         above &= sound
         below &= sound
     return above & below
 
 
-def _spread_bounds(bounded: Tensor, edges: Sequence[tuple[Tensor, Tensor, Tensor]], broken: Tensor) -> None:
-    """Bound, in place, what a non-zero element connects to a bounded source; each edge: mass, source, target."""
-    for mass, source, target in edges:
-        open_ = ((mass > 0) & bounded[source]).to(mass.dtype).sum_to_size(target.shape) > 0
-        bounded[target[open_ & ~broken[target]]] = True
+def _finite(flow: Flow) -> Flow:
+    """Without elements that are not finite."""
+    return replace(flow, mass=flow.mass.masked_fill(~flow.mass.isfinite(), 0.0))
 
 
 def mean_square(flows: Sequence[Flow], scales: Scales) -> Tensor:
     """Sums of squares of the rows that lead into each unit, divided by the number of rows, ``[H]``."""
     incoming = torch.cat([flow.incoming.reshape(-1) % (scales.num_scales + 1) for flow in flows])
-    squares = torch.cat([flow.mass.sum_to_size(flow.incoming.shape).reshape(-1) for flow in flows])
+    squares = torch.cat([flow.mass.sum(2).reshape(-1) for flow in flows])
     rows = torch.cat([squares.new_full((flow.incoming.numel(),), flow.rows) for flow in flows])
     total = SegmentSum(incoming, scales.num_scales + 1)
     return (total(squares) / total(rows))[: scales.num_units]
 
 
-def balancing_scale(flows: Sequence[Flow], scales: Scales, active: Tensor) -> Tensor:
+def balancing_scale(flows: Sequence[Flow], scales: Scales, active: Tensor, resolution: float = 0.0) -> Tensor:
     """The log-scales ``[H]`` that balance the ``active`` units (``bool[H]``, all alive); zero for the others.
 
     Coarse sweeps, each of which can only lower F however the units hang together, then Newton steps to rounding.
+
+    Args:
+        flows: the squares.
+        scales: that the flows refer to.
+        active: the units to move.
+        resolution: of the type in which the weights are kept; a balance well below is good enough.
     """
     device = flows[0].mass.device
     active = active.to(device)
     problem = _Problem(flows, scales.to(device), active)
     scale = torch.zeros(len(active), dtype=flows[0].mass.dtype, device=device)
-    tolerance = 64 * torch.finfo(scale.dtype).eps
+    tolerance = max(64 * torch.finfo(scale.dtype).eps, resolution / 64)
 
     reach = problem.scales.reach
     for _ in range(COARSE_SWEEPS):
@@ -123,52 +166,60 @@ class _Problem:
     """F, its gradient and its Hessian."""
 
     def __init__(self, flows: Sequence[Flow], scales: Scales, active: Tensor) -> None:
-        # An element from a scale to itself does not change; one that is not finite joins units at rest.
-        self.flows = [
-            Flow(
-                flow.mass.masked_fill(
-                    (flow.incoming == flow.outgoing) & (flow.incoming >= 0) | ~flow.mass.isfinite(), 0.0
-                ),
-                flow.incoming % (scales.num_scales + 1),  # ground is the last
-                flow.outgoing % (scales.num_scales + 1),
-                flow.rows,
-            )
-            for flow in flows
-        ]
+        self.flows = [self._prepared(flow, scales.num_scales + 1) for flow in flows]
         self.scales, self.active = scales, active
         size = scales.num_scales + 1
         self._incoming = SegmentSum(torch.cat([flow.incoming.reshape(-1) for flow in self.flows]), size)
         self._outgoing = SegmentSum(torch.cat([flow.outgoing.reshape(-1) for flow in self.flows]), size)
 
-    def _squares(self, scale: Tensor) -> list[Tensor]:
-        padded = self._padded(scale)
-        return [f.mass * (2 * (padded[f.incoming] - padded[f.outgoing])).exp() for f in self.flows]
+    @staticmethod
+    def _prepared(flow: Flow, size: int) -> Flow:
+        """With ground as the last scale, without what does not change and what is not finite, which joins no units."""
+        incoming, outgoing = flow.incoming % size, flow.outgoing % size
+        mass = flow.mass
+        if bool(torch.isin(flow.incoming[flow.incoming >= 0], flow.outgoing).any()):
+            mass = mass.masked_fill(
+                (incoming[:, :, None] == outgoing[:, None]) & (incoming < size - 1)[:, :, None], 0.0
+            )
+        if not bool(mass.sum().isfinite()):
+            mass = mass.masked_fill(~mass.isfinite(), 0.0)
+        return Flow(mass, incoming, outgoing, flow.rows)
 
-    def _padded(self, scale: Tensor) -> Tensor:
-        return torch.cat([self.scales.of(scale), scale.new_zeros(1)])
+    def _factors(self, scale: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """What the two sides of each flow multiply its squares by."""
+        rises = torch.cat([2 * self.scales.of(scale), scale.new_zeros(1)]).exp()
+        return [(rises[flow.incoming], 1 / rises[flow.outgoing]) for flow in self.flows]
 
-    def _collect(self, values: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def _collect(self, into: Sequence[Tensor], out: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Sums ``[S]`` of what leads into, and of what comes out of, each scale."""
-        into = [value.sum_to_size(f.incoming.shape).reshape(-1) for value, f in zip(values, self.flows, strict=True)]
-        out = [value.sum_to_size(f.outgoing.shape).reshape(-1) for value, f in zip(values, self.flows, strict=True)]
-        return self._incoming(torch.cat(into))[:-1], self._outgoing(torch.cat(out))[:-1]
+        rising, falling = (torch.cat([value.reshape(-1) for value in values]) for values in (into, out))
+        return self._incoming(rising)[:-1], self._outgoing(falling)[:-1]
 
     def value(self, scale: Tensor) -> Tensor:
-        return torch.stack([squares.sum() for squares in self._squares(scale)]).sum()
+        parts = zip(self.flows, self._factors(scale), strict=True)
+        return torch.stack([(first * flow.into(second)).sum() for flow, (first, second) in parts]).sum()
 
     def sums(self, scale: Tensor) -> tuple[Tensor, Tensor]:
         """Sums of squares that grow and that shrink with each unit, ``[H]`` both."""
-        return self.scales.collect_parts(*self._collect(self._squares(scale)))
+        parts = list(zip(self.flows, self._factors(scale), strict=True))
+        into = [first * flow.into(second) for flow, (first, second) in parts]
+        out = [second * flow.out_of(first) for flow, (first, second) in parts]
+        return self.scales.collect_parts(*self._collect(into, out))
 
     def solve(self, scale: Tensor, right: Tensor, diagonal: Tensor) -> Tensor:
         """Solve ``(D - A) z = right``, a quarter of the Hessian, by conjugate gradients with its diagonal D."""
-        squares = self._squares(scale)
+        parts = list(zip(self.flows, self._factors(scale), strict=True))
+        totals = [(first * flow.into(second), second * flow.out_of(first)) for flow, (first, second) in parts]
 
         def apply(z: Tensor) -> Tensor:
-            padded = self._padded(z)
-            pulls = [s * (padded[f.incoming] - padded[f.outgoing]) for s, f in zip(squares, self.flows, strict=True)]
-            into, out = self._collect(pulls)
-            return torch.where(self.active, self.scales.collect(into - out), 0.0)
+            padded = torch.cat([self.scales.of(z), z.new_zeros(1)])
+            into, out = [], []
+            for (flow, (first, second)), (above, below) in zip(parts, totals, strict=True):
+                here, there = padded[flow.incoming], padded[flow.outgoing]
+                into.append(here * above - first * flow.into(second * there))
+                out.append(second * flow.out_of(first * here) - there * below)
+            rising, falling = self._collect(into, out)
+            return torch.where(self.active, self.scales.collect(rising - falling), 0.0)
 
         z = torch.zeros_like(right)
         residual = right.clone()

@@ -266,7 +266,8 @@ class ScalingGroup:
         if flows:
             active = active.to(flows[0].mass.device)
             invariant = active & self.scale_invariant.to(active.device)
-            log_scale = balancing_scale(flows, self.scales, active & ~invariant)
+            resolution = max(torch.finfo(parameter.dtype).eps for parameter in self.parameters.values())
+            log_scale = balancing_scale(flows, self.scales, active & ~invariant, resolution)
             if bool(invariant.any()):
                 log_scale -= torch.where(invariant, mean_square(flows, self.scales).log() / 2, 0.0)
         self.rescale_(self.parameters, log_scale)
@@ -284,7 +285,5 @@ class ScalingGroup:
             if self.num_units == 0 or bool((torch.maximum(coupling.incoming, coupling.outgoing) == NO_UNIT).all()):
                 continue
             weight = coupling.view(self.parameters[coupling.parameter].detach())
-            shape = torch.broadcast_shapes(coupling.incoming.shape, coupling.outgoing.shape)
             local = coupling.to(weight.device)
-            mass = weight.to(widest(weight.device)).square().sum_to_size(shape)
-            yield Flow(mass, local.incoming, local.outgoing, len(weight) / local.incoming.numel())
+            yield Flow.of(weight.to(widest(weight.device)), local.incoming, local.outgoing)

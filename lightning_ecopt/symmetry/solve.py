@@ -21,6 +21,7 @@ from lightning_ecopt.symmetry.labels import GROUND, ZERO, IntArray, unique_rows
 from lightning_ecopt.symmetry.tracer import Operation, Tracer, Use
 
 NO_UNIT = -1
+WORTH_IT = 16  # so many equations at a time are used faster than one by one
 Powers = dict[int, int | Fraction]  # exponents of unknowns
 
 
@@ -272,7 +273,7 @@ class _Rows:
         other = pivot_row[self.scale]
         clash = chosen[self.row] & (other >= 0) & (other != self.row)
         chosen[np.maximum(self.row[clash], other[clash])] = False
-        if chosen.sum() < 16:
+        if chosen.sum() < WORTH_IT:
             return None
         pivot_row[self.scale[candidates][~chosen[self.row[candidates]]]] = -1
         source = pivot_row[self.scale]
