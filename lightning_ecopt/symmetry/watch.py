@@ -276,7 +276,7 @@ class _Constants:
         with unset_fake_temporarily():
             if func._schema.is_mutable:
                 for tensor in tensors:
-                    self._forget(tensor)
+                    self.forget(tensor)
             elif len(known) == len(tensors) and torch.Tag.nondeterministic_seeded not in func.tags:
                 self._make(func, args, kwargs, output, known)
             return {number: value.numpy() for number, value in known.items()}
@@ -295,7 +295,8 @@ class _Constants:
         for leaf, real in zip(outputs, (leaf for leaf in made if isinstance(leaf, Tensor)), strict=True):
             self._known[_key(leaf)] = (leaf, real.clone())
 
-    def _forget(self, tensor: Tensor) -> None:
+    def forget(self, tensor: Tensor) -> None:
+        """The values of a tensor, or of what shares its memory, are no longer known."""
         place = tensor.untyped_storage()._cdata
         for key in [key for key in self._known if key[0] == place]:
             del self._known[key]
@@ -419,6 +420,8 @@ class Watch(TorchDispatchMode):
         with self._lock, torch._C.DisableTorchFunction():  # another watch may be looking
             self.tracer.operation = Operation(name, self._path[-1] if self._path else "")
             self.tracer.ground(self._read(tensor))
+            if is_ordinary(tensor):
+                self.constants.forget(tensor)
 
     def ground(self, tensors: Iterable[Tensor], name: str | None = None) -> None:
         """Demand that tensors which leave the call stay as they are; ``name`` is for the report."""

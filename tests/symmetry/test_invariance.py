@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lightning_ecopt.symmetry import ScalingGroup, scaling_group
-from tests.symmetry.helpers import assert_complete, assert_same, copies, draw_, evaluate, normal, put_, squares
+from tests.symmetry.helpers import assert_same, copies, draw_, evaluate, put_, squares
 from tests.symmetry.zoo.case import Case
 from tests.symmetry.zoo.tiny import SHARED, TINY
 
@@ -220,111 +216,3 @@ def test_covectors_are_divided_by_what_weights_are_multiplied_with(generator: to
     group.act_(scale)
     for name, gradient in gradients().items():
         torch.testing.assert_close(carried[name], gradient, rtol=1e-8, atol=1e-10)
-
-
-# Random small networks ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Brick:
-    """One step of a random network."""
-
-    kind: str
-    width: int
-    activation: str
-    bias: bool
-
-
-ACTIVATIONS = {"relu": nn.ReLU, "leaky": lambda: nn.LeakyReLU(0.2), "prelu": nn.PReLU, "tanh": nn.Tanh}
-
-
-class Composed(nn.Module):
-    """The network that a list of bricks describes; on vectors, or on images of one axis."""
-
-    def __init__(self, conv: bool, inputs: int, bricks: list[Brick]) -> None:
-        super().__init__()
-        self.conv, self.bricks, width = conv, bricks, inputs
-        self.layers = nn.ModuleList()
-        for brick in bricks:
-            parts = nn.ModuleDict({"activation": ACTIVATIONS[brick.activation]()})
-            if brick.kind in ("plain", "dense", "residual"):
-                parts["first"] = self.layer(width, brick.width, brick.bias)
-            if brick.kind == "residual":
-                parts["second"] = self.layer(brick.width, width, brick.bias)
-            if brick.kind == "shared":
-                parts["first"] = self.layer(width, width, True)
-            if brick.kind == "norm":
-                parts["norm"] = nn.BatchNorm1d(width, eps=0.1)
-            width = {"plain": brick.width, "dense": width + brick.width}.get(brick.kind, width)
-            self.layers.append(parts)
-        self.head = nn.Linear(width, 2)
-
-    def layer(self, inputs: int, outputs: int, bias: bool) -> nn.Module:
-        return nn.Conv1d(inputs, outputs, 2, padding=1, bias=bias) if self.conv else nn.Linear(inputs, outputs, bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for brick, parts in zip(self.bricks, self.layers, strict=True):
-            x = self.step(brick, parts, x)
-        return self.head(x.flatten(2).mean(2) if self.conv else x)
-
-    def step(self, brick: Brick, parts: nn.ModuleDict, x: Tensor) -> Tensor:
-        activation = parts["activation"]
-        if brick.kind == "plain":
-            return activation(parts["first"](x))
-        if brick.kind == "dense":
-            y = activation(parts["first"](x))
-            return torch.cat([x, y[..., : x.shape[-1]] if self.conv else y], 1)
-        if brick.kind == "residual":
-            y = parts["second"](activation(parts["first"](x)))
-            return activation(x + (y[..., 1:-1] if self.conv else y))
-        if brick.kind == "shared":
-            return activation(parts["first"](activation(parts["first"](x))))
-        if brick.kind == "norm":
-            return activation(parts["norm"](x))
-        return F.max_pool1d(x, 2, ceil_mode=True) if self.conv else x
-
-
-bricks = st.builds(
-    Brick,
-    st.sampled_from(["plain", "plain", "dense", "residual", "shared", "norm", "pool"]),
-    st.integers(1, 5),
-    st.sampled_from(sorted(ACTIVATIONS)),
-    st.booleans(),
-)
-networks = st.builds(Composed, st.booleans(), st.integers(1, 3), st.lists(bricks, min_size=1, max_size=4))
-everything = settings(max_examples=60, deadline=None, derandomize=True)
-
-
-def shape_of(module: Composed) -> tuple[int, ...]:
-    inputs = next((p.shape[1] for p in module.parameters() if p.ndim > 1), 1)
-    first = module.layers[0]
-    inputs = first["norm"].num_features if "norm" in first else inputs
-    return (5, inputs, 3) if module.conv else (5, inputs)
-
-
-@everything
-@given(networks, st.integers(0, 1000))
-def test_random_networks_compute_the_same_after_acting_and_balancing(module: Composed, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    draw_(module.double(), generator)
-    inputs = torch.randn(shape_of(module), generator=generator, dtype=torch.float64)
-    group = scaling_group(module, inputs)
-    for training in (False, True):
-        module.train(training)
-        before = evaluate(module, (inputs,))
-        group.act_(log_scales(group, generator))
-        assert_same(evaluate(module, (inputs,)), before)
-    group.balance_()
-    assert_same(evaluate(module, (inputs,)), before)
-    incoming, outgoing = squares(group)
-    alive = group.alive()
-    torch.testing.assert_close(incoming[alive], outgoing[alive], rtol=1e-10, atol=0.0)
-
-
-@everything
-@given(
-    networks.filter(lambda module: sum(p.numel() for p in module.parameters()) <= 90),
-    st.integers(0, 1000),
-)
-def test_random_networks_have_no_freedoms_but_those_found(module: Composed, seed: int) -> None:
-    assert_complete(module.double().eval(), normal(shape_of(module)), seed)

@@ -55,7 +55,9 @@ def matrix_vector_product_with_bias(call: Call) -> IntArray:
 @rule("linear")
 def linear(call: Call) -> IntArray:
     weight = map_value(call.value("weight"), lambda ids: ids.swapaxes(-1, -2))
-    ids = contract(call, call.value("input"), weight, call.output.ndim)
+    ndim = max(call.output.ndim, 2)  # a vector is a matrix of one row
+    ids = contract(call, map_value(call.value("input"), lambda ids: align(ids, ndim)), weight, ndim)
+    ids = ids.reshape(ids.shape[ndim - call.output.ndim :])
     return ids if call["bias"] is None else add_to(call, ids, call.value("bias"), call.output.ndim)
 
 
@@ -185,9 +187,10 @@ def products_summed(call: Call) -> IntArray:
 
 @rule("linalg_cross")
 def cross_product(call: Call) -> IntArray:
+    """Differences of products of different elements: each factor has one label along the axis."""
     axis = call["dim"] % call.output.ndim
-    products = call.tracer.combine((1, call.broadcast("self")), (1, call.broadcast("other")))
-    return call.tracer.uniform(products, [axis])
+    factors = [call.tracer.uniform(call.broadcast(name), [axis]) for name in ("self", "other")]
+    return call.tracer.combine(*((1, ids) for ids in factors))
 
 
 @rule("_trilinear")

@@ -30,13 +30,15 @@ def pick(call: Call, name: str, axes: Iterable[int]) -> Value:
     varying = [set(_changing(index)) for part in value.parts() for index in part.axes]
     if any(changing & set(axes) and not changing <= set(axes) for changing in varying):
         return call.uniform(name, axes)  # reshaped, so that one axis of the parameter lies along several of the view
+    if any(set(_changing(part.factor)) & set(axes) for part in value.parts()):
+        return call.uniform(name, axes)  # it is the product that must have one label
+
+    where = tuple(slice(1) if k in axes else slice(None) for k in range(value.ndim))
 
     def first(part: ParameterView) -> ParameterView:
         chosen = {number for number, index in enumerate(part.axes) if set(axes) & set(_changing(index))}
-        indices = tuple(
-            index[tuple(slice(1) if k in axes else slice(None) for k in range(index.ndim))] for index in part.axes
-        )
-        return replace(part, axes=indices, factor=call.tracer.uniform(part.factor, axes), picked=part.picked | chosen)
+        indices = tuple(index[where] for index in part.axes)
+        return replace(part, axes=indices, factor=part.factor[where], picked=part.picked | chosen)
 
     return value.each(first)
 
@@ -125,7 +127,7 @@ def put_at_indices(call: Call) -> IntArray:
     return call.tracer.equate(ids, np.expand_dims(values, tuple(axes)))
 
 
-@rule("gather", "take_along_dim")
+@rule("gather")
 def gathered(call: Call) -> Value:
     """With sparse gradients a parameter is held fixed."""
     if call.arguments.get("sparse_grad"):
@@ -167,11 +169,9 @@ def scattered(call: Call) -> IntArray:
         return call.tracer.equate(ids, align(call.ids("value"), ids.ndim))
     shape = call.shape("index")
     source = np.asarray(_cut(call.uniform("src", axes), shape))
-    if all(part in (1, whole) for part, whole in zip(source.shape, ids.shape, strict=True)):
-        return call.tracer.equate(ids, source)
-    # Only a part of the rows is put into: the label is written out along the axes on which it changes.
+    # Perhaps only a part of the rows is put into: the label is written out along the axes on which it changes.
     whole = np.array(stretch(ids, call.shape("self"), _changing(source)))
-    part = tuple(slice(size) for size in source.shape)
+    part = tuple(slice(size) if own > 1 else slice(None) for size, own in zip(shape, whole.shape, strict=True))
     whole[part] = call.tracer.equate(whole[part], source)
     return compress(whole)
 

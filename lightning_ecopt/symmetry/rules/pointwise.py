@@ -171,7 +171,7 @@ def _all_equal(call: Call, *names: str) -> Value:
 
 def multiply(call: Call, first: Value, second: Value, ndim: int) -> Value:
     """``x * y`` with ``ndim`` axes. A matrix of parameters remains one, whatever it is multiplied by."""
-    if isinstance(first, ParameterView) and (not isinstance(second, ParameterView) or second.is_matrix):
+    if isinstance(first, ParameterView) and (not isinstance(second, ParameterView) or first.is_matrix):
         first, second = second, first
     if isinstance(first, ParameterView):
         first = call.tracer.materialise(first)

@@ -74,7 +74,7 @@ class Call:
         given = self.arguments.get(name)
         if given is None or (isinstance(given, Sequence) and len(given) == 0):
             return tuple(range(ndim))
-        return tuple(axis % max(ndim, 1) for axis in (given if isinstance(given, Sequence) else (given,)))
+        return tuple(axis % ndim for axis in (given if isinstance(given, Sequence) else (given,)) if ndim)
 
 
 Rule = Callable[[Call], Value | Sequence[Value] | None]

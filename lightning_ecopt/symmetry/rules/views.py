@@ -197,7 +197,7 @@ def rolled(call: Call, ids: IntArray) -> IntArray:
 
 @view("flip")
 def flipped(call: Call, ids: IntArray) -> IntArray:
-    return np.flip(ids, call.axes("dims"))
+    return np.flip(ids, call.axes("dims")) if call["dims"] else ids
 
 
 @rule("rot90")

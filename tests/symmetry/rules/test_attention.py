@@ -1,0 +1,124 @@
+"""Rules for attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_ecopt.symmetry.tracer import Tracer
+from tests.symmetry.rules.ops import Op, check, detached, directly, every
+
+TWO = {"q": (4, 4), "k": (4, 4)}
+FORMS, WIDE = TWO | {"v": (4, 4)}, TWO | {"v": (6, 4)}
+ops = torch.ops.aten
+
+
+def heads(x: Tensor, count: int = 2) -> Tensor:
+    """[batch, length, channels] to [batch, heads, length, channels]."""
+    return x.contiguous().unflatten(-1, (count, -1)).transpose(1, 2)
+
+
+def attend(m: Any, h: Tensor, count: int = 2, fewer: int = 2, length: int = 4, **options: Any) -> Tensor:
+    """Attention of the pixels of ``h`` to the first few of them; keys and values may have fewer heads."""
+    x = h.mT
+    query, key, value = F.linear(x, m.q), F.linear(x[:, :length], m.k), F.linear(x[:, :length], m.v)
+    return F.scaled_dot_product_attention(heads(query, count), heads(key, fewer), heads(value, fewer), **options)
+
+
+CPU = "_scaled_dot_product_flash_attention_for_cpu"
+WHOLE = "scaled_dot_product_attention"
+
+PREFIX = {"q": (4, 4), "k": (2, 3, 2), "v": (2, 3, 2)}
+
+OPS = [
+    Op(CPU, attend, 4 + 4 + 4, 1, FORMS),
+    Op(CPU, lambda m, h: attend(m, h, is_causal=True), 4 + 4 + 4, 1, FORMS),
+    Op(CPU, lambda m, h: attend(m, h, scale=0.3), 4 + 4 + 4, 1, FORMS),
+    Op(CPU, lambda m, h: attend(m, h, attn_mask=m.matrix > 0), 4 + 4 + 4, 1, FORMS),
+    Op(CPU, lambda m, h: attend(m, h, attn_mask=m.matrix), 4 + 4 + 4, 1, FORMS),
+    Op(CPU, lambda m, h: attend(m, h, attn_mask=detached(h)[:, None]), 4 + 4, 1, FORMS),
+    Op(CPU, lambda m, h: attend(m, h, length=3), 4 + 4 + 4, 1, FORMS),
+    Op(CPU, lambda m, h: attend(m, h, 4, 4), 4 + 4 + 4, 1, FORMS),
+    Op(CPU, lambda m, h: attend(m, h, 4, 2, enable_gqa=True), 4 + 4 + 4, 1, {"q": (8, 4), "k": (4, 4), "v": (4, 4)}),
+    Op(CPU, lambda m, h: attend(m, h, 4, 2, enable_gqa=True), 4 + 8 + 8, 1, {"q": (16, 4), "k": (8, 4), "v": (8, 4)}),
+    Op(CPU, lambda m, h: attend(m, h, 2, 1, enable_gqa=True), 4 + 2 + 2, 1, {"q": (4, 4), "k": (2, 4), "v": (2, 4)}),
+    Op(CPU, lambda m, h: F.scaled_dot_product_attention(heads(h.mT), heads(h.mT), heads(h.mT)), 0, 1),
+    Op(CPU, lambda m, h: F.scaled_dot_product_attention(
+        heads(F.linear(h.mT, m.q)), heads(h.mT), heads(h.mT)), 4, 1, {"q": (4, 4)}),
+    Op(CPU, lambda m, h: F.scaled_dot_product_attention(
+        heads(h.mT), heads(F.linear(h.mT, m.k)), heads(h.relu().mT)), 4, 1, {"k": (4, 4)}),
+    Op(CPU, lambda m, h: F.scaled_dot_product_attention(
+        heads(h.mT * m.g[:, None]), heads(F.linear(h.mT, m.k)), heads(h.relu().mT)), 5, 1, {"k": (4, 4), "g": (4,)}),
+    Op(CPU, lambda m, h: F.scaled_dot_product_attention(
+        heads(F.linear(h.mT, m.q)), heads(F.linear(h.mT, m.k)), heads(h.mT * m.g[:, None])), 9, 1, TWO | {"g": (4,)}),
+    Op(CPU, lambda m, h: F.scaled_dot_product_attention(
+        torch.zeros_like(heads(h.mT)), heads(h.mT), heads(h.flip(1).mT)), 4, 1),
+    Op(CPU, lambda m, h: F.scaled_dot_product_attention(
+        heads(F.linear(h.mT, m.q)), m.k.expand(8, 2, 3, 2), m.v.expand(8, 2, 3, 2)), 4 + 4 + 4, 1, PREFIX),
+    # Taken apart
+    Op("_safe_softmax", lambda m, h: attend(m, h, dropout_p=0.3), 4 + 4 + 4, 1, FORMS),
+    Op("_safe_softmax", lambda m, h: attend(m, h, attn_mask=m.mask), 4 + 4 + 4, 1, FORMS | {"mask": (4, 4)}),
+    Op("_safe_softmax", lambda m, h: attend(m, h, attn_mask=h[:, None]), 4 + 4, 1, FORMS),
+    Op("_safe_softmax", attend, 4 + 4 + 6, 1, WIDE),
+    Op("_safe_softmax", lambda m, h: F.scaled_dot_product_attention(
+        F.linear(h.mT, m.q), F.linear(h.mT, m.k), F.linear(h.mT, m.v)), 4 + 4 + 4, 1, FORMS),
+    # As a whole
+    Op(WHOLE, attend, 4 + 4 + 4, 1, FORMS, True),
+    Op(WHOLE, lambda m, h: attend(m, h, is_causal=True), 4 + 4 + 4, 1, FORMS, True),
+    Op(WHOLE, lambda m, h: attend(m, h, dropout_p=0.3), 4 + 4 + 4, 1, FORMS, True),
+    Op(WHOLE, lambda m, h: attend(m, h, attn_mask=m.mask), 4 + 4 + 4, 1, FORMS | {"mask": (4, 4)}, True),
+    Op(WHOLE, lambda m, h: attend(m, h, attn_mask=h[:, None]), 4 + 4, 1, FORMS, True),
+    Op(WHOLE, attend, 4 + 4 + 6, 1, WIDE, True),
+    Op(WHOLE, lambda m, h: attend(
+        m, h, 4, 2, 3, enable_gqa=True), 4 + 4 + 4, 1, {"q": (8, 4), "k": (4, 4), "v": (4, 4)}, True),
+    Op(WHOLE, lambda m, h: F.scaled_dot_product_attention(
+        F.linear(h.mT, m.q), F.linear(h.mT, m.k), F.linear(h.mT, m.v)), 4 + 4 + 4, 1, FORMS, True),
+    Op(WHOLE, lambda m, h: F.scaled_dot_product_attention(
+        F.linear(h[0].mT, m.q), F.linear(h[1].mT, m.k), F.linear(h[2].mT, m.v)).sum() + 0 * h, 9, 1, FORMS, True),
+    Op("_scaled_dot_product_attention_math", lambda m, h: ops._scaled_dot_product_attention_math(
+        heads(F.linear(h.mT, m.q)), heads(F.linear(h.mT, m.k)), heads(h.mT))[0], 4 + 4, 1, TWO, True),
+    Op("_scaled_dot_product_attention_math", lambda m, h: ops._scaled_dot_product_attention_math(
+        heads(h.mT), heads(h.mT), heads(F.linear(h.mT, m.v)), is_causal=True)[0], 4, 1, {"v": (4, 4)}, True),
+]  # fmt: skip
+
+
+@every(OPS)
+def test_a_rule_keeps_the_function_and_loses_no_freedom(op: Op, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(op, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("name", "outputs"),
+    [
+        ("_scaled_dot_product_flash_attention", 9),
+        ("_scaled_dot_product_efficient_attention", 4),
+        ("_scaled_dot_product_cudnn_attention", 9),
+        ("_scaled_dot_product_fused_attention_overrideable", 9),
+        ("_scaled_dot_product_attention_math_for_mps", 2),
+    ],
+)
+def test_accelerators_attention_makes_the_same_demands(name: str, outputs: int) -> None:
+    def demands(name: str, outputs: int) -> tuple[list[np.ndarray], list[Any]]:
+        tracer = Tracer({})
+        query, key, value, mask = (torch.zeros(*shape) for shape in ((2, 4, 5, 3), (2, 2, 6, 3), (2, 2, 6, 7), (5, 6)))
+        bias = "attn_mask" if name.endswith(("cpu", "mps")) else "attn_bias"
+        given = {
+            "query": (query, tracer.fresh((1, 4, 1, 3))),
+            "key": (key, tracer.fresh((1, 2, 1, 3))),
+            "value": (value, tracer.fresh((1, 2, 1, 7))),
+            bias: (mask, tracer.fresh((5, 6))),
+        }
+        rest = [torch.zeros(2, 4, 5), None, None, 5, 6, torch.zeros(2), torch.zeros(()), torch.zeros(0)]
+        labels = directly(name, tracer, (torch.zeros(2, 4, 5, 7), *rest[: outputs - 1]), given)
+        assert len(labels) == outputs
+        equations = [relation.scales for relation in tracer.relations] + tracer.equalities
+        return equations + [numbers for _, numbers in tracer.groundings], labels[:2]
+
+    for actual, expected in zip(demands(name, outputs), demands(CPU, 2), strict=True):
+        for first, second in zip(actual, expected, strict=True):
+            np.testing.assert_array_equal(first, second)
