@@ -25,7 +25,17 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_ecopt.symmetry.labels import GROUND, IntArray, ParameterView, Value, compress, constant, reshape, stretch
+from lightning_ecopt.symmetry.labels import (
+    GROUND,
+    ZERO,
+    IntArray,
+    ParameterView,
+    Value,
+    compress,
+    constant,
+    reshape,
+    stretch,
+)
 from lightning_ecopt.symmetry.rules import RULES, Call
 from lightning_ecopt.symmetry.rules.registry import is_inexact
 from lightning_ecopt.symmetry.structure import tensors_in
@@ -117,12 +127,18 @@ class _Memory:
         found = None if storage is None else self.storages.get(storage._cdata)
         return found is not None and not found.external
 
-    def write(self, tensor: Tensor, value: Value) -> None:
-        """Set the label of the output of an operation."""
+    def write(self, tensor: Tensor, value: Value, *, left_out: bool = False) -> None:
+        """Set the label of the output of an operation.
+
+        A tensor without elements fits any label. But if it is one because the inputs were, as in an empty batch, others
+        will have elements; ``left_out`` says that it is not.
+        """
         found = self._find(tensor) if is_ordinary(tensor) else None
-        if found is None or not is_inexact(tensor) or tensor.numel() == 0:
+        if found is None or not is_inexact(tensor) or (tensor.numel() == 0 and not left_out):
             self.tracer.ground(value)
             value = constant(GROUND, tensor.dim())
+        if tensor.numel() == 0:
+            value = constant(ZERO, tensor.dim())
         if found is not None:
             value = value if isinstance(value, ParameterView) else compress(value)
             found[0].views[_view(tensor)] = value
@@ -406,6 +422,7 @@ class Watch(TorchDispatchMode):
         written = _written(func)
         if torch.Tag.inplace_view in func.tags or len(written) != len(outputs):  # a list of views is one output
             written = [None] * len(outputs)
+        left_out = all(prod(shape) for shape in call.shapes.values())
         for tensor, value, name in zip(outputs, values, written, strict=True):
             if not isinstance(tensor, Tensor) or value is None:
                 continue
@@ -413,7 +430,7 @@ class Watch(TorchDispatchMode):
             if target is not None:
                 self.memory.overwrite(target, value)
             if tensor is not target:
-                self.memory.write(tensor, value)
+                self.memory.write(tensor, value, left_out=left_out)
 
     def leaves(self, name: str, tensor: Tensor) -> None:
         """Take down that a tensor's values leave torch in the module that is running."""

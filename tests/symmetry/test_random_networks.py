@@ -424,9 +424,11 @@ def normed_weight(site: Site, spec: Brick) -> nn.Module:
 @brick(name="absolute weight", change=torch.abs)
 @brick(name="squared weight", change=torch.square)
 @brick(name="scaled weight", change=lambda w: w * 0.5)
-@brick(name="masked weight", change=lambda w: w * torch.ones_like(w).tril(w.shape[1] - 2 + (w.shape[1] == 1)))
+@brick(name="masked weight", change=lambda w: w * torch.ones_like(w).tril(w.shape[1] - 1 - (min(w.shape) > 1)))
 @brick(name="centred weight", change=lambda w: w - w.mean(1, keepdim=True) / 2)
 def computed_weight(site: Site, spec: Brick, change: Callable[[Tensor], Tensor]) -> nn.Module:
+    """No mask leaves out all of a channel: what would happen to it before would count as happening."""
+
     def forward(m: Function, x: Tensor) -> Tensor:
         return channels_last(site, F.linear(channels_last(site, x), change(m.matrix), m.bias).relu())
 
@@ -900,7 +902,6 @@ class Composed(nn.Module):
 
 
 # Strategies -----------------------------------------------------------------------------------------------------------
-
 
 OWN = {data: [kind for kind in kinds if kind not in BUILDERS["vectors"]] for data, kinds in BUILDERS.items()}
 

@@ -237,8 +237,8 @@ def padded(call: Call) -> IntArray:
     ids, shape = call.ids("self"), call.shape("self")
     for pair, (before, after) in enumerate(zip(call["pad"][::2], call["pad"][1::2], strict=True)):
         axis = len(shape) - 1 - pair
-        if ids.shape[axis] == 1 and call["value"] == 0:
-            continue  # zeros fit the label that is there
+        if ids.shape[axis] == 1 and call["value"] == 0 and axis > 1 and len(shape) > 3:
+            continue  # among pixels zeros fit the label that is there; zeros as channels have none
         kept = slice(max(-before, 0), shape[axis] - max(-after, 0))
         ids = stretch(ids, shape, [axis])[(slice(None),) * axis + (kept,)]
         widths = [(0, 0)] * ids.ndim

@@ -131,6 +131,7 @@ OPS = [
     Op("index_select", lambda m, h: F.linear(h, m.w.index_select(1, order())), 1 + 5, 0, WIDE),
     Op("index_select", lambda m, h: h * m.g.index_select(0, order()), 4 + 1, 0, GAIN),
     Op("index_select", lambda m, h: out_of(torch.index_select)(h, 1, order()), 1),
+    Op("index_select", lambda m, h: h.sum().index_select(0, order(1)) + 0 * h, 1),
     Op("index", lambda m, h: h[:, :, torch.tensor([2, 0])], spatial=1),
     Op("index", lambda m, h: h[:, torch.tensor([2, 0])]),
     Op("index", lambda m, h: h[:, torch.tensor([[2, 0], [0, -1]])].sum(1), 2),
@@ -238,6 +239,8 @@ OPS = [
     Op("scatter_add", lambda m, h: h.scatter_add(0, order(8)[:, None].expand(8, 4), m.w), 4, 0, {"w": (8, 4)}),
     Op("scatter_add", lambda m, h: (h[:, :, None] * m.g).scatter_add(
         0, order(8).view(8, 1, 1).expand(8, 3, 4), h[:, 1:, None].expand(8, 3, 4)), 2, 0, GAIN),
+    Op("scatter_add", lambda m, h: (h[:, :, None] * m.g).scatter_add(
+        0, order(8).view(8, 1, 1).expand(8, 4, 3), h[:, :, None].expand(8, 4, 3)), 4 + 1, 0, GAIN),
     Op("scatter_reduce", lambda m, h: h.scatter_reduce(1, four(), h, "sum"), 1),
     Op("scatter_reduce", lambda m, h: h.scatter_reduce(2, four(8, 4, 4), h, "sum"), spatial=1),
     Op("scatter_reduce", lambda m, h: h.scatter_reduce(2, four(8, 4, 4), h, "mean", include_self=False), spatial=1),

@@ -122,6 +122,7 @@ OPS = [
     Op("flip", lambda m, h: h.flip(-1, 0), spatial=1),
     Op("flip", lambda m, h: F.linear(h, m.w.flip(0, 1)), 4 + 5, 0, WIDE),
     Op("flip", lambda m, h: h.flip(())),
+    Op("flip", lambda m, h: h.sum().flip(0) + 0 * h, 1),
     Op("flip", lambda m, h: h.flip(1).flip(0, 1) + h),
     Op("rot90", lambda m, h: h.rot90(1, (2, 3)), spatial=2),
     Op("rot90", lambda m, h: h.rot90(2, (-1, -2)), spatial=2),
@@ -149,6 +150,7 @@ OPS = [
     Op("unfold", lambda m, h: h.unfold(1, 2, 1).sum(2), 1),
     Op("unfold", lambda m, h: h.unfold(2, 3, 1), spatial=1),
     Op("unfold", lambda m, h: h.unfold(1, 3, 1), spatial=1),
+    Op("unfold", lambda m, h: h.sum().unfold(0, 1, 1) + 0 * h, 1),
     Op("unfold", lambda m, h: F.linear(h, m.w.unfold(0, 4, 4)), 4 + 5, 0, {"w": (20,)}),
     # one element at several places
     Op("unfold", lambda m, h: F.linear(h, m.w.unfold(0, 4, 1)), 2, 0, {"w": (8,)}, complete=False),
@@ -168,7 +170,7 @@ OPS = [
     Op("slice", lambda m, h: h * m.g[:4] + h.roll(1, 1) * m.g[1:], 0, 0, {"g": (5,)}, complete=False),
     # likewise
     Op("slice", lambda m, h: torch.cat([F.linear(h, m.w), F.linear(h, m.w[:2])], 1), 0, 0, WIDE, complete=False),
-    Op("slice", lambda m, h: torch.cat([h, F.linear(h, m.w[:0])], 1), 0, 0, WIDE, complete=False),
+    Op("slice", lambda m, h: torch.cat([h, F.linear(h, m.w[:0])], 1), 4, 0, WIDE),
     Op("slice", lambda m, h: h[-3:, 1:-1].expand(3, 2).sum(0) + 0 * h[:, :1]),
     Op("select", lambda m, h: h[:, -1] * h[:, -1].sign() + h.relu().sum(1) * 0, 1),
     Op("select", lambda m, h: torch.stack([h[:, 2], h[:, 0]], 1)),
