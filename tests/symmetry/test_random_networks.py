@@ -573,7 +573,9 @@ def convolution(site: Site, spec: Brick, **options: Any) -> nn.Module:
 @brick("images", name="transposed convolution", stride=1)
 @brick("images", name="widening convolution", stride=2)
 def transposed_convolution(site: Site, spec: Brick, stride: int) -> nn.Module:
-    return nn.Sequential(nn.ConvTranspose1d(site.width, spec.width, 2, stride, 1, bias=spec.bias), nn.ReLU())
+    """Where it widens, each pixel is made by one element of the kernel: it is the bias that holds pixels together."""
+    bias = spec.bias or stride > 1
+    return nn.Sequential(nn.ConvTranspose1d(site.width, spec.width, 2, stride, 1, bias=bias), nn.ReLU())
 
 
 @brick("images")

@@ -152,7 +152,7 @@ OPS = [
     Op("unfold", lambda m, h: h.unfold(1, 3, 1), spatial=1),
     Op("unfold", lambda m, h: h.sum().unfold(0, 1, 1) + 0 * h, 1),
     Op("unfold", lambda m, h: F.linear(h, m.w.unfold(0, 4, 4)), 4 + 5, 0, {"w": (20,)}),
-    # one element at several places
+    # One element at several places
     Op("unfold", lambda m, h: F.linear(h, m.w.unfold(0, 4, 1)), 2, 0, {"w": (8,)}, complete=False),
     # Parts
     Op("slice", lambda m, h: h[:, 1:]),
@@ -166,9 +166,8 @@ OPS = [
     Op("slice", lambda m, h: F.linear(h[:, :2], m.w[:, :2]) + F.linear(h[:, 2:], m.w[:, 2:]), 4 + 5, 0, WIDE),
     Op("slice", lambda m, h: h * m.g[1:5], 8, 0, {"g": (6,)}),
     Op("slice", lambda m, h: h * m.g[:4] + m.g[4:], 8, 0, {"g": (8,)}),
-    # overlapping parts
+    # Parts that overlap hold the parameter fixed
     Op("slice", lambda m, h: h * m.g[:4] + h.roll(1, 1) * m.g[1:], 0, 0, {"g": (5,)}, complete=False),
-    # likewise
     Op("slice", lambda m, h: torch.cat([F.linear(h, m.w), F.linear(h, m.w[:2])], 1), 0, 0, WIDE, complete=False),
     Op("slice", lambda m, h: torch.cat([h, F.linear(h, m.w[:0])], 1), 4, 0, WIDE),
     Op("slice", lambda m, h: h[-3:, 1:-1].expand(3, 2).sum(0) + 0 * h[:, :1]),
@@ -212,7 +211,7 @@ OPS = [
     Op("view_as_complex", lambda m, h: torch.view_as_complex(h.view(8, 2, 2)).abs(), 2),
     Op("view_as_complex", lambda m, h: torch.view_as_complex(h.mT.reshape(8, 4, 2, 2).mT.contiguous()).abs(), 2, 1),
     Op("complex", lambda m, h: torch.complex(h, h.relu()).abs()),
-    # its parts can be taken apart again
+    # Its parts can be taken apart again
     Op("complex", lambda m, h: torch.complex(h, h[:, :1]).real, 1, complete=False),
     Op("complex", lambda m, h: torch.complex(h, m.b).abs(), 4, 0, {"b": (4,)}),
     Op("complex", lambda m, h: (
@@ -257,7 +256,7 @@ OPS = [
     Op("constant_pad_nd", lambda m, h: F.pad(h, (0, 0, 1, -1), value=2.0) + h, 0, 1),
     Op("constant_pad_nd", lambda m, h: F.pad(h, (1, 1), value=1.0).sum(2), 0, 1),
     Op("reflection_pad1d", lambda m, h: F.pad(h, (1, 1), "reflect"), spatial=1),
-    # channels among the pixels
+    # Channels among the pixels
     Op("reflection_pad1d", lambda m, h: F.pad(h.mT, (1, 1), "reflect"), 1, 1, complete=False),
     Op("reflection_pad1d", lambda m, h: F.conv1d(h, F.pad(m.w, (1, 1), "reflect")), 4 + 3, 1, {"w": (3, 4, 2)}),
     Op("reflection_pad1d", lambda m, h: F.pad(h.mT, (1, 1), "reflect").mean(2), 1, 1),
@@ -269,7 +268,7 @@ OPS = [
     Op("replication_pad1d", lambda m, h: F.pad(h, (1, 1), "replicate"), spatial=1),
     Op("replication_pad1d", lambda m, h: F.pad(h.mT, (1, 1), "replicate").mean(2), 1, 1),
     Op("replication_pad2d", lambda m, h: F.pad(h, (1, 1, 1, 0), "replicate"), spatial=2),
-    # likewise
+    # Likewise
     Op("replication_pad2d", lambda m, h: F.pad(h.transpose(1, 3), (1, 1, 1, 0), "replicate"), 1, 2, complete=False),
     Op("replication_pad2d", lambda m, h: F.pad(h.transpose(1, 3), (1, 1, 1, 0), "replicate").mean(3), 1, 2),
     Op("replication_pad3d", lambda m, h: F.pad(h, (1, 1, 1, 0, 1, 1), "replicate"), spatial=3),
