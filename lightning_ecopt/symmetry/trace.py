@@ -50,12 +50,11 @@ def scaling_group(
         assert group.num_units == 8
     """
     trainable = select_parameters(module, parameters)
-    if not any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):  # these take no fake parameters
+    # Scripted modules take no fake parameters; control flow that depends on data takes no fake inputs.
+    if not any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):
         try:
             return _trace_fake(module, trainable, args, kwargs)
-        except (
-            Exception
-        ):  # control flow that depends on data, an operation without a fake form; or a mistake: see below
+        except Exception:  # a mistake of the module shows up again below
             pass
     try:
         return _trace_real(module, trainable, args, kwargs)
