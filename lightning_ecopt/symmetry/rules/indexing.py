@@ -67,13 +67,12 @@ def embedding_bag(call: Call) -> list[IntArray]:
 
 @rule("index_select")
 def index_selected(call: Call) -> Value:
-    index = call.constants.get(id(call["index"]))
-    (axis,) = call.axes("dim")
+    index, axes = call.constants.get(id(call["index"])), call.axes("dim")
     if index is not None:
-        exact = _at(call, {axis: index})
+        exact = _at(call, dict.fromkeys(axes, index))
         if exact is not None:
             return exact
-    return pick(call, "self", [axis])
+    return pick(call, "self", axes)
 
 
 def _at(call: Call, indices: dict[int, IntArray]) -> Value | None:

@@ -151,8 +151,8 @@ def unbound(call: Call, ids: IntArray) -> list[IntArray]:
 @view("unfold")
 def windows(call: Call, ids: IntArray) -> IntArray:
     """Overlapping pieces along an axis; their elements come last."""
-    (axis,) = call.axes("dimension")
-    if ids.shape[axis] == 1:
+    axis = call["dimension"] % max(ids.ndim, 1)
+    if ids.ndim == 0 or ids.shape[axis] == 1:
         return ids[..., None]
     pieces = np.lib.stride_tricks.sliding_window_view(ids, call["size"], axis)
     return pieces[(slice(None),) * axis + (slice(None, None, call["step"]),)]
