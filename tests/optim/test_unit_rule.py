@@ -1155,7 +1155,9 @@ def test_parameters_without_an_axis_take_a_tenth_of_a_step(dtype: torch.dtype) -
     scaling_group(start, x).balance_()
     optimizer = unit(module, x, lambda params: SGD(params, lr=0.05))
     losses = train(module, optimizer, x, y, range(1))
-    squares = torch.cat([p.detach().square().sum(1) for p in start.parameters() if p.ndim == 2])
+    # The gain makes one unit of all outputs, so that the rows that lead into them count as one.
+    hidden, outputs = (p.detach().square() for p in start.parameters() if p.ndim == 2)
+    squares = torch.cat([hidden.sum(1), outputs.sum()[None]])
     floor = 0.1 * float(squares.mean().sqrt())
     for name, length in (("gain", None), ("net.1.weight", None), ("shift", 10 * floor)):
         before, now = start.get_parameter(name).detach(), module.get_parameter(name).detach()
