@@ -108,12 +108,6 @@ class Scales:
         above[self.units[(caps & rises) | (floors & ~rises)]] = True
         below[self.units[(floors & rises) | (caps & ~rises)]] = True
 
-    def involving(self, units: Tensor) -> Tensor:
-        """Which scales have one of the ``units`` (``bool[H]``) in them, ``bool[S]``."""
-        involved = torch.cat([units, units.new_zeros(self.num_scales - self.num_units)])
-        involved[self.products[units[self.units]]] = True
-        return involved
-
     def in_(self, scales: Tensor) -> Tensor:
         """Which units are in one of the ``scales`` (``bool[S]``), ``bool[H]``."""
         found = scales[: self.num_units].clone()

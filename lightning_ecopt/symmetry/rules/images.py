@@ -11,8 +11,9 @@ from lightning_ecopt.symmetry.rules.registry import Call, rule
 
 
 def _pixels_alike(call: Call, spatial: int) -> IntArray:
-    ndim = call.output[0].ndim if isinstance(call.output, list | tuple) else call.output.ndim
-    return call.uniform("input" if "input" in call.arguments else "self", range(ndim - spatial, ndim))
+    name = "input" if "input" in call.arguments else "self"
+    ndim = len(call.shape(name))
+    return call.uniform(name, range(ndim - spatial, ndim))
 
 
 def _register() -> None:
@@ -88,17 +89,12 @@ def channels_shuffled(call: Call) -> IntArray:
 @rule("im2col")
 def patches(call: Call) -> IntArray:
     """[N, C, H, W] to [N, C * kernel, patches]."""
-    ids = _pixels_alike_from(call, 2)[..., 0]
+    ids = _pixels_alike(call, 2)[..., 0]
     return ids if ids.shape[-2] == 1 else np.repeat(ids, prod(call["kernel_size"]), axis=-2)
-
-
-def _pixels_alike_from(call: Call, spatial: int) -> IntArray:
-    ndim = len(call.shape("self"))
-    return call.uniform("self", range(ndim - spatial, ndim))
 
 
 @rule("col2im")
 def from_patches(call: Call) -> IntArray:
     """[N, C * kernel, patches] to [N, C, H, W]: patches that overlap are added."""
-    ids = _pixels_alike_from(call, 1)[..., None]
+    ids = _pixels_alike(call, 1)[..., None]
     return _grouped(call, ids, prod(call["kernel_size"]))

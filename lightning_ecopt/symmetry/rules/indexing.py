@@ -43,6 +43,11 @@ def pick(call: Call, name: str, axes: Iterable[int]) -> Value:
     return value.each(first)
 
 
+def _any_element(call: Call, name: str, ndim: int) -> IntArray:
+    """The one label of a tensor any element of which may be meant, for one with ``ndim`` axes."""
+    return constant(int(call.uniform(name, range(len(call.shape(name)))).item()), ndim)
+
+
 @rule("embedding")
 def embedding(call: Call) -> Value:
     """Rows of a table. With sparse gradients the table is held fixed."""
@@ -90,7 +95,7 @@ def _at(call: Call, indices: dict[int, IntArray]) -> Value | None:
 def indexed(call: Call) -> Value:
     indices = _indices(call)
     if any(index is not None and _is_mask(index) for index in indices):  # masks take more than one axis
-        return constant(int(call.uniform("self", range(len(indices))).item()), call.output.ndim)
+        return _any_element(call, "self", call.output.ndim)
     given = {axis: index for axis, index in enumerate(indices) if index is not None}
     known = {axis: call.constants[id(index)] for axis, index in given.items() if id(index) in call.constants}
     if len(known) == len(given):
@@ -113,9 +118,8 @@ def _is_mask(index: Tensor) -> bool:
 def put_at_indices(call: Call) -> IntArray:
     indices = _indices(call)
     if any(index is not None and _is_mask(index) for index in indices):
-        everything = range(len(indices))
-        ids, values = call.uniform("self", everything), call.uniform("values", range(len(call.shape("values"))))
-        return call.tracer.equate(ids, constant(int(values.item()), ids.ndim))
+        ndim = len(indices)
+        return call.tracer.equate(_any_element(call, "self", ndim), _any_element(call, "values", ndim))
     axes = [axis for axis, index in enumerate(indices) if index is not None]
     ids = call.uniform("self", axes)
     width = max(index.ndim for index in indices if index is not None)
@@ -141,19 +145,18 @@ def _cut(value: Value, shape: tuple[int, ...]) -> Value:
 
 @rule("take")
 def taken(call: Call) -> IntArray:
-    return constant(int(call.uniform("self", range(len(call.shape("self")))).item()), call.output.ndim)
+    return _any_element(call, "self", call.output.ndim)
 
 
 @rule("masked_select")
 def selected_by_mask(call: Call) -> IntArray:
-    return constant(int(call.uniform("self", range(len(call.shape("self")))).item()), 1)
+    return _any_element(call, "self", 1)
 
 
 @rule("masked_scatter")
 def put_at_mask(call: Call) -> IntArray:
-    ids = call.uniform("self", range(len(call.shape("self"))))
-    source = call.uniform("source", range(len(call.shape("source"))))
-    return call.tracer.equate(ids.reshape((1,) * call.output.ndim), constant(int(source.item()), call.output.ndim))
+    ndim = call.output.ndim
+    return call.tracer.equate(_any_element(call, "self", ndim), _any_element(call, "source", ndim))
 
 
 @rule("scatter", "scatter_add", "scatter_reduce")
