@@ -4,27 +4,36 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import ASGD, LBFGS, SGD, Optimizer
 
 from lightning_ecopt.optim.path_rule import PathRule
-from lightning_ecopt.optim.rule import Moment, PathStatistics, Rule, UnitStatistics
+from lightning_ecopt.optim.rule import PathStatistics, Rule, UnitStatistics
+from lightning_ecopt.optim.state import Moment, has_points, moments_of
 from lightning_ecopt.optim.unit_rule import UnitRule
 from lightning_ecopt.paths import Skeleton, choose_skeleton
 from lightning_ecopt.symmetry import PendingGroup, ScalingGroup
 
-#: Entries of the base optimizers' states that are means of gradients (1) or of their squares (2).
-POWERS = {"momentum_buffer": 1, "exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
+#: Optimizers whose steps are linear in the gradients; those of all others are of a size of their own.
+LINEAR = (SGD, ASGD)
 STATE = "equivalent_class"
+UNBOUND = (
+    "The optimizer does not know the network whose parameters it trains. Add the EquivalentClassOptimization callback to "
+    "the Trainer, or call optimizer.bind(scaling_group(module, inputs))."
+)
 NO_FREEDOMS = (
     "The network has no scaling freedoms, so the base optimizer is used as it is. The report of the callback names the "
     "operations that cost them."
 )
+
+Finder = Callable[[Sequence[Tensor]], ScalingGroup | PendingGroup]
 
 
 class EquivalentClassOptimizer(Optimizer):
@@ -38,9 +47,10 @@ class EquivalentClassOptimizer(Optimizer):
     do not change) and momentum is carried along. How a step is taken is the *rule*:
 
     - ``"unit"``: relative to the unit that takes it. The base optimizer's step in the incoming weights of a unit is
-      scaled to their magnitude, after gradients are centred and clipped unit by unit. With SGD the learning rate is the
-      relative length of a step, and 0.03 to 0.3 fits most networks, with and without momentum; with Adam and AdamW it
-      keeps its meaning. Beside the base's own state it needs O(H). See :mod:`lightning_ecopt.optim.unit_rule`.
+      scaled to their magnitude, after gradients are centred and clipped unit by unit. With SGD and ASGD the learning
+      rate is the relative length of a step, and 0.03 to 0.3 fits most networks, with and without momentum; with all
+      others it keeps its meaning. Beside the base's own state it needs O(H). See
+      :mod:`lightning_ecopt.optim.unit_rule`.
     - ``"path"``: the paper's. The base optimizer moves the m - H values of basis paths instead of the m weights. They
       are normalised so that at the start all but those of free skeleton weights, at most one in a unit, equal the
       weights; learning rate, momentum and every other option keep their meaning; weight decay acts on path values (the
@@ -48,10 +58,11 @@ class EquivalentClassOptimizer(Optimizer):
       :mod:`lightning_ecopt.paths.coordinates`.
 
     Args:
-        optimizer: the base: :class:`torch.optim.SGD`, :class:`~torch.optim.Adam` or :class:`~torch.optim.AdamW` with
-            any of its options. Do not call its ``step`` yourself.
+        optimizer: the base: any optimizer, of torch or not, but :class:`torch.optim.LBFGS`. Its hooks of steps become
+            this one's. Do not call its ``step`` yourself.
         group: of the module that owns the parameters; or a :class:`~lightning_ecopt.symmetry.PendingGroup`, if it is
-            found while the closure of the first step runs.
+            found while the closure of the first step runs; or a function that finds either of the two for a list of
+            parameters, which is called again when other parameters are to be trained; or ``None``, until :meth:`bind`.
         rule: ``"unit"`` or ``"path"``.
         refresh_interval: steps from one refresh to the next; ``None`` if only :meth:`refresh` asks for it.
         representative: ``"balanced"``, or ``"current"`` to stay at the weights as they are. Only the first depends on
@@ -62,9 +73,12 @@ class EquivalentClassOptimizer(Optimizer):
             ``None`` is the paper's rule.
         free_start: value at which the coordinates of free skeleton weights start. It sets how fast the scale of a
             unit may move: larger is slower.
+        state_powers: for entries of the state of optimizers that are not torch's: by the p-th power of what does a
+            refresh divide them that makes weights larger? 1 for means of gradients, 2 for means of their squares, -1
+            for averages of weights, 0 for what has no scale. A warning says if one is missing.
 
     Raises:
-        TypeError: if the base optimizer is none of these, or is wrapped already.
+        TypeError: if the base optimizer is wrapped already, or cannot be.
         ValueError: if an option is out of range, or the group does not belong to the optimizer's parameters.
 
     Example::
@@ -78,7 +92,7 @@ class EquivalentClassOptimizer(Optimizer):
     def __init__(
         self,
         optimizer: Optimizer,
-        group: ScalingGroup | PendingGroup,
+        group: ScalingGroup | PendingGroup | Finder | None,
         *,
         rule: str = "unit",
         refresh_interval: int | None = 500,
@@ -86,6 +100,7 @@ class EquivalentClassOptimizer(Optimizer):
         skeleton: str = "max",
         max_path_ratio: float | None = 2.0,
         free_start: float = 2.0,
+        state_powers: Mapping[str, int] | None = None,
     ) -> None:
         check_options(
             rule=rule,
@@ -94,6 +109,7 @@ class EquivalentClassOptimizer(Optimizer):
             skeleton=skeleton,
             max_path_ratio=max_path_ratio,
             free_start=free_start,
+            state_powers=state_powers,
         )
         check_base(optimizer)
         self.optimizer = optimizer
@@ -103,54 +119,74 @@ class EquivalentClassOptimizer(Optimizer):
         self.skeleton = skeleton
         self.max_path_ratio = max_path_ratio
         self.free_start = free_start
+        self.state_powers = dict(state_powers or {})
         self.__setstate__({})  # the hooks of an Optimizer, without parameters of its own
+        for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
+            setattr(self, hooks, getattr(optimizer, hooks))  # they are to see weights
+            setattr(optimizer, hooks, OrderedDict())
+        self._find: Finder | None = None
         self._pending: PendingGroup | None = None
         self._group: ScalingGroup | None = None
+        self._bound: list[int] = []  # the parameters that required a gradient then
         self._own = torch.zeros(0, dtype=torch.bool)
         self._active: Tensor | None = None  # since the last refresh
         self._rule: Rule | None = None  # since the last refresh
         self._loaded: Mapping[str, Any] | None = None
         self._steps_since_refresh = 0
         self._refresh_due = True
-        if isinstance(group, PendingGroup):
-            self._pending = group
-        else:
-            self._bind(group)
+        self._unknown: set[str] = set()  # entries that a warning has named
+        if group is not None:
+            self.bind(group)
 
     # What is shared with the base optimizer -------------------------------------------------------------------------
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """The parameter groups of the base optimizer."""
         return self.optimizer.param_groups
 
-    @property
-    def state(self) -> Any:  # type: ignore[override]
-        """The state of the base optimizer, in weight space but for what path coordinates hold at skeleton weights."""
-        return self.optimizer.state
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.optimizer.param_groups = groups
 
     @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+    def state(self) -> Any:
+        """The state of the base optimizer, in the coordinates in which it moves; :meth:`state_dict` is that of weights."""
+        return self.optimizer.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.optimizer.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:
         """The default options of the base optimizer."""
         return self.optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self.optimizer.defaults = defaults
+
+    def __getattr__(self, name: str) -> Any:
+        """What an optimizer has beyond those of torch, such as ``train`` and ``eval`` of a schedule-free one."""
+        if name == "optimizer" or name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self.optimizer, name)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As the base optimizer."""
         self.optimizer.zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As the base optimizer; the new parameters must be in the scaling group. Refreshes at the next step.
+        """As the base optimizer. Refreshes at the next step, with the freedoms that the new parameters bring.
 
         Raises:
-            ValueError: if the scaling group does not know a parameter.
+            ValueError: if the scaling group was given and does not know a parameter.
         """
-        if self._group is not None:
+        if self._group is not None and self._find is None:
             self._check_known(self._group, [p for p in _as_list(param_group["params"]) if p.requires_grad])
         self.optimizer.add_param_group(param_group)
-        if self._group is not None:
-            self._leave_rule()
-            self._bind(self._group)
-            self.refresh()
+        self.renew()
 
     def __getstate__(self) -> dict[str, Any]:
         return dict(self.__dict__)
@@ -165,8 +201,43 @@ class EquivalentClassOptimizer(Optimizer):
         """The scaling group; ``None`` until it has been found."""
         return self._group
 
+    def bind(self, group: ScalingGroup | PendingGroup | Finder) -> None:
+        """Use a scaling group, in place of the one that was used so far if there is one. Refreshes at the next step.
+
+        Args:
+            group: as for the constructor.
+
+        Raises:
+            ValueError: if the group does not belong to the optimizer's parameters.
+        """
+        if not isinstance(group, ScalingGroup | PendingGroup):
+            self._find = group
+            group = group(self._trainable())
+        self.stop_watching()
+        if isinstance(group, PendingGroup):
+            self._pending = group
+        else:
+            self._bind(group)
+
+    def renew(self) -> None:
+        """Find the freedoms again if other parameters require a gradient now. Call it between steps.
+
+        Every refresh begins with it. Parameters that a scaling group which was given does not know stay in weight space.
+        """
+        trainable = [id(p) for p in self._trainable()]
+        if self._group is None or trainable == self._bound:
+            return
+        if self._find is not None:
+            self._bound = trainable
+            self.bind(self._find)
+        elif {id(p) for p in self._group.parameters.values()}.issuperset(trainable):
+            self._bind(self._group)
+
+    def _trainable(self) -> list[Tensor]:
+        return [p for options in self.param_groups for p in options["params"] if p.requires_grad]
+
     def _bind(self, group: ScalingGroup) -> None:
-        trainable = [p for options in self.param_groups for p in options["params"] if p.requires_grad]
+        trainable = self._trainable()
         self._check_known(group, trainable)
         held = {id(p) for p in trainable}
         foreign = torch.zeros(group.scales.num_scales, dtype=torch.bool)
@@ -174,11 +245,13 @@ class EquivalentClassOptimizer(Optimizer):
             if id(group.parameters[coupling.parameter]) not in held:  # another optimizer's, or frozen by now
                 for ids in (coupling.incoming, coupling.outgoing):
                     foreign[ids[ids >= 0]] = True
-        own = ~group.scales.in_(foreign)
         if group.num_units == 0:
             warnings.warn(NO_FREEDOMS, stacklevel=3)
-        self._group, self._own, self._pending = group, own, None
-        self._rule, self._active, self._refresh_due = None, None, True
+        with torch.no_grad():
+            self._leave_rule()
+        self._group, self._own, self._pending = group, ~group.scales.in_(foreign), None
+        self._bound = [id(p) for p in trainable]
+        self._active, self._refresh_due = None, True
 
     def usable_units(self) -> Tensor:
         """Units whose freedom is used, ``bool[H]``: alive at the last refresh, no other optimizer's, and with paths if
@@ -200,6 +273,7 @@ class EquivalentClassOptimizer(Optimizer):
         """Give the module back the method that a pending group watches."""
         if self._pending is not None:
             self._pending.cancel()
+            self._pending = None
 
     def _check_known(self, group: ScalingGroup, parameters: list[Tensor]) -> None:
         names = {id(p): name for name, p in group.parameters.items()}
@@ -225,19 +299,20 @@ class EquivalentClassOptimizer(Optimizer):
 
     def _ensure_bound(self) -> bool:
         """Take over the pending group. False while there is none and nothing is to be done."""
-        if self._group is None:
-            assert self._pending is not None
-            if self._pending.group is None:
-                if all(p.grad is None for options in self.param_groups for p in options["params"]):
-                    return False  # a skipped batch
-                raise RuntimeError(
-                    f"The first step came before the network was traced: nothing has called {self._pending.method}() "
-                    f"of {type(self._pending.module).__name__} since the optimizer was made. Give the LightningModule "
-                    "an example_input_array, pass a closure that calls it to step(), or make the optimizer with "
-                    "EquivalentClassOptimizer(optimizer, scaling_group(module, inputs))."
-                )
+        if self._pending is not None and self._pending.group is not None:
             self._bind(self._pending.group)
-        return True
+        if self._group is not None:
+            return True
+        if all(p.grad is None for options in self.param_groups for p in options["params"]):
+            return False  # a skipped batch
+        if self._pending is None:
+            raise RuntimeError(UNBOUND)
+        raise RuntimeError(
+            f"The first step came before the network was traced: nothing has called {self._pending.method}() "
+            f"of {type(self._pending.module).__name__} since the optimizer was made. Give the LightningModule "
+            "an example_input_array, pass a closure that calls it to step(), or make the optimizer with "
+            "EquivalentClassOptimizer(optimizer, scaling_group(module, inputs))."
+        )
 
     # The step ---------------------------------------------------------------------------------------------------------
 
@@ -260,6 +335,7 @@ class EquivalentClassOptimizer(Optimizer):
                 self.optimizer.step()
                 return loss
             if self._refresh_due or self._steps_since_refresh == self.refresh_interval:
+                self.renew()
                 self._refresh()
             self._steps_since_refresh += 1
             if self._rule is None:  # nothing to be done
@@ -267,11 +343,11 @@ class EquivalentClassOptimizer(Optimizer):
                 return loss
             weights = self._parameters()
             with self._gradients(self._rule, weights):
-                leave_ = self._rule.enter_(weights, self._moments(), self._averaging())
+                leave_ = self._rule.enter_(weights, self._points(), self._averaging())
                 try:
                     self.optimizer.step()
                 finally:  # also when it fails: nothing may stay behind in other coordinates
-                    leave_(self._moments())
+                    leave_(self._points())
             self._rule.accept()
         return loss
 
@@ -284,9 +360,11 @@ class EquivalentClassOptimizer(Optimizer):
         """While entered, the parameters have the gradients that the rule shows to the base optimizer."""
         assert self._group is not None
         own = self._group.parameters
-        before = {name: p.grad for name, p in own.items() if p.grad is not None}
+        before = {name: p.grad for name, p in own.items() if p.grad is not None and not p.grad.is_sparse}
+        shown = {name: gradient.clone() for name, gradient in before.items()}
+        rule.gradients_(weights, shown)
         try:
-            for name, gradient in rule.gradients(weights, before).items():
+            for name, gradient in shown.items():
                 own[name].grad = gradient
             yield
         finally:
@@ -294,17 +372,25 @@ class EquivalentClassOptimizer(Optimizer):
                 own[name].grad = gradient
 
     def _moments(self) -> dict[str, Moment]:
-        """The base optimizer's means of gradients and of their squares, by entry."""
+        """What the base optimizer's state has for each weight, by entry."""
         assert self._group is not None
-        found: dict[str, Moment] = {}
-        for name, p in self._group.parameters.items():
-            for entry, value in self.state[p].items() if p in self.state else ():
-                if entry in POWERS and value is not None:
-                    found.setdefault(entry, Moment(POWERS[entry], {})).tensors[name] = value
-        return found
+        moments, unknown = moments_of(self.state, self._group.parameters, self.state_powers)
+        if unknown - self._unknown:
+            self._unknown |= unknown
+            warnings.warn(
+                f"What a rescaling of the weights does to {_listing(sorted(unknown))} in the state of "
+                f"{type(self.optimizer).__name__} is not known: they stay as they are at a refresh. Tell it with "
+                f"state_powers={{{sorted(unknown)[0]!r}: ...}}; 0 is what happens now.",
+                stacklevel=2,
+            )
+        return moments
+
+    def _points(self) -> dict[str, Moment]:
+        """Averages of weights among them; few optimizers have any."""
+        return self._moments() if has_points(self.state, self.state_powers) else {}
 
     def _averaging(self) -> dict[str, float]:
-        """For each parameter of SGD by what its momentum, a sum of gradients, becomes a mean."""
+        """For each parameter by what momentum that is a sum of gradients, as that of SGD, becomes a mean."""
         assert self._group is not None
         found = {}
         for options in self.param_groups:
@@ -353,7 +439,7 @@ class EquivalentClassOptimizer(Optimizer):
             own = [coupling.restricted(edges) for coupling in group.couplings]
             skeleton = choose_skeleton(own, parameters, self.usable_units(), self.skeleton)
             self._rule = PathRule(group, parameters, skeleton, self.free_start, self.max_path_ratio)
-            self._rule.restart_(moments)
+            self._rule.start_(moments)
 
     def _unit_rule(self) -> UnitRule:
         assert self._group is not None
@@ -362,13 +448,13 @@ class EquivalentClassOptimizer(Optimizer):
         momentum = self._moments().get("momentum_buffer", Moment(1, {})).tensors
         average = self._averaging()
         means = {name: average[name] * value for name, value in momentum.items() if name in own}
-        return UnitRule(self._group.couplings, own, not isinstance(self.optimizer, SGD), means)
+        return UnitRule(self._group.couplings, own, not isinstance(self.optimizer, LINEAR), means)
 
     def _leave_rule(self) -> Rule | None:
         """Back to weight space; returns the rule that was left."""
         rule, self._rule = self._rule, None
         if rule is not None:
-            rule.restart_(self._moments())
+            rule.leave_(self._parameters(), self._moments())
         return rule
 
     def statistics(self) -> PathStatistics | UnitStatistics | None:
@@ -397,10 +483,10 @@ class EquivalentClassOptimizer(Optimizer):
             moments = self._moments()
             state[STATE] = {"rule": self.rule, **self._rule.state_dict(moments), **counts}
             plain = {
-                entry: Moment(moment.power, {name: value.clone() for name, value in moment.tensors.items()})
+                entry: replace(moment, tensors={name: value.clone() for name, value in moment.tensors.items()})
                 for entry, moment in moments.items()
             }
-            self._rule.restart_(plain)
+            self._rule.leave_(self._parameters(), plain)
             for entry, moment in plain.items():
                 for name, value in moment.tensors.items():
                     state["state"][numbers[name]][entry] = value
@@ -469,10 +555,15 @@ def check_base(optimizer: Optimizer) -> None:
             "The optimizer is an EquivalentClassOptimizer already: wrap it once, either in configure_optimizers "
             "(ec_sgd) or with the callback."
         )
-    if not isinstance(optimizer, SGD | Adam | AdamW):
+    if isinstance(optimizer, LBFGS):
         raise TypeError(
-            f"EquivalentClassOptimizer wraps torch.optim.SGD, Adam and AdamW, got {type(optimizer).__name__}: use one "
-            "of them, or train without the equivalent-class space."
+            "LBFGS computes gradients several times in a step, at weights of its own: use another optimizer, or train "
+            "without the equivalent-class space."
+        )
+    if optimizer.defaults.get("differentiable"):
+        raise TypeError(
+            "A step in the equivalent-class space is not differentiable: leave out differentiable=True, or train "
+            "without the equivalent-class space."
         )
     for options in optimizer.param_groups:
         for p in options["params"]:
@@ -492,6 +583,7 @@ def check_options(
     skeleton: str = "max",
     max_path_ratio: float | None = None,
     free_start: float = 1.0,
+    state_powers: Mapping[str, int] | None = None,
 ) -> None:
     """Raise ``ValueError`` for an option out of range."""
     if rule not in ("unit", "path"):
@@ -508,6 +600,9 @@ def check_options(
         raise ValueError(f"refresh_interval must be a positive number of steps, or None, got {refresh_interval!r}")
     if not (math.isfinite(free_start) and free_start > 0):
         raise ValueError(f"free_start must be a finite number greater than 0, got {free_start!r}")
+    for entry, power in (state_powers or {}).items():
+        if isinstance(power, bool) or not isinstance(power, int) or not -2 <= power <= 2:
+            raise ValueError(f"state_powers must be whole numbers from -2 to 2, got {power!r} for {entry!r}")
 
 
 def _as_list(parameters: Any) -> list[Tensor]:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_ecopt.optim.rule import Moments, PathStatistics, Tensors
+from lightning_ecopt.optim.rule import PathStatistics, Tensors
+from lightning_ecopt.optim.state import Moments
 from lightning_ecopt.paths import PathCoordinates, Skeleton
 from lightning_ecopt.symmetry import ScalingGroup
 
@@ -33,35 +34,44 @@ class PathRule:
         self._coordinates = PathCoordinates(group.couplings, parameters, skeleton, free_start)
         self._guarded = torch.zeros((), dtype=torch.int64, device=self._coordinates.beta.device)
 
-    def gradients(self, weights: Tensors, gradients: Tensors) -> dict[str, Tensor]:
+    def gradients_(self, weights: Tensors, gradients: Tensors) -> None:
         """Inverse chain rule."""
-        return self._coordinates.gradients(weights, gradients)
+        self._coordinates.gradients_(weights, gradients)
 
     def enter_(self, weights: Tensors, moments: Moments, average: Mapping[str, float]) -> Callable[[Moments], None]:
-        """Into path coordinates; the way back is weight allocation."""
-        for moment in moments.values():
-            self._coordinates.scale_momentum_(moment.tensors, -moment.power)
+        """Into path coordinates, where moments are already; the way back is weight allocation."""
         leave_weights_ = self._coordinates.enter_(weights)
 
         def leave_(moments: Moments) -> None:
             self._guarded += leave_weights_(self._max_ratio).sum()
-            for moment in moments.values():
-                self._coordinates.scale_momentum_(moment.tensors, moment.power)
 
         return leave_
 
     def accept(self) -> None:
         """Nothing: the way back has moved beta."""
 
-    def restart_(self, moments: Moments) -> None:
-        """Start anew at the skeleton weights.
+    def start_(self, moments: Moments) -> None:
+        """Take moments of weights for those of path coordinates, which start anew at the skeleton weights.
 
         Momentum could be carried over exactly, as a covector. But the component of one skeleton weight is then a sum
         over all the elements that its paths meet; in a gradient they cancel, in momentum that was gathered along the
         way they do not, and training diverges.
         """
+        values = self._coordinates.free_values
         for moment in moments.values():
-            self._coordinates.restart_skeleton_(moment.tensors)
+            if moment.power == -1:
+                self._coordinates.elements.write_(moment.tensors, torch.zeros_like(values), values)
+            elif not moment.lasting:
+                self._coordinates.restart_skeleton_(moment.tensors)
+
+    def leave_(self, weights: Tensors, moments: Moments) -> None:
+        """Back to weights, but for the skeleton weights, where nothing is known."""
+        for moment in moments.values():
+            self._coordinates.scale_(moment.tensors, moment.power)
+            if moment.power == -1:
+                self._coordinates.elements.write_(moment.tensors, *self._coordinates.elements.read(weights))
+            elif not moment.lasting:
+                self._coordinates.restart_skeleton_(moment.tensors)
 
     def statistics(self, dormant: int) -> PathStatistics:
         """The extremes of beta, and how often the guard was needed."""
@@ -70,17 +80,20 @@ class PathRule:
         return PathStatistics(low, high, int(self._guarded), dormant)
 
     def state_dict(self, moments: Moments) -> dict[str, Any]:
-        """The skeleton, beta, and the moments at free skeleton weights."""
+        """The skeleton, beta, and the moments in path coordinates."""
         return {
             "skeleton": self._coordinates.skeleton.state_dict(),
             "beta": self._coordinates.beta.clone(),
             "free_start": self._coordinates.free_start,
-            "moments": {name: self._coordinates.elements.read(moment.tensors)[1] for name, moment in moments.items()},
+            "moments": {
+                entry: {name: value.clone() for name, value in moment.tensors.items()}
+                for entry, moment in moments.items()
+            },
         }
 
     def load_state_dict(self, state: Mapping[str, Any], moments: Moments) -> None:
         """Go on in the very coordinates that were saved; the skeleton must be that of the state."""
         self._coordinates.beta.copy_(state["beta"])
-        for name, moment in moments.items():
-            at_free = state["moments"][name].to(self._coordinates.beta)
-            self._coordinates.elements.write_(moment.tensors, torch.zeros_like(at_free), at_free)
+        for entry, moment in moments.items():
+            for name, value in moment.tensors.items():
+                value.copy_(state["moments"][entry][name])

@@ -8,23 +8,9 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from lightning_ecopt.optim.state import Moments
+
 Tensors = Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Moment:
-    """One entry of the base optimizer's state.
-
-    Args:
-        power: 1 for a mean of gradients, which is a covector; 2 for one of their squares.
-        tensors: by parameter name.
-    """
-
-    power: int
-    tensors: dict[str, Tensor]
-
-
-Moments = Mapping[str, Moment]
 
 
 @dataclass(frozen=True)
@@ -58,25 +44,25 @@ class UnitStatistics:
 
 
 class Rule(Protocol):
-    """A rule is made at a refresh, when the weights are at their representative."""
+    """A rule is made at a refresh, when the weights are at their representative; moments are those of weights then."""
 
-    def gradients(self, weights: Tensors, gradients: Tensors) -> dict[str, Tensor]:
-        """What the base optimizer is shown instead of the gradients, as new tensors."""
+    def gradients_(self, weights: Tensors, gradients: Tensors) -> None:
+        """Turn copies of the gradients into what the base optimizer is shown instead."""
 
     def enter_(self, weights: Tensors, moments: Moments, average: Mapping[str, float]) -> Callable[[Moments], None]:
-        """Move weights and moments to where the base optimizer takes its step; returns the way back."""
+        """Move weights, and averages of weights, to where the base optimizer takes its step; returns the way back."""
 
     def accept(self) -> None:
         """The base optimizer's step has been taken without an error."""
 
-    def restart_(self, moments: Moments) -> None:
-        """Set to zero what the moments hold of directions that mean something under this rule alone."""
+    def leave_(self, weights: Tensors, moments: Moments) -> None:
+        """Turn the moments into those of weights; zero in directions that mean something under this rule alone."""
 
     def statistics(self, dormant: int) -> PathStatistics | UnitStatistics:
         """Whether all is well. Waits for the device."""
 
     def state_dict(self, moments: Moments) -> dict[str, Any]:
-        """What the rule needs to go on, with what :meth:`restart_` would take out of the moments."""
+        """What the rule needs to go on, with the moments if :meth:`leave_` would change them."""
 
     def load_state_dict(self, state: Mapping[str, Any], moments: Moments) -> None:
         """Go on from a saved state."""

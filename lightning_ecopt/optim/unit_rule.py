@@ -35,7 +35,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_ecopt.optim.rule import Moments, Tensors, UnitStatistics
+from lightning_ecopt.optim.rule import Tensors, UnitStatistics
+from lightning_ecopt.optim.state import Moments, points_of
+from lightning_ecopt.paths.coordinates import is_low_precision
 from lightning_ecopt.symmetry import Coupling, SegmentSum
 
 CENTRING = 0.9
@@ -88,6 +90,12 @@ class _Rows:
     def spread(self, values: Tensor, dtype: torch.dtype) -> Tensor:
         """One value for each row, ``[count]``, as a tensor that broadcasts to the elements."""
         return (values if self._merge is None else values[self._place]).view(self.shape).to(dtype)
+
+    def scale_(self, tensors: Tensors, values: Tensor) -> None:
+        """Multiply the rows of the own parameter, if it is among ``tensors``, by one value each."""
+        if self.parameter in tensors:
+            view = self.view(tensors[self.parameter])
+            view.mul_(self.spread(values, view.dtype))
 
 
 def _bounded(scale: Tensor, mean: Tensor) -> Tensor:
@@ -170,18 +178,17 @@ class UnitRule:
                 scales.append(_bounded(norm / rows.sizes.to(norm).sqrt(), mean))
         return torch.cat(scales), mean
 
-    def gradients(self, weights: Tensors, gradients: Tensors) -> dict[str, Tensor]:
-        """Centred and clipped gradients, as new tensors."""
-        result = {name: gradient.clone() for name, gradient in gradients.items() if not gradient.is_sparse}
-        self._moving = set(result)
-        mean, norm = self._collect("mean", result), self._collect("norm", result)
+    def gradients_(self, weights: Tensors, gradients: Tensors) -> None:
+        """Centre and clip gradients in place."""
+        self._moving = set(gradients)
+        mean, norm = self._collect("mean", gradients), self._collect("norm", gradients)
         # |g - c m|^2 = |g|^2 - n m^2 (1 - (1 - c)^2)
         shift = self._centring * mean
         second = norm.square() / self._size - mean.square() * (1 - (1 - self._centring).square())
         second = second.clamp(min=0)
         known = second.isfinite()
-        if any(rows.parameter not in result for rows in self._rows):
-            known &= self._spread([rows.parameter in result for rows in self._rows], known.device) > 0
+        if any(rows.parameter not in gradients for rows in self._rows):
+            known &= self._spread([rows.parameter in gradients for rows in self._rows], known.device) > 0
         running = torch.where(known, self._second.lerp(second, 1 - MEMORY), self._second)
         weight = torch.where(known, self._weight.lerp(torch.ones_like(self._weight), 1 - MEMORY), self._weight)
         limit = running / weight
@@ -189,20 +196,19 @@ class UnitRule:
         factor = torch.where(second > slack * limit, (limit / second).sqrt(), 1.0)
         self._next = (running, weight, self._clipped + (factor < 1).sum())
         for rows, less, times in zip(self._rows, shift.split(self._counts), factor.split(self._counts), strict=True):
-            gradient = result.get(rows.parameter)
+            gradient = gradients.get(rows.parameter)
             if gradient is not None:
                 view = rows.view(gradient)
                 if not rows.single:
                     view.sub_(rows.spread(less, view.dtype))
                 view.mul_(rows.spread(times, view.dtype))
-        return result
 
     def enter_(self, weights: Tensors, moments: Moments, average: Mapping[str, float]) -> Callable[[Moments], None]:
         """Divide the weights by s_h, so that a step of the base optimizer becomes one of s_h times its length.
 
         Args:
             weights: by parameter name.
-            moments: stay in weight space.
+            moments: averages of weights go with them; all others stay those of weights.
             average: for each parameter, what makes an average of the base's momentum: 1 - momentum for SGD.
         """
         if self._normalized:
@@ -214,17 +220,31 @@ class UnitRule:
             factors = [average[rows.parameter] for rows in self._rows]
             constant = factors[0] if len(set(factors)) == 1 else self._spread(factors, self._rho.device)
             scale = constant * self._rho / torch.maximum(deviation, faint).clamp(min=self._tiny)
-        parts = []
-        for rows, part in zip(self._rows, scale.split(self._counts), strict=True):
-            if rows.parameter in self._moving:
-                view = rows.view(weights[rows.parameter])
-                parts.append((view, rows.spread(part, view.dtype)))
-        for view, part in parts:
-            view.div_(part)
+        parts = [
+            (rows, part)
+            for rows, part in zip(self._rows, scale.split(self._counts), strict=True)
+            if rows.parameter in self._moving
+        ]
+        steps = []
+        for rows, part in parts:
+            view = rows.view(weights[rows.parameter])
+            spread = rows.spread(part, view.dtype)
+            steps.append((view, spread, view.clone() if is_low_precision(view) else None))
+        for view, spread, _ in steps:
+            view.div_(spread)
+        for points in points_of(moments):
+            for rows, part in parts:
+                rows.scale_(points, 1 / part)
 
         def leave_(moments: Moments) -> None:
-            for view, part in parts:
-                view.mul_(part)
+            for view, spread, before in steps:
+                if before is None:
+                    view.mul_(spread)
+                else:
+                    view.sub_(before / spread).mul_(spread).add_(before)
+            for points in points_of(moments):
+                for rows, part in parts:
+                    rows.scale_(points, part)
 
         return leave_
 
@@ -233,7 +253,7 @@ class UnitRule:
         self._second, self._weight, self._clipped = self._next
         self._steps += 1
 
-    def restart_(self, moments: Moments) -> None:
+    def leave_(self, weights: Tensors, moments: Moments) -> None:
         """Nothing: moments are those of the gradients of weights."""
 
     def statistics(self, dormant: int) -> UnitStatistics:

@@ -78,12 +78,12 @@ def skeleton_of(paths: ExplicitPaths) -> dict[str, Tensor]:
 
 
 def entries(optimizer: Optimizer, module: nn.Module) -> dict[str, dict[str, Tensor]]:
-    """Copies of the moments, by entry and parameter."""
+    """The moments of a saved state, by entry and parameter."""
     found: dict[str, dict[str, Tensor]] = {}
-    for name, p in module.named_parameters():
+    for (name, _), held in zip(module.named_parameters(), optimizer.state_dict()["state"].values(), strict=True):
         for entry in POWERS:
-            if entry in optimizer.state[p]:
-                found.setdefault(entry, {})[name] = optimizer.state[p][entry].clone()
+            if entry in held:
+                found.setdefault(entry, {})[name] = held[entry].clone()
     return found
 
 

@@ -43,9 +43,10 @@ class Point:
         return dict(zip(tensors, torch.autograd.grad(self.loss(), list(tensors.values())), strict=True))
 
     def path_gradients(self) -> dict[str, Tensor]:
-        """dL/dv for all parameters; left out by the package are those for which it is dL/dw."""
+        """dL/dv for all parameters."""
         gradients = self.gradients()
-        return gradients | self.coordinates.gradients(self.weights, gradients)
+        self.coordinates.gradients_(self.weights, gradients)
+        return gradients
 
 
 def make(name: str, seed: int = 0) -> tuple[nn.Module, Tensor]:
