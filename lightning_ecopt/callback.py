@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_ecopt._lightning import (
     Callback,
@@ -19,21 +21,24 @@ from lightning_ecopt.configure import find_group
 from lightning_ecopt.optim import EquivalentClassOptimizer
 from lightning_ecopt.optim.optimizer import NO_FREEDOMS, check_base, check_options
 from lightning_ecopt.report import print_report
-from lightning_ecopt.symmetry import PendingGroup, ScalingGroup
+from lightning_ecopt.symmetry import PendingGroup, ScalingGroup, WatchedCalls
 
-UNSUPPORTED_STRATEGIES = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAFSDPStrategy")
+UNSUPPORTED_STRATEGIES = ("FSDPStrategy", "DeepSpeedStrategy", "XLAFSDPStrategy")
 
 
 class EquivalentClassOptimization(Callback):
     """Train in the equivalent-class space: the optimizer of ``configure_optimizers`` becomes its equivalent-class form.
 
-    Nothing else changes: SGD, Adam and AdamW keep all their options, parameter groups and schedulers, in whatever form
+    Nothing else changes: optimizers keep all their options, parameter groups and schedulers, in whatever form
     ``configure_optimizers`` returns them, and checkpoints can be exchanged with runs without the callback. See
-    :class:`~lightning_ecopt.EquivalentClassOptimizer` for what a step does.
+    :class:`~lightning_ecopt.EquivalentClassOptimizer` for what a step does. An :class:`~lightning_ecopt.ECSGD` or
+    :class:`~lightning_ecopt.ECAdamW` keeps its own options and is only told the freedoms.
 
     If the ``LightningModule`` has an ``example_input_array``, its forward call is traced before training; otherwise the
-    first training step is watched as it happens, which costs no extra call. The outputs of what is traced (or the loss)
-    are what must not change, so give an ``example_input_array`` only if training uses the module by its ``forward``.
+    first training step is watched as it happens, which costs no extra call (under manual optimization, the calls of the
+    modules in it). The outputs of what is traced (or the loss) are what must not change, so give an
+    ``example_input_array`` only if training uses the module by its ``forward``. When parameters thaw or are added, the
+    freedoms are found again.
 
     Args:
         rule: how a step is taken: ``"unit"``, relative to the unit that takes it, or ``"path"``, in the path
@@ -46,6 +51,8 @@ class EquivalentClassOptimization(Callback):
             paper's choice, for plain networks.
         max_path_ratio: no path may change by more than this factor in one step; ``None`` is the paper's rule.
         free_start: value at which the coordinates of free skeleton weights start; larger lets scales move more slowly.
+        state_powers: how the state of an optimizer scales, if it is not torch's; see
+            :class:`~lightning_ecopt.EquivalentClassOptimizer`.
         verbose: print a report of the freedoms when they are known.
         log: log whether all is well with the logger, as ``ecopt/...``, every ``log_every_n_steps``: the number of
             dormant units, and the share of clipped gradients (unit) or the extremes of beta and the number of guarded
@@ -56,8 +63,8 @@ class EquivalentClassOptimization(Callback):
 
     Raises:
         ValueError: if an option is out of range.
-        MisconfigurationException: at the start of ``fit``, if the strategy shards parameters, or an optimizer is none
-            of these or is wrapped already.
+        MisconfigurationException: at the start of ``fit``, if the strategy shards parameters in a way that is not
+            supported, or an optimizer cannot be wrapped or is wrapped already.
 
     Example::
 
@@ -73,6 +80,7 @@ class EquivalentClassOptimization(Callback):
         skeleton: Literal["max", "diagonal"] = "max",
         max_path_ratio: float | None = 2.0,
         free_start: float = 2.0,
+        state_powers: dict[str, int] | None = None,
         verbose: bool = True,
         log: bool = True,
     ) -> None:
@@ -85,31 +93,34 @@ class EquivalentClassOptimization(Callback):
             "skeleton": skeleton,
             "max_path_ratio": max_path_ratio,
             "free_start": free_start,
+            "state_powers": state_powers,
         }
         check_options(**self._options)
         self.refresh = refresh
         self._verbose = verbose
         self._logs = log  # Lightning puts its own function at `log`
         self._epoch: int | None = None  # of the last refresh
-        self._found: ScalingGroup | PendingGroup | None = None
+        self._finder: _Finder | None = None
         self._optimizers: list[EquivalentClassOptimizer] = []
-        self._reported = False
+        self._reported: list[ScalingGroup] = []
 
     @property
     def group(self) -> ScalingGroup | None:
         """The scaling group of the module being trained; ``None`` until it is known."""
-        return self._found.group if isinstance(self._found, PendingGroup) else self._found
+        found = None if self._finder is None else self._finder.found
+        return found if found is None or isinstance(found, ScalingGroup) else found.group
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse strategies that shard parameters."""
+        """Refuse strategies that take parameters apart."""
         if stage != "fit":
             return
-        self._epoch, self._found, self._optimizers, self._reported = None, None, [], False
+        self._epoch, self._finder, self._optimizers, self._reported = None, None, [], []
         names = {base.__name__ for base in type(trainer.strategy).__mro__}
         if names & set(UNSUPPORTED_STRATEGIES):
             raise MisconfigurationException(
-                f"EquivalentClassOptimization does not work with {type(trainer.strategy).__name__}, which shards "
-                "parameters: use one device or strategy='ddp', or remove the callback."
+                f"EquivalentClassOptimization does not work with {type(trainer.strategy).__name__}, whose parameters "
+                "have lost their shapes: use one device, strategy='ddp' or ModelParallelStrategy, or remove the "
+                "callback."
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -117,26 +128,39 @@ class EquivalentClassOptimization(Callback):
         bases = list(trainer.strategy.optimizers)
         try:
             for base in bases:
-                if isinstance(base, EquivalentClassOptimizer):
-                    base.stop_watching()
-                check_base(base)
-            parameters: list[Tensor] = [p for base in bases for group in base.param_groups for p in group["params"]]
-            self._found = find_group(pl_module, parameters)
+                if isinstance(base, EquivalentClassOptimizer) and not base.is_bound:
+                    check_base(base.optimizer)
+                else:
+                    check_base(base)
+            self._finder = _Finder(pl_module, bases)
+            self._finder()
             if self.group is not None and self.group.num_units == 0:
                 rank_zero_warn(NO_FREEDOMS)
+                self._print(self.group, torch.zeros(0, dtype=torch.bool))
             else:
-                self._optimizers = [EquivalentClassOptimizer(base, self._found, **self._options) for base in bases]
+                self._optimizers = [self._equivalent(base, self._finder) for base in bases]
         except (TypeError, ValueError) as error:
             raise MisconfigurationException(str(error)) from error
+        finally:
+            for base in bases:
+                if isinstance(base, EquivalentClassOptimizer) and base not in self._optimizers:
+                    base.stop_watching()
         if self._optimizers:
             trainer.strategy.optimizers = list(self._optimizers)
         self._report()
 
+    def _equivalent(self, base: Optimizer, finder: _Finder) -> EquivalentClassOptimizer:
+        if not isinstance(base, EquivalentClassOptimizer):
+            return EquivalentClassOptimizer(base, finder, **self._options)
+        base.bind(finder)
+        return base
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Ask for a refresh at the first step of an epoch."""
-        if self.refresh == "epoch" and self._epoch != trainer.current_epoch:
-            if self._epoch is not None:
-                for optimizer in self._optimizers:
+        """At the first step of an epoch, look for parameters that have thawed, and ask for a refresh."""
+        if self._epoch != trainer.current_epoch:
+            for optimizer in self._optimizers:
+                optimizer.renew()
+                if self.refresh == "epoch" and self._epoch is not None:
                     optimizer.refresh()
             self._epoch = trainer.current_epoch
 
@@ -156,8 +180,8 @@ class EquivalentClassOptimization(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Stop watching a module that never took its first step."""
-        if isinstance(self._found, PendingGroup):
-            self._found.cancel()
+        if self._finder is not None:
+            self._finder.cancel()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Likewise: after an exception there is no teardown."""
@@ -172,10 +196,36 @@ class EquivalentClassOptimization(Callback):
         self._epoch = state_dict["epoch"]
 
     def _report(self) -> None:
-        if self.group is not None and not self._reported:
-            self._reported = True
-            if self._verbose:
-                usable = torch.zeros(self.group.num_units, dtype=torch.bool)
+        for group in {id(optimizer.group): optimizer.group for optimizer in self._optimizers}.values():
+            if group is not None and not any(group is reported for reported in self._reported):
+                self._reported.append(group)
+                usable = torch.zeros(group.num_units, dtype=torch.bool)
                 for optimizer in self._optimizers:
-                    usable |= optimizer.usable_units()
-                rank_zero_only(print_report)(self.group, usable=usable, rule=self._options["rule"])
+                    if optimizer.group is group:
+                        usable |= optimizer.usable_units()
+                self._print(group, usable)
+
+    def _print(self, group: ScalingGroup, usable: Tensor) -> None:
+        if self._verbose:
+            rank_zero_only(print_report)(group, usable=usable, rule=self._options["rule"])
+
+
+class _Finder:
+    """Finds one group for all optimizers, and again when other parameters are trained."""
+
+    def __init__(self, module: LightningModule, optimizers: list[Optimizer]) -> None:
+        self._module, self._optimizers = module, optimizers
+        self._trainable: list[int] = []
+        self.found: ScalingGroup | PendingGroup | WatchedCalls | None = None
+
+    def __call__(self, parameters: Iterable[Tensor] = ()) -> ScalingGroup | PendingGroup | WatchedCalls:
+        held = [p for optimizer in self._optimizers for group in optimizer.param_groups for p in group["params"]]
+        trainable = [id(p) for p in held if p.requires_grad]
+        if self.found is None or trainable != self._trainable:
+            self.cancel()
+            self.found, self._trainable = find_group(self._module, held), trainable
+        return self.found
+
+    def cancel(self) -> None:
+        if self.found is not None and not isinstance(self.found, ScalingGroup):
+            self.found.cancel()

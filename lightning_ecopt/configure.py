@@ -4,46 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from torch.optim import SGD, AdamW, Optimizer
 
-from lightning_ecopt._lightning import LightningModule, MisconfigurationException
-from lightning_ecopt.optim import EquivalentClassOptimizer
-from lightning_ecopt.optim.optimizer import check_options
-from lightning_ecopt.symmetry import PendingGroup, ScalingGroup, scaling_group
+from lightning_ecopt._lightning import LightningModule
+from lightning_ecopt.optim import ECSGD, ECAdamW
+from lightning_ecopt.symmetry import PendingGroup, ScalingGroup, WatchedCalls, scaling_group
 
 
 def ec_sgd(
-    module: nn.Module,
-    params: Iterable[Tensor] | Iterable[dict[str, Any]] | None = None,
-    *,
-    lr: float = 1e-3,
-    momentum: float = 0.0,
-    dampening: float = 0.0,
-    weight_decay: float = 0.0,
-    nesterov: bool = False,
-    maximize: bool = False,
-    foreach: bool | None = None,
-    **options: Any,
-) -> EquivalentClassOptimizer:
+    module: nn.Module, params: Iterable[Tensor] | Iterable[dict[str, Any]] | None = None, **options: Any
+) -> ECSGD:
     """EC-SGD for a module, to be returned from ``configure_optimizers``.
 
     If a ``LightningModule`` has an ``example_input_array``, its forward call is traced here; otherwise its first
-    ``training_step`` is watched as it happens. Of another module the next forward call is watched.
+    ``training_step`` is watched as it happens, or, under manual optimization, the calls of its parts until the first
+    step. Of another module the next forward call is watched. When parameters are added later, or begin to require a
+    gradient, the freedoms are found again.
 
     Args:
         module: the module that is trained, in ``configure_optimizers`` usually ``self``.
         params: parameters or parameter groups to optimise; by default all of the module's that require a gradient.
-        lr: learning rate, and the other options of :class:`torch.optim.SGD`:
-        momentum: as there.
-        dampening: as there.
-        weight_decay: as there.
-        nesterov: as there.
-        maximize: as there.
-        foreach: as there.
-        options: of :class:`~lightning_ecopt.EquivalentClassOptimizer`: ``rule``, ``refresh_interval`` and so on.
+        options: of :class:`~lightning_ecopt.ECSGD`: ``lr``, ``momentum``, ``rule`` and so on.
 
     Raises:
         TypeError: for options that there are not.
@@ -54,46 +38,18 @@ def ec_sgd(
         def configure_optimizers(self):
             return ec_sgd(self, lr=0.1, momentum=0.9)
     """
-    check_options(**options)
-    optimizer = SGD(
-        _given(module, params),
-        lr=lr,
-        momentum=momentum,
-        dampening=dampening,
-        weight_decay=weight_decay,
-        nesterov=nesterov,
-        maximize=maximize,
-        foreach=foreach,
-    )
-    return _wrapped(module, optimizer, options)
+    return _bound(ECSGD(_given(module, params), **options), module)
 
 
 def ec_adamw(
-    module: nn.Module,
-    params: Iterable[Tensor] | Iterable[dict[str, Any]] | None = None,
-    *,
-    lr: float = 1e-3,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 1e-2,
-    amsgrad: bool = False,
-    maximize: bool = False,
-    foreach: bool | None = None,
-    **options: Any,
-) -> EquivalentClassOptimizer:
-    """EC-AdamW for a module, to be returned from ``configure_optimizers``; see :func:`ec_sgd`.
+    module: nn.Module, params: Iterable[Tensor] | Iterable[dict[str, Any]] | None = None, **options: Any
+) -> ECAdamW:
+    """EC-AdamW for a module, to be returned from ``configure_optimizers``; as :func:`ec_sgd`.
 
     Args:
         module: the module that is trained, in ``configure_optimizers`` usually ``self``.
         params: parameters or parameter groups to optimise; by default all of the module's that require a gradient.
-        lr: learning rate, and the other options of :class:`torch.optim.AdamW`:
-        betas: as there.
-        eps: as there.
-        weight_decay: as there.
-        amsgrad: as there.
-        maximize: as there.
-        foreach: as there.
-        options: of :class:`~lightning_ecopt.EquivalentClassOptimizer`: ``rule``, ``refresh_interval`` and so on.
+        options: of :class:`~lightning_ecopt.ECAdamW`: ``lr``, ``betas``, ``rule`` and so on.
 
     Raises:
         TypeError: for options that there are not.
@@ -104,40 +60,30 @@ def ec_adamw(
         def configure_optimizers(self):
             return ec_adamw(self, lr=1e-3)
     """
-    check_options(**options)
-    optimizer = AdamW(
-        _given(module, params),
-        lr=lr,
-        betas=betas,
-        eps=eps,
-        weight_decay=weight_decay,
-        amsgrad=amsgrad,
-        maximize=maximize,
-        foreach=foreach,
-    )
-    return _wrapped(module, optimizer, options)
+    return _bound(ECAdamW(_given(module, params), **options), module)
 
 
 def _given(module: nn.Module, params: Iterable[Any] | None) -> list[Any]:
     return [p for p in module.parameters() if p.requires_grad] if params is None else list(params)
 
 
-def _wrapped(module: nn.Module, optimizer: Optimizer, options: dict[str, Any]) -> EquivalentClassOptimizer:
-    own = [p for group in optimizer.param_groups for p in group["params"]]
-    return EquivalentClassOptimizer(optimizer, find_group(module, own), **options)
+def _bound(optimizer: Any, module: nn.Module) -> Any:
+    try:
+        optimizer.bind(partial(find_group, module))
+    except Exception:
+        optimizer.stop_watching()
+        raise
+    return optimizer
 
 
-def find_group(module: nn.Module, parameters: Iterable[Tensor]) -> ScalingGroup | PendingGroup:
+def find_group(module: nn.Module, parameters: Iterable[Tensor]) -> ScalingGroup | PendingGroup | WatchedCalls:
     """Trace the example inputs of a ``LightningModule`` now, or watch the first call of the module that is made."""
     if not isinstance(module, LightningModule):
         return PendingGroup(module, "forward", parameters)
     if module.example_input_array is not None:
         return _trace_example(module, parameters)
-    if not module.automatic_optimization:
-        raise MisconfigurationException(
-            f"{type(module).__name__} uses manual optimization, where forward and backward calls interleave: set its "
-            "example_input_array, so that its forward call can be traced before training."
-        )
+    if not module.automatic_optimization:  # forward and backward calls interleave
+        return WatchedCalls(parameters)
     return PendingGroup(module, "training_step", parameters)
 
 

@@ -19,21 +19,19 @@ from lightning_ecopt.optim.rule import PathStatistics, Rule, UnitStatistics
 from lightning_ecopt.optim.state import Moment, has_points, moments_of
 from lightning_ecopt.optim.unit_rule import UnitRule
 from lightning_ecopt.paths import Skeleton, choose_skeleton
-from lightning_ecopt.symmetry import PendingGroup, ScalingGroup
+from lightning_ecopt.symmetry import PendingGroup, ScalingGroup, WatchedCalls
+from lightning_ecopt.symmetry.shards import is_sharded, local
 
 #: Optimizers whose steps are linear in the gradients; those of all others are of a size of their own.
 LINEAR = (SGD, ASGD)
 STATE = "equivalent_class"
-UNBOUND = (
-    "The optimizer does not know the network whose parameters it trains. Add the EquivalentClassOptimization callback to "
-    "the Trainer, or call optimizer.bind(scaling_group(module, inputs))."
-)
 NO_FREEDOMS = (
     "The network has no scaling freedoms, so the base optimizer is used as it is. The report of the callback names the "
     "operations that cost them."
 )
 
-Finder = Callable[[Sequence[Tensor]], ScalingGroup | PendingGroup]
+Pending = PendingGroup | WatchedCalls
+Finder = Callable[[Sequence[Tensor]], ScalingGroup | Pending]
 
 
 class EquivalentClassOptimizer(Optimizer):
@@ -60,9 +58,10 @@ class EquivalentClassOptimizer(Optimizer):
     Args:
         optimizer: the base: any optimizer, of torch or not, but :class:`torch.optim.LBFGS`. Its hooks of steps become
             this one's. Do not call its ``step`` yourself.
-        group: of the module that owns the parameters; or a :class:`~lightning_ecopt.symmetry.PendingGroup`, if it is
-            found while the closure of the first step runs; or a function that finds either of the two for a list of
-            parameters, which is called again when other parameters are to be trained; or ``None``, until :meth:`bind`.
+        group: of the module that owns the parameters; or a function that finds it for a list of parameters, and is
+            called again when other parameters are to be trained; or ``None``, if the calls of modules that use the
+            parameters are to be watched until the first step. Instead of a group, a
+            :class:`~lightning_ecopt.symmetry.PendingGroup` is one that is found by then.
         rule: ``"unit"`` or ``"path"``.
         refresh_interval: steps from one refresh to the next; ``None`` if only :meth:`refresh` asks for it.
         representative: ``"balanced"``, or ``"current"`` to stay at the weights as they are. Only the first depends on
@@ -92,7 +91,7 @@ class EquivalentClassOptimizer(Optimizer):
     def __init__(
         self,
         optimizer: Optimizer,
-        group: ScalingGroup | PendingGroup | Finder | None,
+        group: ScalingGroup | Pending | Finder | None = None,
         *,
         rule: str = "unit",
         refresh_interval: int | None = 500,
@@ -125,7 +124,7 @@ class EquivalentClassOptimizer(Optimizer):
             setattr(self, hooks, getattr(optimizer, hooks))  # they are to see weights
             setattr(optimizer, hooks, OrderedDict())
         self._find: Finder | None = None
-        self._pending: PendingGroup | None = None
+        self._pending: Pending | None = None
         self._group: ScalingGroup | None = None
         self._bound: list[int] = []  # the parameters that required a gradient then
         self._own = torch.zeros(0, dtype=torch.bool)
@@ -135,8 +134,7 @@ class EquivalentClassOptimizer(Optimizer):
         self._steps_since_refresh = 0
         self._refresh_due = True
         self._unknown: set[str] = set()  # entries that a warning has named
-        if group is not None:
-            self.bind(group)
+        self.bind(WatchedCalls(self._trainable()) if group is None else group)
 
     # What is shared with the base optimizer -------------------------------------------------------------------------
 
@@ -151,7 +149,7 @@ class EquivalentClassOptimizer(Optimizer):
 
     @property
     def state(self) -> Any:
-        """The state of the base optimizer, in the coordinates in which it moves; :meth:`state_dict` is that of weights."""
+        """The state of the base optimizer, where it moves; what :meth:`state_dict` has is that of weights."""
         return self.optimizer.state
 
     @state.setter
@@ -201,7 +199,12 @@ class EquivalentClassOptimizer(Optimizer):
         """The scaling group; ``None`` until it has been found."""
         return self._group
 
-    def bind(self, group: ScalingGroup | PendingGroup | Finder) -> None:
+    @property
+    def is_bound(self) -> bool:
+        """Whether it has been told where its scaling group comes from."""
+        return self._find is not None or not isinstance(self._pending, WatchedCalls)
+
+    def bind(self, group: ScalingGroup | Pending | Finder) -> None:
         """Use a scaling group, in place of the one that was used so far if there is one. Refreshes at the next step.
 
         Args:
@@ -210,19 +213,19 @@ class EquivalentClassOptimizer(Optimizer):
         Raises:
             ValueError: if the group does not belong to the optimizer's parameters.
         """
-        if not isinstance(group, ScalingGroup | PendingGroup):
+        if not isinstance(group, ScalingGroup | Pending):
             self._find = group
             group = group(self._trainable())
         self.stop_watching()
-        if isinstance(group, PendingGroup):
-            self._pending = group
-        else:
+        if isinstance(group, ScalingGroup):
             self._bind(group)
+        else:
+            self._pending = group
 
     def renew(self) -> None:
         """Find the freedoms again if other parameters require a gradient now. Call it between steps.
 
-        Every refresh begins with it. Parameters that a scaling group which was given does not know stay in weight space.
+        Every refresh begins with it. Parameters that a group which was given does not know stay in weight space.
         """
         trainable = [id(p) for p in self._trainable()]
         if self._group is None or trainable == self._bound:
@@ -247,6 +250,8 @@ class EquivalentClassOptimizer(Optimizer):
                     foreign[ids[ids >= 0]] = True
         if group.num_units == 0:
             warnings.warn(NO_FREEDOMS, stacklevel=3)
+        if self.rule == "path" and any(map(is_sharded, group.parameters.values())):
+            raise ValueError("The rule 'path' needs parameters that are not sharded: use rule='unit', or DDP.")
         with torch.no_grad():
             self._leave_rule()
         self._group, self._own, self._pending = group, ~group.scales.in_(foreign), None
@@ -305,11 +310,9 @@ class EquivalentClassOptimizer(Optimizer):
             return True
         if all(p.grad is None for options in self.param_groups for p in options["params"]):
             return False  # a skipped batch
-        if self._pending is None:
-            raise RuntimeError(UNBOUND)
+        assert self._pending is not None
         raise RuntimeError(
-            f"The first step came before the network was traced: nothing has called {self._pending.method}() "
-            f"of {type(self._pending.module).__name__} since the optimizer was made. Give the LightningModule "
+            f"The first step came before the network was traced: {self._pending.missing}. Give the LightningModule "
             "an example_input_array, pass a closure that calls it to step(), or make the optimizer with "
             "EquivalentClassOptimizer(optimizer, scaling_group(module, inputs))."
         )
@@ -353,7 +356,7 @@ class EquivalentClassOptimizer(Optimizer):
 
     def _parameters(self) -> dict[str, Tensor]:
         assert self._group is not None
-        return {name: p.detach() for name, p in self._group.parameters.items()}
+        return {name: local(p.detach()) for name, p in self._group.parameters.items()}
 
     @contextmanager
     def _gradients(self, rule: Rule, weights: Mapping[str, Tensor]) -> Iterator[None]:
@@ -362,7 +365,7 @@ class EquivalentClassOptimizer(Optimizer):
         own = self._group.parameters
         before = {name: p.grad for name, p in own.items() if p.grad is not None and not p.grad.is_sparse}
         shown = {name: gradient.clone() for name, gradient in before.items()}
-        rule.gradients_(weights, shown)
+        rule.gradients_(weights, {name: local(gradient) for name, gradient in shown.items()})
         try:
             for name, gradient in shown.items():
                 own[name].grad = gradient
@@ -444,10 +447,10 @@ class EquivalentClassOptimizer(Optimizer):
     def _unit_rule(self) -> UnitRule:
         assert self._group is not None
         numbers = self._numbers()
-        own = {name: p for name, p in self._parameters().items() if name in numbers}
+        own = {name: p.detach() for name, p in self._group.parameters.items() if name in numbers}
         momentum = self._moments().get("momentum_buffer", Moment(1, {})).tensors
         average = self._averaging()
-        means = {name: average[name] * value for name, value in momentum.items() if name in own}
+        means = {name: average[name] * local(value) for name, value in momentum.items() if name in own}
         return UnitRule(self._group.couplings, own, not isinstance(self.optimizer, LINEAR), means)
 
     def _leave_rule(self) -> Rule | None:
@@ -567,11 +570,10 @@ def check_base(optimizer: Optimizer) -> None:
         )
     for options in optimizer.param_groups:
         for p in options["params"]:
-            if type(p.data) is not Tensor or not p.dtype.is_floating_point:
+            if (type(p.data) is not Tensor and not is_sharded(p)) or not p.dtype.is_floating_point:
                 raise TypeError(
-                    f"EquivalentClassOptimizer needs plain real parameters, got {type(p.data).__name__} of "
-                    f"{p.dtype}: sharded parameters (FSDP, tensor parallelism), quantised and complex ones are not "
-                    "supported. Train with DDP."
+                    f"EquivalentClassOptimizer needs real parameters, plain or sharded by fully_shard, got "
+                    f"{type(p.data).__name__} of {p.dtype}: quantised and complex ones are not supported."
                 )
 
 

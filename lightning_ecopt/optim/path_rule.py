@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lightning_ecopt.optim.rule import PathStatistics, Tensors
 from lightning_ecopt.optim.state import Moments

@@ -1,8 +1,8 @@
 """What a rescaling of the weights does to the state of an optimizer.
 
-An entry has power p if it would have been divided by c^p, had all gradients been those of weights c times as large: those
-are divided by c themselves. So momentum has power 1, a mean of squared gradients 2, a gradient over its own magnitude 0,
-and what is an average of weights -1.
+An entry has power p if it would have been divided by c^p, had all gradients been those of weights c times as large,
+which are divided by c themselves. So momentum has power 1, a mean of squared gradients 2, a gradient over its own
+magnitude 0, and what is an average of weights -1.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ not blown up to full steps. Weight decay is lr * weight_decay * w, not scaled.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ from lightning_ecopt.optim.rule import Tensors, UnitStatistics
 from lightning_ecopt.optim.state import Moments, points_of
 from lightning_ecopt.paths.coordinates import is_low_precision
 from lightning_ecopt.symmetry import Coupling, SegmentSum
+from lightning_ecopt.symmetry.shards import Part, Ranks, local
 
 CENTRING = 0.9
 MEMORY = 0.99
@@ -49,52 +51,75 @@ SAVED = ("rho", "reference", "second", "weight")
 
 
 class _Rows:
-    """The rows of one coupling: reductions over them, and what broadcasts to them."""
+    """The rows of one coupling: reductions over them, and what broadcasts to them.
 
-    def __init__(self, coupling: Coupling, parameter: Tensor) -> None:
+    Where parameters are sharded, reductions are of what is to be added up over the ranks, and tensors are local ones.
+    """
+
+    def __init__(self, coupling: Coupling, parameter: Tensor, ranks: Ranks) -> None:
         self.parameter = coupling.parameter
-        self.view = coupling.view
-        shape = coupling.view(parameter).shape
-        self.shape = (1,) * (len(shape) - coupling.incoming.ndim) + tuple(coupling.incoming.shape)
+        shape = tuple(len(range(part.start, part.stop, part.step)) for part in coupling.region)
+        whole = (1,) * (len(shape) - coupling.incoming.ndim) + tuple(coupling.incoming.shape)
         if len(shape) == 1 and not coupling.additive:  # gains and slopes, whatever they lead into
-            self.shape = tuple(shape)
-        units = coupling.incoming.expand(self.shape).reshape(-1)
-        self._axes = [axis for axis, (own, whole) in enumerate(zip(self.shape, shape, strict=True)) if own < whole]
+            whole = shape
+        self._axes = [axis for axis, (own, size) in enumerate(zip(whole, shape, strict=True)) if own < size]
+        units = coupling.incoming.expand(whole).reshape(-1)
         # One unit may be met at several places: in a grouped transposed convolution, once for each input of the group.
         apart = torch.where(units < 0, -1 - torch.arange(len(units)), units)
         met, place, times = apart.unique(return_inverse=True, return_counts=True)
-        self.units = met.clamp(min=-1) if len(met) < len(units) else units
+        if len(met) == len(units):
+            met, place, times = units, torch.arange(len(units)), torch.ones_like(units)
+        self.units = met.clamp(min=-1)
         self.count = len(met)
-        self.sizes = (times if len(met) < len(units) else torch.ones_like(units)) * (
-            shape.numel() // max(len(units), 1)
-        )
-        self._times, self._place = times.to(parameter.device), place.to(parameter.device)
-        self._merge = SegmentSum(place, len(met)) if len(met) < len(units) else None
+        self.sizes = times * (prod(shape) // max(len(units), 1))
         #: Whether a row has no direction of its own: it is one element, or added to what the unit's weights give.
         self.single = coupling.additive or bool((self.sizes == 1).all())
         self.additive = coupling.additive
+        self._counts = ranks.counts(parameter)
+        part = Part.of(coupling.region, parameter)
+        self._region = None if part is None else part.region
+        here = place.view(whole) if part is None else part.cut(place.view(whole))
+        self._shape, place = here.shape, here.reshape(-1)
+        in_order = self.count == len(place) and bool((place == torch.arange(self.count)).all())
+        place = place.to(local(parameter).device)
+        self._place = None if in_order else place
+        self._merge = None if in_order else SegmentSum(place, self.count)
 
-    def norm(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        """Norms of the rows, ``[count]``."""
-        view = self.view(tensor)
-        norm = torch.linalg.vector_norm(view, dim=self._axes, dtype=dtype) if self._axes else view.abs().to(dtype)
-        norm = norm.reshape(-1)
-        return norm if self._merge is None else self._merge(norm.square()).sqrt()
+    def view(self, tensor: Tensor) -> Tensor | None:
+        """What is here of the rows, ``None`` if nothing is."""
+        if self._region is None:
+            return None
+        return tensor.view(1)[self._region] if tensor.ndim == 0 else tensor[self._region]
 
-    def mean(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        """Means of the rows, ``[count]``."""
-        view = self.view(tensor)
-        mean = (view.mean(self._axes, dtype=dtype) if self._axes else view.to(dtype)).reshape(-1)
-        return mean if self._merge is None else self._merge(mean) / self._times
+    def squares(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """Sums of squares of the rows, ``[count]``."""
+        view = self._counted(tensor)
+        if view is None:
+            return tensor.new_zeros(self.count, dtype=dtype)
+        norm = torch.linalg.vector_norm(view, dim=self._axes, dtype=dtype) if self._axes else view.to(dtype)
+        return self._merged(norm.square())
+
+    def sums(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """Sums of the rows, ``[count]``."""
+        view = self._counted(tensor)
+        if view is None:
+            return tensor.new_zeros(self.count, dtype=dtype)
+        return self._merged(view.sum(self._axes, dtype=dtype) if self._axes else view.to(dtype))
+
+    def _counted(self, tensor: Tensor) -> Tensor | None:
+        return self.view(tensor) if self._counts else None
+
+    def _merged(self, values: Tensor) -> Tensor:
+        return values.reshape(-1) if self._merge is None else self._merge(values.reshape(-1))
 
     def spread(self, values: Tensor, dtype: torch.dtype) -> Tensor:
         """One value for each row, ``[count]``, as a tensor that broadcasts to the elements."""
-        return (values if self._merge is None else values[self._place]).view(self.shape).to(dtype)
+        return (values if self._place is None else values[self._place]).view(self._shape).to(dtype)
 
     def scale_(self, tensors: Tensors, values: Tensor) -> None:
         """Multiply the rows of the own parameter, if it is among ``tensors``, by one value each."""
-        if self.parameter in tensors:
-            view = self.view(tensors[self.parameter])
+        view = self.view(local(tensors[self.parameter])) if self.parameter in tensors else None
+        if view is not None:
             view.mul_(self.spread(values, view.dtype))
 
 
@@ -111,7 +136,8 @@ class UnitRule:
 
     Args:
         couplings: of the scaling group; rows of parameters that are not among ``parameters`` are left out.
-        parameters: the base optimizer's own, by name, at the balanced member; all on one device.
+        parameters: the base optimizer's own, by name, at the balanced member; all on one device. If they are sharded,
+            all ranks take their steps together.
         normalized: whether the base's steps are of a size of their own, as those of Adam, or linear in gradients.
         means: of gradients, by name, as far as the base holds some already; the running second moments start with them.
     """
@@ -119,20 +145,21 @@ class UnitRule:
     def __init__(
         self, couplings: Sequence[Coupling], parameters: Tensors, normalized: bool, means: Tensors | None = None
     ) -> None:
-        first = next(iter(parameters.values()))
+        first = local(next(iter(parameters.values())))
         dtypes = sorted({p.dtype for p in parameters.values()}, key=lambda kind: torch.finfo(kind).bits)
         self._dtype = torch.promote_types(torch.float32, dtypes[-1])
         # Gradients below do not count, so that scales and what they are divided into stay within the range.
         self._tiny = torch.finfo(dtypes[0]).tiny ** 0.75
         self._normalized = normalized
-        self._rows = [_Rows(c, parameters[c.parameter]) for c in couplings if c.parameter in parameters]
+        self._ranks = Ranks(parameters)
+        self._rows = [_Rows(c, parameters[c.parameter], self._ranks) for c in couplings if c.parameter in parameters]
         self._counts = [rows.count for rows in self._rows]
         sizes = [rows.sizes for rows in self._rows]
         self._size = torch.cat(sizes or [torch.zeros(0)]).to(first.device, self._dtype)
         self._centring = self._spread([0.0 if rows.single else CENTRING for rows in self._rows], first.device)
         self._clipped = torch.zeros((), dtype=torch.int64, device=first.device)
         self._steps = 0
-        self._second = (1 - MEMORY) * self._collect("norm", means or {}).square() / self._size
+        self._second = (1 - MEMORY) * self._collect(_Rows.squares, of=means or {})[0] / self._size
         self._weight = (self._second > 0).to(self._dtype) * (1 - MEMORY)  # sum of the weights in the running mean
         self._next = (self._second, self._weight, self._clipped)
         self._moving: set[str] = set()  # names of the parameters with a dense gradient
@@ -143,20 +170,20 @@ class UnitRule:
         counts = torch.tensor(self._counts)
         return torch.tensor(values, dtype=self._dtype).repeat_interleave(counts).to(device)
 
-    def _collect(self, reduction: str, tensors: Tensors) -> Tensor:
-        """A reduction of all rows, ``[R]``; zero for tensors that there are not."""
-        zero = self._size.new_zeros(1)
+    def _collect(self, *reductions: Callable[[_Rows, Tensor, torch.dtype], Tensor], of: Tensors) -> Tensor:
+        """Reductions of all rows, ``[len(reductions), R]``; zero for tensors that there are not."""
         parts = [
-            getattr(rows, reduction)(tensors[rows.parameter], self._dtype)
-            if rows.parameter in tensors
-            else zero.expand(rows.count)
+            reduction(rows, local(of[rows.parameter]), self._dtype)
+            if rows.parameter in of
+            else self._size.new_zeros(rows.count)
+            for reduction in reductions
             for rows in self._rows
         ]
-        return torch.cat([*parts, zero])[:-1]
+        return self._ranks.sum_(torch.cat([*parts, self._size[:0]]).view(len(reductions), -1))
 
     def _scales(self, parameters: Tensors) -> tuple[Tensor, Tensor]:
         """rho_h of all rows ``[R]``, with what stands for it in rows of one element; and that of all together."""
-        norms = [rows.norm(parameters[rows.parameter], self._dtype) for rows in self._rows]
+        norms = self._collect(_Rows.squares, of=parameters)[0].sqrt().split(self._counts)
         proper = [(rows, norm) for rows, norm in zip(self._rows, norms, strict=True) if not rows.single and rows.count]
         ones = self._size.new_ones(1)
         squares = torch.cat([norm.square() for _, norm in proper] or [ones])
@@ -181,10 +208,11 @@ class UnitRule:
     def gradients_(self, weights: Tensors, gradients: Tensors) -> None:
         """Centre and clip gradients in place."""
         self._moving = set(gradients)
-        mean, norm = self._collect("mean", gradients), self._collect("norm", gradients)
+        sums, squares = self._collect(_Rows.sums, _Rows.squares, of=gradients)
+        mean = sums / self._size
         # |g - c m|^2 = |g|^2 - n m^2 (1 - (1 - c)^2)
         shift = self._centring * mean
-        second = norm.square() / self._size - mean.square() * (1 - (1 - self._centring).square())
+        second = squares / self._size - mean.square() * (1 - (1 - self._centring).square())
         second = second.clamp(min=0)
         known = second.isfinite()
         if any(rows.parameter not in gradients for rows in self._rows):
@@ -197,8 +225,8 @@ class UnitRule:
         self._next = (running, weight, self._clipped + (factor < 1).sum())
         for rows, less, times in zip(self._rows, shift.split(self._counts), factor.split(self._counts), strict=True):
             gradient = gradients.get(rows.parameter)
-            if gradient is not None:
-                view = rows.view(gradient)
+            view = None if gradient is None else rows.view(gradient)
+            if view is not None:
                 if not rows.single:
                     view.sub_(rows.spread(less, view.dtype))
                 view.mul_(rows.spread(times, view.dtype))
@@ -228,8 +256,9 @@ class UnitRule:
         steps = []
         for rows, part in parts:
             view = rows.view(weights[rows.parameter])
-            spread = rows.spread(part, view.dtype)
-            steps.append((view, spread, view.clone() if is_low_precision(view) else None))
+            if view is not None:
+                spread = rows.spread(part, view.dtype)
+                steps.append((view, spread, view.clone() if is_low_precision(view) else None))
         for view, spread, _ in steps:
             view.div_(spread)
         for points in points_of(moments):

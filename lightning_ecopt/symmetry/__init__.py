@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from lightning_ecopt.symmetry.calls import WatchedCalls
 from lightning_ecopt.symmetry.describe import UnitSet
 from lightning_ecopt.symmetry.group import Coupling, ScalingGroup
 from lightning_ecopt.symmetry.scales import Scales
 from lightning_ecopt.symmetry.segments import SegmentSum
 from lightning_ecopt.symmetry.trace import PendingGroup, scaling_group
 
-__all__ = ["Coupling", "PendingGroup", "Scales", "ScalingGroup", "SegmentSum", "UnitSet", "scaling_group"]
+__all__ = [
+    "Coupling",
+    "PendingGroup",
+    "Scales",
+    "ScalingGroup",
+    "SegmentSum",
+    "UnitSet",
+    "WatchedCalls",
+    "scaling_group",
+]

@@ -7,6 +7,8 @@ With ``a`` the squares of the elements from unit ``u`` to unit ``h``, the log-sc
 where for every unit the incoming and the outgoing squares are equal. (The same problem as balancing a matrix by a
 diagonal similarity: E. E. Osborne, "On pre-conditioning of matrices", J. ACM 7 (1960).) Where scales are products of
 powers of units, s_h and s_u are linear in the units; F is convex all the same.
+
+Where the parameters are sharded each rank holds its own part of ``a``, and sums over it are added up over the ranks.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from lightning_ecopt.symmetry.scales import Scales
 from lightning_ecopt.symmetry.segments import SegmentSum
+from lightning_ecopt.symmetry.shards import Ranks
 
 COARSE_SWEEPS = 40
 NEWTON_STEPS = 50
@@ -60,6 +63,12 @@ class Flow:
             len(weight) / incoming.numel(),
         )
 
+    @classmethod
+    def nothing(cls, dtype: torch.dtype, device: torch.device) -> Flow:
+        """Of a weight that other ranks hold."""
+        none = torch.zeros(1, 0, dtype=torch.int64, device=device)
+        return cls(torch.zeros(1, 0, 0, dtype=dtype, device=device), none, none, 0.0)
+
     def into(self, values: Tensor) -> Tensor:
         """Sums ``[G, A]`` of mass times values of the outgoing side, ``[G, B]``."""
         return torch.bmm(self.mass, values[..., None])[..., 0]
@@ -69,7 +78,7 @@ class Flow:
         return torch.bmm(values[:, None], self.mass)[:, 0]
 
 
-def alive_units(flows: Sequence[Flow], scales: Scales) -> Tensor:
+def alive_units(flows: Sequence[Flow], scales: Scales, ranks: Ranks) -> Tensor:
     """Units that non-zero elements keep from growing and from shrinking without end, ``bool[H]``.
 
     In a plain network they are those which non-zero elements connect to ground on both sides. A unit with an infinite
@@ -84,6 +93,7 @@ def alive_units(flows: Sequence[Flow], scales: Scales) -> Tensor:
             unsound = ~flow.mass.isfinite()
             broken[flow.incoming[unsound.any(2)]] = True
             broken[flow.outgoing[unsound.any(1)]] = True
+    ranks.any_(broken)
     sound = ~scales.in_(broken[:-1])
     flows = [flow if not bool(broken[flow.incoming].any()) else _finite(flow) for flow in flows]
     above, below = torch.zeros_like(sound), torch.zeros_like(sound)
@@ -96,9 +106,11 @@ def alive_units(flows: Sequence[Flow], scales: Scales) -> Tensor:
         for flow in flows:
             open_ = flow.into(caps[flow.outgoing].to(flow.mass.dtype)) > 0
             caps[flow.incoming[open_ & ~broken[flow.incoming]]] = True
+            ranks.any_(caps)
         for flow in reversed(flows):
             open_ = flow.out_of(floors[flow.incoming].to(flow.mass.dtype)) > 0
             floors[flow.outgoing[open_ & ~broken[flow.outgoing]]] = True
+            ranks.any_(floors)
         scales.bound_units(above, below, caps[:-1], floors[:-1])
         above &= sound
         below &= sound
@@ -110,16 +122,17 @@ def _finite(flow: Flow) -> Flow:
     return replace(flow, mass=flow.mass.masked_fill(~flow.mass.isfinite(), 0.0))
 
 
-def mean_square(flows: Sequence[Flow], scales: Scales) -> Tensor:
+def mean_square(flows: Sequence[Flow], scales: Scales, ranks: Ranks) -> Tensor:
     """Sums of squares of the rows that lead into each unit, divided by the number of rows, ``[H]``."""
     incoming = torch.cat([flow.incoming.reshape(-1) % (scales.num_scales + 1) for flow in flows])
     squares = torch.cat([flow.mass.sum(2).reshape(-1) for flow in flows])
     rows = torch.cat([squares.new_full((flow.incoming.numel(),), flow.rows) for flow in flows])
     total = SegmentSum(incoming, scales.num_scales + 1)
-    return (total(squares) / total(rows))[: scales.num_units]
+    squares, rows = ranks.sum_(torch.stack([total(squares), total(rows)]))
+    return (squares / rows)[: scales.num_units]
 
 
-def balancing_scale(flows: Sequence[Flow], scales: Scales, active: Tensor, resolution: float = 0.0) -> Tensor:
+def balancing_scale(flows: Sequence[Flow], scales: Scales, active: Tensor, resolution: float, ranks: Ranks) -> Tensor:
     """The log-scales ``[H]`` that balance the ``active`` units (``bool[H]``, all alive); zero for the others.
 
     Coarse sweeps, each of which can only lower F however the units hang together, then Newton steps to rounding.
@@ -129,10 +142,11 @@ def balancing_scale(flows: Sequence[Flow], scales: Scales, active: Tensor, resol
         scales: that the flows refer to.
         active: the units to move.
         resolution: of the type in which the weights are kept; a balance well below is good enough.
+        ranks: that hold the parts of the weights; all of them get the same result.
     """
     device = flows[0].mass.device
     active = active.to(device)
-    problem = _Problem(flows, scales.to(device), active)
+    problem = _Problem(flows, scales.to(device), active, ranks)
     scale = torch.zeros(len(active), dtype=flows[0].mass.dtype, device=device)
     tolerance = max(64 * torch.finfo(scale.dtype).eps, resolution / 64)
 
@@ -165,9 +179,9 @@ def balancing_scale(flows: Sequence[Flow], scales: Scales, active: Tensor, resol
 class _Problem:
     """F, its gradient and its Hessian."""
 
-    def __init__(self, flows: Sequence[Flow], scales: Scales, active: Tensor) -> None:
+    def __init__(self, flows: Sequence[Flow], scales: Scales, active: Tensor, ranks: Ranks) -> None:
         self.flows = [self._prepared(flow, scales.num_scales + 1) for flow in flows]
-        self.scales, self.active = scales, active
+        self.scales, self.active, self.ranks = scales, active, ranks
         size = scales.num_scales + 1
         self._incoming = SegmentSum(torch.cat([flow.incoming.reshape(-1) for flow in self.flows]), size)
         self._outgoing = SegmentSum(torch.cat([flow.outgoing.reshape(-1) for flow in self.flows]), size)
@@ -193,11 +207,13 @@ class _Problem:
     def _collect(self, into: Sequence[Tensor], out: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Sums ``[S]`` of what leads into, and of what comes out of, each scale."""
         rising, falling = (torch.cat([value.reshape(-1) for value in values]) for values in (into, out))
-        return self._incoming(rising)[:-1], self._outgoing(falling)[:-1]
+        rising, falling = self.ranks.sum_(torch.stack([self._incoming(rising)[:-1], self._outgoing(falling)[:-1]]))
+        return rising, falling
 
     def value(self, scale: Tensor) -> Tensor:
         parts = zip(self.flows, self._factors(scale), strict=True)
-        return torch.stack([(first * flow.into(second)).sum() for flow, (first, second) in parts]).sum()
+        here = torch.stack([(first * flow.into(second)).sum() for flow, (first, second) in parts]).sum()
+        return self.ranks.sum_(here)
 
     def sums(self, scale: Tensor) -> tuple[Tensor, Tensor]:
         """Sums of squares that grow and that shrink with each unit, ``[H]`` both."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_ecopt.symmetry.balance import Flow, alive_units, balancing_scale, mean_square
 from lightning_ecopt.symmetry.describe import UnitSet, describe_unit, sort_units
 from lightning_ecopt.symmetry.scales import Scales, widest
+from lightning_ecopt.symmetry.shards import Part, Ranks, gathering_modules, local, release
 from lightning_ecopt.symmetry.solve import NO_UNIT, Solution
 from lightning_ecopt.symmetry.tracer import Operation
 
@@ -45,6 +46,16 @@ class Coupling:
     def view(self, tensor: Tensor) -> Tensor:
         """The region of ``tensor``, which has the parameter's shape, as a view."""
         return tensor.view(1)[self.region] if tensor.ndim == 0 else tensor[self.region]
+
+    def of_shard(self, parameter: Tensor) -> Coupling | None:
+        """The same coupling for what this rank holds of the parameter, ``None`` if nothing of the region is here.
+
+        Its :meth:`view` is one of the :func:`~lightning_ecopt.symmetry.shards.local` tensor.
+        """
+        part = Part.of(self.region, parameter)
+        if part is None:
+            return None
+        return replace(self, region=part.region, incoming=part.cut(self.incoming), outgoing=part.cut(self.outgoing))
 
     def to(self, device: torch.device) -> Coupling:
         """The same coupling with its unit numbers on ``device``."""
@@ -78,6 +89,7 @@ class ScalingGroup:
         scales: the scales that the couplings refer to, as products of powers of units.
         costs: for each operation that fixed scales which would otherwise have been free, how many.
         unseen: names of parameters that the traced call did not use.
+        gathering: modules that gather sharded parameters for their calls.
     """
 
     parameters: Mapping[str, nn.Parameter]
@@ -85,6 +97,7 @@ class ScalingGroup:
     scales: Scales
     costs: Mapping[Operation, int]
     unseen: tuple[str, ...] = ()
+    gathering: Sequence[Any] = ()
 
     @classmethod
     def from_solution(
@@ -128,6 +141,35 @@ class ScalingGroup:
     def __repr__(self) -> str:
         sizes = f"num_units={self.num_units}, num_parameters={self.num_parameters}, dimension={self.dimension}"
         return f"{type(self).__name__}({sizes})"
+
+    def of(self, module: nn.Module) -> ScalingGroup:
+        """The same group for the parameters that a module has under the same names, as after ``fully_shard``.
+
+        Args:
+            module: the one that was traced, or another of the same structure.
+
+        Raises:
+            ValueError: if a parameter is missing, has another shape, or is sharded in a way that is not supported.
+
+        Example::
+
+            group = scaling_group(model, x)
+            fully_shard(model)  # which replaces its parameters
+            group = group.of(model)
+        """
+        gathering = gathering_modules(module)
+        release(gathering)
+        own = dict(module.named_parameters(remove_duplicate=False))
+        for name, parameter in self.parameters.items():
+            if name not in own or own[name].shape != parameter.shape:
+                found = f"one of shape {list(own[name].shape)}" if name in own else "no such parameter"
+                raise ValueError(
+                    f"The group was traced from a module with a parameter {name} of shape {list(parameter.shape)}, and "
+                    f"{type(module).__name__} has {found}: trace it with scaling_group."
+                )
+        parameters = {name: own[name] for name in self.parameters}
+        Ranks(parameters)  # of a layout that is not supported it says so now
+        return replace(self, parameters=parameters, gathering=gathering)
 
     def unit_sets(self) -> list[UnitSet]:
         """The units, sorted into sets that couple the same parameters in the same way."""
@@ -176,7 +218,8 @@ class ScalingGroup:
         """Rescale the module's own parameters in place: unit ``u`` by ``exp(log_scale[u])``.
 
         The module's outputs do not change, to rounding, in training and in evaluation mode. Buffers need no change:
-        what a normalisation layer keeps statistics of is never rescaled.
+        what a normalisation layer keeps statistics of is never rescaled. If parameters are sharded, call it on all
+        ranks, with the same factors.
 
         Args:
             log_scale: ``[H]``, natural logarithms of the factors.
@@ -193,6 +236,7 @@ class ScalingGroup:
             raise ValueError(f"log_scale must have shape [{self.num_units}], one per unit, got {list(log_scale.shape)}")
         if not bool(log_scale.isfinite().all()):
             raise ValueError("log_scale must be finite")
+        release(self.gathering)
         self.rescale_(self.parameters, log_scale)
         return self
 
@@ -200,19 +244,21 @@ class ScalingGroup:
     def rescale_(self, tensors: Mapping[str, Tensor | None], log_scale: Tensor, *, power: int = 1) -> None:
         """Multiply tensors that belong to the parameters by their factors to the ``power``.
 
-        Weights have power 1, covectors such as gradients and momentum -1.
+        Weights have power 1, covectors such as gradients and momentum -1. Of sharded tensors each rank rescales what it
+        holds.
 
         Args:
-            tensors: by parameter name; ``None`` and missing ones are passed over.
+            tensors: by parameter name, sharded like the parameters; ``None`` and missing ones are passed over.
             log_scale: ``[H]``, natural logarithms of the units' factors.
             power: exponent of the factors.
         """
         log_scale = self.scales.to(log_scale.device).of(log_scale.to(widest(log_scale.device)))
         for coupling in self.couplings:
             tensor = tensors.get(coupling.parameter)
-            if tensor is not None:
-                factor = (power * coupling.to(log_scale.device).log_factor(log_scale)).exp()
-                coupling.view(tensor).mul_(factor.to(tensor))
+            here = None if tensor is None else coupling.of_shard(tensor)
+            if tensor is not None and here is not None:
+                view = here.view(local(tensor))
+                view.mul_((power * here.to(log_scale.device).log_factor(log_scale)).exp().to(view))
 
     @cached_property
     def scale_invariant(self) -> Tensor:
@@ -235,15 +281,17 @@ class ScalingGroup:
         """Which units lie on a path of non-zero elements through the network, ``bool[H]``.
 
         The others (all weights of one side zero, as in a zero-initialised layer) are *dormant*: they have no balanced
-        scale and no path. Scale-invariant weights are alive unless all are zero.
+        scale and no path. Scale-invariant weights are alive unless all are zero. If parameters are sharded, call it on
+        all ranks.
         """
-        return self._alive(list(self._flows()))
+        ranks = Ranks(self.parameters)
+        return self._alive(list(self._flows(ranks)), ranks)
 
-    def _alive(self, flows: list[Flow]) -> Tensor:
-        alive = alive_units(flows, self.scales)
+    def _alive(self, flows: list[Flow], ranks: Ranks) -> Tensor:
+        alive = alive_units(flows, self.scales, ranks)
         if not bool(self.scale_invariant.any()):
             return alive
-        excess = mean_square(flows, self.scales)
+        excess = mean_square(flows, self.scales, ranks)
         return torch.where(self.scale_invariant.to(excess.device), (excess > 0) & excess.isfinite(), alive)
 
     @torch.no_grad()
@@ -251,7 +299,8 @@ class ScalingGroup:
         """Move the parameters to the balanced member of their class, the one of least sum of squares.
 
         There the squares of the incoming and of the outgoing elements of every unit add up to the same. It depends on
-        the class alone; outputs do not change.
+        the class alone; outputs do not change. If parameters are sharded, call it on all ranks; weights stay where they
+        are, and sums over units are added up.
 
         Args:
             active: ``bool[H]``, the units to move; by default all that are :meth:`alive`.
@@ -259,22 +308,24 @@ class ScalingGroup:
         Returns:
             The log-scales ``[H]`` that were applied, zero for units that were not moved.
         """
-        flows = list(self._flows())
+        ranks = Ranks(self.parameters)
+        flows = list(self._flows(ranks))
         if active is None:
-            active = self._alive(flows)
+            active = self._alive(flows, ranks)
         log_scale = torch.zeros(0, dtype=torch.double)
         if flows:
             active = active.to(flows[0].mass.device)
             invariant = active & self.scale_invariant.to(active.device)
             resolution = max(torch.finfo(parameter.dtype).eps for parameter in self.parameters.values())
-            log_scale = balancing_scale(flows, self.scales, active & ~invariant, resolution)
+            log_scale = balancing_scale(flows, self.scales, active & ~invariant, resolution, ranks)
             if bool(invariant.any()):
-                log_scale -= torch.where(invariant, mean_square(flows, self.scales).log() / 2, 0.0)
+                log_scale -= torch.where(invariant, mean_square(flows, self.scales, ranks).log() / 2, 0.0)
+        release(self.gathering)
         self.rescale_(self.parameters, log_scale)
         return log_scale
 
-    def _flows(self) -> Iterator[Flow]:
-        """Sums of squares of each coupling, one per pair of units."""
+    def _flows(self, ranks: Ranks) -> Iterator[Flow]:
+        """Sums of squares of each coupling, one per pair of units, of what this rank is to add up."""
         empty = [name for name, parameter in self.parameters.items() if parameter.is_meta]
         if empty:
             raise RuntimeError(
@@ -284,6 +335,12 @@ class ScalingGroup:
         for coupling in self.couplings:
             if self.num_units == 0 or bool((torch.maximum(coupling.incoming, coupling.outgoing) == NO_UNIT).all()):
                 continue
-            weight = coupling.view(self.parameters[coupling.parameter].detach())
-            local = coupling.to(weight.device)
-            yield Flow.of(weight.to(widest(weight.device)), local.incoming, local.outgoing)
+            parameter = self.parameters[coupling.parameter]
+            weight = local(parameter.detach())
+            dtype = widest(weight.device)
+            here = coupling.of_shard(parameter) if ranks.counts(parameter) else None
+            if here is None:
+                yield Flow.nothing(dtype, weight.device)
+                continue
+            here = here.to(weight.device)
+            yield Flow.of(here.view(weight).to(dtype), here.incoming, here.outgoing)

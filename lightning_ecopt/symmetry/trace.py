@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from lightning_ecopt.symmetry.group import ScalingGroup
+from lightning_ecopt.symmetry.shards import Ranks, gathering_modules, is_sharded, release, stop_gathering_
 from lightning_ecopt.symmetry.solve import solve
 from lightning_ecopt.symmetry.structure import attributes_kept, inputs_kept, tensors_in, values_kept
 from lightning_ecopt.symmetry.watch import Watch
@@ -29,6 +31,10 @@ def scaling_group(
     number generators are put back. Should it work by itself but not while it is watched, a warning says that all of it
     is held fixed. Compiled parts run uncompiled meanwhile.
 
+    The parameters may be sharded by ``torch.distributed.fsdp.fully_shard`` (FSDP2): what is traced is the whole
+    network, without any communication, and the group is the same on all ranks. Where only a real call is possible,
+    trace the module first, shard it then, and take ``group.of(module)``.
+
     Args:
         module: any module; the outputs of its call are what must not change.
         *args: inputs of the call; their values do not matter.
@@ -40,7 +46,8 @@ def scaling_group(
         The group; ``group.num_units`` is the number of freedoms.
 
     Raises:
-        ValueError: if one of ``parameters`` is not a parameter of ``module``.
+        ValueError: if one of ``parameters`` is not a parameter of ``module``, or is sharded in a way that is not
+            supported, or a sharded module cannot be called with fake tensors.
         Exception: whatever the module raises when it is called.
 
     Example::
@@ -50,6 +57,15 @@ def scaling_group(
         assert group.num_units == 8
     """
     trainable = select_parameters(module, parameters)
+    if any(map(is_sharded, module.parameters())):
+        try:
+            return _trace_fake(module, trainable, args, kwargs)
+        except Exception as error:
+            raise ValueError(
+                f"{type(module).__name__} has sharded parameters and cannot be called with fake tensors, which is the "
+                f"only way to trace it then: {error!r}. If the call is right, trace the module before it is sharded: "
+                "group = scaling_group(module, ...), then fully_shard(module), then group.of(module)."
+            ) from error
     # Scripted modules take no fake parameters; control flow that depends on data takes no fake inputs.
     if not any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):
         try:
@@ -66,38 +82,47 @@ def scaling_group(
         )
         watch = Watch(module, trainable)
         watch.ground_all("call")
-        return _group(watch, trainable)
+        return group_of(watch, trainable)
 
 
 def select_parameters(module: nn.Module, parameters: Iterable[Tensor] | None) -> dict[str, nn.Parameter]:
     """The parameters of ``module`` that may be rescaled, by name and in the module's order."""
-    if parameters is None:
-        return {name: p for name, p in module.named_parameters() if p.requires_grad}
-    wanted = {id(p) for p in parameters}
-    own = {name: p for name, p in module.named_parameters() if id(p) in wanted}
-    if len(own) < len(wanted):
-        raise ValueError(
-            f"{len(wanted) - len(own)} of the given parameters are not parameters of {type(module).__name__}: "
-            "pass the module that owns all of them."
-        )
-    return {name: p for name, p in own.items() if p.requires_grad}
+    release(gathering_modules(module))
+    own = dict(module.named_parameters())
+    if parameters is not None:
+        wanted = {id(p) for p in parameters}
+        own = {name: p for name, p in own.items() if id(p) in wanted}
+        if len(own) < len(wanted):
+            raise ValueError(
+                f"{len(wanted) - len(own)} of the given parameters are not parameters of {type(module).__name__}: "
+                "pass the module that owns all of them."
+            )
+    trainable = {name: p for name, p in own.items() if p.requires_grad}
+    Ranks(trainable)  # of a layout that is not supported it says so now
+    return trainable
 
 
 def _trace_fake(
     module: nn.Module, trainable: Mapping[str, nn.Parameter], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> ScalingGroup:
-    whole = torch.backends.cudnn.flags(enabled=False)  # it runs recurrent networks as one operation
-    with whole, inputs_kept((args, kwargs)), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+    gathering = gathering_modules(module)
+    unfused = torch.backends.cudnn.flags(enabled=False)  # it runs recurrent networks as one operation
+    with unfused, inputs_kept((args, kwargs)), FakeTensorMode(allow_non_fake_inputs=True) as mode:
 
         def fake(tensor: Tensor) -> Tensor:
-            return mode.from_tensor(tensor)
+            if not is_sharded(tensor):
+                return mode.from_tensor(tensor)
+            whole = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+            return nn.Parameter(whole, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else whole
 
         state = {id(tensor): fake(tensor) for tensor in [*module.parameters(), *module.buffers()]}
         args, kwargs = tree_map_only(Tensor, fake, (args, kwargs))
         watch = Watch(module, {name: state[id(p)] for name, p in trainable.items()})
         with attributes_kept(module, state), torch.enable_grad():
+            if gathering:
+                stop_gathering_(module)
             _watch_call(watch, module, args, kwargs)
-    return _group(watch, trainable)
+    return replace(group_of(watch, trainable), gathering=gathering)
 
 
 def _trace_real(
@@ -106,7 +131,7 @@ def _trace_real(
     watch = Watch(module, trainable)
     with values_kept(module), inputs_kept((args, kwargs)):
         _watch_call(watch, module, args, kwargs)
-    return _group(watch, trainable)
+    return group_of(watch, trainable)
 
 
 def _watch_call(watch: Watch, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -114,15 +139,16 @@ def _watch_call(watch: Watch, module: nn.Module, args: tuple[Any, ...], kwargs: 
     with watch.watching():
         output = module(*args, **kwargs)
     watch.ground(tensors_in(output, objects=True), "output")
-    watch.ground_new(_kept(module), "kept by the module")
+    watch.ground_new(kept(module), "kept by the module")
 
 
-def _group(watch: Watch, trainable: Mapping[str, nn.Parameter]) -> ScalingGroup:
+def group_of(watch: Watch, trainable: Mapping[str, nn.Parameter]) -> ScalingGroup:
+    """What a watch has found."""
     unseen = tuple(name for name in trainable if name not in watch.tracer.seen)
     return ScalingGroup.from_solution(trainable, solve(watch.tracer), unseen)
 
 
-def _kept(module: nn.Module) -> list[Tensor]:
+def kept(module: nn.Module) -> list[Tensor]:
     """Tensors in the attributes of a module and its submodules, without those that are computed for every call anew."""
     found = []
     for part in module.modules():
@@ -151,11 +177,23 @@ class PendingGroup:
         self.module = module
         self.method = method
         self.trainable = select_parameters(module, parameters)
+        sharded = [name for name, parameter in module.named_parameters() if is_sharded(parameter)]
+        if sharded:
+            raise ValueError(
+                f"{type(module).__name__} has sharded parameters, {sharded[0]} first, which a real call gathers, so "
+                "that it cannot be watched. Give the LightningModule an example_input_array, so that its forward call "
+                "can be traced instead, or use scaling_group(module, inputs)."
+            )
         self.group: ScalingGroup | None = None
         self._method: Callable[..., Any] = getattr(module, method)
         self._own = vars(module).get(method)  # an attribute of the instance, if the user has set one
         self._cancelled = False
         vars(module)[method] = self._watched
+
+    @property
+    def missing(self) -> str:
+        """What has not happened while there is no group."""
+        return f"nothing has called {self.method}() of {type(self.module).__name__} since the optimizer was made"
 
     def cancel(self) -> None:
         """Give the module its method back, at once or when whoever has replaced it since gives it back."""
@@ -178,7 +216,7 @@ class PendingGroup:
         if output is not None:  # a training step may skip its batch
             name = "loss" if self.method == "training_step" else "output"
             watch.ground(tensors_in(output, objects=True), name)
-            watch.ground_new(_kept(self.module), "kept by the module")
-            self.group = _group(watch, self.trainable)
+            watch.ground_new(kept(self.module), "kept by the module")
+            self.group = group_of(watch, self.trainable)
             self.cancel()
         return output

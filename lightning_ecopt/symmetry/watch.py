@@ -464,17 +464,31 @@ class Watch(TorchDispatchMode):
             new = [tensor for tensor in tensors if self.memory.is_new(tensor)]
         self.ground(new, name)
 
+    def enter_module(self, module: nn.Module, inputs: Any = None) -> None:
+        """A module begins to run."""
+        self._path.append(self._names.get(id(module), type(module).__name__))
+
+    def leave_module(self, module: nn.Module, inputs: Any = None, output: Any = None) -> None:
+        """It ends."""
+        self._path.pop()
+
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Enter the mode, and follow which module is running."""
+        handles = [
+            register_module_forward_pre_hook(self.enter_module),
+            register_module_forward_hook(self.leave_module, always_call=True),
+        ]
+        try:
+            with self.recording():
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
-        def enter(module: nn.Module, inputs: Any) -> None:
-            self._path.append(self._names.get(id(module), type(module).__name__))
-
-        def leave(module: nn.Module, inputs: Any, output: Any) -> None:
-            self._path.pop()
-
-        handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Enter the mode."""
         fast_attention = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)  # one operation for a whole layer, for inference only
         try:
@@ -482,8 +496,6 @@ class Watch(TorchDispatchMode):
                 yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fast_attention)
-            for handle in handles:
-                handle.remove()
 
     @contextmanager
     def _threads_watched(self) -> Iterator[None]:
