@@ -1,4 +1,4 @@
-"""The callback from the command line and from a configuration file."""
+"""The callback and the optimizers from the command line and from a configuration file."""
 
 from __future__ import annotations
 
@@ -9,10 +9,19 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LightningCLI
+from torch.nn import functional as F
 
-from lightning_ecopt import EquivalentClassOptimization, EquivalentClassOptimizer, ScalingGroup
-from tests.lightning_integration.modules import RULES, Classifier, fit, loader, mlp, same, sgd, weights
+from lightning_ecopt import (
+    ECSGD,
+    ECAdamW,
+    EquivalentClassOptimization,
+    EquivalentClassOptimizer,
+    ScalingGroup,
+    ec_sgd,
+)
+from tests.lightning_integration.modules import RULES, Batch, Classifier, fit, loader, mlp, same, sgd, weights
 
 NAME = "lightning_ecopt.EquivalentClassOptimization"
 QUIET = [
@@ -140,4 +149,93 @@ def test_the_printed_configuration_shows_the_callback_and_can_be_run(
 def test_wrong_options_are_refused_with_their_name(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises((SystemExit, ValueError)) as refused:
         cli("fit", *QUIET, f"--trainer.callbacks+={NAME}", f"--trainer.callbacks.{option}")
+    assert option.partition("=")[0] in capsys.readouterr().err + str(refused.value)
+
+
+# The optimizer by its name -------------------------------------------------------------------------------------------
+
+
+class WithoutOptimizer(LightningModule):
+    """A module that leaves its optimizer to the command line."""
+
+    def __init__(self, rate: float = 0.1) -> None:
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def train_dataloader(self) -> Any:
+        return loader()
+
+
+NAMED = ["--optimizer=lightning_ecopt.ECSGD", "--optimizer.lr=0.1", "--optimizer.momentum=0.9"]
+
+
+def named(*args: str, kind: type[LightningCLI] = LightningCLI) -> LightningCLI:
+    return kind(WithoutOptimizer, args=list(args), save_config_callback=None, seed_everything_default=0)
+
+
+def _in_code(refresh_interval: int | None, rule: str) -> list[torch.Tensor]:
+    module = Pipeline()
+    module._configure = lambda m: ec_sgd(m, lr=0.1, momentum=0.9, rule=rule, refresh_interval=refresh_interval)
+    fit(module)
+    return weights(module)
+
+
+@RULES
+def test_an_optimizer_by_name_is_bound_by_the_first_step(rule: str) -> None:
+    made = named("fit", *QUIET, *NAMED, f"--optimizer.rule={rule}", "--optimizer.refresh_interval=3")
+    assert type(made.trainer.optimizers[0]) is ECSGD
+    assert same(weights(made.model), _in_code(3, rule))
+
+
+def test_an_optimizer_by_name_is_bound_by_the_callback_and_keeps_its_options() -> None:
+    flags = [f"--trainer.callbacks+={NAME}", "--trainer.callbacks.verbose=false", "--trainer.callbacks.refresh=null"]
+    made = named("fit", *QUIET, *NAMED, "--optimizer.rule=path", "--optimizer.refresh_interval=3", *flags)
+    assert made.trainer.optimizers[0].group is _callback(made).group
+    assert same(weights(made.model), _in_code(3, "path"))
+
+
+def test_the_printed_configuration_of_a_named_optimizer_can_be_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scheduler = ["--lr_scheduler=ExponentialLR", "--lr_scheduler.gamma=0.5"]
+    with pytest.raises(SystemExit):
+        named("fit", *QUIET, *NAMED, *scheduler, "--print_config")
+    path = tmp_path / "printed.yaml"
+    path.write_text(capsys.readouterr().out)
+    entry = yaml.safe_load(path.read_text())["optimizer"]
+    assert entry["class_path"] == "lightning_ecopt.ECSGD"
+    assert entry["init_args"].keys() == signature(ECSGD).parameters.keys() - {"params"}
+    made = named("fit", "--config", str(path))
+    assert same(weights(made.model), weights(named("fit", *QUIET, *NAMED, *scheduler).model))
+    assert made.trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.1 * 0.5**2)
+
+
+class Linked(LightningCLI):
+    """One number sets the rate of the optimizer, and one the refreshes of the callback."""
+
+    def add_arguments_to_parser(self, parser: Any) -> None:
+        parser.add_optimizer_args(ECAdamW)
+        parser.add_lightning_class_args(EquivalentClassOptimization, "ecopt")
+        parser.add_argument("--every", type=int, default=2)
+        parser.link_arguments("model.rate", "optimizer.lr")
+        parser.link_arguments("every", "ecopt.refresh")
+
+
+def test_arguments_can_be_linked() -> None:
+    made = named("fit", *QUIET, "--model.rate=0.003", "--every=7", "--ecopt.verbose=false", kind=Linked)
+    assert type(made.trainer.optimizers[0]) is ECAdamW
+    assert made.trainer.optimizers[0].param_groups[0]["lr"] == 0.003
+    assert _callback(made).refresh == 7
+
+
+@pytest.mark.parametrize("option", ["rule=paths", "free_start=-1", "nesterov=maybe"])
+def test_wrong_options_of_a_named_optimizer_are_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises((SystemExit, ValueError)) as refused:
+        named("fit", *QUIET, *NAMED, f"--optimizer.{option}")
     assert option.partition("=")[0] in capsys.readouterr().err + str(refused.value)

@@ -122,9 +122,7 @@ def test_an_optimizer_of_parameters_alone_takes_the_steps_of_one_that_knows_the_
     for alone in (True, False):
         module = mlp(4, 6, 5, 2)
         module.load_state_dict(start.state_dict())
-        optimizer = (
-            ECSGD(module.parameters(), lr=0.1, momentum=0.9) if alone else ec_sgd(module, lr=0.1, momentum=0.9)
-        )
+        optimizer = ECSGD(module.parameters(), lr=0.1, momentum=0.9) if alone else ec_sgd(module, lr=0.1, momentum=0.9)
         for step in range(4):
             optimizer.zero_grad()
             module(torch.randn(8, 4, generator=torch.Generator().manual_seed(step))).square().mean().backward()
