@@ -21,7 +21,7 @@ from lightning_ecopt.configure import find_group
 from lightning_ecopt.optim import EquivalentClassOptimizer
 from lightning_ecopt.optim.optimizer import NO_FREEDOMS, check_base, check_options
 from lightning_ecopt.report import print_report
-from lightning_ecopt.symmetry import PendingGroup, ScalingGroup, WatchedCalls
+from lightning_ecopt.symmetry import Pending, ScalingGroup
 
 UNSUPPORTED_STRATEGIES = ("FSDPStrategy", "DeepSpeedStrategy", "XLAFSDPStrategy")
 
@@ -216,9 +216,9 @@ class _Finder:
     def __init__(self, module: LightningModule, optimizers: list[Optimizer]) -> None:
         self._module, self._optimizers = module, optimizers
         self._trainable: list[int] = []
-        self.found: ScalingGroup | PendingGroup | WatchedCalls | None = None
+        self.found: ScalingGroup | Pending | None = None
 
-    def __call__(self, parameters: Iterable[Tensor] = ()) -> ScalingGroup | PendingGroup | WatchedCalls:
+    def __call__(self, parameters: Iterable[Tensor] = ()) -> ScalingGroup | Pending:
         held = [p for optimizer in self._optimizers for group in optimizer.param_groups for p in group["params"]]
         trainable = [id(p) for p in held if p.requires_grad]
         if self.found is None or trainable != self._trainable:

@@ -7,11 +7,13 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from lightning_ecopt._lightning import LightningModule
+from lightning_ecopt._lightning import LightningModule, MisconfigurationException
 from lightning_ecopt.optim import ECSGD, ECAdamW
-from lightning_ecopt.symmetry import PendingGroup, ScalingGroup, WatchedCalls, scaling_group
+from lightning_ecopt.optim.optimizer import listing
+from lightning_ecopt.symmetry import Pending, PendingGroup, ScalingGroup, WatchedCalls, scaling_group
 
 
 def ec_sgd(
@@ -76,15 +78,38 @@ def _bound(optimizer: Any, module: nn.Module) -> Any:
     return optimizer
 
 
-def find_group(module: nn.Module, parameters: Iterable[Tensor]) -> ScalingGroup | PendingGroup | WatchedCalls:
+def find_group(module: nn.Module, parameters: Iterable[Tensor]) -> ScalingGroup | Pending:
     """Trace the example inputs of a ``LightningModule`` now, or watch the first call of the module that is made."""
     if not isinstance(module, LightningModule):
         return PendingGroup(module, "forward", parameters)
+    agree = partial(_check_ranks_agree, module)
     if module.example_input_array is not None:
-        return _trace_example(module, parameters)
+        group = _trace_example(module, parameters)
+        agree(group)
+        return group
     if not module.automatic_optimization:  # forward and backward calls interleave
-        return WatchedCalls(parameters)
-    return PendingGroup(module, "training_step", parameters)
+        return WatchedCalls(parameters, agree)
+    return PendingGroup(module, "training_step", parameters, agree)
+
+
+def _check_ranks_agree(module: LightningModule, group: ScalingGroup) -> None:
+    """Raise on all ranks if they have found different groups: each would rescale its weights in its own way."""
+    trainer = module._trainer
+    if trainer is None or trainer.world_size == 1:
+        return
+    found: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(found, (group.fingerprint(), group.num_units, group.unseen))
+    if len({fingerprint for fingerprint, _, _ in found}) == 1:
+        return
+    call = "first training step" if module.example_input_array is None else "example_input_array"
+    unseen = {name for _, _, names in found for name in names}
+    raise MisconfigurationException(
+        f"The {call} of {type(module).__name__} ran other operations on some ranks than on others (freedoms found: "
+        f"{', '.join(str(units) for _, units, _ in found)}"
+        + (f"; parameters not used by all: {listing(sorted(unseen))}" if unseen else "")
+        + "), so that their weights would drift apart: give all ranks an example_input_array that takes the same way "
+        "through the network."
+    )
 
 
 def _trace_example(module: LightningModule, parameters: Iterable[Tensor]) -> ScalingGroup:

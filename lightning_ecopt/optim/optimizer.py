@@ -19,7 +19,7 @@ from lightning_ecopt.optim.rule import PathStatistics, Rule, UnitStatistics
 from lightning_ecopt.optim.state import Moment, has_points, moments_of
 from lightning_ecopt.optim.unit_rule import UnitRule
 from lightning_ecopt.paths import Skeleton, choose_skeleton
-from lightning_ecopt.symmetry import PendingGroup, ScalingGroup, WatchedCalls
+from lightning_ecopt.symmetry import Pending, ScalingGroup, WatchedCalls
 from lightning_ecopt.symmetry.shards import is_sharded, local
 
 #: Optimizers whose steps are linear in the gradients; those of all others are of a size of their own.
@@ -30,7 +30,6 @@ NO_FREEDOMS = (
     "operations that cost them."
 )
 
-Pending = PendingGroup | WatchedCalls
 Finder = Callable[[Sequence[Tensor]], ScalingGroup | Pending]
 
 
@@ -60,8 +59,8 @@ class EquivalentClassOptimizer(Optimizer):
             this one's. Do not call its ``step`` yourself.
         group: of the module that owns the parameters; or a function that finds it for a list of parameters, and is
             called again when other parameters are to be trained; or ``None``, if the calls of modules that use the
-            parameters are to be watched until the first step. Instead of a group, a
-            :class:`~lightning_ecopt.symmetry.PendingGroup` is one that is found by then.
+            parameters are to be watched until the first step. Instead of a group it may be a
+            :class:`~lightning_ecopt.symmetry.Pending` one, which is found by then.
         rule: ``"unit"`` or ``"path"``.
         refresh_interval: steps from one refresh to the next; ``None`` if only :meth:`refresh` asks for it.
         representative: ``"balanced"``, or ``"current"`` to stay at the weights as they are. Only the first depends on
@@ -297,15 +296,16 @@ class EquivalentClassOptimizer(Optimizer):
         unseen = [names[id(p)] for p in parameters if names[id(p)] in group.unseen]
         if unseen:
             raise ValueError(
-                f"The traced call never used these parameters of the optimizer: {_listing(unseen)}. What was not seen "
+                f"The traced call never used these parameters of the optimizer: {listing(unseen)}. What was not seen "
                 "cannot be rescaled safely: trace a call that uses them (check the example inputs), leave them out of "
                 "the optimizer, or freeze them with requires_grad_(False)."
             )
 
     def _ensure_bound(self) -> bool:
         """Take over the pending group. False while there is none and nothing is to be done."""
-        if self._pending is not None and self._pending.group is not None:
-            self._bind(self._pending.group)
+        found = None if self._pending is None else self._pending.settle()
+        if found is not None:
+            self._bind(found)
         if self._group is not None:
             return True
         if all(p.grad is None for options in self.param_groups for p in options["params"]):
@@ -381,7 +381,7 @@ class EquivalentClassOptimizer(Optimizer):
         if unknown - self._unknown:
             self._unknown |= unknown
             warnings.warn(
-                f"What a rescaling of the weights does to {_listing(sorted(unknown))} in the state of "
+                f"What a rescaling of the weights does to {listing(sorted(unknown))} in the state of "
                 f"{type(self.optimizer).__name__} is not known: they stay as they are at a refresh. Tell it with "
                 f"state_powers={{{sorted(unknown)[0]!r}: ...}}; 0 is what happens now.",
                 stacklevel=2,
@@ -611,5 +611,6 @@ def _as_list(parameters: Any) -> list[Tensor]:
     return [parameters] if isinstance(parameters, Tensor) else list(parameters)
 
 
-def _listing(names: list[str], limit: int = 5) -> str:
+def listing(names: list[str], limit: int = 5) -> str:
+    """The first of many names, and how many more there are."""
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

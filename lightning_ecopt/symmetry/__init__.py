@@ -7,10 +7,11 @@ from lightning_ecopt.symmetry.describe import UnitSet
 from lightning_ecopt.symmetry.group import Coupling, ScalingGroup
 from lightning_ecopt.symmetry.scales import Scales
 from lightning_ecopt.symmetry.segments import SegmentSum
-from lightning_ecopt.symmetry.trace import PendingGroup, scaling_group
+from lightning_ecopt.symmetry.trace import Pending, PendingGroup, scaling_group
 
 __all__ = [
     "Coupling",
+    "Pending",
     "PendingGroup",
     "Scales",
     "ScalingGroup",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any, cast
 
@@ -14,11 +14,11 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from lightning_ecopt.symmetry.group import ScalingGroup
 from lightning_ecopt.symmetry.structure import tensors_in
-from lightning_ecopt.symmetry.trace import group_of, kept
+from lightning_ecopt.symmetry.trace import Pending, group_of, kept
 from lightning_ecopt.symmetry.watch import Watch
 
 
-class WatchedCalls:
+class WatchedCalls(Pending):
     """The scaling group of parameters, from the outermost calls of modules that have any of them.
 
     Calls with gradients enabled are watched as they happen, until all parameters have been seen. What enters them and
@@ -26,9 +26,11 @@ class WatchedCalls:
 
     Args:
         parameters: those that may be rescaled; those that require no gradient are left out.
+        check: as in :class:`~lightning_ecopt.symmetry.trace.Pending`.
     """
 
-    def __init__(self, parameters: Iterable[Tensor]) -> None:
+    def __init__(self, parameters: Iterable[Tensor], check: Callable[[ScalingGroup], object] | None = None) -> None:
+        super().__init__(check)
         self._own = {id(p): cast(nn.Parameter, p) for p in parameters if p.requires_grad}
         self._watch: Watch | None = None
         self._names: dict[int, str] = {}
@@ -40,7 +42,7 @@ class WatchedCalls:
         _install()
 
     @property
-    def group(self) -> ScalingGroup | None:
+    def group(self) -> ScalingGroup | None:  # type: ignore[override]
         """The scaling group as far as calls have been seen; ``None`` if there was none."""
         if self._watch is None or self._depth > 0:
             return None
@@ -52,7 +54,7 @@ class WatchedCalls:
         return self._found[1]
 
     @property
-    def missing(self) -> str:
+    def missing(self) -> str:  # type: ignore[override]
         """What has not happened while there is no group."""
         return (
             "no module with the optimizer's parameters has been called since the optimizer was made (under a Trainer, "

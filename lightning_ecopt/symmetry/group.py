@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -97,7 +98,7 @@ class ScalingGroup:
     scales: Scales
     costs: Mapping[Operation, int]
     unseen: tuple[str, ...] = ()
-    gathering: Sequence[Any] = ()
+    gathering: Sequence[nn.Module] = ()
 
     @classmethod
     def from_solution(
@@ -170,6 +171,19 @@ class ScalingGroup:
         parameters = {name: own[name] for name in self.parameters}
         Ranks(parameters)  # of a layout that is not supported it says so now
         return replace(self, parameters=parameters, gathering=gathering)
+
+    def fingerprint(self) -> str:
+        """Equal for two groups of one network that were found from the same operations, on two ranks for instance."""
+        arrays = [self.scales.products, self.scales.units, self.scales.exponents]
+        uses = []
+        for coupling in self.couplings:
+            uses.append((coupling.parameter, str(coupling.region), coupling.additive))
+            arrays += [coupling.incoming, coupling.outgoing]
+        shapes = [tuple(array.shape) for array in arrays]
+        digest = hashlib.sha256(repr((self.num_units, uses, shapes, self.unseen)).encode())
+        for array in arrays:
+            digest.update(array.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def unit_sets(self) -> list[UnitSet]:
         """The units, sorted into sets that couple the same parameters in the same way."""

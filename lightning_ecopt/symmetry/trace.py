@@ -161,7 +161,33 @@ def kept(module: nn.Module) -> list[Tensor]:
     return found
 
 
-class PendingGroup:
+class Pending:
+    """A scaling group that is found while training has begun.
+
+    Args:
+        check: called by :meth:`settle` with the group; what it raises goes to whoever wants to use the group.
+    """
+
+    group: ScalingGroup | None
+    missing: str  # what has not happened while there is no group
+
+    def __init__(self, check: Callable[[ScalingGroup], object] | None = None) -> None:
+        self._check = check
+        self._checked: ScalingGroup | None = None
+
+    def cancel(self) -> None:
+        """Stop watching."""
+
+    def settle(self) -> ScalingGroup | None:
+        """The group, to be used from now on, if there is one."""
+        group = self.group
+        if group is not None and group is not self._checked and self._check is not None:
+            self._check(group)
+        self._checked = group
+        return group
+
+
+class PendingGroup(Pending):
     """The scaling group of a module that is found from its next real call, as it happens.
 
     The method is replaced on the instance until it has been called once and has returned something; the call itself
@@ -171,9 +197,17 @@ class PendingGroup:
         module: the module, in a Lightning pipeline the ``LightningModule``.
         method: name of the method to watch: ``training_step``, so that the loss is watched too, or ``forward``.
         parameters: as in :func:`scaling_group`.
+        check: as in :class:`Pending`.
     """
 
-    def __init__(self, module: nn.Module, method: str, parameters: Iterable[Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        method: str,
+        parameters: Iterable[Tensor] | None = None,
+        check: Callable[[ScalingGroup], object] | None = None,
+    ) -> None:
+        super().__init__(check)
         self.module = module
         self.method = method
         self.trainable = select_parameters(module, parameters)
@@ -191,7 +225,7 @@ class PendingGroup:
         vars(module)[method] = self._watched
 
     @property
-    def missing(self) -> str:
+    def missing(self) -> str:  # type: ignore[override]
         """What has not happened while there is no group."""
         return f"nothing has called {self.method}() of {type(self.module).__name__} since the optimizer was made"
 

@@ -24,6 +24,7 @@ from lightning_ecopt.symmetry.rules.registry import Call, rule
     "_batch_norm_with_update",
     "_batch_norm_with_update_functional",
     "_batch_norm_no_update",
+    "batch_norm_elemt",  # the last part of SyncBatchNorm
 )
 def batch_norm(call: Call) -> list[IntArray]:
     return _normalized(call, along_channels)
@@ -41,7 +42,7 @@ def group_norm(call: Call) -> list[IntArray]:
 
 def _normalized(call: Call, place: Callable[[IntArray, int], IntArray]) -> list[IntArray]:
     """``place`` brings the label of the affine parameters to the number of axes of the output."""
-    call.ground("input")
+    call.ground("input", "running_mean", "running_var", "mean", "invstd")
     outputs = call.output if isinstance(call.output, tuple | list) else [call.output]
     ndim = outputs[0].ndim
     ids = constant(GROUND, ndim)

@@ -34,6 +34,10 @@ OPS = [
     Op("native_batch_norm", lambda m, h: _batch_norm(m, h, None, m.b), 0, 1, {"b": (4,)}),
     Op("native_batch_norm", lambda m, h: _batch_norm(m, h, m.w * m.g, m.b), 8, 1, {"w": (4,), "b": (4,), "g": (4,)}),
     Op("native_batch_norm", lambda m, h: _batch_norm(m, h, h.mean((0, 2)), m.b), 0, 1, {"b": (4,)}),
+    Op("native_batch_norm", lambda m, h: F.batch_norm(
+        m.known.expand(8, 4), h.mean(0).detach(), m.known * 0 + 1, m.w, m.b, eps=EPS), 4, 0, GAIN, counted=False),
+    Op("native_batch_norm", lambda m, h: F.batch_norm(
+        m.known.expand(8, 4), m.known, h.square().mean(0).detach(), m.w, m.b, eps=EPS), 4, 0, GAIN, counted=False),
     Op("native_batch_norm", lambda m, h: F.instance_norm(h, weight=m.w, bias=m.b, eps=EPS), 4, 2, GAIN),
     Op("batch_norm", lambda m, h: _batch_norm(m, h, m.w, m.b, False), 4, 0, GAIN, True, complete=False),  # likewise
     Op("batch_norm", lambda m, h: _batch_norm(m, h, m.w, m.b), 4, 0, GAIN, True),
@@ -98,7 +102,7 @@ def test_a_rule_keeps_the_function_and_loses_no_freedom(op: Op, monkeypatch: pyt
     check(op, monkeypatch)
 
 
-@pytest.mark.parametrize("name", ["cudnn_batch_norm", "miopen_batch_norm"])
+@pytest.mark.parametrize("name", ["cudnn_batch_norm", "miopen_batch_norm", "batch_norm_elemt"])
 def test_accelerators_batch_norm_grounds_its_input_and_starts_anew(name: str) -> None:
     tracer = Tracer({"w": (4,), "b": (4,)})
     features = tracer.fresh((1, 4, 1))

@@ -41,6 +41,7 @@ OUT_OF_REACH = {
     "convolution_overrideable",
     "cudnn_batch_norm",
     "miopen_batch_norm",
+    "batch_norm_elemt",
     "_scaled_dot_product_flash_attention",
     "_scaled_dot_product_efficient_attention",
     "_scaled_dot_product_cudnn_attention",
