@@ -15,13 +15,13 @@ from lightning_ecopt._lightning import (
     MisconfigurationException,
     Trainer,
     rank_zero_only,
-    rank_zero_warn,
 )
 from lightning_ecopt.configure import find_group
 from lightning_ecopt.optim import EquivalentClassOptimizer
-from lightning_ecopt.optim.optimizer import NO_FREEDOMS, check_base, check_options
+from lightning_ecopt.optim.optimizer import check_base, check_options
 from lightning_ecopt.report import print_report
 from lightning_ecopt.symmetry import Pending, ScalingGroup
+from lightning_ecopt.symmetry.shards import is_sharded
 
 UNSUPPORTED_STRATEGIES = ("FSDPStrategy", "DeepSpeedStrategy", "XLAFSDPStrategy")
 
@@ -100,6 +100,7 @@ class EquivalentClassOptimization(Callback):
         self._verbose = verbose
         self._logs = log  # Lightning puts its own function at `log`
         self._epoch: int | None = None  # of the last refresh
+        self._saved: list[Any] | None = None  # states of rules that a checkpoint has brought
         self._finder: _Finder | None = None
         self._optimizers: list[EquivalentClassOptimizer] = []
         self._reported: list[ScalingGroup] = []
@@ -114,7 +115,7 @@ class EquivalentClassOptimization(Callback):
         """Refuse strategies that take parameters apart."""
         if stage != "fit":
             return
-        self._epoch, self._finder, self._optimizers, self._reported = None, None, [], []
+        self._epoch, self._saved, self._finder, self._optimizers, self._reported = None, None, None, [], []
         names = {base.__name__ for base in type(trainer.strategy).__mro__}
         if names & set(UNSUPPORTED_STRATEGIES):
             raise MisconfigurationException(
@@ -122,6 +123,9 @@ class EquivalentClassOptimization(Callback):
                 "have lost their shapes: use one device, strategy='ddp' or ModelParallelStrategy, or remove the "
                 "callback."
             )
+        # Ahead of Lightning's tuners, which train on the start of a fit: they are to do it with our optimizers.
+        others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
+        trainer.callbacks = [self, *others]  # type: ignore[attr-defined]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the freedoms and wrap the optimizers."""
@@ -134,11 +138,7 @@ class EquivalentClassOptimization(Callback):
                     check_base(base)
             self._finder = _Finder(pl_module, bases)
             self._finder()
-            if self.group is not None and self.group.num_units == 0:
-                rank_zero_warn(NO_FREEDOMS)
-                self._print(self.group, torch.zeros(0, dtype=torch.bool))
-            else:
-                self._optimizers = [self._equivalent(base, self._finder) for base in bases]
+            self._optimizers = [self._equivalent(base, self._finder) for base in bases]
         except (TypeError, ValueError) as error:
             raise MisconfigurationException(str(error)) from error
         finally:
@@ -188,12 +188,24 @@ class EquivalentClassOptimization(Callback):
         self.teardown(trainer, pl_module, "fit")
 
     def state_dict(self) -> dict[str, Any]:
-        """When the last refresh was; the rest is in the optimizers' states."""
-        return {"epoch": self._epoch}
+        """When the last refresh was. The rest is in the optimizers' states, unless parameters are sharded."""
+        state: dict[str, Any] = {"epoch": self._epoch}
+        if any(is_sharded(p) for optimizer in self._optimizers for p in optimizer.param_groups[0]["params"]):
+            state["rules"] = [optimizer.rule_state() for optimizer in self._optimizers]
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the state of a checkpoint."""
-        self._epoch = state_dict["epoch"]
+        self._epoch, self._saved = state_dict["epoch"], state_dict.get("rules")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give sharded optimizers their states back, which distributed checkpoints leave out; balance new ones."""
+        for optimizer, saved in zip(self._optimizers, self._saved or [], strict=False):
+            optimizer.load_rule_state(saved)
+        self._saved = None
+        if trainer.gradient_clip_val is not None:
+            for optimizer in self._optimizers:
+                optimizer.start()
 
     def _report(self) -> None:
         for group in {id(optimizer.group): optimizer.group for optimizer in self._optimizers}.values():

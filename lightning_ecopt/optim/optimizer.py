@@ -20,7 +20,7 @@ from lightning_ecopt.optim.state import Moment, has_points, moments_of
 from lightning_ecopt.optim.unit_rule import UnitRule
 from lightning_ecopt.paths import Skeleton, choose_skeleton
 from lightning_ecopt.symmetry import Pending, ScalingGroup, WatchedCalls
-from lightning_ecopt.symmetry.shards import is_sharded, local
+from lightning_ecopt.symmetry.shards import Ranks, is_sharded, local
 
 #: Optimizers whose steps are linear in the gradients; those of all others are of a size of their own.
 LINEAR = (SGD, ASGD)
@@ -133,7 +133,7 @@ class EquivalentClassOptimizer(Optimizer):
         self._steps_since_refresh = 0
         self._refresh_due = True
         self._unknown: set[str] = set()  # entries that a warning has named
-        self.bind(WatchedCalls(self._trainable()) if group is None else group)
+        self.bind(WatchedCalls if group is None else group)
 
     # What is shared with the base optimizer -------------------------------------------------------------------------
 
@@ -201,7 +201,7 @@ class EquivalentClassOptimizer(Optimizer):
     @property
     def is_bound(self) -> bool:
         """Whether it has been told where its scaling group comes from."""
-        return self._find is not None or not isinstance(self._pending, WatchedCalls)
+        return self._find is not WatchedCalls
 
     def bind(self, group: ScalingGroup | Pending | Finder) -> None:
         """Use a scaling group, in place of the one that was used so far if there is one. Refreshes at the next step.
@@ -212,6 +212,8 @@ class EquivalentClassOptimizer(Optimizer):
         Raises:
             ValueError: if the group does not belong to the optimizer's parameters.
         """
+        self._bound = [id(p) for p in self._trainable()]
+        self._find = None
         if not isinstance(group, ScalingGroup | Pending):
             self._find = group
             group = group(self._trainable())
@@ -227,13 +229,17 @@ class EquivalentClassOptimizer(Optimizer):
         Every refresh begins with it. Parameters that a group which was given does not know stay in weight space.
         """
         trainable = [id(p) for p in self._trainable()]
-        if self._group is None or trainable == self._bound:
+        if trainable == self._bound:
             return
         if self._find is not None:
-            self._bound = trainable
+            self._loaded = None  # its moments, which the base optimizer has, are those of weights
             self.bind(self._find)
-        elif {id(p) for p in self._group.parameters.values()}.issuperset(trainable):
+        elif self._group is not None and {id(p) for p in self._group.parameters.values()}.issuperset(trainable):
             self._bind(self._group)
+
+    def _inner(self) -> EquivalentClassOptimizer | None:
+        """Lightning and Fabric hand out objects of their own with the methods of this class; then, what is inside."""
+        return self.optimizer if isinstance(self.optimizer, EquivalentClassOptimizer) else None
 
     def _trainable(self) -> list[Tensor]:
         return [p for options in self.param_groups for p in options["params"] if p.requires_grad]
@@ -334,14 +340,14 @@ class EquivalentClassOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with torch.no_grad():
-            if not self._ensure_bound():
+            if self._only_makes_state() or not self._ensure_bound():
                 self.optimizer.step()
                 return loss
             if self._refresh_due or self._steps_since_refresh == self.refresh_interval:
                 self.renew()
                 self._refresh()
             self._steps_since_refresh += 1
-            if self._rule is None:  # nothing to be done
+            if self._rule is None or all(p.grad is None for p in self._trainable()):  # nothing to be done
                 self.optimizer.step()
                 return loss
             weights = self._parameters()
@@ -353,6 +359,14 @@ class EquivalentClassOptimizer(Optimizer):
                     leave_(self._points())
             self._rule.accept()
         return loss
+
+    def _only_makes_state(self) -> bool:
+        """Whether ``torch.distributed.checkpoint`` makes the base's state, by a step with lr and gradients of zero."""
+        if self.state or any(options.get("lr") != 0 for options in self.param_groups):
+            return False
+        own = {str(k): p for k, p in enumerate(p for options in self.param_groups for p in options["params"])}
+        moves = [local(p.grad).any() for p in own.values() if p.grad is not None]
+        return not bool(Ranks(own).any_(torch.stack(moves).any()) if moves else False)  # the same on all ranks
 
     def _parameters(self) -> dict[str, Tensor]:
         assert self._group is not None
@@ -406,9 +420,21 @@ class EquivalentClassOptimizer(Optimizer):
 
     def refresh(self) -> None:
         """Balance and choose the skeleton again at the next step. Call it between steps, say once an epoch."""
+        if (inner := self._inner()) is not None:
+            return inner.refresh()
         self._refresh_due = True
         if self._loaded is not None:  # not taken over yet
             self._loaded = {**self._loaded, "refresh_due": True}
+
+    @torch.no_grad()
+    def start(self) -> None:
+        """Balance before the first gradients are computed, if the group is known and no state was loaded.
+
+        Only then gradients that are clipped by their norm, or looked at by others, depend on the class alone from the
+        first step on.
+        """
+        if self._group is not None and self._refresh_due and self._loaded is None:
+            self._refresh()
 
     def _refresh(self) -> None:
         if self._loaded is not None:
@@ -474,28 +500,42 @@ class EquivalentClassOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The state of the base optimizer, which can load it by itself, and what path coordinates need to go on."""
         state: dict[str, Any] = self.optimizer.state_dict()
-        if self._loaded is not None:
-            state[STATE] = dict(self._loaded)
-            return state
-        counts: dict[str, Any] = {"steps_since_refresh": self._steps_since_refresh, "refresh_due": self._refresh_due}
-        if self._active is not None:
-            counts["active"] = self._active.clone()
-        if self._rule is not None:
+        own = self.rule_state()
+        if own is not None:
+            state[STATE] = own
+        if isinstance(self._rule, PathRule) and self._loaded is None:  # its moments are not those of weights
             numbers = self._numbers()
             state["state"] = {number: dict(entries) for number, entries in state["state"].items()}
-            moments = self._moments()
-            state[STATE] = {"rule": self.rule, **self._rule.state_dict(moments), **counts}
             plain = {
                 entry: replace(moment, tensors={name: value.clone() for name, value in moment.tensors.items()})
-                for entry, moment in moments.items()
+                for entry, moment in self._moments().items()
             }
             self._rule.leave_(self._parameters(), plain)
             for entry, moment in plain.items():
                 for name, value in moment.tensors.items():
                     state["state"][numbers[name]][entry] = value
-        elif not self._refresh_due:  # there was nothing to be done at the last refresh
-            state[STATE] = counts
         return state
+
+    def rule_state(self) -> dict[str, Any] | None:
+        """What a state dict has beside the state of the base optimizer; ``None`` before the first step."""
+        if self._loaded is not None:  # not taken over yet
+            return dict(self._loaded)
+        counts: dict[str, Any] = {"steps_since_refresh": self._steps_since_refresh, "refresh_due": self._refresh_due}
+        if self._active is not None:
+            counts["active"] = self._active.clone()
+        if self._rule is not None:
+            return {"rule": self.rule, **self._rule.state_dict(self._moments()), **counts}
+        return None if self._refresh_due else counts  # there was nothing to be done at the last refresh
+
+    def load_rule_state(self, state: Mapping[str, Any] | None) -> None:
+        """Take up what :meth:`rule_state` has saved, where the state of the base optimizer came by another way.
+
+        Raises:
+            ValueError: if it belongs to a network with other units.
+        """
+        if state is not None and self._group is not None:
+            self._check_fits(state, self._group)
+        self._rule, self._active, self._refresh_due, self._loaded = None, None, True, state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of this class; or of the plain base optimizer, or another rule, and then the rule starts anew.
@@ -503,12 +543,15 @@ class EquivalentClassOptimizer(Optimizer):
         Raises:
             ValueError: if it belongs to a network with other units.
         """
+        if (inner := self._inner()) is not None:
+            return inner.load_state_dict(state_dict)
+        self.renew()
         state_dict = dict(state_dict)
         loaded = state_dict.pop(STATE, None)
         if loaded is not None and self._group is not None:
             self._check_fits(loaded, self._group)
         self.optimizer.load_state_dict(state_dict)
-        self._rule, self._active, self._refresh_due, self._loaded = None, None, True, loaded
+        self.load_rule_state(loaded)
 
     def _check_fits(self, loaded: Mapping[str, Any], group: ScalingGroup) -> None:
         if "active" not in loaded:

@@ -241,6 +241,7 @@ class PendingGroup(Pending):
             if pending._own is not None:
                 vars(self.module)[self.method] = pending._own
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _watched(self, *args: Any, **kwargs: Any) -> Any:
         if self._cancelled or detect_fake_mode() is not None:  # a call that computes nothing is no real one
             return self._method(*args, **kwargs)

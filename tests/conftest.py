@@ -1,4 +1,4 @@
-"""Settings for the tests of the symmetry."""
+"""What all tests run under."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import pytest
 import torch
 
 
-@pytest.fixture(scope="package", autouse=True)
+@pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """The networks are so small that threads only wait for each other."""
+    """Sums in a fixed order, for runs are compared bit for bit; and on networks so small threads wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
