@@ -254,7 +254,8 @@ def _norm(tensors: Iterable[Tensor]) -> Tensor:
 
 def _whole(parameter: Tensor) -> Tensor:
     """The values of a parameter, gathered from all ranks if it is sharded."""
-    return (parameter.full_tensor() if is_sharded(parameter) else parameter).detach()
+    whole: Any = parameter
+    return (whole.full_tensor() if is_sharded(parameter) else parameter).detach()
 
 
 def _of(group: ScalingGroup, tensors: Mapping[str, Tensor]) -> ScalingGroup:

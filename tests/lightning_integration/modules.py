@@ -12,14 +12,22 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import SGD
+from torch.optim import SGD, Optimizer
+from torch.utils._pytree import tree_flatten
 from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_ecopt import EquivalentClassOptimization, EquivalentClassOptimizer, scaling_group
 
 Batch = tuple[Tensor, Tensor]
 EXAMPLE = torch.zeros(1, 64)
 
 #: For what does not depend on how a step is taken.
 RULES = pytest.mark.parametrize("rule", ["unit", "path"])
+
+#: Both rules and both ways of finding the freedoms, for what should depend on neither.
+SETTINGS = pytest.mark.parametrize(
+    ("example", "rule"), [(None, "unit"), (EXAMPLE, "path")], ids=["first step-unit", "example-path"]
+)
 
 
 @cache
@@ -102,6 +110,16 @@ def fit(module: LightningModule, *callbacks: Callback, data: Any = None, **optio
     return run
 
 
+def quiet(**options: Any) -> EquivalentClassOptimization:
+    """The callback, without its report."""
+    return EquivalentClassOptimization(verbose=False, **options)
+
+
+def wrapped(net: nn.Module, base: Optimizer, example: Tensor = EXAMPLE, **options: Any) -> EquivalentClassOptimizer:
+    """The optimizer of the plain loop; by default it refreshes when it is asked to."""
+    return EquivalentClassOptimizer(base, scaling_group(net, example), **{"refresh_interval": None, **options})
+
+
 def train_plainly(
     net: nn.Module,
     optimizer: Any,
@@ -109,10 +127,29 @@ def train_plainly(
     epochs: int = 2,
     rates: Sequence[Sequence[float]] | None = None,
     refresh_each_epoch: bool = True,
+    before_epoch: Callable[[int], None] | None = None,
+    before_step: Callable[[], None] | None = None,
+    after_step: Callable[[], None] | None = None,
+    after_epoch: Callable[[], None] | None = None,
 ) -> None:
-    """The loop that the Trainer is to be equal to, with the learning rates of each step if they change."""
+    """The loop that the Trainer is to be equal to, with the learning rates of each step if they change.
+
+    Args:
+        net: the network.
+        optimizer: an equivalent-class optimizer.
+        data: the batches of every epoch.
+        epochs: their number.
+        rates: for each step those of the parameter groups.
+        refresh_each_epoch: whether the optimizer is asked to refresh, but in the first epoch.
+        before_epoch: called with the number of the epoch, ahead of the refresh.
+        before_step: called when the gradients are there.
+        after_step: called when the step is taken.
+        after_epoch: called at the end of an epoch.
+    """
     step = 0
     for epoch in range(epochs):
+        if before_epoch is not None:
+            before_epoch(epoch)
         if epoch > 0 and refresh_each_epoch:
             optimizer.refresh()
         for x, y in data:
@@ -121,8 +158,14 @@ def train_plainly(
                     group["lr"] = rate
             optimizer.zero_grad()
             F.cross_entropy(net(x), y).backward()
+            if before_step is not None:
+                before_step()
             optimizer.step()
+            if after_step is not None:
+                after_step()
             step += 1
+        if after_epoch is not None:
+            after_epoch()
 
 
 class Rates(Callback):
@@ -143,6 +186,14 @@ def weights(module: nn.Module) -> list[Tensor]:
 def same(one: Sequence[Tensor], two: Sequence[Tensor]) -> bool:
     """Whether two lists of tensors agree bit for bit."""
     return len(one) == len(two) and all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def same_state(one: Any, two: Any) -> bool:
+    """Whether two nested states, of optimizers say, agree bit for bit."""
+    (leaves, structure), (others, other_structure) = tree_flatten(one), tree_flatten(two)
+    return structure == other_structure and all(
+        torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(leaves, others, strict=True)
+    )
 
 
 def is_clean(module: nn.Module) -> bool:
