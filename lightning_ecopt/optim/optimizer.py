@@ -25,6 +25,12 @@ from lightning_ecopt.symmetry.shards import Ranks, is_sharded, local
 #: Optimizers whose steps are linear in the gradients; those of all others are of a size of their own.
 LINEAR = (SGD, ASGD)
 STATE = "equivalent_class"
+#: Of steps and of checkpoints.
+HOOKS = tuple(
+    f"_optimizer_{event}_{when}_hooks"
+    for event in ("step", "state_dict", "load_state_dict")
+    for when in ("pre", "post")
+)
 NO_FREEDOMS = (
     "The network has no scaling freedoms, so the base optimizer is used as it is. The report of the callback names the "
     "operations that cost them."
@@ -119,7 +125,7 @@ class EquivalentClassOptimizer(Optimizer):
         self.free_start = free_start
         self.state_powers = dict(state_powers or {})
         self.__setstate__({})  # the hooks of an Optimizer, without parameters of its own
-        for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
+        for hooks in HOOKS:
             setattr(self, hooks, getattr(optimizer, hooks))  # they are to see weights
             setattr(optimizer, hooks, OrderedDict())
         self._find: Finder | None = None
@@ -168,7 +174,24 @@ class EquivalentClassOptimizer(Optimizer):
         """What an optimizer has beyond those of torch, such as ``train`` and ``eval`` of a schedule-free one."""
         if name == "optimizer" or name.startswith("_"):
             raise AttributeError(name)
-        return getattr(self.optimizer, name)
+        found = getattr(self.optimizer, name)
+        return self._in_coordinates(found) if name in ("train", "eval") else found
+
+    def _in_coordinates(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        """A method of the base optimizer that moves weights, to be called where the base takes its steps."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with torch.no_grad():
+                if self._loaded is not None and self._group is not None:
+                    self._restore(self._loaded)
+                leave_ = None if self._rule is None else self._rule.visit_(self._parameters())
+                try:
+                    return method(*args, **kwargs)
+                finally:
+                    if leave_ is not None:
+                        leave_()
+
+        return call
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As the base optimizer."""
@@ -180,9 +203,13 @@ class EquivalentClassOptimizer(Optimizer):
         Raises:
             ValueError: if the scaling group was given and does not know a parameter.
         """
-        if self._group is not None and self._find is None:
-            self._check_known(self._group, [p for p in _as_list(param_group["params"]) if p.requires_grad])
         self.optimizer.add_param_group(param_group)
+        if self._group is not None and self._find is None:
+            try:
+                self._check_known(self._group, [p for p in self.param_groups[-1]["params"] if p.requires_grad])
+            except ValueError:
+                self.param_groups.pop()
+                raise
         self.renew()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -456,7 +483,10 @@ class EquivalentClassOptimizer(Optimizer):
         moments = self._moments()
         if self.representative == "balanced" and bool(active.any()):
             log_scale = group.balance_(active)
-            group.rescale_({name: p.grad for name, p in group.parameters.items()}, log_scale, power=-1)
+            dense = {
+                name: p.grad for name, p in group.parameters.items() if p.grad is not None and not p.grad.is_sparse
+            }
+            group.rescale_(dense, log_scale, power=-1)
             for moment in moments.values():
                 group.rescale_(moment.tensors, log_scale, power=-moment.power)
         if self.rule == "unit" and group.num_units > 0:
@@ -474,7 +504,8 @@ class EquivalentClassOptimizer(Optimizer):
         assert self._group is not None
         numbers = self._numbers()
         own = {name: p.detach() for name, p in self._group.parameters.items() if name in numbers}
-        momentum = self._moments().get("momentum_buffer", Moment(1, {})).tensors
+        held = self._moments() if isinstance(self.optimizer, SGD) else {}
+        momentum = held.get("momentum_buffer", Moment(1, {})).tensors
         average = self._averaging()
         means = {name: average[name] * local(value) for name, value in momentum.items() if name in own}
         return UnitRule(self._group.couplings, own, not isinstance(self.optimizer, LINEAR), means)
@@ -499,6 +530,16 @@ class EquivalentClassOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the base optimizer, which can load it by itself, and what path coordinates need to go on."""
+        if (inner := self._inner()) is not None:
+            return inner.state_dict()
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
+        state = self._saved()
+        for changed in self._optimizer_state_dict_post_hooks.values():
+            state = _given(changed(self, state), state)
+        return state
+
+    def _saved(self) -> dict[str, Any]:
         state: dict[str, Any] = self.optimizer.state_dict()
         own = self.rule_state()
         if own is not None:
@@ -547,11 +588,15 @@ class EquivalentClassOptimizer(Optimizer):
             return inner.load_state_dict(state_dict)
         self.renew()
         state_dict = dict(state_dict)
+        for changed in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = dict(_given(changed(self, state_dict), state_dict))
         loaded = state_dict.pop(STATE, None)
         if loaded is not None and self._group is not None:
             self._check_fits(loaded, self._group)
         self.optimizer.load_state_dict(state_dict)
         self.load_rule_state(loaded)
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
 
     def _check_fits(self, loaded: Mapping[str, Any], group: ScalingGroup) -> None:
         if "active" not in loaded:
@@ -650,8 +695,8 @@ def check_options(
             raise ValueError(f"state_powers must be whole numbers from -2 to 2, got {power!r} for {entry!r}")
 
 
-def _as_list(parameters: Any) -> list[Tensor]:
-    return [parameters] if isinstance(parameters, Tensor) else list(parameters)
+def _given(changed: Any, state: Any) -> Any:
+    return state if changed is None else changed
 
 
 def listing(names: list[str], limit: int = 5) -> str:

@@ -46,6 +46,11 @@ class PathRule:
 
         return leave_
 
+    def visit_(self, weights: Tensors) -> Callable[[], object]:
+        """Into path coordinates, and back without a guard."""
+        leave_weights_ = self._coordinates.enter_(weights)
+        return lambda: leave_weights_(None)
+
     def accept(self) -> None:
         """Nothing: the way back has moved beta."""
 

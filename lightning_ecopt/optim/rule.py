@@ -52,6 +52,9 @@ class Rule(Protocol):
     def enter_(self, weights: Tensors, moments: Moments, average: Mapping[str, float]) -> Callable[[Moments], None]:
         """Move weights, and averages of weights, to where the base optimizer takes its step; returns the way back."""
 
+    def visit_(self, weights: Tensors) -> Callable[[], object]:
+        """Move weights to where averages of them are between steps, so that they can be mixed; returns the way back."""
+
     def accept(self) -> None:
         """The base optimizer's step has been taken without an error."""
 

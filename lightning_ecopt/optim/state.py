@@ -25,6 +25,8 @@ POWERS = {
     "grad_avg": 1,  # RMSprop
     "acc_delta": 0,  # Adadelta: of steps, which are as long whatever the size of the gradients
     "variance": 2,  # Adafactor
+    "row_var": 0,  # likewise, but not of single weights, so that no rescaling can be exact
+    "col_var": 0,
     "prev": 1,  # Rprop
     "step_size": 0,  # Rprop
     "ax": -1,  # ASGD
@@ -92,8 +94,8 @@ def points_of(moments: Moments) -> list[Mapping[str, Tensor]]:
 
 
 def has_points(state: Mapping[Tensor, Mapping[str, Any]], given: Mapping[str, int]) -> bool:
-    """Whether there are any, by the entries of one parameter."""
-    return any(given.get(entry, POWERS.get(entry)) == -1 for entry in next(iter(state.values()), ()))
+    """Whether there are any."""
+    return any(given.get(entry, POWERS.get(entry)) == -1 for entries in state.values() for entry in entries)
 
 
 def _power(entry: str, entries: Iterable[str]) -> int | None:

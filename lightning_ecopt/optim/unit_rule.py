@@ -277,6 +277,10 @@ class UnitRule:
 
         return leave_
 
+    def visit_(self, weights: Tensors) -> Callable[[], object]:
+        """Nothing: averages are those of weights."""
+        return lambda: None
+
     def accept(self) -> None:
         """The running second moments take note of the gradients."""
         self._second, self._weight, self._clipped = self._next

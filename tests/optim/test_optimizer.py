@@ -695,7 +695,7 @@ def test_a_state_that_was_loaded_can_be_saved_before_the_next_step(again: bool, 
     x, y = torch.randn(32, 4, dtype=torch.float64), torch.randn(32, 3, dtype=torch.float64)
     reference, optimizer = fresh("mlp", x, rule, False, None)
     train(reference, optimizer, x, y, range(10))
-    states = reference.state_dict(), optimizer.state_dict()
+    states = through_a_file((reference.state_dict(), optimizer.state_dict()))
     for _ in range(1 + again):
         module, other = fresh("mlp", x, rule, again, None)
         module.load_state_dict(states[0])
@@ -714,7 +714,7 @@ def test_a_refresh_that_is_asked_for_after_loading_takes_place(rule: str) -> Non
     train(reference, optimizer, x, y, range(10))
     module, other = fresh("mlp", x, rule, False, None)
     module.load_state_dict(reference.state_dict())
-    other.load_state_dict(optimizer.state_dict())
+    other.load_state_dict(through_a_file(optimizer.state_dict()))
     for one, its in ((reference, optimizer), (module, other)):
         its.refresh()
         train(one, its, x, y, range(10, 15))
@@ -730,7 +730,7 @@ def test_a_refresh_that_is_due_is_saved(rule: str) -> None:
     optimizer.refresh()
     module, other = fresh("mlp", x, rule, False, None)
     module.load_state_dict(reference.state_dict())
-    other.load_state_dict(optimizer.state_dict())
+    other.load_state_dict(through_a_file(optimizer.state_dict()))
     train(reference, optimizer, x, y, range(10, 15))
     train(module, other, x, y, range(10, 15))
     assert same_bits(module, reference)
@@ -993,10 +993,10 @@ class Sharded(Tensor):
 def test_parameters_that_are_not_plain_and_real_are_errors() -> None:
     module, x, _ = problem(4, 6, 3)
     group = scaling_group(module, x)
-    with pytest.raises(TypeError, match=r"needs plain real parameters, got Tensor of torch.complex128"):
+    with pytest.raises(TypeError, match=r"needs real parameters, plain or sharded by fully_shard, got Tensor of torch.complex128"):
         EquivalentClassOptimizer(SGD([nn.Parameter(torch.zeros(2, dtype=torch.complex128))], lr=0.1), group)
     sharded = nn.Parameter(torch.zeros(2).as_subclass(Sharded))
-    with pytest.raises(TypeError, match=r"needs plain real parameters, got Sharded of torch.float32"):
+    with pytest.raises(TypeError, match=r"needs real parameters, plain or sharded by fully_shard, got Sharded of torch.float32"):
         EquivalentClassOptimizer(SGD([sharded], lr=0.1), group)
 
 
