@@ -125,9 +125,6 @@ class EquivalentClassOptimizer(Optimizer):
         self.free_start = free_start
         self.state_powers = dict(state_powers or {})
         self.__setstate__({})  # the hooks of an Optimizer, without parameters of its own
-        for hooks in HOOKS:
-            setattr(self, hooks, getattr(optimizer, hooks))  # they are to see weights
-            setattr(optimizer, hooks, OrderedDict())
         self._find: Finder | None = None
         self._pending: Pending | None = None
         self._group: ScalingGroup | None = None
@@ -140,6 +137,9 @@ class EquivalentClassOptimizer(Optimizer):
         self._refresh_due = True
         self._unknown: set[str] = set()  # entries that a warning has named
         self.bind(WatchedCalls if group is None else group)
+        for hooks in HOOKS:
+            setattr(self, hooks, getattr(optimizer, hooks))  # they are to see weights
+            setattr(optimizer, hooks, OrderedDict())
 
     # What is shared with the base optimizer -------------------------------------------------------------------------
 

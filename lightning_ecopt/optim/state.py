@@ -94,8 +94,9 @@ def points_of(moments: Moments) -> list[Mapping[str, Tensor]]:
 
 
 def has_points(state: Mapping[Tensor, Mapping[str, Any]], given: Mapping[str, int]) -> bool:
-    """Whether there are any."""
-    return any(given.get(entry, POWERS.get(entry)) == -1 for entries in state.values() for entry in entries)
+    """Whether there are any, by the entries of the first parameter that has some."""
+    entries = next((entries for entries in state.values() if entries), {})
+    return any(given.get(entry, POWERS.get(entry)) == -1 for entry in entries)
 
 
 def _power(entry: str, entries: Iterable[str]) -> int | None:

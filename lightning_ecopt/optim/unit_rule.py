@@ -7,8 +7,8 @@ an output that is held fixed. With rho_h the root mean square of the n elements 
     clipped    so that |g|^2 / n is at most v_h, its own running mean over about 100 steps
     step       of row h: that of the base optimizer times s_h
 
-    SGD:   s_h = (1 - momentum) rho_h / sqrt(v_h)       lr is the relative length of a step
-    Adam:  s_h = rho_h / rho, rho that of all rows      lr keeps its meaning
+    SGD, ASGD:  s_h = (1 - momentum) rho_h / sqrt(v_h)       lr is the relative length of a step
+    all others: s_h = rho_h / rho, rho that of all rows      lr keeps its meaning
 
 Why it depends on the class alone: the balanced member does, and everything above is a function of the weights and the
 gradients there. The relative step is that of Nero (Liu et al., "Learning by Turning", arXiv:2102.07227) without its

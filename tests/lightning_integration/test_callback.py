@@ -693,3 +693,21 @@ def test_two_members_of_a_class_end_in_the_same_function(network: Any, example: 
     # What is compared moves, and plain SGD tells the two apart.
     assert (ours - start).abs().max() > 1
     assert (run(torch.zeros(units))[1] - run(log_scale)[1]).abs().max() > 1e-2
+
+
+@RULES
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_clipping_depends_on_the_class_alone_where_the_example_is_traced(algorithm: str, rule: str) -> None:
+    torch.manual_seed(0)
+    ends = []
+    for spread in (0.0, 1.0):
+        net = mlp().double()
+        group = scaling_group(net, EXAMPLE.double())
+        group.act_(spread * torch.randn(group.num_units, dtype=torch.float64))
+        module = Classifier(net, example=EXAMPLE.double())
+        options = {"gradient_clip_val": 0.002, "gradient_clip_algorithm": algorithm}
+        fit(module, quiet(rule=rule), precision="64-true", **options)
+        ends.append(net(digits()[0].double()).detach())
+    assert float((ends[0] - ends[1]).norm() / ends[0].norm()) < 1e-10
+    start = mlp().double()(digits()[0].double()).detach()
+    assert float((ends[0] - start).norm() / start.norm()) > 1e-3
