@@ -18,8 +18,6 @@ import accuracy  # noqa: E402
 import report  # noqa: E402
 import tasks  # noqa: E402
 
-pytestmark = pytest.mark.xdist_group("accuracy")  # which share what is run once
-
 GRID = """
 rates: [0.001, 0.01, 0.1, 1.0]
 seeds: 2

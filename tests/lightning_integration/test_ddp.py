@@ -24,8 +24,6 @@ from tests.lightning_integration.ddp_script import (
 from tests.lightning_integration.modules import EXAMPLE, RULES, Classifier, fit, mlp, same, sgd, weights
 from tests.lightning_integration.runs import differences, launch
 
-pytestmark = pytest.mark.xdist_group("ddp")  # which share what is run once
-
 NAMES = ["first step", "example"]
 TRAINED = [name for name in cases("unit") if name not in WRONG]
 

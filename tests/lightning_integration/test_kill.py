@@ -12,8 +12,6 @@ import torch
 from tests.lightning_integration.kill_script import EPOCHS, KILLED_AT, RUNS, SAVED_EVERY
 from tests.lightning_integration.runs import TakenUp, differences, launch
 
-pytestmark = pytest.mark.xdist_group("kill")  # which share what is run once
-
 LAST = KILLED_AT - KILLED_AT % SAVED_EVERY
 END = f"step={EPOCHS * TakenUp.STEPS_PER_EPOCH}.ckpt"
 

@@ -43,7 +43,7 @@ def fit(module, callbacks):
     trainer = pl.Trainer(accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, max_epochs=1,
                          enable_model_summary=False, enable_checkpointing=False, callbacks=callbacks)
     trainer.fit(module)
-    assert type(trainer.optimizers[0]) is EquivalentClassOptimizer
+    assert isinstance(trainer.optimizers[0], EquivalentClassOptimizer)
     return trainer.optimizers[0]
 
 callback = EquivalentClassOptimization(verbose=False)
