@@ -32,6 +32,7 @@ from tests.lightning_integration.modules import (
     trainer,
     weights,
 )
+from tests.optim.bases import BASES
 
 STEPS_PER_EPOCH = 5
 EPOCHS = 4
@@ -116,6 +117,28 @@ def test_a_resumed_run_is_bit_identical(
         if not same(weights(resumed), weights(expected)):
             different.append(path.stem)
     assert different == []
+
+
+def without_biases(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(64, 16, bias=False), nn.ReLU(), nn.Linear(16, 10, bias=False))
+
+
+@RULES
+@pytest.mark.parametrize("name", BASES)
+def test_a_run_of_any_optimizer_is_resumed_bit_identical_within_an_epoch(tmp_path: Path, name: str, rule: str) -> None:
+    build = without_biases if BASES[name].matrices else mlp
+
+    def configure(module: Any) -> Any:
+        return BASES[name].make(list(module.parameters()))
+
+    def callback() -> EquivalentClassOptimization:
+        return EquivalentClassOptimization(rule=rule, refresh=4, verbose=False)
+
+    expected = run(callback(), saving(tmp_path, every_n_train_steps=7), net=build(), configure=configure)
+    resumed = run(callback(), net=build(9), configure=configure, ckpt=tmp_path / "step=7.ckpt")
+    assert same(weights(resumed), weights(expected))
+    assert not same(weights(expected), weights(build()))
 
 
 @RULES
