@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
-    from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only
 else:
 
     def _namespace() -> str:
@@ -26,8 +26,7 @@ else:
     _package = importlib.import_module(_name)
     Callback, LightningModule, Trainer = _package.Callback, _package.LightningModule, _package.Trainer
     MisconfigurationException = importlib.import_module(f"{_name}.utilities.exceptions").MisconfigurationException
-    _rank_zero = importlib.import_module(f"{_name}.utilities.rank_zero")
-    rank_zero_only, rank_zero_warn = _rank_zero.rank_zero_only, _rank_zero.rank_zero_warn
+    rank_zero_only = importlib.import_module(f"{_name}.utilities.rank_zero").rank_zero_only
 
 __all__ = [
     "Callback",
@@ -35,5 +34,4 @@ __all__ = [
     "MisconfigurationException",
     "Trainer",
     "rank_zero_only",
-    "rank_zero_warn",
 ]
