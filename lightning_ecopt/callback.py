@@ -190,7 +190,8 @@ class EquivalentClassOptimization(Callback):
     def state_dict(self) -> dict[str, Any]:
         """When the last refresh was. The rest is in the optimizers' states, unless parameters are sharded."""
         state: dict[str, Any] = {"epoch": self._epoch}
-        if any(is_sharded(p) for optimizer in self._optimizers for p in optimizer.param_groups[0]["params"]):
+        groups = [options for optimizer in self._optimizers for options in optimizer.param_groups]
+        if any(is_sharded(p) for options in groups for p in options["params"]):
             state["rules"] = [optimizer.rule_state() for optimizer in self._optimizers]
         return state
 

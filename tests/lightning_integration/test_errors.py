@@ -181,17 +181,23 @@ class OwnFSDP(FSDPStrategy):
     """A strategy of the user's own is refused by what it is, not by its name."""
 
 
-@pytest.mark.parametrize("kind", [FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, OwnFSDP])
-def test_strategies_that_shard_parameters_are_refused(kind: type) -> None:
+@pytest.mark.parametrize("kind", [FSDPStrategy, DeepSpeedStrategy, OwnFSDP])
+def test_strategies_that_flatten_parameters_are_refused(kind: type) -> None:
     # Their constructors ask for devices and packages that are not everywhere.
     stub = SimpleNamespace(strategy=object.__new__(kind))
     module = Classifier(mlp())
-    with pytest.raises(MisconfigurationException, match=f"{kind.__name__}, which shards.*one device or strategy='ddp'"):
+    match = f"{kind.__name__}, whose parameters have lost their shapes: .*strategy='ddp' or ModelParallelStrategy"
+    with pytest.raises(MisconfigurationException, match=match):
         quiet().setup(stub, module, "fit")
     assert same(weights(module), weights(mlp()))
     assert is_clean(module)
     for stage in ("validate", "test", "predict"):
         quiet().setup(stub, module, stage)
+
+
+def test_a_strategy_that_keeps_the_shapes_of_parameters_is_not_refused() -> None:
+    stub = SimpleNamespace(strategy=object.__new__(ModelParallelStrategy), callbacks=[])
+    quiet().setup(stub, Classifier(mlp()), "fit")
 
 
 class Manual(Classifier):
@@ -207,19 +213,25 @@ class Manual(Classifier):
 
 
 @RULES
-def test_manual_optimization_asks_for_an_example(rule: str) -> None:
-    refuses(Manual(), "manual optimization.*set its example_input_array")
-    module, reference = Manual(EXAMPLE), Classifier(mlp())
-    fit(module, quiet(rule=rule))
+@EXAMPLES
+def test_manual_optimization_needs_no_example(rule: str, example: Tensor | None) -> None:
+    module, reference = Manual(example), Classifier(mlp())
+    callback = quiet(rule=rule)
+    fit(module, callback)
     fit(reference, quiet(rule=rule))
     assert same(weights(module), weights(reference))
+    assert callback.group is not None
+    assert callback.group.num_units == 32
+    assert is_clean(module)
 
 
-def test_manual_optimization_asks_for_an_example_with_ec_sgd_too() -> None:
-    module = Manual()
-    module._configure = lambda m: ec_sgd(m, lr=0.1)
-    with pytest.raises(MisconfigurationException, match="set its example_input_array"):
-        fit(module)
+@EXAMPLES
+def test_manual_optimization_with_ec_sgd_needs_no_example_either(example: Tensor | None) -> None:
+    module, reference = Manual(example), Classifier(mlp())
+    for one in (module, reference):
+        one._configure = lambda m: ec_sgd(m, lr=0.1)
+        fit(one)
+    assert same(weights(module), weights(reference))
     assert is_clean(module)
 
 
