@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 from torch.optim import SGD, AdamW
 
-from lightning_ecopt.optim.optimizer import EquivalentClassOptimizer, check_options
+from lightning_ecopt.optim.optimizer import EquivalentClassOptimizer
 
 
 class ECSGD(EquivalentClassOptimizer):
@@ -28,14 +28,10 @@ class ECSGD(EquivalentClassOptimizer):
         maximize: as there.
         foreach: as there.
         fused: as there.
-        rule: as in :class:`~lightning_ecopt.EquivalentClassOptimizer`.
-        refresh_interval: as there.
-        representative: as there.
-        skeleton: as there.
-        max_path_ratio: as there.
-        free_start: as there.
+        **options: of :class:`~lightning_ecopt.EquivalentClassOptimizer`: ``rule``, ``refresh_interval`` and so on.
 
     Raises:
+        TypeError: for options that there are not.
         ValueError: if an option is out of range.
 
     Example::
@@ -56,22 +52,8 @@ class ECSGD(EquivalentClassOptimizer):
         maximize: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
-        rule: Literal["unit", "path"] = "unit",
-        refresh_interval: int | None = 500,
-        representative: Literal["balanced", "current"] = "balanced",
-        skeleton: Literal["max", "diagonal"] = "max",
-        max_path_ratio: float | None = 2.0,
-        free_start: float = 2.0,
+        **options: Any,
     ) -> None:
-        options: dict[str, Any] = {
-            "rule": rule,
-            "refresh_interval": refresh_interval,
-            "representative": representative,
-            "skeleton": skeleton,
-            "max_path_ratio": max_path_ratio,
-            "free_start": free_start,
-        }
-        check_options(**options)
         base = SGD(
             params,
             lr=lr,
@@ -83,7 +65,7 @@ class ECSGD(EquivalentClassOptimizer):
             foreach=foreach,
             fused=fused,
         )
-        super().__init__(base, **options)
+        super().__init__(base, None, **options)
 
 
 class ECAdamW(EquivalentClassOptimizer):
@@ -99,14 +81,10 @@ class ECAdamW(EquivalentClassOptimizer):
         maximize: as there.
         foreach: as there.
         fused: as there.
-        rule: as in :class:`~lightning_ecopt.EquivalentClassOptimizer`.
-        refresh_interval: as there.
-        representative: as there.
-        skeleton: as there.
-        max_path_ratio: as there.
-        free_start: as there.
+        **options: of :class:`~lightning_ecopt.EquivalentClassOptimizer`.
 
     Raises:
+        TypeError: for options that there are not.
         ValueError: if an option is out of range.
 
     Example::
@@ -125,22 +103,8 @@ class ECAdamW(EquivalentClassOptimizer):
         maximize: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
-        rule: Literal["unit", "path"] = "unit",
-        refresh_interval: int | None = 500,
-        representative: Literal["balanced", "current"] = "balanced",
-        skeleton: Literal["max", "diagonal"] = "max",
-        max_path_ratio: float | None = 2.0,
-        free_start: float = 2.0,
+        **options: Any,
     ) -> None:
-        options: dict[str, Any] = {
-            "rule": rule,
-            "refresh_interval": refresh_interval,
-            "representative": representative,
-            "skeleton": skeleton,
-            "max_path_ratio": max_path_ratio,
-            "free_start": free_start,
-        }
-        check_options(**options)
         base = AdamW(
             params,
             lr=lr,
@@ -152,4 +116,4 @@ class ECAdamW(EquivalentClassOptimizer):
             foreach=foreach,
             fused=fused,
         )
-        super().__init__(base, **options)
+        super().__init__(base, None, **options)

@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -98,10 +98,10 @@ class EquivalentClassOptimizer(Optimizer):
         optimizer: Optimizer,
         group: ScalingGroup | Pending | Finder | None = None,
         *,
-        rule: str = "unit",
+        rule: Literal["unit", "path"] = "unit",
         refresh_interval: int | None = 500,
-        representative: str = "balanced",
-        skeleton: str = "max",
+        representative: Literal["balanced", "current"] = "balanced",
+        skeleton: Literal["max", "diagonal"] = "max",
         max_path_ratio: float | None = 2.0,
         free_start: float = 2.0,
         state_powers: Mapping[str, int] | None = None,

@@ -210,7 +210,8 @@ def test_the_printed_configuration_of_a_named_optimizer_can_be_run(
     path.write_text(capsys.readouterr().out)
     entry = yaml.safe_load(path.read_text())["optimizer"]
     assert entry["class_path"] == "lightning_ecopt.ECSGD"
-    assert entry["init_args"].keys() == signature(ECSGD).parameters.keys() - {"params"}
+    own, options = (signature(kind).parameters.keys() for kind in (ECSGD, EquivalentClassOptimizer))
+    assert entry["init_args"].keys() == (own | options) - {"params", "optimizer", "group", "options"}
     made = named("fit", "--config", str(path))
     assert same(weights(made.model), weights(named("fit", *QUIET, *NAMED, *scheduler).model))
     assert made.trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.1 * 0.5**2)
