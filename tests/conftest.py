@@ -10,7 +10,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Sums in a fixed order, for runs are compared bit for bit; and on networks so small threads wait for each other."""
+    """Sums in a fixed order, as runs are compared bit for bit; and threads would only wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from lightning_ecopt.symmetry.scales import widest
 from lightning_ecopt.symmetry.shards import is_sharded
 from lightning_ecopt.symmetry.structure import attributes_kept, tensors_in
-from lightning_ecopt.symmetry.watch import _base_name, _named_arguments, _written
+from lightning_ecopt.symmetry.watch import base_name, named_arguments, written_to
 
 
 def path_power(model: nn.Module, inputs: Any, samples: int | None, p: float) -> Tensor:
@@ -127,10 +127,10 @@ class _PathPass(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = _base_name(func)
+        name = base_name(func)
         if name.startswith("prim::"):  # a question about a tensor, such as its device
             return func(*args, **kwargs)
-        arguments = _named_arguments(func, args, kwargs)
+        arguments = named_arguments(func, args, kwargs)
         if arguments is None:
             raise self.refused(name)
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
@@ -228,7 +228,7 @@ class _PathPass(TorchDispatchMode):
         """Run an operation on constants; of memory from outside that it would change a copy is changed."""
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise self.refused(name, "what is random has no path norm; put the model in evaluation mode, model.eval()")
-        arguments = _named_arguments(func, args, kwargs) or {}
+        arguments = named_arguments(func, args, kwargs) or {}
         for argument in func._schema.arguments:
             hidden = argument.name.startswith("running_")  # of batch norm by cuDNN, whose schema is silent
             if hidden or (argument.alias_info is not None and argument.alias_info.is_write):
@@ -263,7 +263,7 @@ class _PathPass(TorchDispatchMode):
             self._mark(tensor, COPY, _flat(tensor).clone())
 
     def _follow(self, rule: _Rule, func: Any, name: str, arguments: dict[str, Any], args: Any, kwargs: Any) -> Any:
-        written = _written(func)
+        written = written_to(func)
         targets = [None if n is None else arguments[n] for n in written]
         for target in targets:
             if target is not None and not self.is_path(target):

@@ -287,7 +287,7 @@ class _Constants:
         """Take note of the outputs of an operation; returns the values of its inputs that are known, by ``id``."""
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         known = {id(t): self._known[key][1] for t in tensors if (key := _key(t)) in self._known}
-        if _base_name(func) == "lift_fresh" and not is_inexact(tensors[0]) and not isinstance(tensors[0], FakeTensor):
+        if base_name(func) == "lift_fresh" and not is_inexact(tensors[0]) and not isinstance(tensors[0], FakeTensor):
             known[id(tensors[0])] = tensors[0]  # a literal
         with unset_fake_temporarily():
             if func._schema.is_mutable:
@@ -348,7 +348,7 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = _base_name(func)
+        name = base_name(func)
         if name.startswith("prim::"):  # a question about a tensor, such as its device
             return func(*args, **kwargs)
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
@@ -369,7 +369,7 @@ class Watch(TorchDispatchMode):
         output = func(*args, **kwargs)
         with self._lock, torch._C.DisableTorchFunction():
             self.tracer.operation = operation
-            arguments = _named_arguments(func, args, kwargs)
+            arguments = named_arguments(func, args, kwargs)
             constants = {} if arguments is None or not ordinary else self.constants.follow(func, args, kwargs, output)
             if rule is None or arguments is None or not ordinary:
                 self._ground(inputs.values(), (args, kwargs), output, func)
@@ -419,7 +419,7 @@ class Watch(TorchDispatchMode):
         values = rule(call)
         outputs = call.output if isinstance(call.output, list | tuple) else [call.output]
         values = values if isinstance(values, list | tuple) else [values]
-        written = _written(func)
+        written = written_to(func)
         if torch.Tag.inplace_view in func.tags or len(written) != len(outputs):  # a list of views is one output
             written = [None] * len(outputs)
         left_out = all(prod(shape) for shape in call.shapes.values())
@@ -540,7 +540,7 @@ class _Escapes(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _base_name(func: Any) -> str:
+def base_name(func: Any) -> str:
     """``aten.relu_.default`` is relu: in-place forms share the rule of the operation."""
     schema = getattr(func, "_schema", None)
     if schema is None:
@@ -552,7 +552,8 @@ def _base_name(func: Any) -> str:
     return name[:-1] if in_place else name
 
 
-def _named_arguments(func: Any, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
+def named_arguments(func: Any, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The arguments by the names of the schema; ``None`` if there is none."""
     schema = getattr(func, "_schema", None)
     if schema is None:
         return None
@@ -567,7 +568,7 @@ def _named_arguments(func: Any, args: Any, kwargs: Mapping[str, Any]) -> dict[st
     return named
 
 
-def _written(func: Any) -> list[str | None]:
+def written_to(func: Any) -> list[str | None]:
     """For each output the name of the argument that the operation writes it to."""
     names = {
         alias: argument.name
