@@ -7,13 +7,12 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_ecopt._lightning import LightningModule, MisconfigurationException
 from lightning_ecopt.optim import ECSGD, ECAdamW
-from lightning_ecopt.optim.optimizer import listing
 from lightning_ecopt.symmetry import Pending, PendingGroup, ScalingGroup, WatchedCalls, scaling_group
+from lightning_ecopt.symmetry.trace import check_ranks_agree
 
 
 def ec_sgd(
@@ -93,23 +92,13 @@ def find_group(module: nn.Module, parameters: Iterable[Tensor]) -> ScalingGroup 
 
 
 def _check_ranks_agree(module: LightningModule, group: ScalingGroup) -> None:
-    """Raise on all ranks if they have found different groups: each would rescale its weights in its own way."""
     trainer = module._trainer
-    if trainer is None or trainer.world_size == 1:
-        return
-    found: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(found, (group.fingerprint(), group.num_units, group.unseen))
-    if len({fingerprint for fingerprint, _, _ in found}) == 1:
-        return
-    call = "first training step" if module.example_input_array is None else "example_input_array"
-    unseen = {name for _, _, names in found for name in names}
-    raise MisconfigurationException(
-        f"The {call} of {type(module).__name__} ran other operations on some ranks than on others (freedoms found: "
-        f"{', '.join(str(units) for _, units, _ in found)}"
-        + (f"; parameters not used by all: {listing(sorted(unseen))}" if unseen else "")
-        + "), so that their weights would drift apart: give all ranks an example_input_array that takes the same way "
-        "through the network."
-    )
+    if trainer is not None and trainer.world_size > 1:
+        call = "first training step" if module.example_input_array is None else "example_input_array"
+        try:
+            check_ranks_agree(group, f"{call} of {type(module).__name__}")
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from None
 
 
 def _trace_example(module: LightningModule, parameters: Iterable[Tensor]) -> ScalingGroup:

@@ -21,6 +21,7 @@ from lightning_ecopt.optim.unit_rule import UnitRule
 from lightning_ecopt.paths import Skeleton, choose_skeleton
 from lightning_ecopt.symmetry import Pending, ScalingGroup, WatchedCalls
 from lightning_ecopt.symmetry.shards import Ranks, is_sharded, local
+from lightning_ecopt.symmetry.trace import listing
 
 #: Optimizers whose steps are linear in the gradients; those of all others are of a size of their own.
 LINEAR = (SGD, ASGD)
@@ -697,8 +698,3 @@ def check_options(
 
 def _given(changed: Any, state: Any) -> Any:
     return state if changed is None else changed
-
-
-def listing(names: list[str], limit: int = 5) -> str:
-    """The first of many names, and how many more there are."""
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -5,16 +5,18 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.nn.parallel import DistributedDataParallel
 
 from lightning_ecopt.symmetry.group import ScalingGroup
 from lightning_ecopt.symmetry.structure import tensors_in
-from lightning_ecopt.symmetry.trace import Pending, group_of, kept
+from lightning_ecopt.symmetry.trace import Pending, check_ranks_agree, group_of, kept
 from lightning_ecopt.symmetry.watch import Watch
 
 
@@ -22,7 +24,8 @@ class WatchedCalls(Pending):
     """The scaling group of parameters, from the outermost calls of modules that have any of them.
 
     Calls with gradients enabled are watched as they happen, until all parameters have been seen. What enters them and
-    what they return must not change; backward passes and steps, which may come in between, are not watched.
+    what they return must not change; backward passes and steps, which may come in between, are not watched. If one is
+    that of a :class:`~torch.nn.parallel.DistributedDataParallel` module, its ranks must have found the same.
 
     Args:
         parameters: those that may be rescaled; those that require no gradient are left out.
@@ -69,7 +72,8 @@ class WatchedCalls(Pending):
     def enter(self, module: nn.Module, inputs: Any) -> None:
         """A module is called."""
         if self._depth == 0:
-            if not torch.is_grad_enabled() or detect_fake_mode() is not None:
+            in_backward = torch._C._current_graph_task_id() != -1  # a checkpoint computes again what has been seen
+            if in_backward or not torch.is_grad_enabled() or detect_fake_mode() is not None:
                 return
             names = {id(p): name for name, p in module.named_parameters()}
             if self._own.keys().isdisjoint(names):
@@ -77,6 +81,9 @@ class WatchedCalls(Pending):
             if self._watch is None:
                 self._names = {k: names.get(k, f"parameter {number}") for number, k in enumerate(self._own)}
                 self._watch = Watch(module, {self._names[k]: p for k, p in self._own.items()})
+            if isinstance(module, DistributedDataParallel) and self._check is None:
+                call = f"first call of {type(module.module).__name__}"
+                self._check = partial(check_ranks_agree, call=call, process_group=module.process_group)
             self._watch.accept(tensors_in(inputs, objects=True))
             self._context = self._watch.recording()
             self._context.__enter__()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -159,6 +159,37 @@ def kept(module: nn.Module) -> list[Tensor]:
         }
         found += tensors_in({name: value for name, value in vars(part).items() if name not in computed})
     return found
+
+
+def check_ranks_agree(group: ScalingGroup, call: str, process_group: Any = None) -> None:
+    """Raise on all ranks if they have found different groups: each would rescale its weights in its own way.
+
+    Args:
+        group: that of this rank.
+        call: where it was found, for the message.
+        process_group: the ranks; by default all.
+
+    Raises:
+        ValueError: if they differ.
+    """
+    found: list[Any] = [None] * torch.distributed.get_world_size(process_group)
+    own = group.fingerprint(), group.num_units, group.unseen
+    torch.distributed.all_gather_object(found, own, process_group)
+    if len({fingerprint for fingerprint, _, _ in found}) == 1:
+        return
+    unseen = sorted({name for _, _, names in found for name in names})
+    raise ValueError(
+        f"The {call} ran other operations on some ranks than on others (freedoms found: "
+        f"{', '.join(str(units) for _, units, _ in found)}"
+        + (f"; parameters not used by all: {listing(unseen)}" if unseen else "")
+        + "), so that their weights would drift apart: give all ranks an example_input_array that takes the same way "
+        "through the network."
+    )
+
+
+def listing(names: Sequence[str], limit: int = 5) -> str:
+    """The first of many names, and how many more there are."""
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 class Pending:

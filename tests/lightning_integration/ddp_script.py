@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from torch.optim import AdamW
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_ecopt import EquivalentClassOptimization, ec_adamw, ec_sgd
+from lightning_ecopt import ECSGD, EquivalentClassOptimization, ec_adamw, ec_sgd
 from tests.lightning_integration.modules import EXAMPLE, Batch, Classifier, loader, mlp, trainer, weights
 from tests.lightning_integration.runs import TakenUp
 from tests.lightning_integration.sync_batch_norm import on_cpu
@@ -325,6 +325,9 @@ def cases(rule: str) -> dict[str, Case]:
     def ours(module: Any) -> Any:
         return ec_sgd(module, lr=0.1, momentum=0.9, weight_decay=1e-3, rule=rule, refresh_interval=5)
 
+    def by_name(module: Any) -> Any:
+        return ECSGD(module.parameters(), lr=0.1, momentum=0.9, rule=rule, refresh_interval=5)
+
     def ours_adamw(module: Any) -> Any:
         return ec_adamw(module, lr=0.01, rule=rule, refresh_interval=5)
 
@@ -334,6 +337,7 @@ def cases(rule: str) -> dict[str, Case]:
         "examples of other sizes": Case(lambda world: OwnExample(), callback),
         "AdamW": Case(plain(configure=adamw), callback),
         "ec_sgd": Case(plain(configure=ours), None),
+        "ECSGD": Case(plain(configure=by_name), None),
         "ec_adamw": Case(plain(configure=ours_adamw, example=DOUBLE), None),
         "accumulation": Case(plain(), callback, options={"accumulate_grad_batches": 3}),
         "clipping": Case(plain(), callback, options={"gradient_clip_val": 0.5}),
@@ -361,6 +365,7 @@ def cases(rule: str) -> dict[str, Case]:
         "never used": Case(lambda world: Sometimes(world, never), callback, finds_unused=True),
         "used by one rank": Case(lambda world: Sometimes(world, by_the_first), callback, finds_unused=True),
         "other first steps": Case(lambda world: Fickle(), callback),
+        "other first calls": Case(lambda world: Fickle(configure=by_name), None),
         "other examples": Case(lambda world: Fickle(example=DOUBLE), callback),
     }
 
@@ -368,7 +373,7 @@ def cases(rule: str) -> dict[str, Case]:
 #: The ways in which the gradients are others than those of one process.
 APPROXIMATE = ("low rank",)
 #: The ways that cannot go well.
-WRONG = ("never used", "used by one rank", "other first steps", "other examples")
+WRONG = ("never used", "used by one rank", "other first steps", "other first calls", "other examples")
 #: What is run in four processes, and in two that are spawned.
 FORKED = (
     ("example", "unit"),

@@ -142,11 +142,11 @@ def test_a_parameter_that_one_rank_did_not_use_at_first_ends_all_of_them(started
 
 
 @RULES
-@pytest.mark.parametrize("name", ["other first steps", "other examples"])
+@pytest.mark.parametrize("name", ["other first steps", "other first calls", "other examples"])
 def test_ranks_that_find_other_freedoms_do_not_drift_apart(two: Path, name: str, rule: str) -> None:
     # What is shown to rank 1 has half of the freedoms. Either all ranks say so, or they settle on one group.
     ranks = results(two, f"{name}, {rule}", 2)
-    said = [rank.get("error", "").startswith("MisconfigurationException: ") for rank in ranks]
+    said = ["ran other operations on some ranks than on others" in rank.get("error", "") for rank in ranks]
     assert all(said) or (not any(said) and same(ranks[0]["weights"], ranks[1]["weights"]))
 
 

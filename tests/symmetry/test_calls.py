@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
+from torch.utils.checkpoint import checkpoint
 
 from lightning_ecopt import ECSGD, EquivalentClassOptimizer, ec_sgd, scaling_group
 from lightning_ecopt.symmetry import WatchedCalls
@@ -105,6 +106,27 @@ def test_a_call_that_raises_raises_its_own_error_and_the_next_one_is_watched() -
     group = calls.group
     assert group is not None
     assert group.num_units == 6
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, use_reentrant: bool) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(5, 2)
+        self.middle = nn.Sequential(nn.ReLU(), nn.Linear(6, 5), nn.ReLU())
+        self.use_reentrant = use_reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(checkpoint(self.middle, self.first(x), use_reentrant=self.use_reentrant))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_what_a_checkpoint_computes_again_costs_no_freedom(use_reentrant: bool) -> None:
+    module = Checkpointed(use_reentrant)
+    calls = WatchedCalls(module.parameters())
+    module(torch.randn(3, 4)).square().mean().backward()
+    group = calls.group
+    assert group is not None
+    assert group.num_units == 11
 
 
 def test_two_watch_one_call_side_by_side() -> None:
