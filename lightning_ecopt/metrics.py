@@ -11,7 +11,7 @@ group. Several updates are averaged, as the values of several steps or epochs ar
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -25,6 +25,7 @@ from lightning_ecopt.paths.norm import path_power
 from lightning_ecopt.symmetry import Scales, ScalingGroup
 from lightning_ecopt.symmetry.scales import widest
 from lightning_ecopt.symmetry.shards import is_sharded
+from lightning_ecopt.symmetry.trace import listing
 
 #: Of the states. Where a device without float64 may be met, they must not have it.
 _DTYPE = torch.float32 if torch.backends.mps.is_available() else torch.float64
@@ -179,7 +180,7 @@ class UnitImbalance(_MeanOverUpdates):
             RuntimeError: if parameters have no values, as on the meta device.
         """
         with _apart():
-            imbalance = _imbalance(_of(group, {name: _whole(p) for name, p in group.parameters.items()}))
+            imbalance = group.imbalance()
         self._add(imbalance)
 
 
@@ -263,40 +264,6 @@ def _of(group: ScalingGroup, tensors: Mapping[str, Tensor]) -> ScalingGroup:
     return replace(group, parameters={name: nn.Parameter(t, requires_grad=False) for name, t in tensors.items()})
 
 
-def _imbalance(group: ScalingGroup) -> Tensor:
-    if group.num_units == 0:
-        return torch.ones(())
-    alive = group.alive()
-    incoming, outgoing, mean_square = (sums.to(alive.device) for sums in _sums_of_squares(group))
-    if not bool(torch.stack([incoming, outgoing]).isfinite().all()):
-        return torch.full((), math.nan)
-    ratio = torch.where(group.scale_invariant.to(alive.device), mean_square, incoming / outgoing)
-    ratio = torch.where(alive, ratio, 1.0)
-    return torch.maximum(ratio, 1 / ratio).amax().sqrt()
-
-
-def _sums_of_squares(group: ScalingGroup) -> tuple[Tensor, Tensor, Tensor]:
-    """Of what grows and of what shrinks with each unit, and their mean for the rows that lead into it, ``[H]`` each."""
-    scales = group.scales
-    device = next(iter(group.parameters.values())).device
-    sums = torch.zeros(3, scales.num_scales + 1, dtype=widest(device), device=device)  # the last is ground
-    into, out_of, rows = sums
-    for coupling in group.couplings:
-        weight = coupling.view(group.parameters[coupling.parameter])
-        local = coupling.to(weight.device)
-        shape = torch.broadcast_shapes(local.incoming.shape, local.outgoing.shape)
-        squares = weight.to(widest(weight.device)).square().sum_to_size(shape)
-        if bool(torch.isin(local.incoming, local.outgoing).any()):
-            squares = squares.masked_fill(local.incoming == local.outgoing, 0.0)
-        for total, numbers in ((into, local.incoming), (out_of, local.outgoing)):
-            parts = squares.sum_to_size(numbers.shape).flatten().to(device)
-            total.index_add_(0, numbers.flatten().to(device) % len(total), parts)
-        numbers = local.incoming.flatten().to(device)
-        rows.index_add_(0, numbers % len(rows), torch.full_like(numbers, len(weight), dtype=rows.dtype) / len(numbers))
-    incoming, outgoing = scales.to(device).collect_parts(into[:-1], out_of[:-1])
-    return incoming, outgoing, (into / rows)[: scales.num_units]
-
-
 def _check_match(weights: Mapping[str, Tensor], others: Mapping[str, Tensor], group: ScalingGroup) -> None:
     problems = [f"{name!r} is in the model only" for name in weights if name not in others]
     problems += [f"{name!r} is in the reference only" for name in others if name not in weights]
@@ -306,7 +273,7 @@ def _check_match(weights: Mapping[str, Tensor], others: Mapping[str, Tensor], gr
         if name in others and weight.shape != others[name].shape
     ]
     if problems:
-        raise ValueError(f"the parameters of the models do not match: {_listed(problems)}")
+        raise ValueError(f"the parameters of the models do not match: {listing(problems, 4)}")
     problems = [f"{name!r} is in the group only" for name in group.parameters if name not in weights]
     problems += [
         f"{name!r} has shape {list(parameter.shape)} in the group and {list(weights[name].shape)} in the models"
@@ -315,17 +282,12 @@ def _check_match(weights: Mapping[str, Tensor], others: Mapping[str, Tensor], gr
     ]
     if problems:
         raise ValueError(
-            f"the group is not one of the models: {_listed(problems)}; make it with scaling_group(model, ...) from the "
-            "module that is compared, not from a part of it or a module around it"
+            f"the group is not one of the models: {listing(problems, 4)}; make it with scaling_group(model, ...) from "
+            "the module that is compared, not from a part of it or a module around it"
         )
     empty = [name for name in weights if weights[name].is_meta or others[name].is_meta]
     if empty:
         raise RuntimeError(f"{len(empty)} parameters, {empty[0]} first, are on the meta device and have no values")
-
-
-def _listed(problems: Sequence[str], most: int = 4) -> str:
-    more = [f"and {len(problems) - most} more"] if len(problems) > most else []
-    return ", ".join([*problems[:most], *more])
 
 
 def _representative(weights: Mapping[str, Tensor], group: ScalingGroup) -> dict[str, Tensor]:

@@ -132,6 +132,14 @@ def mean_square(flows: Sequence[Flow], scales: Scales, ranks: Ranks) -> Tensor:
     return (squares / rows)[: scales.num_units]
 
 
+def sums_of_squares(flows: Sequence[Flow], scales: Scales, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """Sums of squares that grow and that shrink with each unit, ``[H]`` both; equal at the balanced member."""
+    device = flows[0].mass.device
+    active = torch.ones(scales.num_units, dtype=torch.bool, device=device)
+    problem = _Problem(flows, scales.to(device), active, ranks)
+    return problem.sums(torch.zeros(scales.num_units, dtype=flows[0].mass.dtype, device=device))
+
+
 def balancing_scale(flows: Sequence[Flow], scales: Scales, active: Tensor, resolution: float, ranks: Ranks) -> Tensor:
     """The log-scales ``[H]`` that balance the ``active`` units (``bool[H]``, all alive); zero for the others.
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from lightning_ecopt.symmetry.balance import Flow, alive_units, balancing_scale, mean_square
+from lightning_ecopt.symmetry.balance import Flow, alive_units, balancing_scale, mean_square, sums_of_squares
 from lightning_ecopt.symmetry.describe import UnitSet, describe_unit, sort_units
 from lightning_ecopt.symmetry.scales import Scales, widest
 from lightning_ecopt.symmetry.shards import Part, Ranks, gathering_modules, local, release
@@ -337,6 +337,23 @@ class ScalingGroup:
         release(self.gathering)
         self.rescale_(self.parameters, log_scale)
         return log_scale
+
+    @torch.no_grad()
+    def imbalance(self) -> Tensor:
+        """How far the parameters are from the balanced member, a scalar: see :class:`lightning_ecopt.UnitImbalance`.
+
+        If parameters are sharded, call it on all ranks.
+        """
+        ranks = Ranks(self.parameters)
+        flows = list(self._flows(ranks))
+        if not flows:
+            return torch.ones(())
+        incoming, outgoing = sums_of_squares(flows, self.scales, ranks)
+        invariant = self.scale_invariant.to(incoming.device)
+        ratio = torch.where(invariant, mean_square(flows, self.scales, ranks), incoming / outgoing)
+        ratio = torch.where(self._alive(flows, ranks), ratio, 1.0)
+        undefined = ranks.any_(~torch.stack([flow.mass.isfinite().all() for flow in flows]).all())
+        return torch.where(undefined, torch.nan, torch.maximum(ratio, 1 / ratio).amax().sqrt())
 
     def _flows(self, ranks: Ranks) -> Iterator[Flow]:
         """Sums of squares of each coupling, one per pair of units, of what this rank is to add up."""
