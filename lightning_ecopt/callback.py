@@ -209,18 +209,16 @@ class EquivalentClassOptimization(Callback):
                 optimizer.start()
 
     def _report(self) -> None:
+        if not self._verbose:
+            return
         for group in {id(optimizer.group): optimizer.group for optimizer in self._optimizers}.values():
-            if group is not None and not any(group is reported for reported in self._reported):
+            if group is not None and group not in self._reported:
                 self._reported.append(group)
                 usable = torch.zeros(group.num_units, dtype=torch.bool)
                 for optimizer in self._optimizers:
                     if optimizer.group is group:
                         usable |= optimizer.usable_units()
-                self._print(group, usable)
-
-    def _print(self, group: ScalingGroup, usable: Tensor) -> None:
-        if self._verbose:
-            rank_zero_only(print_report)(group, usable=usable, rule=self._options["rule"])
+                rank_zero_only(print_report)(group, usable=usable, rule=self._options["rule"])
 
 
 class _Finder:
