@@ -69,11 +69,7 @@ def _given(module: nn.Module, params: Iterable[Any] | None) -> list[Any]:
 
 
 def _bound(optimizer: Any, module: nn.Module) -> Any:
-    try:
-        optimizer.bind(partial(find_group, module))
-    except Exception:
-        optimizer.stop_watching()
-        raise
+    optimizer.bind(partial(find_group, module))
     return optimizer
 
 

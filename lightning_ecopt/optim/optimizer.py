@@ -242,10 +242,10 @@ class EquivalentClassOptimizer(Optimizer):
         """
         self._bound = [id(p) for p in self._trainable()]
         self._find = None
+        self.stop_watching()
         if not isinstance(group, ScalingGroup | Pending):
             self._find = group
             group = group(self._trainable())
-        self.stop_watching()
         if isinstance(group, ScalingGroup):
             self._bind(group)
         else:
