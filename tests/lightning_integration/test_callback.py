@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import SGD, Adam, AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, ReduceLROnPlateau, StepLR
 
 from lightning_ecopt import EquivalentClassOptimization, EquivalentClassOptimizer, ScalingGroup, scaling_group
@@ -31,21 +31,14 @@ from tests.lightning_integration.modules import (
     is_clean,
     loader,
     mlp,
+    quiet,
     same,
     sgd,
     train_plainly,
     trainer,
     weights,
+    wrapped,
 )
-
-
-def quiet(**options: Any) -> EquivalentClassOptimization:
-    return EquivalentClassOptimization(verbose=False, **options)
-
-
-def wrapped(net: nn.Module, base: Optimizer, **options: Any) -> EquivalentClassOptimizer:
-    """The optimizer of the plain loop; by default it refreshes when it is asked to."""
-    return EquivalentClassOptimizer(base, scaling_group(net, EXAMPLE), **{"refresh_interval": None, **options})
 
 
 def _normalised() -> nn.Sequential:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import LBFGS, SGD
 
-from lightning_ecopt import EquivalentClassOptimization, EquivalentClassOptimizer, ec_sgd, scaling_group
+from lightning_ecopt import EquivalentClassOptimizer, ec_sgd, scaling_group
 from tests.lightning_integration.modules import (
     EXAMPLE,
     RULES,
@@ -26,6 +26,7 @@ from tests.lightning_integration.modules import (
     fit,
     is_clean,
     mlp,
+    quiet,
     same,
     sgd,
     trainer,
@@ -33,10 +34,6 @@ from tests.lightning_integration.modules import (
 )
 
 EXAMPLES = pytest.mark.parametrize("example", [None, EXAMPLE], ids=["first step", "example"])
-
-
-def quiet(**options: Any) -> EquivalentClassOptimization:
-    return EquivalentClassOptimization(verbose=False, **options)
 
 
 def refuses(module: Classifier, match: str, error: type[Exception] = MisconfigurationException) -> None:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,11 +17,11 @@ from lightning_ecopt import scaling_group
 from lightning_ecopt.symmetry import PendingGroup
 from lightning_ecopt.symmetry.shards import Ranks
 from tests.lightning_integration import fsdp_script as script
+from tests.lightning_integration.runs import launch
 from tests.networks import ResidualMLP, mlp, norm_cnn
 from tests.symmetry.helpers import assert_same, evaluate, squares
 from tests.symmetry.zoo.case import Case
 
-ROOT = Path(__file__).parents[2]
 SIZES = (2, 4)
 RUNS = [(case, size) for case in script.CASES for size in SIZES if size == 2 or case.name in script.FEW]
 
@@ -42,16 +38,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, 
     if NO_CALLS:
         pytest.skip(WHY)
     folder = tmp_path_factory.mktemp("fsdp")
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.lightning_integration.fsdp_script", str(folder)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert done.returncode == 0, done.stderr
+    launch("fsdp_script", folder)
     return {size: [torch.load(folder / f"{size}-{rank}.pt") for rank in range(size)] for size in SIZES}
 
 
