@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.optim import ASGD, LBFGS, SGD, Optimizer
 
+from lightning_ecopt.kernels import Coefficient, Implementation, choose_kernels
+from lightning_ecopt.optim.fused import FusedStep, averaging
 from lightning_ecopt.optim.path_rule import PathRule
 from lightning_ecopt.optim.rule import PathStatistics, Rule, UnitStatistics
 from lightning_ecopt.optim.state import Moment, has_points, moments_of
 from lightning_ecopt.optim.unit_rule import UnitRule
 from lightning_ecopt.paths import Skeleton, choose_skeleton
+from lightning_ecopt.paths.coordinates import is_low_precision
 from lightning_ecopt.symmetry import Pending, ScalingGroup, WatchedCalls
 from lightning_ecopt.symmetry.shards import Ranks, is_sharded, local
 from lightning_ecopt.symmetry.trace import listing
@@ -81,6 +84,8 @@ class EquivalentClassOptimizer(Optimizer):
         state_powers: for entries of the state of optimizers that are not torch's: by the p-th power of what does a
             refresh divide them that makes weights larger? 1 for means of gradients, 2 for means of their squares, -1
             for averages of weights, 0 for what has no scale. A warning says if one is missing.
+        implementation: how the step is run, which changes nothing but its speed: see
+            :func:`lightning_ecopt.kernels.choose_kernels`.
 
     Raises:
         TypeError: if the base optimizer is wrapped already, or cannot be.
@@ -106,6 +111,7 @@ class EquivalentClassOptimizer(Optimizer):
         max_path_ratio: float | None = 2.0,
         free_start: float = 2.0,
         state_powers: Mapping[str, int] | None = None,
+        implementation: Implementation = "auto",
     ) -> None:
         check_options(
             rule=rule,
@@ -115,6 +121,7 @@ class EquivalentClassOptimizer(Optimizer):
             max_path_ratio=max_path_ratio,
             free_start=free_start,
             state_powers=state_powers,
+            implementation=implementation,
         )
         check_base(optimizer)
         self.optimizer = optimizer
@@ -125,14 +132,17 @@ class EquivalentClassOptimizer(Optimizer):
         self.max_path_ratio = max_path_ratio
         self.free_start = free_start
         self.state_powers = dict(state_powers or {})
+        self.implementation = implementation
         self.__setstate__({})  # the hooks of an Optimizer, without parameters of its own
         self._find: Finder | None = None
         self._pending: Pending | None = None
         self._group: ScalingGroup | None = None
         self._bound: list[int] = []  # the parameters that required a gradient then
+        self._names: Collection[str] = ()  # of the base's parameters in the group
         self._own = torch.zeros(0, dtype=torch.bool)
         self._active: Tensor | None = None  # since the last refresh
         self._rule: Rule | None = None  # since the last refresh
+        self._fused: FusedStep | None = None  # of that rule
         self._loaded: Mapping[str, Any] | None = None
         self._steps_since_refresh = 0
         self._refresh_due = True
@@ -288,7 +298,9 @@ class EquivalentClassOptimizer(Optimizer):
         with torch.no_grad():
             self._leave_rule()
         self._group, self._own, self._pending = group, ~group.scales.in_(foreign), None
+        self._kernels = choose_kernels(self.implementation, list(group.parameters.values()))
         self._bound = [id(p) for p in trainable]
+        self._names = set(self._numbers())
         self._active, self._refresh_due = None, True
 
     def usable_units(self) -> Tensor:
@@ -378,15 +390,31 @@ class EquivalentClassOptimizer(Optimizer):
             if self._rule is None or all(p.grad is None for p in self._trainable()):  # nothing to be done
                 self.optimizer.step()
                 return loss
-            weights = self._parameters()
-            with self._gradients(self._rule, weights):
-                leave_ = self._rule.enter_(weights, self._points(), self._averaging())
-                try:
-                    self.optimizer.step()
-                finally:  # also when it fails: nothing may stay behind in other coordinates
-                    leave_(self._points())
+            weights, gradients = self._parameters(), self._dense_gradients()
+            fused = self._fused
+            assert fused is not None
+            moments = fused.moments(gradients)
+            if moments is None:
+                self._take_wrapped(self._rule, fused.average, weights, gradients)
+            else:
+                fused.take(weights, gradients, moments)
+                self.optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers ask the base
             self._rule.accept()
         return loss
+
+    def _take_wrapped(
+        self, rule: Rule, average: Coefficient, weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor]
+    ) -> None:
+        """The base optimizer's own step, with the weights and the gradients in other coordinates meanwhile."""
+        frame = rule.frame(weights, gradients, average)
+        with self._writable(gradients) as shown:
+            undo = rule.show_(frame, shown)
+            leave_ = rule.enter_(frame, weights, self._points())
+            try:
+                self.optimizer.step()
+            finally:  # also when it fails: nothing may stay behind in other coordinates
+                leave_(self._points())
+                undo()
 
     def _only_makes_state(self) -> bool:
         """Whether ``torch.distributed.checkpoint`` makes the base's state, by a step with lr and gradients of zero."""
@@ -400,18 +428,32 @@ class EquivalentClassOptimizer(Optimizer):
         assert self._group is not None
         return {name: local(p.detach()) for name, p in self._group.parameters.items()}
 
+    def _dense_gradients(self) -> dict[str, Tensor]:
+        assert self._group is not None
+        own = {name: p.grad for name, p in self._group.parameters.items() if name in self._names}
+        return {name: local(g) for name, g in own.items() if g is not None and not g.is_sparse}
+
     @contextmanager
-    def _gradients(self, rule: Rule, weights: Mapping[str, Tensor]) -> Iterator[None]:
-        """While entered, the parameters have the gradients that the rule shows to the base optimizer."""
+    def _writable(self, gradients: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+        """While entered, the parameters have gradients that can be changed there and back, most of them their own.
+
+        Those that cannot are copied: of sixteen bits, which would be rounded; part of a graph; and in shared memory.
+        """
         assert self._group is not None
         own = self._group.parameters
-        before = {name: p.grad for name, p in own.items() if p.grad is not None and not p.grad.is_sparse}
-        shown = {name: gradient.clone() for name, gradient in before.items()}
-        rule.gradients_(weights, {name: local(gradient) for name, gradient in shown.items()})
+        memory = Counter(gradient.data_ptr() for gradient in gradients.values())
+        before = {
+            name: own[name].grad
+            for name, g in gradients.items()
+            if is_low_precision(g) or g.requires_grad or memory[g.data_ptr()] > 1 or 0 in g.stride()
+        }
+        shown = dict(gradients)
         try:
-            for name, gradient in shown.items():
-                own[name].grad = gradient
-            yield
+            for name, gradient in before.items():
+                assert gradient is not None
+                own[name].grad = copy = gradient.clone()
+                shown[name] = local(copy)
+            yield shown
         finally:
             for name, gradient in before.items():
                 own[name].grad = gradient
@@ -433,16 +475,6 @@ class EquivalentClassOptimizer(Optimizer):
     def _points(self) -> dict[str, Moment]:
         """Averages of weights among them; few optimizers have any."""
         return self._moments() if has_points(self.state, self.state_powers) else {}
-
-    def _averaging(self) -> dict[str, float]:
-        """For each parameter by what momentum that is a sum of gradients, as that of SGD, becomes a mean."""
-        assert self._group is not None
-        found = {}
-        for options in self.param_groups:
-            momentum, dampening = options.get("momentum", 0.0), options.get("dampening", 0.0)
-            factor = (1 - momentum) / (1 - dampening) if 0 < momentum < 1 and dampening < 1 else 1.0
-            found.update({id(p): factor for p in options["params"]})
-        return {name: found.get(id(p), 1.0) for name, p in self._group.parameters.items()}
 
     # The refresh ------------------------------------------------------------------------------------------------------
 
@@ -491,15 +523,16 @@ class EquivalentClassOptimizer(Optimizer):
             for moment in moments.values():
                 group.rescale_(moment.tensors, log_scale, power=-moment.power)
         if self.rule == "unit" and group.num_units > 0:
-            self._rule = before or self._unit_rule()
+            self._use(before or self._unit_rule())
         elif bool(self.usable_units().any()):
             # Units without paths, and those of other optimizers, are as ground; dormant ones are not, for no path leads
             # through them.
             edges = self._own & self._with_paths(group) | ~alive
             own = [coupling.restricted(edges) for coupling in group.couplings]
             skeleton = choose_skeleton(own, parameters, self.usable_units(), self.skeleton)
-            self._rule = PathRule(group, parameters, skeleton, self.free_start, self.max_path_ratio)
-            self._rule.start_(moments)
+            rule = PathRule(group, parameters, self._kernels, skeleton, self.free_start, self.max_path_ratio)
+            rule.start_(moments)
+            self._use(rule)
 
     def _unit_rule(self) -> UnitRule:
         assert self._group is not None
@@ -507,9 +540,19 @@ class EquivalentClassOptimizer(Optimizer):
         own = {name: p.detach() for name, p in self._group.parameters.items() if name in numbers}
         held = self._moments() if isinstance(self.optimizer, SGD) else {}
         momentum = held.get("momentum_buffer", Moment(1, {})).tensors
-        average = self._averaging()
-        means = {name: average[name] * local(value) for name, value in momentum.items() if name in own}
-        return UnitRule(self._group.couplings, own, not isinstance(self.optimizer, LINEAR), means)
+        average = {id(p): averaging(options) for options in self.param_groups for p in options["params"]}
+        means = {
+            name: average[id(self._group.parameters[name])] * local(value)
+            for name, value in momentum.items()
+            if name in own
+        }
+        normalized = not isinstance(self.optimizer, LINEAR)
+        return UnitRule(self._group.couplings, own, self._kernels, normalized, means)
+
+    def _use(self, rule: Rule) -> None:
+        assert self._group is not None
+        self._rule = rule
+        self._fused = FusedStep(self.optimizer, rule, self._group.parameters, self.implementation != "wrapped")
 
     def _leave_rule(self) -> Rule | None:
         """Back to weight space; returns the rule that was left."""
@@ -618,12 +661,14 @@ class EquivalentClassOptimizer(Optimizer):
             return
         if "rule" in loaded:
             if self.rule == "unit":
-                self._rule = self._unit_rule()
+                rule: Rule = self._unit_rule()
             else:
                 skeleton = Skeleton.from_state_dict(loaded["skeleton"])
                 start = float(loaded["free_start"])
-                self._rule = PathRule(self._group, self._parameters(), skeleton, start, self.max_path_ratio)
-            self._rule.load_state_dict(loaded, self._moments())
+                parameters = self._parameters()
+                rule = PathRule(self._group, parameters, self._kernels, skeleton, start, self.max_path_ratio)
+            rule.load_state_dict(loaded, self._moments())
+            self._use(rule)
         if "active" in loaded:
             self._active = loaded["active"].cpu()
         self._steps_since_refresh = loaded["steps_since_refresh"]
@@ -675,8 +720,11 @@ def check_options(
     max_path_ratio: float | None = None,
     free_start: float = 1.0,
     state_powers: Mapping[str, int] | None = None,
+    implementation: str = "auto",
 ) -> None:
     """Raise ``ValueError`` for an option out of range."""
+    if implementation not in get_args(Implementation):
+        raise ValueError(f"implementation must be one of {listing(get_args(Implementation))}, got {implementation!r}")
     if rule not in ("unit", "path"):
         raise ValueError(f"rule must be 'unit' or 'path', got {rule!r}")
     if skeleton not in ("max", "diagonal"):

@@ -6,8 +6,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from lightning_ecopt.optim.rule import PathStatistics, Tensors
+from lightning_ecopt.kernels import Coefficient, Kernels
+from lightning_ecopt.optim.rule import Frame, PathStatistics, Tensors
 from lightning_ecopt.optim.state import Moments
 from lightning_ecopt.paths import PathCoordinates, Skeleton
 from lightning_ecopt.symmetry import ScalingGroup
@@ -21,23 +23,39 @@ class PathRule:
     Args:
         group: the scaling group.
         parameters: by name, at the representative.
+        kernels: what passes over weights and gradients are made with.
         skeleton: chosen there.
         free_start: value at which the coordinates of free skeleton weights start.
         max_ratio: the guard.
     """
 
     def __init__(
-        self, group: ScalingGroup, parameters: Tensors, skeleton: Skeleton, free_start: float, max_ratio: float | None
+        self,
+        group: ScalingGroup,
+        parameters: Tensors,
+        kernels: Kernels,
+        skeleton: Skeleton,
+        free_start: float,
+        max_ratio: float | None,
     ) -> None:
         self._max_ratio = max_ratio
-        self._coordinates = PathCoordinates(group.couplings, parameters, skeleton, free_start)
+        self._coordinates = PathCoordinates(group.couplings, parameters, skeleton, free_start, kernels)
+        self.kernels = kernels
+        self.rows, self.scaled = self._coordinates.rows, self._coordinates.scaled
+        self.elements = self._coordinates.elements
         self._guarded = torch.zeros((), dtype=torch.int64, device=self._coordinates.beta.device)
 
-    def gradients_(self, weights: Tensors, gradients: Tensors) -> None:
-        """Inverse chain rule."""
-        self._coordinates.gradients_(weights, gradients)
+    def frame(self, weights: Tensors, gradients: Tensors, average: Coefficient) -> Frame:
+        """Path coordinates."""
+        scale = self._coordinates.scale
+        return Frame(scale, scale, None, self._coordinates.free_weights(weights, gradients))
 
-    def enter_(self, weights: Tensors, moments: Moments, average: Mapping[str, float]) -> Callable[[Moments], None]:
+    def show_(self, frame: Frame, gradients: Tensors) -> Callable[[], None]:
+        """Inverse chain rule."""
+        assert frame.free is not None
+        return self._coordinates.gradients_(gradients, frame.free)
+
+    def enter_(self, frame: Frame, weights: Tensors, moments: Moments) -> Callable[[Moments], None]:
         """Into path coordinates, where moments are already; the way back is weight allocation."""
         leave_weights_ = self._coordinates.enter_(weights)
 
@@ -45,6 +63,21 @@ class PathRule:
             self._guarded += leave_weights_(self._max_ratio).sum()
 
         return leave_
+
+    def allocate(self, frame: Frame, weights: Tensors, moved: Tensor) -> tuple[Tensor, Callable[[Tensors], None]]:
+        """Take over moved coordinates ``[H]`` of the free skeleton weights.
+
+        Returns:
+            What coordinates are multiplied by to be weights again, for each row ``[R]``; and the function that writes
+            the skeleton weights once the others have been allocated.
+        """
+        assert frame.free is not None
+        skeleton_weights = self.elements.read(weights)
+        _, write_skeleton_, guarded = self._coordinates.allocate(
+            frame.free.values, moved, self._max_ratio, skeleton_weights
+        )
+        self._guarded += guarded.sum()
+        return self._coordinates.scale, write_skeleton_
 
     def visit_(self, weights: Tensors) -> Callable[[], object]:
         """Into path coordinates, and back without a guard."""
@@ -64,7 +97,7 @@ class PathRule:
         values = self._coordinates.free_values
         for moment in moments.values():
             if moment.power == -1:
-                self._coordinates.elements.write_(moment.tensors, torch.zeros_like(values), values)
+                self.elements.write_(moment.tensors, torch.zeros_like(values), values)
             elif not moment.lasting:
                 self._coordinates.restart_skeleton_(moment.tensors)
 
@@ -73,7 +106,7 @@ class PathRule:
         for moment in moments.values():
             self._coordinates.scale_(moment.tensors, moment.power)
             if moment.power == -1:
-                self._coordinates.elements.write_(moment.tensors, *self._coordinates.elements.read(weights))
+                self.elements.write_(moment.tensors, *self.elements.read(weights))
             elif not moment.lasting:
                 self._coordinates.restart_skeleton_(moment.tensors)
 

@@ -8,7 +8,10 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from lightning_ecopt.kernels import Coefficient, Kernels
 from lightning_ecopt.optim.state import Moments
+from lightning_ecopt.paths.coordinates import FreeWeights
+from lightning_ecopt.symmetry import Rows
 
 Tensors = Mapping[str, Tensor]
 
@@ -43,13 +46,47 @@ class UnitStatistics:
     dormant_units: int
 
 
+@dataclass(frozen=True)
+class Frame:
+    """Where the base optimizer takes a step: at the weights divided by ``scale``, with gradients ``times * g + plus``.
+
+    Args:
+        scale: over the rows of the rule, ``[R]``, as all that follow.
+        times: positive.
+        plus: ``None`` for zero.
+        free: what the rule of paths holds apart.
+    """
+
+    scale: Tensor
+    times: Tensor
+    plus: Tensor | None = None
+    free: FreeWeights | None = None
+
+
 class Rule(Protocol):
-    """A rule is made at a refresh, when the weights are at their representative; moments are those of weights then."""
+    """A rule is made at a refresh, when the weights are at their representative; moments are those of weights then.
 
-    def gradients_(self, weights: Tensors, gradients: Tensors) -> None:
-        """Turn copies of the gradients into what the base optimizer is shown instead."""
+    Attributes:
+        rows: over which its vectors are.
+        kernels: what it makes passes over weights and gradients with.
+    """
 
-    def enter_(self, weights: Tensors, moments: Moments, average: Mapping[str, float]) -> Callable[[Moments], None]:
+    rows: Rows
+    kernels: Kernels
+
+    def frame(self, weights: Tensors, gradients: Tensors, average: Coefficient) -> Frame:
+        """One pass over the gradients, which stay as they are.
+
+        Args:
+            weights: by parameter name.
+            gradients: likewise; those that there are.
+            average: by what momentum of the base becomes a mean, for all rows or for each: 1 - momentum for SGD.
+        """
+
+    def show_(self, frame: Frame, gradients: Tensors) -> Callable[[], None]:
+        """Turn the gradients into what the base optimizer is shown instead; returns the way back."""
+
+    def enter_(self, frame: Frame, weights: Tensors, moments: Moments) -> Callable[[Moments], None]:
         """Move weights, and averages of weights, to where the base optimizer takes its step; returns the way back."""
 
     def visit_(self, weights: Tensors) -> Callable[[], object]:

@@ -22,12 +22,14 @@ where an entry for ground, index -1, is appended.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lightning_ecopt.kernels import EagerKernels, Kernels
 from lightning_ecopt.paths.skeleton import Skeleton
-from lightning_ecopt.symmetry import Coupling, SegmentSum
+from lightning_ecopt.symmetry import Coupling, Rows, SegmentSum
 
 Tensors = Mapping[str, Tensor]
 
@@ -107,6 +109,21 @@ def _flat_index(coupling: Coupling, parameter: Tensor, index: Tensor) -> Tensor:
     return flat
 
 
+@dataclass(frozen=True)
+class FreeWeights:
+    """The free skeleton weights, whose coordinates move by themselves. All vectors are over the units that they leave.
+
+    Args:
+        values: their coordinates, ``[H]``; 1 where a unit has none.
+        gradient: dL/dv_f, ``[H]``.
+        elements: where they are.
+    """
+
+    values: Tensor
+    gradient: Tensor
+    elements: SkeletonElements
+
+
 class PathCoordinates:
     """The coordinates of one skeleton, from one refresh to the next.
 
@@ -115,37 +132,47 @@ class PathCoordinates:
         parameters: the parameters by name; all on one device.
         skeleton: chosen at the start.
         free_start: value c > 0 of the coordinates of free skeleton weights at the start.
+        kernels: what passes over the elements are made with.
 
     Attributes:
         beta: values of the paths out of the units relative to the start, ``[H + 1]``; the last is ground, always 1.
+        rows: the elements by what they lead into.
+        scaled: names of the parameters with elements that lead into units.
     """
 
     def __init__(
-        self, couplings: Sequence[Coupling], parameters: Tensors, skeleton: Skeleton, free_start: float = 1.0
+        self,
+        couplings: Sequence[Coupling],
+        parameters: Tensors,
+        skeleton: Skeleton,
+        free_start: float = 1.0,
+        kernels: Kernels | None = None,
     ) -> None:
         device = next(iter(parameters.values())).device
         self.skeleton = skeleton
         self.free_start = free_start
-        restricted = [coupling.restricted(skeleton.active) for coupling in couplings]
-        self._scaled = [coupling.to(device) for coupling in restricted if bool((coupling.incoming >= 0).any())]
+        self.kernels = kernels or EagerKernels()
         self._is_free = skeleton.free.to(device)
         self._root = torch.cat([skeleton.root, skeleton.root.new_full((1,), -1)]).to(device)  # -1 is ground
         self._target = skeleton.target.to(device)
-        dtype = torch.promote_types(
-            torch.float32, max((p.dtype for p in parameters.values()), key=lambda kind: torch.finfo(kind).bits)
-        )
-        self.beta = torch.ones(skeleton.num_units + 1, dtype=dtype, device=device)
-        self.elements = SkeletonElements(couplings, parameters, skeleton, dtype)
+        self.rows = Rows([coupling.restricted(skeleton.active) for coupling in couplings], parameters)
+        self.beta = torch.ones(skeleton.num_units + 1, dtype=self.rows.dtype, device=device)
+        self.elements = SkeletonElements(couplings, parameters, skeleton, self.rows.dtype)
         self._none = torch.zeros_like(self.beta[:-1])
-        self._touched = {coupling.parameter for coupling in self._scaled} | self.elements.places.keys()
-        slots = [self._root[coupling.incoming].reshape(-1) for coupling in self._scaled]
-        # Ground is a group of its own, the last.
-        self._to_roots = SegmentSum(torch.cat([*slots, self._root[:-1]]) % len(self.beta), len(self.beta))
+        into_units = {c.parameter for c in couplings if bool((c.restricted(skeleton.active).incoming >= 0).any())}
+        self.scaled = into_units.intersection(self.rows.names)
+        slots = torch.cat([self._root[self.rows.units], self._root[:-1]])
+        self._to_roots = SegmentSum(slots % len(self.beta), len(self.beta))  # ground is a group of its own, the last
 
     @property
     def free_values(self) -> Tensor:
         """The coordinates v_f of the free skeleton weights, ``[H]``, at the units that they leave; others are 1."""
         return torch.where(self._is_free, self.free_start * self.beta[:-1], 1.0)
+
+    @property
+    def scale(self) -> Tensor:
+        """By what weights are divided to be coordinates, for each row ``[R]``."""
+        return 1 / self.beta[self.rows.units]
 
     def log_gradient(self, weights: Tensors, gradients: Tensors) -> Tensor:
         """dL/dlog|v_f| for the free skeleton weights, ``[H]``; zero for other units."""
@@ -153,32 +180,35 @@ class PathCoordinates:
             weight * gradient
             for weight, gradient in zip(self.elements.read(weights), self.elements.read(gradients), strict=True)
         )
-        parts = []
-        for coupling in self._scaled:
-            gradient = gradients.get(coupling.parameter)
-            if gradient is None:
-                parts.append(self._none.new_zeros(coupling.incoming.numel()))
-                continue
-            flow = coupling.view(weights[coupling.parameter]) * coupling.view(gradient)
-            parts.append(flow.sum_to_size(coupling.incoming.shape).reshape(-1).to(self.beta.dtype))
-        flow = self._to_roots(torch.cat([*parts, -fixed]))[:-1]
+        own = {name: gradient for name, gradient in gradients.items() if name in self.scaled}
+        (flow,) = self.rows.reduced(self.kernels.products, 1, weights, own)
+        flow = self._to_roots(torch.cat([flow, -fixed]))[:-1]
         return torch.where(self._is_free, free - flow, 0.0)
 
-    def gradients_(self, weights: Tensors, gradients: Tensors) -> None:
-        """Inverse chain rule: turn dL/dw into dL/dv in place."""
-        at_free = self.log_gradient(weights, gradients) / self.free_values
+    def free_weights(self, weights: Tensors, gradients: Tensors) -> FreeWeights:
+        """The free skeleton weights with their path gradients."""
+        values = self.free_values
+        return FreeWeights(values, self.log_gradient(weights, gradients) / values, self.elements)
+
+    def gradients_(self, gradients: Tensors, free: FreeWeights) -> Callable[[], None]:
+        """Inverse chain rule: turn dL/dw into dL/dv in place; returns the way back."""
+        before, beta = self.elements.read(gradients), self.beta.clone()
         self.scale_(gradients, -1)
-        self.elements.write_(gradients, self._none, at_free)
+        self.elements.write_(gradients, self._none, free.gradient)
+
+        def undo() -> None:
+            self._multiply_(gradients, beta)
+            self.elements.write_(gradients, *before)
+
+        return undo
 
     def scale_(self, tensors: Tensors, power: int) -> None:
         """Multiply every element into unit h by beta_h to the ``power``."""
         self._multiply_(tensors, self.beta**power)
 
     def _multiply_(self, tensors: Tensors, factors: Tensor) -> None:
-        for coupling in self._scaled:
-            tensor = tensors.get(coupling.parameter)
-            if tensor is not None:
-                coupling.view(tensor).mul_(factors[coupling.incoming].to(tensor.dtype))
+        own = {name: tensor for name, tensor in tensors.items() if name in self.scaled}
+        self.rows.apply_(self.kernels.affine_, own, times=factors[self.rows.units])
 
     def enter_(self, weights: Tensors) -> Callable[[float | None], Tensor]:
         """Turn the weights into path coordinates in place; fixed skeleton weights become zero: nothing moves them.
@@ -188,33 +218,58 @@ class PathCoordinates:
             weight may move in one step (``None`` for no limit): weight allocation. It returns the units at whose free
             skeleton weight that limit was met, ``bool[H]``.
         """
-        at_fixed, at_free = self.elements.read(weights)
-        kept = {name: weights[name].clone() for name in self._touched if is_low_precision(weights[name])}
+        skeleton_weights = self.elements.read(weights)
+        touched = self.scaled | self.elements.places.keys()
+        kept = {name: weights[name].clone() for name in touched if is_low_precision(weights[name])}
         self.scale_(weights, 1)
         self.elements.write_(weights, self._none, self.free_values)
         values = torch.where(self._is_free, self.elements.read(weights)[1], 1.0)
 
         def leave_(max_ratio: float | None) -> Tensor:
-            moved = torch.where(self._is_free, self.elements.read(weights)[1] / values, 1.0)
-            allowed = moved if max_ratio is None else moved.clamp(1 / max_ratio, max_ratio)
-            allowed = torch.where(moved.isfinite() & (allowed != 0), allowed, 1.0)
-            # A weight that the optimizer has spoilt is spoilt, but no beta, and by it no other weight.
-            moved_itself = torch.where(moved.isfinite(), allowed, moved)
-            own = torch.cat([allowed, allowed.new_ones(1)])
-            ratio = own[self._root]
             before = {name: weight.clone() for name, weight in kept.items()}
             self.scale_(before, 1)
+            moved = self.elements.read(weights)[1]
+            ratio, write_skeleton_, guarded = self.allocate(values, moved, max_ratio, skeleton_weights)
             for name, value in before.items():
                 weights[name].sub_(value)
-            self.beta.mul_(ratio)
             self.scale_(weights, -1)
             self._multiply_(kept, 1 / ratio)
             for name, value in kept.items():
                 weights[name].add_(value)
-            self.elements.write_(weights, at_fixed, at_free * moved_itself / ratio[self._target])
-            return self._is_free & (allowed != moved)
+            write_skeleton_(weights)
+            return guarded
 
         return leave_
+
+    def allocate(
+        self, values: Tensor, moved: Tensor, max_ratio: float | None, skeleton_weights: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Callable[[Tensors], None], Tensor]:
+        """Take over moved coordinates of the free skeleton weights.
+
+        Args:
+            values: what they were, ``[H]``.
+            moved: what they are, ``[H]``.
+            max_ratio: as for the result of :meth:`enter_`.
+            skeleton_weights: the weights at the fixed and the free elements, ``[H]`` each.
+
+        Returns:
+            By what beta was multiplied, ``[H + 1]``; the function that writes the skeleton weights once the others have
+            been allocated; and where ``max_ratio`` was met, ``bool[H]``.
+        """
+        moved = torch.where(self._is_free, moved / values, 1.0)
+        allowed = moved if max_ratio is None else moved.clamp(1 / max_ratio, max_ratio)
+        allowed = torch.where(moved.isfinite() & (allowed != 0), allowed, 1.0)
+        # A weight that the optimizer has spoilt is spoilt, but no beta, and by it no other weight.
+        moved_itself = torch.where(moved.isfinite(), allowed, moved)
+        own = torch.cat([allowed, allowed.new_ones(1)])
+        ratio = own[self._root]
+        self.beta.mul_(ratio)
+        at_fixed, at_free = skeleton_weights
+
+        def write_skeleton_(weights: Tensors) -> None:
+            self.elements.write_(weights, at_fixed, at_free * moved_itself / ratio[self._target])
+
+        return ratio, write_skeleton_, self._is_free & (allowed != moved)
 
     def restart_skeleton_(self, tensors: Tensors) -> None:
         """Set the entries of skeleton weights to zero: what momentum knew of them is given up."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from lightning_ecopt.symmetry.calls import WatchedCalls
 from lightning_ecopt.symmetry.describe import UnitSet
 from lightning_ecopt.symmetry.group import Coupling, ScalingGroup
+from lightning_ecopt.symmetry.rows import Rows
 from lightning_ecopt.symmetry.scales import Scales
 from lightning_ecopt.symmetry.segments import SegmentSum
 from lightning_ecopt.symmetry.trace import Pending, PendingGroup, scaling_group
@@ -13,6 +14,7 @@ __all__ = [
     "Coupling",
     "Pending",
     "PendingGroup",
+    "Rows",
     "Scales",
     "ScalingGroup",
     "SegmentSum",

@@ -24,6 +24,7 @@ from tests.optim.training import (
     loss_of,
     only_refresh,
     problem,
+    put_back,
     rescaled,
     same_bits,
     through_a_file,
@@ -932,7 +933,8 @@ def test_a_parameter_without_a_gradient_is_left_alone(base: str, early: bool) ->
         optimizer.step()
         agree(module, optimizer, reference)
     now = saved(optimizer)
-    counts = dict(zip(names.values(), torch.arange(6 + 6 + 5 + 5 + 3 + 3).split([6, 6, 5, 5, 3, 3]), strict=True))
+    biases_first = sorted(names.values(), key=lambda name: "weight" in name)
+    counts = dict(zip(biases_first, torch.arange(6 + 5 + 3 + 6 + 5 + 3).split([6, 5, 3, 6, 5, 3]), strict=True))
     for name, rows in counts.items():
         still = name in ("2.weight", "0.bias")
         for key in ("second", "weight"):
@@ -1042,7 +1044,7 @@ def test_a_step_that_fails_leaves_everything_as_it_was() -> None:
         optimizer.step()
     for name, p in module.named_parameters():
         torch.testing.assert_close(p.detach(), before[name], rtol=1e-15, atol=0)
-        assert torch.equal(p.grad, gradients[name])
+        assert put_back(p.grad, gradients[name])
     for key in ("rho", "reference", "second", "weight"):
         assert torch.equal(saved(optimizer)[key], rule[key])
     base.fail = False

@@ -84,6 +84,11 @@ def only_refresh(optimizer: EquivalentClassOptimizer) -> None:
     optimizer.step()
 
 
+def put_back(gradient: Tensor, before: Tensor) -> bool:
+    """Whether a gradient is what it was, but for rounding."""
+    return bool((gradient - before).abs().max() <= 8 * torch.finfo(before.dtype).eps * before.abs().max())
+
+
 def through_a_file(state: Any) -> Any:
     file = io.BytesIO()
     torch.save(state, file)

@@ -45,7 +45,7 @@ class Point:
     def path_gradients(self) -> dict[str, Tensor]:
         """dL/dv for all parameters."""
         gradients = self.gradients()
-        self.coordinates.gradients_(self.weights, gradients)
+        self.coordinates.gradients_(gradients, self.coordinates.free_weights(self.weights, gradients))
         return gradients
 
 

@@ -251,7 +251,7 @@ def test_no_path_leads_through_a_dormant_unit(side: str) -> None:
     coordinates = PathCoordinates(group.couplings, weights, skeleton)
     gradients = {name: torch.randn_like(weight) for name, weight in weights.items()}
     result = {name: gradient.clone() for name, gradient in gradients.items()}
-    coordinates.gradients_(weights, result)
+    coordinates.gradients_(result, coordinates.free_weights(weights, result))
     own = (slice(None), 3) if side == "in" else (3, slice(None))
     assert torch.equal(result["2.weight"][own], gradients["2.weight"][own])
 
