@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from math import prod
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_ecopt.symmetry import Coupling
+from lightning_ecopt.symmetry.flows import rows_at_a_time
 
 NONE = -1
 
@@ -87,15 +89,11 @@ def choose_skeleton(
     if rule not in ("max", "diagonal"):
         raise ValueError(f"skeleton must be 'max' or 'diagonal', got {rule!r}")
     active = active.cpu()
-    magnitudes = [coupling.view(parameters[coupling.parameter].detach()).abs() for coupling in couplings]
+    weights = [coupling.view(parameters[coupling.parameter].detach()) for coupling in couplings]
     if rule == "diagonal":
-        magnitudes = [_keep_diagonal(c, m) for c, m in zip(couplings, magnitudes, strict=True)]
-    incoming = _grow(
-        [(c.outgoing, c.incoming, c.additive, m) for c, m in zip(couplings, magnitudes, strict=True)], active
-    )
-    outgoing = _grow(
-        [(c.incoming, c.outgoing, c.additive, m) for c, m in zip(couplings, magnitudes, strict=True)], active
-    )
+        weights = [_keep_diagonal(c, w) for c, w in zip(couplings, weights, strict=True)]
+    incoming = _grow([(c.outgoing, c.incoming, c.additive, w) for c, w in zip(couplings, weights, strict=True)], active)
+    outgoing = _grow([(c.incoming, c.outgoing, c.additive, w) for c, w in zip(couplings, weights, strict=True)], active)
     missing = active & ((incoming.depth == NONE) | (outgoing.depth == NONE))
     if bool(missing.any()):
         why = (
@@ -137,7 +135,7 @@ class _Forest:
     depth: Tensor
 
 
-Edges = tuple[Tensor, Tensor, bool, Tensor]  # source units, target units, additive, magnitudes
+Edges = tuple[Tensor, Tensor, bool, Tensor]  # source units, target units, additive, weights
 
 
 def _grow(edges: Sequence[Edges], active: Tensor) -> _Forest:
@@ -152,15 +150,15 @@ def _grow(edges: Sequence[Edges], active: Tensor) -> _Forest:
         level += 1
         best = np.zeros(num_units)
         for biases in (False, True):
-            for number, (source, target, additive, magnitude) in enumerate(edges):
+            for number, (source, target, additive, weight) in enumerate(edges):
                 if additive != biases or not bool(wanted[target].any()) or not bool(reached[source].any()):
                     continue
-                tie = _tie(magnitude.dtype)
-                units, values, places = _largest(magnitude, reached[source], wanted[target], target, tie)
+                tie = _tie(weight.dtype)
+                units, values, places = _largest(weight, reached[source], wanted[target], target, tie)
                 better = values > best[units] * (1 + tie)
                 units, values, places = units[better], values[better], places[better]
                 best[units], coupling[units], index[units], depth[units] = values, number, places, level
-                other[units] = _at(source, places, magnitude.shape)
+                other[units] = _at(source, places, weight.shape)
             if best.any():
                 break
         if not best.any():
@@ -172,29 +170,32 @@ def _grow(edges: Sequence[Edges], active: Tensor) -> _Forest:
 
 
 def _largest(
-    magnitude: Tensor, open_: Tensor, wanted: Tensor, target: Tensor, tie: float
+    weight: Tensor, open_: Tensor, wanted: Tensor, target: Tensor, tie: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each wanted unit its largest open element: units, magnitudes and flat indices in ``magnitude``."""
-    candidates = magnitude * (open_ & wanted).to(magnitude.device)
+    """For each wanted unit its largest open element: units, magnitudes and flat indices in ``weight``."""
     kept = [k for k, size in enumerate(target.shape) if size > 1]
-    gone = [k for k in range(magnitude.ndim) if k not in kept]
-    rows = candidates.permute(*kept, *gone).reshape(target.numel(), -1)
-    values = rows.amax(1)
-    columns = (rows >= values[:, None] * (1 - tie)).to(torch.uint8).argmax(1).cpu()
-    strides = torch.empty(magnitude.shape, device="meta").stride()
-    places = torch.zeros(len(columns), dtype=torch.int64)
-    for axes, numbers in ((kept, torch.arange(len(columns))), (gone, columns)):
-        for axis, position in zip(
-            axes, torch.unravel_index(numbers, [magnitude.shape[k] for k in axes] or [1]), strict=False
-        ):
-            places += position * strides[axis]
+    order = [*kept, *(k for k in range(weight.ndim) if k not in kept)]
+    shape = [weight.shape[k] for k in order]
+    step = rows_at_a_time(weight, prod(shape[1:])) if kept else weight.numel()
+    sides = (side.to(weight.device).expand(weight.shape) for side in (open_, wanted))
+    pieces = (tensor.permute(order).split(step) for tensor in (weight, *sides))
+    largest, columns = [], []
+    for piece, *marks in zip(*pieces, strict=True):
+        rows = (piece.abs() * (marks[0] & marks[1])).reshape(prod(piece.shape[: len(kept)]), -1)
+        top = rows.amax(1, keepdim=True)
+        largest.append(top[:, 0])
+        columns.append((rows >= top * (1 - tie)).to(torch.uint8).argmax(1))
+    found = torch.cat(largest).to(torch.float64).cpu().numpy()
+    positions = np.arange(len(found)) * (weight.numel() // len(found)) + torch.cat(columns).cpu().numpy()
+    along = dict(zip(order, np.unravel_index(positions, shape), strict=True))
+    places = np.ravel_multi_index([along[k] for k in range(weight.ndim)], weight.shape)
     # One unit may own several rows.
-    units, found = target.reshape(-1).numpy(), values.to(torch.float64).cpu().numpy()
+    units = target.reshape(-1).numpy()
     most = np.zeros(int(units.max(initial=NONE)) + 2)
     np.maximum.at(most, units, found)
     rows_kept = np.flatnonzero((found > 0) & (units != NONE) & (found >= most[units] * (1 - tie)))
     owners, first = np.unique(units[rows_kept], return_index=True)
-    return owners, most[owners], places.numpy()[rows_kept[first]]
+    return owners, most[owners], places[rows_kept[first]]
 
 
 def _at(ids: Tensor, places: np.ndarray, shape: Sequence[int]) -> np.ndarray:
@@ -203,14 +204,14 @@ def _at(ids: Tensor, places: np.ndarray, shape: Sequence[int]) -> np.ndarray:
     return ids.numpy()[tuple(axis if size > 1 else 0 * axis for axis, size in zip(axes, ids.shape, strict=True))]
 
 
-def _keep_diagonal(coupling: Coupling, magnitude: Tensor) -> Tensor:
+def _keep_diagonal(coupling: Coupling, weight: Tensor) -> Tensor:
     """Leave only the elements from channel i to channel i at the centre of the kernel."""
-    if coupling.additive or magnitude.ndim < 2:
-        return torch.zeros_like(magnitude)
-    outputs, inputs, *kernel = magnitude.shape
-    mask = torch.zeros_like(magnitude)
-    number = torch.arange(max(outputs, inputs), device=magnitude.device)
+    if coupling.additive or weight.ndim < 2:
+        return torch.zeros_like(weight)
+    outputs, inputs, *kernel = weight.shape
+    mask = torch.zeros_like(weight)
+    number = torch.arange(max(outputs, inputs), device=weight.device)
     centre = [number.new_tensor(size // 2) for size in kernel]
     place = [number % outputs, number % inputs, *centre]
     mask[tuple(place)] = 1
-    return magnitude * mask
+    return weight * mask

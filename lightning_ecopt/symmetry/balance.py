@@ -14,12 +14,12 @@ Where the parameters are sharded each rank holds its own part of ``a``, and sums
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from math import prod
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lightning_ecopt.symmetry.flows import Flow, are_finite, joined
 from lightning_ecopt.symmetry.scales import Scales
 from lightning_ecopt.symmetry.segments import SegmentSum
 from lightning_ecopt.symmetry.shards import Ranks
@@ -29,103 +29,52 @@ NEWTON_STEPS = 50
 CONJUGATE_GRADIENT_STEPS = 1000
 
 
-@dataclass(frozen=True, eq=False)
-class Flow:
-    """Squares between scales, as a batch of matrices, so that sums over them are products of matrices and vectors.
-
-    Args:
-        mass: ``[G, A, B]``; G counts what changes with both sides, as the groups of a convolution.
-        incoming: scales ``[G, A]``, -1 for ground.
-        outgoing: scales ``[G, B]``, likewise.
-        rows: how many rows of the weights belong to each entry of ``incoming``.
-    """
-
-    mass: Tensor
-    incoming: Tensor
-    outgoing: Tensor
-    rows: float
-
-    @classmethod
-    def of(cls, weight: Tensor, incoming: Tensor, outgoing: Tensor) -> Flow:
-        """The squares of a weight that leads from ``outgoing`` to ``incoming``, scales that broadcast to it."""
-        shapes = incoming.shape, outgoing.shape
-        mass = weight.square().sum_to_size(torch.broadcast_shapes(*shapes))
-        varies = [[size > 1 for size in shape] for shape in shapes]
-        both = [k for k in range(mass.ndim) if varies[0][k] and varies[1][k]]
-        first, second = ([k for k in range(mass.ndim) if own[k] and k not in both] for own in varies)
-        rest = [k for k in range(mass.ndim) if not varies[0][k] and not varies[1][k]]
-        count = prod(mass.shape[k] for k in both)
-        sizes = (count, prod(mass.shape[k] for k in first), prod(mass.shape[k] for k in second))
-        return cls(
-            mass.permute(*both, *first, *second, *rest).reshape(sizes),
-            incoming.permute(*both, *first, *second, *rest).reshape(count, -1),
-            outgoing.permute(*both, *first, *second, *rest).reshape(count, -1),
-            len(weight) / incoming.numel(),
-        )
-
-    @classmethod
-    def nothing(cls, dtype: torch.dtype, device: torch.device) -> Flow:
-        """Of a weight that other ranks hold."""
-        none = torch.zeros(1, 0, dtype=torch.int64, device=device)
-        return cls(torch.zeros(1, 0, 0, dtype=dtype, device=device), none, none, 0.0)
-
-    def into(self, values: Tensor) -> Tensor:
-        """Sums ``[G, A]`` of mass times values of the outgoing side, ``[G, B]``."""
-        return torch.bmm(self.mass, values[..., None])[..., 0]
-
-    def out_of(self, values: Tensor) -> Tensor:
-        """Sums ``[G, B]`` of mass times values of the incoming side, ``[G, A]``."""
-        return torch.bmm(values[:, None], self.mass)[:, 0]
-
-
 def alive_units(flows: Sequence[Flow], scales: Scales, ranks: Ranks) -> Tensor:
     """Units that non-zero elements keep from growing and from shrinking without end, ``bool[H]``.
 
     In a plain network they are those which non-zero elements connect to ground on both sides. A unit with an infinite
     or undefined element, as after a step that diverged, is not alive.
     """
-    device = flows[0].mass.device if flows else torch.device("cpu")
+    device = flows[0].roots.device if flows else torch.device("cpu")
     scales = scales.to(device)
+    flows = joined(flows, scales.num_scales)
     broken = torch.zeros(scales.num_scales + 1, dtype=torch.bool, device=device)
-    for flow in flows:
-        sums = flow.into(torch.ones_like(flow.outgoing, dtype=flow.mass.dtype))
-        if not bool(sums.isfinite().all()):
-            unsound = ~flow.mass.isfinite()
-            broken[flow.incoming[unsound.any(2)]] = True
-            broken[flow.outgoing[unsound.any(1)]] = True
+    for number, finite in enumerate(are_finite(flows)):
+        if not finite:
+            undefined = flows[number].undefined()
+            broken[flows[number].incoming[undefined.any(2)]] = True
+            broken[flows[number].outgoing[undefined.any(1)]] = True
+            flows[number] = flows[number].without(undefined)
     ranks.any_(broken)
     sound = ~scales.in_(broken[:-1])
-    flows = [flow if not bool(broken[flow.incoming].any()) else _finite(flow) for flow in flows]
     above, below = torch.zeros_like(sound), torch.zeros_like(sound)
-    count = -1
-    while count != (count := int(above.sum()) + int(below.sum())):
-        caps, floors = scales.bounded(above, below)
-        ground = caps.new_ones(1)  # index -1 is the last
-        caps, floors = torch.cat([caps, ground]), torch.cat([floors, ground])
+    before, found, most = -1, 0, 2 * int(sound.sum())
+    while before < found < most:
+        caps, floors = (torch.cat([side, side.new_ones(1)]) for side in scales.bounded(above, below))
         # What non-zero elements connect to something bounded is bounded itself.
         for flow in flows:
-            open_ = flow.into(caps[flow.outgoing].to(flow.mass.dtype)) > 0
-            caps[flow.incoming[open_ & ~broken[flow.incoming]]] = True
-            ranks.any_(caps)
+            open_ = flow.into(caps[flow.outgoing].to(flow.dtype)) > 0
+            _set(caps, flow.incoming, open_ & ~broken[flow.incoming])
         for flow in reversed(flows):
-            open_ = flow.out_of(floors[flow.incoming].to(flow.mass.dtype)) > 0
-            floors[flow.outgoing[open_ & ~broken[flow.outgoing]]] = True
-            ranks.any_(floors)
+            open_ = flow.out_of(floors[flow.incoming].to(flow.dtype)) > 0
+            _set(floors, flow.outgoing, open_ & ~broken[flow.outgoing])
+        caps, floors = ranks.any_(torch.stack([caps, floors]))
         scales.bound_units(above, below, caps[:-1], floors[:-1])
         above &= sound
         below &= sound
+        before, found = found, int(above.sum() + below.sum())
     return above & below
 
 
-def _finite(flow: Flow) -> Flow:
-    """Without elements that are not finite."""
-    return replace(flow, mass=flow.mass.masked_fill(~flow.mass.isfinite(), 0.0))
+def _set(marks: Tensor, places: Tensor, chosen: Tensor) -> None:
+    """Mark the chosen ones of ``places``; the last of ``marks``, which is ground, is marked already."""
+    marks[places.where(chosen, -1)] = True
 
 
 def mean_square(flows: Sequence[Flow], scales: Scales, ranks: Ranks) -> Tensor:
     """Sums of squares of the rows that lead into each unit, divided by the number of rows, ``[H]``."""
     incoming = torch.cat([flow.incoming.reshape(-1) % (scales.num_scales + 1) for flow in flows])
-    squares = torch.cat([flow.mass.sum(2).reshape(-1) for flow in flows])
+    squares = torch.cat([flow.into(torch.ones_like(flow.outgoing, dtype=flow.dtype)).reshape(-1) for flow in flows])
     rows = torch.cat([squares.new_full((flow.incoming.numel(),), flow.rows) for flow in flows])
     total = SegmentSum(incoming, scales.num_scales + 1)
     squares, rows = ranks.sum_(torch.stack([total(squares), total(rows)]))
@@ -134,10 +83,9 @@ def mean_square(flows: Sequence[Flow], scales: Scales, ranks: Ranks) -> Tensor:
 
 def sums_of_squares(flows: Sequence[Flow], scales: Scales, ranks: Ranks) -> tuple[Tensor, Tensor]:
     """Sums of squares that grow and that shrink with each unit, ``[H]`` both; equal at the balanced member."""
-    device = flows[0].mass.device
-    active = torch.ones(scales.num_units, dtype=torch.bool, device=device)
-    problem = _Problem(flows, scales.to(device), active, ranks)
-    return problem.sums(torch.zeros(scales.num_units, dtype=flows[0].mass.dtype, device=device))
+    active = torch.ones(scales.num_units, dtype=torch.bool)
+    here = _Problem(flows, scales, active, ranks).start()
+    return here.incoming, here.outgoing
 
 
 def balancing_scale(flows: Sequence[Flow], scales: Scales, active: Tensor, resolution: float, ranks: Ranks) -> Tensor:
@@ -152,105 +100,135 @@ def balancing_scale(flows: Sequence[Flow], scales: Scales, active: Tensor, resol
         resolution: of the type in which the weights are kept; a balance well below is good enough.
         ranks: that hold the parts of the weights; all of them get the same result.
     """
-    device = flows[0].mass.device
-    active = active.to(device)
-    problem = _Problem(flows, scales.to(device), active, ranks)
-    scale = torch.zeros(len(active), dtype=flows[0].mass.dtype, device=device)
-    tolerance = max(64 * torch.finfo(scale.dtype).eps, resolution / 64)
+    problem = _Problem(flows, scales, active, ranks)
+    active, here = problem.active, problem.start()
+    tolerance = max(64 * torch.finfo(here.scale.dtype).eps, resolution / 64)
 
     reach = problem.scales.reach
     for _ in range(COARSE_SWEEPS):
         # exp(2 (a - b)) <= (exp(4 a) + exp(-4 b)) / 2 separates the units; the bound is least where
         # exp(8 a) = out / in. So for more terms, with the sum of their exponents for 2.
-        incoming, outgoing = problem.sums(scale)
-        step = torch.where(active, (outgoing.log() - incoming.log()) / (8 * reach), 0.0)
-        scale += step
-        if float(step.abs().max()) < 0.01:
+        step = torch.where(active, (here.outgoing.log() - here.incoming.log()) / (8 * reach), 0.0)
+        if float(step.abs().max()) < 0.1:
             break
+        here = problem.at(here.scale + step)
 
     for _ in range(NEWTON_STEPS):
-        incoming, outgoing = problem.sums(scale)
-        total = torch.where(active, incoming + outgoing, 1.0)
-        imbalance = torch.where(active, incoming - outgoing, 0.0)
-        error = float((imbalance / total).abs().max())
+        error = float(
+            torch.where(active, (here.incoming - here.outgoing) / (here.incoming + here.outgoing), 0.0).abs().max()
+        )
         if error < tolerance:
             break
-        step = -0.5 * problem.solve(scale, imbalance, total)
+        step = problem.newton_step(here, min(0.1, max(error, 1e-4)))
         step /= max(1.0, float(step.abs().max()))
-        before = float(problem.value(scale))
-        while float(problem.value(scale + step)) > before * (1 + tolerance):
+        there = problem.at(here.scale + step)
+        while float(there.value) > float(here.value) * (1 + tolerance):
             step /= 2
-        scale += step
-    return scale
+            there = problem.at(here.scale + step)
+        here = there
+    return here.scale
+
+
+@dataclass(frozen=True, eq=False)
+class _Point:
+    """F and its derivatives at some log-scales, N and M counting the incoming and the outgoing scales of all flows.
+
+    Args:
+        scale: the log-scales of the units, ``[H]``.
+        value: of F.
+        rises: what the incoming sides multiply squares by, ``[N]``.
+        falls: what the outgoing sides multiply them by, ``[M]``.
+        into: sums of squares for each incoming scale, ``[N]``.
+        out: sums of squares for each outgoing scale, ``[M]``.
+        incoming: sums of squares that grow with each unit, ``[H]``.
+        outgoing: sums of squares that shrink with each unit, ``[H]``.
+    """
+
+    scale: Tensor
+    value: Tensor
+    rises: Tensor
+    falls: Tensor
+    into: Tensor
+    out: Tensor
+    incoming: Tensor
+    outgoing: Tensor
 
 
 class _Problem:
     """F, its gradient and its Hessian."""
 
     def __init__(self, flows: Sequence[Flow], scales: Scales, active: Tensor, ranks: Ranks) -> None:
-        self.flows = [self._prepared(flow, scales.num_scales + 1) for flow in flows]
-        self.scales, self.active, self.ranks = scales, active, ranks
-        size = scales.num_scales + 1
-        self._incoming = SegmentSum(torch.cat([flow.incoming.reshape(-1) for flow in self.flows]), size)
-        self._outgoing = SegmentSum(torch.cat([flow.outgoing.reshape(-1) for flow in self.flows]), size)
+        device, ground = flows[0].roots.device, scales.num_scales
+        self.scales, self.active, self.ranks = scales.to(device), active.to(device), ranks
+        self.flows = self._prepared(joined(flows, ground), ground)
+        self.above = torch.cat([flow.incoming.reshape(-1) for flow in self.flows])
+        self.below = torch.cat([flow.outgoing.reshape(-1) for flow in self.flows])
+        self._incoming, self._outgoing = SegmentSum(self.above, ground), SegmentSum(self.below, ground)
 
     @staticmethod
-    def _prepared(flow: Flow, size: int) -> Flow:
-        """With ground as the last scale, without what does not change and what is not finite, which joins no units."""
-        incoming, outgoing = flow.incoming % size, flow.outgoing % size
-        mass = flow.mass
-        if bool(torch.isin(flow.incoming[flow.incoming >= 0], flow.outgoing).any()):
-            mass = mass.masked_fill(
-                (incoming[:, :, None] == outgoing[:, None]) & (incoming < size - 1)[:, :, None], 0.0
-            )
-        if not bool(mass.sum().isfinite()):
-            mass = mass.masked_fill(~mass.isfinite(), 0.0)
-        return Flow(mass, incoming, outgoing, flow.rows)
+    def _prepared(flows: list[Flow], ground: int) -> list[Flow]:
+        """Without what does not change and what is not finite, which joins no units."""
+        finite = are_finite(flows)
+        shared = [torch.isin(flow.incoming.where(flow.incoming != ground, -1), flow.outgoing).any() for flow in flows]
+        for number, joins in enumerate(torch.stack(shared).tolist()):
+            if not finite[number]:
+                flows[number] = flows[number].without(flows[number].undefined())
+            if joins:
+                same = flows[number].incoming[:, :, None] == flows[number].outgoing[:, None]
+                flows[number] = flows[number].without(same)
+        return flows
 
-    def _factors(self, scale: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """What the two sides of each flow multiply its squares by."""
-        rises = torch.cat([2 * self.scales.of(scale), scale.new_zeros(1)]).exp()
-        return [(rises[flow.incoming], 1 / rises[flow.outgoing]) for flow in self.flows]
+    def start(self) -> _Point:
+        """The weights as they are."""
+        return self.at(torch.zeros(len(self.active), dtype=self.flows[0].dtype, device=self.active.device))
 
-    def _collect(self, into: Sequence[Tensor], out: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def at(self, scale: Tensor) -> _Point:
+        """The weights rescaled by ``scale``, ``[H]``."""
+        factors = torch.cat([2 * self.scales.of(scale), scale.new_zeros(1)]).exp()
+        rises, falls = factors[self.above], 1 / factors[self.below]
+        into, out = self._sums(falls, rises)
+        into, out = rises * into, falls * out
+        value = self.ranks.sum_(into.sum())
+        return _Point(scale, value, rises, falls, into, out, *self.scales.collect_parts(*self._collect(into, out)))
+
+    def _sums(self, right: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums over squares times ``right [M]`` for each incoming scale, and times ``left [N]`` for each outgoing."""
+        rights = right.split([flow.outgoing.numel() for flow in self.flows])
+        lefts = left.split([flow.incoming.numel() for flow in self.flows])
+        into, out = zip(
+            *(
+                flow.both_ways(values.view_as(flow.outgoing), others.view_as(flow.incoming))
+                for flow, values, others in zip(self.flows, rights, lefts, strict=True)
+            ),
+            strict=True,
+        )
+        return torch.cat([sums.reshape(-1) for sums in into]), torch.cat([sums.reshape(-1) for sums in out])
+
+    def _collect(self, into: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
         """Sums ``[S]`` of what leads into, and of what comes out of, each scale."""
-        rising, falling = (torch.cat([value.reshape(-1) for value in values]) for values in (into, out))
-        rising, falling = self.ranks.sum_(torch.stack([self._incoming(rising)[:-1], self._outgoing(falling)[:-1]]))
+        rising, falling = self.ranks.sum_(torch.stack([self._incoming(into), self._outgoing(out)]))
         return rising, falling
 
-    def value(self, scale: Tensor) -> Tensor:
-        parts = zip(self.flows, self._factors(scale), strict=True)
-        here = torch.stack([(first * flow.into(second)).sum() for flow, (first, second) in parts]).sum()
-        return self.ranks.sum_(here)
+    def newton_step(self, here: _Point, accuracy: float) -> Tensor:
+        """Solve ``(D - A) z = (out - in) / 2``, where D - A is a quarter of the Hessian and D its diagonal.
 
-    def sums(self, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """Sums of squares that grow and that shrink with each unit, ``[H]`` both."""
-        parts = list(zip(self.flows, self._factors(scale), strict=True))
-        into = [first * flow.into(second) for flow, (first, second) in parts]
-        out = [second * flow.out_of(first) for flow, (first, second) in parts]
-        return self.scales.collect_parts(*self._collect(into, out))
-
-    def solve(self, scale: Tensor, right: Tensor, diagonal: Tensor) -> Tensor:
-        """Solve ``(D - A) z = right``, a quarter of the Hessian, by conjugate gradients with its diagonal D."""
-        parts = list(zip(self.flows, self._factors(scale), strict=True))
-        totals = [(first * flow.into(second), second * flow.out_of(first)) for flow, (first, second) in parts]
+        By conjugate gradients, until the error is ``accuracy`` of what it was.
+        """
 
         def apply(z: Tensor) -> Tensor:
             padded = torch.cat([self.scales.of(z), z.new_zeros(1)])
-            into, out = [], []
-            for (flow, (first, second)), (above, below) in zip(parts, totals, strict=True):
-                here, there = padded[flow.incoming], padded[flow.outgoing]
-                into.append(here * above - first * flow.into(second * there))
-                out.append(second * flow.out_of(first * here) - there * below)
-            rising, falling = self._collect(into, out)
+            above, below = padded[self.above], padded[self.below]
+            into, out = self._sums(here.falls * below, here.rises * above)
+            rising, falling = self._collect(above * here.into - here.rises * into, here.falls * out - below * here.out)
             return torch.where(self.active, self.scales.collect(rising - falling), 0.0)
 
-        z = torch.zeros_like(right)
-        residual = right.clone()
+        diagonal = torch.where(self.active, here.incoming + here.outgoing, 1.0)
+        residual = torch.where(self.active, here.outgoing - here.incoming, 0.0) / 2
+        z = torch.zeros_like(residual)
         conditioned = residual / diagonal
         direction = conditioned.clone()
         product = residual @ conditioned
-        target = 1e-8 * float(product)
+        target = accuracy**2 * float(product)
         for _ in range(CONJUGATE_GRADIENT_STEPS):
             image = apply(direction)
             length = product / (direction @ image)

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from lightning_ecopt.symmetry.balance import Flow, alive_units, balancing_scale, mean_square, sums_of_squares
+from lightning_ecopt.symmetry.balance import alive_units, balancing_scale, mean_square, sums_of_squares
 from lightning_ecopt.symmetry.describe import UnitSet, describe_unit, sort_units
+from lightning_ecopt.symmetry.flows import Flow, are_finite, multiply_
 from lightning_ecopt.symmetry.scales import Scales, widest
 from lightning_ecopt.symmetry.shards import Part, Ranks, gathering_modules, local, release
 from lightning_ecopt.symmetry.solve import NO_UNIT, Solution
@@ -69,11 +70,6 @@ class Coupling:
         incoming = self.incoming.where(padded[self.incoming.clamp(max=len(active))], NO_UNIT)
         outgoing = self.outgoing.where(padded[self.outgoing.clamp(max=len(active))], NO_UNIT)
         return Coupling(self.parameter, self.region, incoming, outgoing, self.additive)
-
-    def log_factor(self, log_scale: Tensor) -> Tensor:
-        """Logarithm of what the region is multiplied by; ``log_scale`` is ``[S]``, the result broadcasts to it."""
-        padded = torch.cat([log_scale, log_scale.new_zeros(1)])
-        return padded[self.incoming] - padded[self.outgoing]
 
 
 @dataclass(frozen=True, eq=False)
@@ -266,13 +262,14 @@ class ScalingGroup:
             log_scale: ``[H]``, natural logarithms of the units' factors.
             power: exponent of the factors.
         """
-        log_scale = self.scales.to(log_scale.device).of(log_scale.to(widest(log_scale.device)))
+        log_scale = power * self.scales.to(log_scale.device).of(log_scale.to(widest(log_scale.device)))
+        factors = torch.cat([log_scale, log_scale.new_zeros(1)]).exp()  # index -1 is the last
         for coupling in self.couplings:
             tensor = tensors.get(coupling.parameter)
             here = None if tensor is None else coupling.of_shard(tensor)
             if tensor is not None and here is not None:
-                view = here.view(local(tensor))
-                view.mul_((power * here.to(log_scale.device).log_factor(log_scale)).exp().to(view))
+                here = here.to(factors.device)
+                multiply_(here.view(local(tensor)), factors[here.incoming], 1 / factors[here.outgoing])
 
     @cached_property
     def scale_invariant(self) -> Tensor:
@@ -284,9 +281,9 @@ class ScalingGroup:
         alone = torch.zeros(self.scales.num_scales, dtype=torch.bool)
         others = torch.zeros_like(alone)
         for coupling in self.couplings:
-            incoming, outgoing = torch.broadcast_tensors(coupling.incoming, coupling.outgoing)
-            alone[incoming[(incoming != NO_UNIT) & (outgoing == NO_UNIT)]] = True
-            others[incoming[(incoming != NO_UNIT) & (outgoing != NO_UNIT)]] = True
+            incoming, outgoing = coupling.incoming, coupling.outgoing
+            alone[incoming[(incoming != NO_UNIT) & _any_beside(outgoing == NO_UNIT, incoming)]] = True
+            others[incoming[(incoming != NO_UNIT) & _any_beside(outgoing != NO_UNIT, incoming)]] = True
             others[outgoing[outgoing != NO_UNIT]] = True
         return alone[: self.num_units] & ~self.scales.in_(others) & self.scales.simple
 
@@ -328,7 +325,7 @@ class ScalingGroup:
             active = self._alive(flows, ranks)
         log_scale = torch.zeros(0, dtype=torch.double)
         if flows:
-            active = active.to(flows[0].mass.device)
+            active = active.to(flows[0].roots.device)
             invariant = active & self.scale_invariant.to(active.device)
             resolution = max(torch.finfo(parameter.dtype).eps for parameter in self.parameters.values())
             log_scale = balancing_scale(flows, self.scales, active & ~invariant, resolution, ranks)
@@ -352,7 +349,7 @@ class ScalingGroup:
         invariant = self.scale_invariant.to(incoming.device)
         ratio = torch.where(invariant, mean_square(flows, self.scales, ranks), incoming / outgoing)
         ratio = torch.where(self._alive(flows, ranks), ratio, 1.0)
-        undefined = ranks.any_(~torch.stack([flow.mass.isfinite().all() for flow in flows]).all())
+        undefined = ranks.any_(torch.tensor(not all(are_finite(flows)), device=ratio.device))
         return torch.where(undefined, torch.nan, torch.maximum(ratio, 1 / ratio).amax().sqrt())
 
     def _flows(self, ranks: Ranks) -> Iterator[Flow]:
@@ -364,7 +361,7 @@ class ScalingGroup:
                 "the module (module.to_empty(device=...) and its initialisation) and trace it again."
             )
         for coupling in self.couplings:
-            if self.num_units == 0 or bool((torch.maximum(coupling.incoming, coupling.outgoing) == NO_UNIT).all()):
+            if all(bool((side == NO_UNIT).all()) for side in (coupling.incoming, coupling.outgoing)):
                 continue
             parameter = self.parameters[coupling.parameter]
             weight = local(parameter.detach())
@@ -374,4 +371,12 @@ class ScalingGroup:
                 yield Flow.nothing(dtype, weight.device)
                 continue
             here = here.to(weight.device)
-            yield Flow.of(here.view(weight).to(dtype), here.incoming, here.outgoing)
+            yield Flow.of(here.view(weight), here.incoming, here.outgoing, dtype)
+
+
+def _any_beside(marks: Tensor, numbers: Tensor) -> Tensor:
+    """For each of the ``numbers``, whether one of the marks is set that are broadcast together with it."""
+    for axis, size in enumerate(numbers.shape):
+        if size == 1:
+            marks = marks.any(axis, keepdim=True)
+    return marks.expand_as(numbers)

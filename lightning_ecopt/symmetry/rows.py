@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
 from math import prod
@@ -10,15 +10,12 @@ from math import prod
 import torch
 from torch import Tensor
 
-from lightning_ecopt.kernels import Coefficient, Shapes
+from lightning_ecopt.kernels import Coefficient, Kernels, Shapes
 from lightning_ecopt.symmetry.group import Coupling
 from lightning_ecopt.symmetry.segments import SegmentSum
 from lightning_ecopt.symmetry.shards import Part, Ranks, local
 
 Tensors = Mapping[str, Tensor]
-#: One of the :class:`~lightning_ecopt.kernels.Kernels`: takes as many lists of views as there are tensors of a block,
-#: shapes and a dtype; returns some numbers for each of the P places of all blocks, ``[count, P]``.
-Reduction = Callable[..., Tensor]
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
@@ -70,7 +67,7 @@ class Rows:
     Example::
 
         rows = Rows(group.couplings, group.parameters)
-        rows.reduced(kernels.sums_and_squares, 2, gradients)  # [2, R]
+        rows.reduced(EagerKernels(), "sums_and_squares", gradients)  # [2, R]
     """
 
     def __init__(self, couplings: Sequence[Coupling], parameters: Tensors) -> None:
@@ -131,23 +128,24 @@ class Rows:
         """What each parameter has, ``[N]``, for each of its rows: ``[R]``."""
         return values[self._owners].repeat_interleave(self._lengths, output_size=len(self))
 
-    def reduced(self, reduction: Reduction, count: int, *tensors: Tensors) -> Tensor:
-        """Add up over rows what a reduction finds at their places; zero where there are no tensors.
+    def reduced(self, kernels: Kernels, name: str, *tensors: Tensors) -> Tensor:
+        """Sums over rows; zero where there are no tensors.
 
         Args:
-            reduction: of ``count`` numbers for each place.
-            count: how many.
+            kernels: that make the pass.
+            name: ``"sums_and_squares"`` or ``"products"``.
             *tensors: by parameter name.
 
         Returns:
-            Over the rows, ``[count, R]``.
+            Over the rows, ``[2, R]`` or ``[1, R]``.
         """
+        count = 2 if name == "sums_and_squares" else 1
         counted = [{name: tensor for name, tensor in of.items() if self._is_counted.get(name)} for of in tensors]
         here = self._here(counted)
         found = torch.zeros(count, 0, dtype=self.dtype, device=self._device)
         if any(here):
             lists, shapes = self._views(here, counted)
-            found = reduction(*lists, shapes, self.dtype)
+            found = getattr(kernels if all(here) else kernels.partial, name)(*lists, shapes, self.dtype)
         if not all(here):
             there = torch.zeros(count, sum(self._num_places), dtype=self.dtype, device=self._device)
             parts = list(compress(there.split(self._num_places, 1), here))
@@ -158,11 +156,12 @@ class Rows:
             found = torch.stack([self._merge(values) for values in found])
         return self._ranks.sum_(found)
 
-    def apply_(self, function: Callable[..., None], *tensors: Tensors | None, **vectors: Coefficient | None) -> None:
-        """Call one of the :class:`~lightning_ecopt.kernels.Kernels` for the blocks of which there are all tensors.
+    def apply_(self, kernels: Kernels, name: str, *tensors: Tensors | None, **vectors: Coefficient | None) -> None:
+        """Change the blocks of which there are all tensors in place.
 
         Args:
-            function: that changes tensors in place.
+            kernels: that make the pass.
+            name: ``"affine_"``, ``"sgd_"`` or ``"adam_"``.
             *tensors: by parameter name; ``None`` is handed on.
             **vectors: coefficients: over the rows, ``[R]``, or numbers; ``None`` is left out.
         """
@@ -171,14 +170,14 @@ class Rows:
             return
         lists, shapes = self._views(here, tensors)
         given = {}
-        for name, value in vectors.items():
+        for key, value in vectors.items():
             if isinstance(value, Tensor) and value.ndim == 1:
                 value = value if self._place is None else value[self._place]
                 if not all(here):
                     value = torch.cat(list(compress(value.split(self._num_places), here)))
             if value is not None:
-                given[name] = value
-        function(*lists, shapes=shapes, **given)
+                given[key] = value
+        getattr(kernels if all(here) else kernels.partial, name)(*lists, shapes=shapes, **given)
 
     def _here(self, tensors: Sequence[Tensors]) -> list[bool]:
         return [all(block.parameter in of for of in tensors) for block in self.blocks]

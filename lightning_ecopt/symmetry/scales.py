@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -31,13 +31,16 @@ class Scales:
     products: Tensor
     units: Tensor
     exponents: Tensor
+    _copies: dict[torch.device, Scales] = field(default_factory=dict, init=False, repr=False)
 
     def to(self, device: torch.device) -> Scales:
         """The same on ``device``."""
         if self.products.device == device:
             return self
-        terms = (self.products.to(device), self.units.to(device), self.exponents.to(device, widest(device)))
-        return Scales(self.num_units, self.num_scales, *terms)
+        if device not in self._copies:
+            terms = (self.products.to(device), self.units.to(device), self.exponents.to(device, widest(device)))
+            self._copies[device] = Scales(self.num_units, self.num_scales, *terms)
+        return self._copies[device]
 
     @cached_property
     def _to_products(self) -> SegmentSum:

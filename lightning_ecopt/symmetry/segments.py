@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-WIDTH = 32
+WIDTH = 8
 
 
 class SegmentSum:
@@ -15,7 +15,7 @@ class SegmentSum:
     drift apart; here the order is fixed by padded gathers, level upon level, ``WIDTH`` entries at a time.
 
     Args:
-        groups: ``int[S]``, the group of each entry.
+        groups: ``int[S]``, the group of each entry; what is not below ``num_groups`` is left out.
         num_groups: number of groups.
 
     Example::
@@ -27,19 +27,23 @@ class SegmentSum:
     def __init__(self, groups: Tensor, num_groups: int) -> None:
         device = groups.device
         groups = groups.cpu()
+        entries = (groups < num_groups).nonzero()[:, 0]
+        groups, end = groups[entries], len(groups)  # one past the end is a zero
+        order = groups.argsort(stable=True)
+        groups, entries = groups[order], entries[order]
         self._levels: list[Tensor] = []
-        while len(groups) > len(groups.unique()):
-            order = groups.argsort(stable=True)
-            counts = torch.bincount(groups, minlength=num_groups)
+        counts = torch.bincount(groups, minlength=num_groups)
+        while bool((counts > 1).any()):
             rows = (counts + WIDTH - 1) // WIDTH
-            rank = torch.arange(len(order)) - (counts.cumsum(0) - counts)[groups[order]]
-            row = (rows.cumsum(0) - rows)[groups[order]] + rank // WIDTH
-            index = torch.full((int(rows.sum()), WIDTH), len(groups))  # one past the end is a zero
-            index[row, rank % WIDTH] = order
+            rank = torch.arange(len(groups)) - (counts.cumsum(0) - counts)[groups]
+            row = (rows.cumsum(0) - rows)[groups] + rank // WIDTH
+            index = torch.full((int(rows.sum()), WIDTH), end)
+            index[row, rank % WIDTH] = entries
             self._levels.append(index.to(device))
-            groups = torch.arange(num_groups).repeat_interleave(rows)
-        last = torch.full((num_groups,), len(groups))
-        last[groups] = torch.arange(len(groups))
+            groups, counts = torch.arange(num_groups).repeat_interleave(rows), rows
+            entries, end = torch.arange(len(groups)), len(groups)
+        last = torch.full((num_groups,), end)
+        last[groups] = entries
         self._last = last.to(device)
 
     def __call__(self, values: Tensor) -> Tensor:

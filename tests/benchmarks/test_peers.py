@@ -469,7 +469,8 @@ def criterion(group: ScalingGroup, kappa: dict[str, Tensor]) -> Callable[[Tensor
         levels = []
         for coupling in group.couplings:
             region = coupling.view(kappa[coupling.parameter])
-            factor = coupling.log_factor(log_scale).expand_as(region)
+            padded = torch.cat([log_scale, log_scale.new_zeros(1)])
+            factor = (padded[coupling.incoming] - padded[coupling.outgoing]).expand_as(region)
             levels.append(torch.stack([region, factor]).reshape(2, -1))
         kappas, factors = torch.cat(levels, 1)
         kappas, factors = kappas[kappas > 0], factors[kappas > 0]

@@ -1,0 +1,154 @@
+"""Balancing reads the weights piece by piece, in few passes, and finds what is exact."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_ecopt.paths import choose_skeleton
+from lightning_ecopt.symmetry import flows, scaling_group
+from lightning_ecopt.symmetry.balance import _Problem
+from tests.symmetry.helpers import copies, draw_, put_, squares
+from tests.symmetry.zoo.case import Case
+from tests.symmetry.zoo.tiny import SHARED, TINY
+
+RESCALED = [case for case in [*SHARED, *TINY] if case.units]
+
+
+class Largest(TorchDispatchMode):
+    """The largest number of elements that one operation made room for."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        before = {each.untyped_storage().data_ptr() for each in args if isinstance(each, Tensor)}
+        if isinstance(result, Tensor) and result.untyped_storage().data_ptr() not in before:
+            self.elements = max(self.elements, result.untyped_storage().nbytes() // result.element_size())
+        return result
+
+
+def mlp(*widths: int) -> nn.Sequential:
+    layers = [part for pair in pairwise(widths) for part in (nn.Linear(*pair), nn.ReLU())]
+    return nn.Sequential(*layers[:-1])
+
+
+@pytest.mark.parametrize("case", RESCALED, ids=lambda case: case.name)
+def test_nothing_depends_on_how_many_weights_are_looked_at_together(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    module = case.build()
+    draw_(module, generator)
+    group = scaling_group(module, *case.inputs(generator))
+    start, found = copies(group), []
+    for elements in (2**17, 7):
+        monkeypatch.setattr(flows, "CPU_PIECE", elements)
+        put_(group, start)
+        paths = group.alive() & group.scales.simple & ~group.scale_invariant
+        own = [coupling.restricted(paths) for coupling in group.couplings]
+        imbalance, applied = group.imbalance(), group.balance_()
+        skeleton = choose_skeleton(own, group.parameters, paths).state_dict() if bool(paths.any()) else {}
+        found.append((imbalance, applied, copies(group), skeleton))
+    (imbalance, applied, weights, skeleton), (*_, others, other_skeleton) = found
+    torch.testing.assert_close(found[1][0], imbalance, rtol=1e-12, atol=0.0)
+    torch.testing.assert_close(found[1][1], applied, rtol=0.0, atol=1e-12)
+    for name, weight in weights.items():
+        torch.testing.assert_close(others[name], weight, rtol=1e-12, atol=0.0)
+    assert all(torch.equal(value, other_skeleton[name]) for name, value in skeleton.items())
+
+
+def test_a_refresh_needs_no_memory_of_the_size_of_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flows, "CPU_PIECE", 4000)
+    convolutions = [nn.Conv2d(3, 40, 3), nn.ReLU(), nn.Conv2d(40, 40, 3), nn.ReLU(), nn.Conv2d(40, 40, 3), nn.ReLU()]
+    module = nn.Sequential(*convolutions, nn.Flatten(), *mlp(40 * 4, 300, 300, 10))
+    group = scaling_group(module, torch.randn(1, 3, 8, 8))
+    momentum = {name: torch.randn_like(parameter) for name, parameter in group.parameters.items()}
+    with Largest() as largest:
+        alive = group.alive()
+        group.rescale_(momentum, group.balance_(alive), power=-1)
+        choose_skeleton(group.couplings, group.parameters, alive)
+    # Vectors over units, of which the padded sums take a few; the weights of the largest layer are 90,000.
+    assert largest.elements <= 10 * group.num_units < 10_000
+
+
+def test_float32_weights_are_balanced_as_well_as_the_same_weights_in_float64() -> None:
+    torch.manual_seed(0)
+    module = mlp(20, 60, 50, 40, 5)
+    group = scaling_group(module, torch.randn(1, 20))
+    group.act_(12 * torch.randn(group.num_units))  # squares from 1e-40 to 1e40 and beyond
+    exact = scaling_group(deepcopy(module).double(), torch.randn(1, 20, dtype=torch.float64))
+    exact.balance_()
+    group.balance_()
+    for name, parameter in group.parameters.items():
+        torch.testing.assert_close(parameter.double(), exact.parameters[name], rtol=1e-6, atol=0.0)
+
+
+def test_an_undefined_element_from_a_unit_to_itself_makes_it_dormant() -> None:
+    cell = nn.RNN(3, 4, nonlinearity="relu", dtype=torch.float64)
+    head = nn.Linear(4, 2, dtype=torch.float64)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell, self.head = cell, head
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.cell(x)[0])
+
+    group = scaling_group(Model(), torch.zeros(2, 1, 3, dtype=torch.float64))
+    assert group.num_units == 4
+    with torch.no_grad():
+        cell.weight_hh_l0[2, 2] = torch.nan
+    assert group.alive().tolist() == [True, True, False, True]
+    assert float(group.balance_()[2]) == 0.0
+    incoming, outgoing = squares(group)
+    sound = torch.tensor([0, 1, 3])
+    assert bool(incoming[sound].isfinite().all())
+    torch.testing.assert_close(incoming[sound], outgoing[sound], rtol=1e-10, atol=0.0)
+
+
+def test_few_passes_over_the_weights_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    group = scaling_group(mlp(300, 200, 200, 200, 200, 10), torch.randn(1, 300))
+    passes = []
+    sums = _Problem._sums
+
+    def counted(problem: _Problem, *values: Tensor) -> tuple[Tensor, Tensor]:
+        passes[-1] += 1
+        return sums(problem, *values)
+
+    monkeypatch.setattr(_Problem, "_sums", counted)
+    for _ in range(3):
+        passes.append(0)
+        group.balance_()
+        with torch.no_grad():
+            for parameter in group.parameters.values():
+                parameter += 0.01 * parameter.abs().mean() * torch.randn_like(parameter)
+    assert passes[0] <= 45
+    assert max(passes[1:]) <= 18
+
+
+def test_scale_invariant_weights_are_found_beside_others() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(3, 4))
+            self.plain = nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.plain(self.normed(x).relu())
+
+    model = Model()
+    group = scaling_group(model, torch.zeros(1, 3))
+    invariant = group.scale_invariant
+    assert int(invariant.sum()) == 4  # the length of each row of v
+    numbers = invariant.nonzero()
+    owners = {coupling.parameter for coupling in group.couplings if bool(torch.isin(coupling.incoming, numbers).any())}
+    assert owners == {"normed.parametrizations.weight.original1"}
