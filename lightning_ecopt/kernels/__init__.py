@@ -20,7 +20,7 @@ Implementation = Literal["auto", "wrapped", "eager", "compiled", "triton"]
 COMPILE_FROM = 1 << 20
 
 
-def choose_kernels(implementation: Implementation, parameters: Sequence[Tensor]) -> Kernels:
+def choose_kernels(implementation: Implementation, parameters: Sequence[Tensor], fused: bool = True) -> Kernels:
     """The way to run the passes over some parameters.
 
     Args:
@@ -34,6 +34,7 @@ def choose_kernels(implementation: Implementation, parameters: Sequence[Tensor])
               optimizers that are not exactly SGD, Adam or AdamW;
             - ``"auto"`` takes Triton on a GPU, and on a CPU compiles if there are a million weights and a compiler.
         parameters: of the network.
+        fused: whether the base optimizer is one of those whose steps are fused.
     """
     if implementation == "auto":
         implementation = "eager"
@@ -48,7 +49,7 @@ def choose_kernels(implementation: Implementation, parameters: Sequence[Tensor])
         from lightning_ecopt.kernels.triton import TritonKernels
 
         return TritonKernels()
-    return CompiledKernels() if implementation == "compiled" else EagerKernels()
+    return CompiledKernels(affine=not fused) if implementation == "compiled" else EagerKernels()
 
 
 def _has_compiler() -> bool:

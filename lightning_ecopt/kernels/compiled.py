@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch._dynamo.exc import TorchDynamoException
 
-from lightning_ecopt.kernels.eager import PIECE, Coefficient, EagerKernels, Shapes, Views
+from lightning_ecopt.kernels.eager import PIECE, Coefficient, EagerKernels, Kernels, Shapes, Views
 
 CANNOT_COMPILE = (
     "The step could not be compiled and runs operation by operation, which is slower: {error}. If there is no C++ "
@@ -23,14 +23,30 @@ class CompiledKernels(EagerKernels):
 
     Where that cannot be done, because there is no C++ compiler for instance, a warning says so, and the passes run
     operation by operation.
+
+    Args:
+        affine: whether :meth:`affine_` is to be compiled, too: whether there will be many calls of it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, affine: bool = True) -> None:
+        self._affine = affine
         self._functions: dict[tuple[str, str], Callable[..., Any]] = {}
         self._can_compile = True
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_functions": {}, "_can_compile": self._can_compile}  # what is compiled cannot be copied
+        return {**self.__dict__, "_functions": {}}  # what is compiled cannot be copied
+
+    @property
+    def partial(self) -> Kernels:
+        """Without compilation: each set of parameters would need its own."""
+        return EagerKernels()
+
+    def affine_(self, *lists: Views | None, shapes: Shapes, **coefficients: Coefficient | None) -> None:
+        """See :class:`Kernels`."""
+        if self._affine:
+            super().affine_(*lists, shapes=shapes, **coefficients)
+        else:
+            EagerKernels().affine_(*lists, shapes=shapes, **coefficients)
 
     @property
     def _piece(self) -> int | None:

@@ -26,6 +26,10 @@ GRADIENTS = 1
 class Kernels(Protocol):
     """One way to run the passes."""
 
+    @property
+    def partial(self) -> Kernels:
+        """The way to run them where only some of the parameters take part."""
+
     def sums_and_squares(self, views: Views, shapes: Shapes, dtype: torch.dtype) -> Tensor:
         """Sums of the elements at each place, and of their squares, ``[2, P]``."""
 
@@ -59,6 +63,11 @@ class EagerKernels:
 
     The blocks in front that have one element at each place, all biases and gains, are worked on as one vector.
     """
+
+    @property
+    def partial(self) -> Kernels:
+        """See :class:`Kernels`."""
+        return self
 
     @property
     def _piece(self) -> int | None:

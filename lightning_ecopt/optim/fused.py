@@ -252,9 +252,9 @@ class FusedStep:
         if isinstance(rule, PathRule):
             arrival, leave_ = self._allocate(rule, frame, options, weights, gradients, moments)
             resting = {name: weights[name] for name in rule.scaled if name not in gradients}
-            rule.rows.apply_(rule.kernels.affine_, resting, times=arrival / frame.scale)
+            rule.rows.apply_(rule.kernels, "affine_", resting, times=arrival / frame.scale)
         coefficients = base.coefficients(frame.scale, frame.times, frame.plus, arrival, **own)
-        rule.rows.apply_(getattr(rule.kernels, base.kernel), moving, gradients, *state, **coefficients)
+        rule.rows.apply_(rule.kernels, base.kernel, moving, gradients, *state, **coefficients)
         if leave_ is not None:
             leave_()
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import ASGD, LBFGS, SGD, Optimizer
 
 from lightning_ecopt.kernels import Coefficient, Implementation, choose_kernels
-from lightning_ecopt.optim.fused import FusedStep, averaging
+from lightning_ecopt.optim.fused import BASES, FusedStep, averaging
 from lightning_ecopt.optim.path_rule import PathRule
 from lightning_ecopt.optim.rule import PathStatistics, Rule, UnitStatistics
 from lightning_ecopt.optim.state import Moment, has_points, moments_of
@@ -298,7 +298,8 @@ class EquivalentClassOptimizer(Optimizer):
         with torch.no_grad():
             self._leave_rule()
         self._group, self._own, self._pending = group, ~group.scales.in_(foreign), None
-        self._kernels = choose_kernels(self.implementation, list(group.parameters.values()))
+        is_fused = type(self.optimizer) in BASES and self.implementation != "wrapped"
+        self._kernels = choose_kernels(self.implementation, list(group.parameters.values()), is_fused)
         self._bound = [id(p) for p in trainable]
         self._names = set(self._numbers())
         self._active, self._refresh_due = None, True
@@ -428,6 +429,9 @@ class EquivalentClassOptimizer(Optimizer):
         assert self._group is not None
         return {name: local(p.detach()) for name, p in self._group.parameters.items()}
 
+    def _own_parameters(self) -> dict[str, Tensor]:
+        return {name: p for name, p in self._parameters().items() if name in self._names}
+
     def _dense_gradients(self) -> dict[str, Tensor]:
         assert self._group is not None
         own = {name: p.grad for name, p in self._group.parameters.items() if name in self._names}
@@ -530,7 +534,9 @@ class EquivalentClassOptimizer(Optimizer):
             edges = self._own & self._with_paths(group) | ~alive
             own = [coupling.restricted(edges) for coupling in group.couplings]
             skeleton = choose_skeleton(own, parameters, self.usable_units(), self.skeleton)
-            rule = PathRule(group, parameters, self._kernels, skeleton, self.free_start, self.max_path_ratio)
+            rule = PathRule(
+                group, self._own_parameters(), self._kernels, skeleton, self.free_start, self.max_path_ratio
+            )
             rule.start_(moments)
             self._use(rule)
 
@@ -665,7 +671,7 @@ class EquivalentClassOptimizer(Optimizer):
             else:
                 skeleton = Skeleton.from_state_dict(loaded["skeleton"])
                 start = float(loaded["free_start"])
-                parameters = self._parameters()
+                parameters = self._own_parameters()
                 rule = PathRule(self._group, parameters, self._kernels, skeleton, start, self.max_path_ratio)
             rule.load_state_dict(loaded, self._moments())
             self._use(rule)

@@ -138,7 +138,7 @@ class UnitRule:
 
     def _sums_and_squares(self, tensors: Tensors) -> Tensor:
         """Of all rows, ``[2, R]``; zero for tensors that there are not."""
-        return self.rows.reduced(self.kernels.sums_and_squares, 2, tensors)
+        return self.rows.reduced(self.kernels, "sums_and_squares", tensors)
 
     def _scales(self, squares: Tensor) -> tuple[Tensor, Tensor]:
         """rho_h of all rows ``[R]``, with what stands for it in rows of one element; and that of all together.
@@ -180,15 +180,15 @@ class UnitRule:
         """Centre and clip gradients in place."""
         assert frame.plus is not None
         times, plus = 1 / frame.times, -frame.plus / frame.times
-        self.rows.apply_(self.kernels.affine_, gradients, times=frame.times, plus=frame.plus)
-        return lambda: self.rows.apply_(self.kernels.affine_, gradients, times=times, plus=plus)
+        self.rows.apply_(self.kernels, "affine_", gradients, times=frame.times, plus=frame.plus)
+        return lambda: self.rows.apply_(self.kernels, "affine_", gradients, times=times, plus=plus)
 
     def enter_(self, frame: Frame, weights: Tensors, moments: Moments) -> Callable[[Moments], None]:
         """Divide the weights that have gradients by s_h, and averages of them."""
 
         def scale_(tensors: Tensors, factors: Tensor) -> None:
             own = {name: tensor for name, tensor in tensors.items() if name in self._moving}
-            self.rows.apply_(self.kernels.affine_, own, times=factors)
+            self.rows.apply_(self.kernels, "affine_", own, times=factors)
 
         low = {name: w for name, w in weights.items() if name in self._moving and is_low_precision(w)}
         before = {name: weight.clone() for name, weight in low.items()}

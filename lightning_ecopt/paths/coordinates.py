@@ -180,8 +180,7 @@ class PathCoordinates:
             weight * gradient
             for weight, gradient in zip(self.elements.read(weights), self.elements.read(gradients), strict=True)
         )
-        own = {name: gradient for name, gradient in gradients.items() if name in self.scaled}
-        (flow,) = self.rows.reduced(self.kernels.products, 1, weights, own)
+        (flow,) = self.rows.reduced(self.kernels, "products", weights, gradients)
         flow = self._to_roots(torch.cat([flow, -fixed]))[:-1]
         return torch.where(self._is_free, free - flow, 0.0)
 
@@ -208,7 +207,7 @@ class PathCoordinates:
 
     def _multiply_(self, tensors: Tensors, factors: Tensor) -> None:
         own = {name: tensor for name, tensor in tensors.items() if name in self.scaled}
-        self.rows.apply_(self.kernels.affine_, own, times=factors[self.rows.units])
+        self.rows.apply_(self.kernels, "affine_", own, times=factors[self.rows.units])
 
     def enter_(self, weights: Tensors) -> Callable[[float | None], Tensor]:
         """Turn the weights into path coordinates in place; fixed skeleton weights become zero: nothing moves them.

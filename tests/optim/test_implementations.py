@@ -15,8 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_ecopt import EquivalentClassOptimizer, kernels, scaling_group
-from lightning_ecopt.kernels import EagerKernels, choose_kernels
-from lightning_ecopt.kernels import eager as eager_module
+from lightning_ecopt.kernels import EagerKernels, choose_kernels, eager
 from lightning_ecopt.kernels.compiled import CompiledKernels
 from tests.networks import mlp, norm_cnn
 from tests.optim.training import problem, put_back, train, weights_of
@@ -132,31 +131,205 @@ def agree(found: Run, expected: Run, tolerance: float) -> None:
         assert float((value - second[name].to(value)).norm()) <= tolerance * float(value.norm()), name
 
 
-def compare(network: str, base: str, rule: str, implementation: str) -> None:
-    """500 steps in float64; in float32 each step from the same weights and state, and 500 steps to where they lead."""
-    kinds = (network, base, rule)
-    expected = Run(*kinds, "wrapped", torch.float64).steps(500)
-    agree(Run(*kinds, implementation, torch.float64).steps(500), expected, 1e-12)
-    run, plain = Run(*kinds, implementation, torch.float32), Run(*kinds, "wrapped", torch.float32)
+def compare64(network: str, base: str, rule: str, implementation: str) -> None:
+    """500 steps."""
+    found, expected = (Run(network, base, rule, kind, torch.float64).steps(500) for kind in (implementation, "wrapped"))
+    agree(found, expected, 1e-12)
+
+
+def compare32(network: str, base: str, rule: str, implementation: str) -> None:
+    """Some of 500 steps, each from the same weights and state, and where all of them lead."""
+    run, plain = (Run(network, base, rule, kind, torch.float32) for kind in (implementation, "wrapped"))
     for number in range(500):
         if number % 25 == 1:
             plain.go_on_from(run)
             plain.step(number)
-            run.step(number)
+        run.step(number)
+        if number % 25 == 1:
             agree(run, plain, 1e-6)
-        else:
-            run.step(number)
-    agree(run, expected, 1e-5)  # the plain version in float32 is as far from it, or farther
+    # The plain version in float32 is as far from this, or farther.
+    agree(run, Run(network, base, rule, "wrapped", torch.float64).steps(500), 1e-5)
 
 
+@pytest.mark.parametrize("compare", [compare64, compare32])
 @pytest.mark.parametrize("rule", ["unit", "path"])
 @pytest.mark.parametrize("base", BASES)
-def test_a_fused_run_is_that_of_the_plain_version(base: str, rule: str) -> None:
+def test_a_fused_run_is_that_of_the_plain_version(base: str, rule: str, compare: Callable[..., None]) -> None:
     compare("mlp", base, rule, "eager")
 
 
+@pytest.mark.parametrize("compare", [compare64, compare32])
 @pytest.mark.parametrize("rule", ["unit", "path"])
-@pytest.mark.parametrize("network", ["cnn", "packed"])
-@pytest.mark.parametrize("base", ["nesterov", "adam_l2"])
-def test_weights_of_all_forms_take_fused_steps(base: str, network: str, rule: str) -> None:
+@pytest.mark.parametrize(("network", "base"), [("cnn", "nesterov"), ("packed", "adam_l2")])
+def test_weights_of_all_forms_take_fused_steps(
+    network: str, base: str, rule: str, compare: Callable[..., None]
+) -> None:
     compare(network, base, rule, "eager")
+
+
+@pytest.mark.parametrize(
+    ("network", "base", "rule", "compare"),
+    [
+        ("packed", "nesterov", "unit", compare64),
+        ("mlp", "momentum", "path", compare32),
+        ("cnn", "adamw", "unit", compare32),
+        ("mlp", "adam_l2", "path", compare64),
+    ],
+)
+def test_a_compiled_run_is_that_of_the_plain_version(
+    network: str, base: str, rule: str, compare: Callable[..., None]
+) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="The step could not be compiled")
+        compare(network, base, rule, "compiled")
+
+
+def test_a_step_is_compiled_once_whatever_the_schedule() -> None:
+    torch._dynamo.utils.counters.clear()
+    run = Run("mlp", "momentum", "unit", "compiled", torch.float32)
+    for number in (0, 1, 2, 3, 4, 5, 7):  # each with another rate; in step 6 a gradient is missing
+        run.step(number)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
+    twin = copy.deepcopy(run.optimizer)
+    assert twin._kernels is not run.optimizer._kernels
+
+
+def test_without_a_compiler_a_warning_says_so_and_the_steps_are_the_same() -> None:
+    run, plain = (Run("mlp", "momentum", "unit", kind, torch.float64) for kind in ("compiled", "wrapped"))
+    plain.steps(6)
+    torch.compiler.reset()
+    inductor = torch._inductor.config
+    with (
+        inductor.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}),
+        pytest.warns(
+            UserWarning, match="could not be compiled and runs operation by operation.*implementation='eager'"
+        ),
+    ):
+        run.steps(6)
+    agree(run, plain, 1e-12)
+
+
+# What a step costs in memory, and whose it is -------------------------------------------------------------------------
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest tensor that did not exist before, in elements."""
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()
+        self._known = {tensor.untyped_storage().data_ptr() for tensor in known}
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor) and value.untyped_storage().data_ptr() not in self._known:
+                self.elements = max(self.elements, value.untyped_storage().nbytes() // value.element_size())
+        return result
+
+
+@pytest.mark.parametrize("rule", ["unit", "path"])
+@pytest.mark.parametrize("kind", ["eager", "wrapped"])
+@pytest.mark.parametrize("base", ["momentum", "adam_l2"])
+def test_no_operation_of_a_step_makes_a_tensor_of_the_size_of_the_weights(
+    base: str, kind: str, rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(eager, "PIECE", 1 << 10)
+    module, x, _ = problem(40, 100, 100, 3)
+    make = {
+        "momentum": lambda params: SGD(params, lr=0.01, momentum=0.9, weight_decay=0.1, fused=True),
+        "adam_l2": lambda params: Adam(params, lr=0.01, weight_decay=0.1, amsgrad=True, fused=True),
+    }[base]
+    optimizer = EquivalentClassOptimizer(
+        make(module.parameters()), scaling_group(module, x), rule=rule, refresh_interval=None, implementation=kind
+    )
+    for _ in range(2):  # the first makes the state
+        for p in module.parameters():
+            p.grad = torch.randn_like(p)
+        known = [*module.parameters()] + [p.grad for p in module.parameters() if p.grad is not None]
+        known += [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+        with Largest(known) as largest:
+            optimizer.step()
+    # 203 units and outputs, as rows of weights and of biases.
+    assert 2 * 203 <= largest.elements <= 2048 < module[2].weight.numel()
+
+
+@pytest.mark.parametrize("rule", ["unit", "path"])
+@pytest.mark.parametrize("form", ["expanded", "shared", "graph", "sixteen bits"])
+def test_gradients_that_cannot_be_changed_in_place_stay_as_they_are(form: str, rule: str) -> None:
+    torch.manual_seed(0)
+    module = mlp(4, 6, 4, 3).to(torch.bfloat16 if form == "sixteen bits" else torch.float64)
+    optimizer = EquivalentClassOptimizer(
+        SGD(module.parameters(), lr=0.01),
+        scaling_group(module, torch.zeros(1, 4, dtype=module[0].weight.dtype)),
+        rule=rule,
+        implementation="wrapped",
+    )
+    for p in module.parameters():
+        p.grad = torch.randn_like(p)
+    if form == "expanded":
+        module[0].weight.grad = torch.randn(6, 1, dtype=torch.float64).expand(6, 4)
+    elif form == "shared":
+        memory = torch.randn(6, 4, dtype=torch.float64)
+        module[0].weight.grad, module[2].weight.grad = memory, memory.view(4, 6)
+    elif form == "graph":
+        factor = torch.ones((), dtype=torch.float64, requires_grad=True)
+        module[0].weight.grad = torch.randn(6, 4, dtype=torch.float64) * factor
+    optimizer.refresh_interval = None
+    optimizer.representative = "current"
+    gradients = [p.grad for p in module.parameters()]
+    before = [g.detach().clone() for g in gradients if g is not None]
+    versions = [g._version for g in gradients if g is not None]
+    optimizer.step()
+    for p, gradient, value, version in zip(module.parameters(), gradients, before, versions, strict=True):
+        assert p.grad is gradient
+        assert put_back(gradient, value)
+        if form == "sixteen bits" or gradient.grad_fn is not None:
+            assert gradient._version == version
+
+
+# Which version is taken -----------------------------------------------------------------------------------------------
+
+
+def test_the_version_follows_from_the_network_and_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    small, large = [torch.zeros(10)], [torch.zeros(kernels.COMPILE_FROM)]
+    monkeypatch.setattr(kernels, "_has_compiler", lambda: True)
+    assert type(choose_kernels("auto", small)) is EagerKernels
+    assert type(choose_kernels("auto", large)) is CompiledKernels
+    assert type(choose_kernels("auto", [torch.zeros(kernels.COMPILE_FROM, device="meta")])) is EagerKernels
+    monkeypatch.setattr(kernels, "_has_compiler", lambda: False)
+    assert type(choose_kernels("auto", large)) is EagerKernels
+    for given, kind in (("eager", EagerKernels), ("wrapped", EagerKernels), ("compiled", CompiledKernels)):
+        assert type(choose_kernels(given, small)) is kind
+
+
+def test_an_unknown_version_is_refused() -> None:
+    module, x, _ = problem(4, 6, 3)
+    with pytest.raises(ValueError, match=r"implementation must be one of auto, wrapped.*, got 'fast'"):
+        EquivalentClassOptimizer(SGD(module.parameters(), lr=0.1), scaling_group(module, x), implementation="fast")
+
+
+def test_a_scheduler_of_the_base_sees_that_it_takes_steps() -> None:
+    module, x, y = problem(4, 6, 3)
+    base = SGD(module.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(base, 0.9)
+    optimizer = EquivalentClassOptimizer(base, scaling_group(module, x))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(module, optimizer, x, y, range(2))
+        scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.09)
+
+
+def test_a_subclass_of_sgd_takes_its_own_steps() -> None:
+    class Counting(SGD):
+        count = 0
+
+        def step(self, closure: Callable[[], Any] | None = None) -> Any:
+            self.count += 1
+            return super().step(closure)
+
+    module, x, y = problem(4, 6, 3)
+    base = Counting(module.parameters(), lr=0.1)
+    train(module, EquivalentClassOptimizer(base, scaling_group(module, x)), x, y, range(5))
+    assert base.count == 5
