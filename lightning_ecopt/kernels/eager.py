@@ -203,7 +203,7 @@ def _products(
 
 
 def _axes(view: Tensor, shape: tuple[int, ...]) -> list[int]:
-    return [axis for axis, (own, size) in enumerate(zip(shape, view.shape, strict=True)) if own < size]
+    return [axis for axis, (own, size) in enumerate(zip(shape, view.shape, strict=True)) if own != size]
 
 
 def _affine_(x: Tensor, *, times: Coefficient, plus: Coefficient | None = None) -> None:

@@ -297,7 +297,7 @@ class FusedStep:
         if any(name not in gradients for name in rule.rows.names):
             present = torch.tensor([float(name in gradients) for name in rule.rows.names])
             moved = torch.where(spread(to_device(present, moved.device)) > 0, moved, free.values)
-        arrival, write_skeleton_ = rule.allocate(frame, weights, moved)
+        arrival, write_skeleton_ = rule.allocate(free, moved)
 
         def leave_() -> None:
             write_skeleton_(weights)

@@ -12,6 +12,7 @@ from lightning_ecopt.kernels import Coefficient, Kernels
 from lightning_ecopt.optim.rule import Frame, PathStatistics, Tensors
 from lightning_ecopt.optim.state import Moments
 from lightning_ecopt.paths import PathCoordinates, Skeleton
+from lightning_ecopt.paths.coordinates import FreeWeights
 from lightning_ecopt.symmetry import ScalingGroup
 
 
@@ -64,17 +65,15 @@ class PathRule:
 
         return leave_
 
-    def allocate(self, frame: Frame, weights: Tensors, moved: Tensor) -> tuple[Tensor, Callable[[Tensors], None]]:
+    def allocate(self, free: FreeWeights, moved: Tensor) -> tuple[Tensor, Callable[[Tensors], None]]:
         """Take over moved coordinates ``[H]`` of the free skeleton weights.
 
         Returns:
             What coordinates are multiplied by to be weights again, for each row ``[R]``; and the function that writes
             the skeleton weights once the others have been allocated.
         """
-        assert frame.free is not None
-        skeleton_weights = self.elements.read(weights)
         _, write_skeleton_, guarded = self._coordinates.allocate(
-            frame.free.values, moved, self._max_ratio, skeleton_weights
+            free.values, moved, self._max_ratio, free.skeleton_weights
         )
         self._guarded += guarded.sum()
         return self._coordinates.scale, write_skeleton_

@@ -44,8 +44,8 @@ class SkeletonElements:
         dtype: of the vectors over units.
 
     Attributes:
-        places: for each parameter name the slots ``int[k]`` of the skeleton weights in it, and where they are, one
-            ``int[k]`` per axis. Slot ``u`` is the fixed skeleton weight of unit u, slot ``H + u`` its free one.
+        places: for each parameter name the slots ``int[k]`` of the skeleton weights in it, and where they are, as flat
+            indices ``int[k]``. Slot ``u`` is the fixed skeleton weight of unit u, slot ``H + u`` its free one.
     """
 
     def __init__(
@@ -59,13 +59,12 @@ class SkeletonElements:
                 units = torch.nonzero(chosen & (coupling == number)).reshape(-1)
                 place = _flat_index(couplings[number], parameters[couplings[number].parameter], index[units])
                 found.setdefault(couplings[number].parameter, []).append((first + units, place))
-        self.places: dict[str, tuple[Tensor, tuple[Tensor, ...]]] = {}
+        self.places: dict[str, tuple[Tensor, Tensor]] = {}
         order = []
         for name, parts in found.items():
-            parameter = parameters[name]
-            slots, flat = (torch.cat(column) for column in zip(*parts, strict=True))
-            at = torch.unravel_index(flat, parameter.shape) if parameter.ndim else ()
-            self.places[name] = (slots.to(parameter.device), tuple(axis.to(parameter.device) for axis in at))
+            device = parameters[name].device
+            slots, at = (torch.cat(column) for column in zip(*parts, strict=True))
+            self.places[name] = (slots.to(device), at.to(device))
             order.append(slots)
         position = torch.full((2 * skeleton.num_units,), -1)  # the last entry is a zero
         if order:
@@ -77,7 +76,7 @@ class SkeletonElements:
     def read(self, tensors: Tensors) -> tuple[Tensor, Tensor]:
         """The entries of ``tensors`` at the fixed and at the free skeleton weights, ``[H]`` each; zero for none."""
         parts = [
-            tensors[name][at].reshape(-1).to(self._zero) if name in tensors else self._zero.expand(len(slots))
+            tensors[name].take(at).to(self._zero) if name in tensors else self._zero.expand(len(slots))
             for name, (slots, at) in self.places.items()
         ]
         fixed, free = torch.cat([*parts, self._zero])[self._position].view(2, -1)
@@ -88,8 +87,7 @@ class SkeletonElements:
         values = torch.cat([at_fixed, at_free])
         for name, (slots, at) in self.places.items():
             if name in tensors:
-                tensor = tensors[name]
-                tensor[at] = values[slots].to(tensor.dtype) if at else values[slots[0]].to(tensor.dtype)
+                tensors[name].put_(at, values[slots].to(tensors[name].dtype))
 
 
 def is_low_precision(tensor: Tensor) -> bool:
@@ -116,12 +114,12 @@ class FreeWeights:
     Args:
         values: their coordinates, ``[H]``; 1 where a unit has none.
         gradient: dL/dv_f, ``[H]``.
-        elements: where they are.
+        skeleton_weights: the weights at the fixed and at the free skeleton elements of each unit, ``[H]`` each.
     """
 
     values: Tensor
     gradient: Tensor
-    elements: SkeletonElements
+    skeleton_weights: tuple[Tensor, Tensor]
 
 
 class PathCoordinates:
@@ -162,7 +160,9 @@ class PathCoordinates:
         into_units = {c.parameter for c in couplings if bool((c.restricted(skeleton.active).incoming >= 0).any())}
         self.scaled = into_units.intersection(self.rows.names)
         slots = torch.cat([self._root[self.rows.units], self._root[:-1]])
-        self._to_roots = SegmentSum(slots % len(self.beta), len(self.beta))  # ground is a group of its own, the last
+        self._to_roots = SegmentSum(
+            slots % len(self.beta), skeleton.num_units
+        )  # ground, past the last unit, is left out
 
     @property
     def free_values(self) -> Tensor:
@@ -174,20 +174,18 @@ class PathCoordinates:
         """By what weights are divided to be coordinates, for each row ``[R]``."""
         return 1 / self.beta[self.rows.units]
 
-    def log_gradient(self, weights: Tensors, gradients: Tensors) -> Tensor:
-        """dL/dlog|v_f| for the free skeleton weights, ``[H]``; zero for other units."""
-        fixed, free = (
-            weight * gradient
-            for weight, gradient in zip(self.elements.read(weights), self.elements.read(gradients), strict=True)
-        )
-        (flow,) = self.rows.reduced(self.kernels, "products", weights, gradients)
-        flow = self._to_roots(torch.cat([flow, -fixed]))[:-1]
-        return torch.where(self._is_free, free - flow, 0.0)
-
     def free_weights(self, weights: Tensors, gradients: Tensors) -> FreeWeights:
-        """The free skeleton weights with their path gradients."""
+        """The free skeleton weights with their path gradients.
+
+        dL/dlog|v_f| is taken first; it is zero for other units.
+        """
+        skeleton_weights = self.elements.read(weights)
+        skeleton_gradients = self.elements.read(gradients)
+        fixed, free = (w * g for w, g in zip(skeleton_weights, skeleton_gradients, strict=True))
+        (flow,) = self.rows.reduced(self.kernels, "products", weights, gradients)
+        flow = self._to_roots(torch.cat([flow, -fixed]))
         values = self.free_values
-        return FreeWeights(values, self.log_gradient(weights, gradients) / values, self.elements)
+        return FreeWeights(values, torch.where(self._is_free, free - flow, 0.0) / values, skeleton_weights)
 
     def gradients_(self, gradients: Tensors, free: FreeWeights) -> Callable[[], None]:
         """Inverse chain rule: turn dL/dw into dL/dv in place; returns the way back."""

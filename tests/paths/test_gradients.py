@@ -27,11 +27,11 @@ def path_differences(at: Point, name: str, index: tuple[int, ...]) -> float:
 def places(at: Point, number: int) -> list[tuple[str, tuple[int, ...]]]:
     """Skeleton weights of both kinds, and some ordinary elements of every parameter."""
     found = []
-    for name, (_, axes) in at.coordinates.elements.places.items():
-        found += [(name, index) for index in list(zip(*(axis.tolist() for axis in axes), strict=True))[:16]]
-    for name, weight in at.weights.items():
-        for flat in torch.randperm(weight.numel())[:number]:
-            found.append((name, tuple(int(k) for k in torch.unravel_index(flat, weight.shape))))
+    chosen = [(name, flat[:16]) for name, (_, flat) in at.coordinates.elements.places.items()]
+    chosen += [(name, torch.randperm(weight.numel())[:number]) for name, weight in at.weights.items()]
+    for name, flat in chosen:
+        axes = torch.unravel_index(flat, at.weights[name].shape)
+        found += [(name, index) for index in zip(*(axis.tolist() for axis in axes), strict=True)]
     return found
 
 
@@ -45,7 +45,7 @@ def test_path_gradients_are_those_of_finite_differences(name: str, random_beta: 
     exact = torch.stack([gradients[key][index] for key, index in chosen])
     measured = torch.tensor([path_differences(at, key, index) for key, index in chosen], dtype=torch.float64)
     elements = at.coordinates.elements.places.items()
-    fixed = [gradients[key][axes][slots < at.group.num_units] for key, (slots, axes) in elements]
+    fixed = [gradients[key].take(flat)[slots < at.group.num_units] for key, (slots, flat) in elements]
     assert all(bool((values == 0).all()) for values in fixed)
     assert float((exact - measured).abs().max()) < 1e-5 * float(exact.abs().max())
 
