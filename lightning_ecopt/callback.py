@@ -17,6 +17,7 @@ from lightning_ecopt._lightning import (
     rank_zero_only,
 )
 from lightning_ecopt.configure import find_group
+from lightning_ecopt.kernels import Implementation
 from lightning_ecopt.optim import EquivalentClassOptimizer
 from lightning_ecopt.optim.optimizer import check_base, check_options
 from lightning_ecopt.report import print_report
@@ -53,6 +54,8 @@ class EquivalentClassOptimization(Callback):
         free_start: value at which the coordinates of free skeleton weights start; larger lets scales move more slowly.
         state_powers: how the state of an optimizer scales, if it is not torch's; see
             :class:`~lightning_ecopt.EquivalentClassOptimizer`.
+        implementation: how the step is run, which changes nothing but its speed: ``"auto"`` or one of the others of
+            :func:`~lightning_ecopt.kernels.choose_kernels`.
         verbose: print a report of the freedoms when they are known.
         log: log whether all is well with the logger, as ``ecopt/...``, every ``log_every_n_steps``: the number of
             dormant units, and the share of clipped gradients (unit) or the extremes of beta and the number of guarded
@@ -81,6 +84,7 @@ class EquivalentClassOptimization(Callback):
         max_path_ratio: float | None = 2.0,
         free_start: float = 2.0,
         state_powers: dict[str, int] | None = None,
+        implementation: Implementation = "auto",
         verbose: bool = True,
         log: bool = True,
     ) -> None:
@@ -94,6 +98,7 @@ class EquivalentClassOptimization(Callback):
             "max_path_ratio": max_path_ratio,
             "free_start": free_start,
             "state_powers": state_powers,
+            "implementation": implementation,
         }
         check_options(**self._options)
         self.refresh = refresh

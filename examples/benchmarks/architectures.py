@@ -68,6 +68,20 @@ def resnet50() -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, 1000))
 
 
+# VGG-13 (Simonyan and Zisserman, arXiv:1409.1556) for small images ----------------------------------------------------
+
+
+def vgg13() -> nn.Module:
+    """VGG-13 for images of 32 x 32 pixels and 10 classes, with batch norm and one linear layer."""
+    layers: list[nn.Module] = []
+    before = 3
+    for width in (64, 128, 256, 512, 512):
+        layers += [*conv(before, width, 3), nn.ReLU(inplace=True), *conv(width, width, 3), nn.ReLU(inplace=True)]
+        layers.append(nn.MaxPool2d(2))
+        before = width
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(before, 10))
+
+
 # ViT-B/16 (Dosovitskiy et al., arXiv:2010.11929) ----------------------------------------------------------------------
 
 

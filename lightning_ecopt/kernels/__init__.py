@@ -35,6 +35,10 @@ def choose_kernels(implementation: Implementation, parameters: Sequence[Tensor],
             - ``"auto"`` takes Triton on a GPU, and on a CPU compiles if there are a million weights and a compiler.
         parameters: of the network.
         fused: whether the base optimizer is one of those whose steps are fused.
+
+    Raises:
+        ValueError: if Triton is asked for and the parameters are not on a GPU.
+        ModuleNotFoundError: if it is not installed.
     """
     if implementation == "auto":
         implementation = "eager"
@@ -46,6 +50,11 @@ def choose_kernels(implementation: Implementation, parameters: Sequence[Tensor],
         ):
             implementation = "compiled"
     if implementation == "triton":
+        on = {parameter.device.type for parameter in parameters}
+        if on != {"cuda"} and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError(
+                f"implementation='triton' needs a GPU, and the parameters are on {', '.join(sorted(on))}: use 'auto'."
+            )
         from lightning_ecopt.kernels.triton import TritonKernels
 
         return TritonKernels()

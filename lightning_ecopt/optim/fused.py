@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -280,10 +281,8 @@ class FusedStep:
         def spread(values: Tensor) -> Tensor:
             """From parameters to the units whose free skeleton weights are in them."""
             found = torch.zeros_like(free.values)
-            for number, name in enumerate(rule.rows.names):
-                if name in elements.places:
-                    units = elements.places[name][0] - len(found)
-                    found[units[units >= 0]] = values[number].to(found.dtype)
+            for number, units in self._free_units:
+                found[units] = values[number].to(found.dtype)
             return found
 
         moved, at_free = free.values.clone(), [elements.read(of)[1] for of in moments]
@@ -305,6 +304,16 @@ class FusedStep:
                 elements.write_(of, torch.zeros_like(value), value)
 
         return arrival, leave_
+
+    @cached_property
+    def _free_units(self) -> list[tuple[int, Tensor]]:
+        """For the numbers of parameters, the units whose free skeleton weights are in them."""
+        assert isinstance(self._rule, PathRule)
+        found = []
+        for name, (slots, _) in self._rule.elements.places.items():
+            units = slots - self._rule.elements.num_units
+            found.append((self._rule.rows.names.index(name), units[units >= 0]))
+        return found
 
     def _options(self, gradients: Tensors) -> dict[str, Value]:
         """Options of all parameters; the rates of Adam are those of the step that is taken now."""

@@ -135,6 +135,7 @@ class UnitRule:
         self._next = (self._second, self._weight, self._clipped)
         own = {name: local(parameter) for name, parameter in parameters.items()}
         self._rho, self._reference = self._scales(self._sums_and_squares(own)[1])
+        self.rows.forget()
 
     def _sums_and_squares(self, tensors: Tensors) -> Tensor:
         """Of all rows, ``[2, R]``; zero for tensors that there are not."""
@@ -187,7 +188,7 @@ class UnitRule:
         """Divide the weights that have gradients by s_h, and averages of them."""
 
         def scale_(tensors: Tensors, factors: Tensor) -> None:
-            own = {name: tensor for name, tensor in tensors.items() if name in self._moving}
+            own = {name: local(tensor) for name, tensor in tensors.items() if name in self._moving}
             self.rows.apply_(self.kernels, "affine_", own, times=factors)
 
         low = {name: w for name, w in weights.items() if name in self._moving and is_low_precision(w)}

@@ -51,6 +51,7 @@ class SkeletonElements:
     def __init__(
         self, couplings: Sequence[Coupling], parameters: Tensors, skeleton: Skeleton, dtype: torch.dtype
     ) -> None:
+        self.num_units = skeleton.num_units
         found: dict[str, list[tuple[Tensor, Tensor]]] = {}
         fixed = (skeleton.active, skeleton.fixed_coupling, skeleton.fixed_index)
         free = (skeleton.free, skeleton.out_coupling, skeleton.out_index)
@@ -87,7 +88,10 @@ class SkeletonElements:
         values = torch.cat([at_fixed, at_free])
         for name, (slots, at) in self.places.items():
             if name in tensors:
-                tensors[name].put_(at, values[slots].to(tensors[name].dtype))
+                tensor = tensors[name]  # put_ counts as not deterministic
+                flat = tensor.is_contiguous()
+                whole, index = (tensor.view(-1), (at,)) if flat else (tensor, torch.unravel_index(at, tensor.shape))
+                whole[index] = values[slots].to(tensor.dtype)
 
 
 def is_low_precision(tensor: Tensor) -> bool:

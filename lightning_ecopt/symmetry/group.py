@@ -105,8 +105,8 @@ class ScalingGroup:
             Coupling(
                 use.parameter,
                 use.region,
-                torch.from_numpy(use.incoming),
-                torch.from_numpy(use.outgoing),
+                torch.from_numpy(use.incoming).to(torch.int32),
+                torch.from_numpy(use.outgoing).to(torch.int32),
                 use.additive,
             )
             for use in solution.uses

@@ -121,8 +121,12 @@ class Rows:
     def _cat(self, parts: Sequence[Tensor]) -> Tensor:
         return torch.cat([torch.zeros(0, dtype=torch.int64), *parts]).to(self._device)
 
+    def forget(self) -> None:
+        """Give up ``units`` and ``additive``, which nobody needs any more."""
+        del self.units, self.additive
+
     def __len__(self) -> int:
-        return len(self.units)
+        return len(self.sizes)
 
     def spread(self, values: Tensor) -> Tensor:
         """What each parameter has, ``[N]``, for each of its rows: ``[R]``."""

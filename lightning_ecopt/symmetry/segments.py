@@ -39,12 +39,12 @@ class SegmentSum:
             row = (rows.cumsum(0) - rows)[groups] + rank // WIDTH
             index = torch.full((int(rows.sum()), WIDTH), end)
             index[row, rank % WIDTH] = entries
-            self._levels.append(index.to(device))
+            self._levels.append(index.to(device, torch.int32))
             groups, counts = torch.arange(num_groups).repeat_interleave(rows), rows
             entries, end = torch.arange(len(groups)), len(groups)
         last = torch.full((num_groups,), end)
         last[groups] = entries
-        self._last = last.to(device)
+        self._last = last.to(device, torch.int32)
 
     def __call__(self, values: Tensor) -> Tensor:
         """Sums ``[num_groups]`` of ``values [S]``."""

@@ -39,6 +39,7 @@ FLAGS = {
         "--trainer.callbacks.rule=unit",
         "--trainer.callbacks.refresh=3",
         "--trainer.callbacks.representative=current",
+        "--trainer.callbacks.implementation=wrapped",
         "--trainer.callbacks.verbose=false",
     ],
     "path": [
@@ -52,7 +53,7 @@ FLAGS = {
     ],
 }
 OPTIONS: dict[str, dict[str, Any]] = {
-    "unit": {"rule": "unit", "refresh": 3, "representative": "current", "verbose": False},
+    "unit": {"rule": "unit", "refresh": 3, "representative": "current", "implementation": "wrapped", "verbose": False},
     "path": {
         "rule": "path",
         "refresh": 3,

@@ -95,6 +95,7 @@ def test_every_option_of_the_rules_is_handed_on(make: Callable[..., EquivalentCl
         "skeleton": "diagonal",
         "max_path_ratio": None,
         "free_start": 3.0,
+        "implementation": "wrapped",
     }
     optimizer = make(mlp(), **options)
     assert {name: getattr(optimizer, name) for name in options} == options

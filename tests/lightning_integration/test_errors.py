@@ -257,6 +257,7 @@ def test_an_example_that_does_not_fit_shows_the_modules_own_error() -> None:
         ("max_path_ratio", math.nan),
         ("max_path_ratio", math.inf),
         ("free_start", -1.0),
+        ("implementation", "fastest"),
         ("free_start", 0.0),
         ("free_start", math.nan),
         ("free_start", math.inf),

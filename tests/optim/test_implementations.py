@@ -303,6 +303,13 @@ def test_the_version_follows_from_the_network_and_the_machine(monkeypatch: pytes
         assert type(choose_kernels(given, small)) is kind
 
 
+def test_triton_is_refused_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    module, x, _ = problem(4, 6, 3)
+    with pytest.raises(ValueError, match=r"needs a GPU, and the parameters are on cpu: use 'auto'"):
+        EquivalentClassOptimizer(SGD(module.parameters(), lr=0.1), scaling_group(module, x), implementation="triton")
+
+
 def test_an_unknown_version_is_refused() -> None:
     module, x, _ = problem(4, 6, 3)
     with pytest.raises(ValueError, match=r"implementation must be one of auto, wrapped.*, got 'fast'"):
@@ -333,3 +340,24 @@ def test_a_subclass_of_sgd_takes_its_own_steps() -> None:
     base = Counting(module.parameters(), lr=0.1)
     train(module, EquivalentClassOptimizer(base, scaling_group(module, x)), x, y, range(5))
     assert base.count == 5
+
+
+@pytest.mark.parametrize("rule", ["unit", "path"])
+def test_steps_are_taken_where_all_operations_must_be_deterministic(rule: str) -> None:
+    torch.use_deterministic_algorithms(True)
+    try:
+        run = Run("cnn", "momentum", rule, "eager", torch.float64).steps(9)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    agree(run, Run("cnn", "momentum", rule, "eager", torch.float64).steps(9), 0.0)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "wrapped"])
+@pytest.mark.parametrize("rule", ["unit", "path"])
+def test_weights_in_the_order_of_channels_last_take_the_same_steps(rule: str, implementation: str) -> None:
+    expected, found = (Run("cnn", "adamw", rule, implementation, torch.float64) for _ in range(2))
+    found.module.to(memory_format=torch.channels_last)
+    strides = {name: p.stride() for name, p in found.named.items()}
+    assert strides["4.weight"] != expected.named["4.weight"].stride()
+    agree(found.steps(20), expected.steps(20), 1e-13)
+    assert {name: p.stride() for name, p in found.named.items()} == strides

@@ -1,0 +1,256 @@
+"""Targets and tables of ``step_overhead.py``."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.table import Table
+from step_cases import IMPLEMENTATIONS, NETWORKS, OPTIMIZERS, RULES, Case, Result, read_results
+
+EPOCH = 500  # steps from one refresh to the next
+START, END = "<!-- step overhead -->", "<!-- /step overhead -->"
+LEGEND = """Written by `step_overhead.py --report` from the lines of JSON that it wrote before; its docstring says how.
+
+Two copies of a network with the same gradients take their steps in turn; *base* is the faster one of `fused` and
+`foreach`. A *ratio* is the median over neighbouring runs, with its quartiles, times are medians. *Held* is the memory
+of all tensors and arrays that can be reached from the equivalent-class optimizer, the scaling group among them, but for
+weights, gradients, buffers and the state of the base optimizer. *Peak* is by how much more a step allocates at its peak
+than one of the base. Both are shares of the memory of the parameters. *Launches* of a step, base to equivalent-class
+form, are all events of the device, such as kernels and copies; on the CPU the outermost ATen operations, to which a
+compiled function adds one. The *first step* balances, compiles (without what was compiled before) and makes the state
+of the base optimizer; a *refresh* is what a step takes longer than others if all units were rescaled by exp(N(0, 0.1))
+before it. It is compared with 500 training steps of the base at the batch that is given.
+
+What has a target is *met* or *missed*.
+"""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a figure should not exceed, on a CPU and on an accelerator.
+
+    Args:
+        title: in the table.
+        part: of the cases that it is meant for.
+        figure: name of a function of :class:`Figures`.
+        cpu: limit.
+        accelerator: limit.
+        optimizers: that it is meant for.
+        cnn_at_128: whether it is meant for CNNs with batches of 128 alone.
+    """
+
+    title: str
+    part: str
+    figure: str
+    cpu: float
+    accelerator: float
+    optimizers: Sequence[str] = tuple(OPTIMIZERS)
+    cnn_at_128: bool = False
+
+    def limit(self, result: Result) -> float | None:
+        """``None`` where it is not meant for the result."""
+        case = result.case
+        if case.part != self.part or case.optimizer not in self.optimizers:
+            return None
+        if self.cnn_at_128 and (result.batch != 128 or not NETWORKS[case.network].is_cnn):
+            return None
+        return self.cpu if case.device == "cpu" else self.accelerator
+
+
+TARGETS = (
+    Target("EC-SGD with momentum, optimizer step alone", "step", "ratio", 1.6, 1.6, ("sgd-m",)),
+    Target("EC-AdamW, optimizer step alone", "step", "ratio", 1.6, 1.8, ("adamw",)),
+    Target("whole training step, batch 128 (CNN)", "training", "ratio", 1.02, 1.02, cnn_at_128=True),
+    Target("memory held, share of the parameters", "step", "held", 0.01, 0.01),
+    Target("memory at the peak of a step, share of the parameters", "step", "peak", 0.01, 0.01),
+    Target(f"refresh, share of {EPOCH} training steps", "step", "refresh", 0.02, 0.02),
+)
+
+
+class Figures:
+    """Figures of results, some of which need other results."""
+
+    def __init__(self, results: Iterable[Result]) -> None:
+        def order(result: Result) -> list[int]:
+            names = ("network", "optimizer", "rule", "implementation")
+            tables = (NETWORKS, OPTIMIZERS, RULES, IMPLEMENTATIONS)
+            return [list(table).index(getattr(result.case, name)) for table, name in zip(tables, names, strict=True)]
+
+        self.results = sorted(results, key=lambda result: (result.case.device, *order(result)))
+
+    def find(self, **wanted: str) -> list[Result]:
+        """Results of cases with these entries."""
+        return [r for r in self.results if all(getattr(r.case, name) == value for name, value in wanted.items())]
+
+    def ratio(self, result: Result) -> float:
+        """Of the times."""
+        return statistics.median(result.ratios)
+
+    def held(self, result: Result) -> float:
+        """Relative to the parameters."""
+        assert result.extras is not None
+        return result.extras.held / result.extras.parameters
+
+    def peak(self, result: Result) -> float:
+        """By how much a step's peak is above that of the base, relative to the parameters."""
+        assert result.extras is not None
+        base, ec = result.extras.peaks
+        return max(0, ec - base) / result.extras.parameters
+
+    def refresh(self, result: Result) -> float | None:
+        """Relative to an epoch of plain training; ``None`` where no training of this network was measured."""
+        assert result.extras is not None
+        case = result.case
+        training = self.find(part="training", device=case.device, network=case.network)
+        same = [r for r in training if r.case.optimizer == case.optimizer] or training
+        return result.extras.refresh / (EPOCH * statistics.median(same[0].base)) if same else None
+
+    def verdict(self, figure: str, result: Result) -> str:
+        """``met`` or ``missed``; empty without a target."""
+        value = getattr(self, figure)(result)
+        for target in TARGETS:
+            limit = target.limit(result)
+            if target.figure == figure and limit is not None and value is not None:
+                return "met" if value <= limit else "missed"
+        return ""
+
+    def judged(self, figure: str, result: Result) -> str:
+        """The figure with its verdict."""
+        value = getattr(self, figure)(result)
+        if value is None:
+            return ""
+        text = spread(result.ratios) if figure == "ratio" else f"{100 * value:.3g} %"
+        return " ".join(filter(None, (text, self.verdict(figure, result))))
+
+
+@dataclass(frozen=True)
+class Tabulated:
+    """A table, for the terminal and in Markdown."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def markdown(self) -> list[str]:
+        lines = [self.header, ["---"] * len(self.header), *self.rows]
+        return ["| " + " | ".join(line) + " |" for line in lines]
+
+    def rich(self) -> Table:
+        table = Table(*self.header, title=self.title, title_justify="left")
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+
+def spread(ratios: Sequence[float]) -> str:
+    """Median and quartiles."""
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return f"{middle:.3f} ({low:.3f} to {high:.3f})"
+
+
+def launches(result: Result) -> str:
+    """Those of the base and of the equivalent-class form."""
+    assert result.extras is not None
+    return "{} to {}".format(*result.extras.launches)
+
+
+def target_table(figures: Figures) -> Tabulated:
+    """How many figures meet each target, and the one that is farthest from it."""
+    rows = []
+    for target, device in itertools.product(TARGETS, dict.fromkeys(r.case.device for r in figures.results)):
+        figure = getattr(figures, target.figure)
+        meant = [r for r in figures.find(device=device) if target.limit(r) is not None]
+        values = {r.case: value for r in meant if (value := figure(r)) is not None}
+        if values:
+            limit = target.cpu if device == "cpu" else target.accelerator
+            met = sum(value <= limit for value in values.values())
+            worst = max(values, key=lambda case: values[case])
+            named = f"{values[worst]:.3g}: {NETWORKS[worst.network].title}, {described(worst)}"
+            rows.append([target.title, device, f"{limit:g}", str(met), str(len(values) - met), named])
+    return Tabulated("Targets", ["target", "device", "at most", "met", "missed", "largest"], rows)
+
+
+def described(case: Case) -> str:
+    """Optimizer, rule and implementation."""
+    return ", ".join((OPTIMIZERS[case.optimizer].title, case.rule, case.implementation))
+
+
+def device_tables(figures: Figures, device: str) -> list[Tabulated]:
+    """The tables of all results of a device."""
+    steps, training, once = [], [], []
+    for r in figures.find(device=device):
+        start = [NETWORKS[r.case.network].title, described(r.case), r.setting]
+        times = [f"{1e3 * statistics.median(seconds):.4g}" for seconds in (r.base, r.ec)]
+        if r.extras is None:
+            training.append([*start, str(r.batch), *times, figures.judged("ratio", r)])
+            continue
+        shares = [figures.judged("held", r), figures.judged("peak", r)]
+        steps.append([*start, *times, figures.judged("ratio", r), *shares, launches(r)])
+        seconds = [f"{value:.3g}" for value in (r.extras.tracing, r.extras.first, r.extras.refresh)]
+        once.append([*start[:2], f"{r.extras.units:,}", *seconds, figures.judged("refresh", r)])
+    start, times = ["network", "optimizer, rule, implementation", "base"], ["base, ms", "EC, ms", "ratio"]
+    return [
+        Tabulated(f"Optimizer step alone, {device}", [*start, *times, "held", "peak", "launches"], steps),
+        Tabulated(f"Whole training step, {device}", [*start, "batch", *times], training),
+        Tabulated(
+            f"Start and refresh, {device}",
+            [*start[:2], "H", "tracing, s", "first step, s", "refresh, s", f"of {EPOCH} training steps"],
+            once,
+        ),
+    ]
+
+
+SHOWN = ("sgd-m", "adamw")  # in the README
+
+
+def short_table(figures: Figures) -> Tabulated:
+    """For the README: the optimizers with targets of their own, in the first of the implementations."""
+    header = ["device", "network", "optimizer", "rule", "step", "training step", "held", "peak", "launches"]
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for r in figures.find(part="step"):
+        case = r.case
+        start = (case.device, NETWORKS[case.network].title, OPTIMIZERS[case.optimizer].title, case.rule)
+        if start in rows or case.optimizer not in SHOWN:
+            continue
+        training = figures.find(**{**asdict(case), "part": "training"})
+        cells = ["; ".join(figures.judged("ratio", found) for found in chosen) for chosen in ([r], training)]
+        rows[start] = [*start, *cells, figures.judged("held", r), figures.judged("peak", r), launches(r)]
+    return Tabulated("In short", header, list(rows.values()))
+
+
+def between_markers(text: str, lines: Sequence[str], path: Path) -> str:
+    """The text with other lines between the two markers.
+
+    Raises:
+        ValueError: if they are not there, each once and in order.
+    """
+    if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
+        raise ValueError(f"{path} needs the lines {START} and {END}, each once, to have the table between them.")
+    before, rest = text.split(START)
+    return "\n".join([before + START, "", *lines, "", END + rest.split(END)[1]])
+
+
+def write_report(results_path: Path, folder: Path, readme: Path) -> None:
+    """Write ``STEP_OVERHEAD.md`` and the table of the README.
+
+    Raises:
+        ValueError: if there are no results, or the README has no place for them.
+    """
+    results, where = read_results(results_path)
+    if not results:
+        raise ValueError(f"{results_path} holds no results: measure first.")
+    figures = Figures(results.values())
+    short = between_markers(readme.read_text(), short_table(figures).markdown(), readme)
+    lines = ["# Results of the step-overhead benchmark", "", LEGEND, "Measured with", ""]
+    lines += [f"- {line}" for line in dict.fromkeys(", ".join(f"{k} {v}" for k, v in w.items()) for w in where)]
+    lines += ["", *target_table(figures).markdown(), ""]
+    for device in dict.fromkeys(r.case.device for r in figures.results):
+        for table in device_tables(figures, device):
+            lines += [f"## {table.title}", "", *table.markdown(), ""]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "STEP_OVERHEAD.md").write_text("\n".join(lines))
+    readme.write_text(short)

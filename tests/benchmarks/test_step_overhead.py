@@ -1,0 +1,350 @@
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_ecopt import EquivalentClassOptimizer, scaling_group
+
+BENCHMARKS = Path(__file__).parents[2] / "examples" / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import step_cases  # noqa: E402
+import step_overhead  # noqa: E402
+import step_tables  # noqa: E402
+import tasks  # noqa: E402
+from step_cases import Case, Extras, Result  # noqa: E402
+
+CPU = torch.device("cpu")
+PARAMETERS = {
+    "mlp": 785 * 2048 + 3 * 2049 * 2048 + 2049 * 10,
+    "vgg13": 9_413_066,
+    "resnet18": 11_173_962,
+    "resnet50": 25_557_032,
+    "vit-b16": 86_567_656,
+    "gpt2": 124_439_808,
+}
+TINY = step_cases.Network("tiny", lambda: tasks.mlp(16, 1, 8, True, "he"), step_cases.images(4, 1), is_cnn=True)
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(step_cases.NETWORKS, "tiny", TINY)
+    monkeypatch.setattr(step_overhead, "LEAST_SECONDS", 0)
+
+
+def call(*options: object) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["step_overhead.py", "--device", "cpu", *map(str, options)])
+        step_overhead.main()
+
+
+def measure(folder: Path, *options: object) -> list[Result]:
+    call("--out", folder, "--networks", "tiny", "--runs", 2, "--training-runs", 2, "--batch", 4, *options)
+    return list(step_cases.read_results(folder / "step_overhead.jsonl")[0].values())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("results")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(step_cases.NETWORKS, "tiny", TINY)
+        patch.setattr(step_overhead, "LEAST_SECONDS", 0)
+        measure(folder, "--optimizers", "sgd-m", "adamw")
+    return folder
+
+
+@pytest.mark.parametrize("name", list(PARAMETERS))
+def test_networks_have_the_parameters_that_are_known(name: str) -> None:
+    network = step_cases.NETWORKS[name]
+    with torch.device("meta"):
+        net, inputs = network.build(), network.inputs(2)
+        outputs = net(inputs)
+    assert sum(p.numel() for p in net.parameters()) == PARAMETERS[name]
+    assert outputs.shape[0] == 2
+    assert outputs.shape[-1] == {"resnet50": 1000, "vit-b16": 1000, "gpt2": 50257}.get(name, 10)
+
+
+def test_every_combination_is_measured_with_plausible_figures(folder: Path) -> None:
+    results, (where,) = step_cases.read_results(folder / "step_overhead.jsonl")
+    asked = {
+        Case(part, "cpu", "tiny", optimizer, rule, "auto")
+        for part in ("step", "training")
+        for optimizer in ("sgd-m", "adamw")
+        for rule in ("unit", "path")
+    }
+    assert set(results) == asked
+    for result in results.values():
+        assert len(result.base) == len(result.ec) == 2
+        assert min(result.base + result.ec) > 0
+        assert result.setting in ("fused", "foreach")
+        if result.case.part == "training":
+            assert (result.batch, result.extras) == (4, None)
+            continue
+        extras = result.extras
+        assert extras is not None
+        assert extras.units == 8
+        assert extras.parameters == 4 * (16 * 8 + 8 + 8 * 10 + 10)
+        assert extras.first > min(result.ec)
+        assert min(extras.tracing, extras.held, *extras.launches) > 0
+        assert min(extras.refresh, *extras.peaks) >= 0
+    assert {"torch", "device", "cores", "threads of torch", "OMP_NUM_THREADS", "seed", "runs"} <= set(where)
+    assert "--optimizers sgd-m adamw" in where["command"]
+    assert str(folder) not in where["command"]
+
+
+def test_an_interrupted_run_goes_on_with_what_is_missing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = folder / "step_overhead.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(line for line in lines if '"training"' not in line or '"path"' not in line) + "\n")
+    monkeypatch.delattr(step_overhead, "measure_step")
+    before = set(step_cases.read_results(path)[0])
+    after = {result.case for result in measure(folder, "--optimizers", "sgd-m", "adamw")}
+    assert {(c.part, c.rule, c.optimizer) for c in after - before} == {
+        ("training", "path", "sgd-m"),
+        ("training", "path", "adamw"),
+    }
+    monkeypatch.delattr(step_overhead, "measure_training")
+    assert len(measure(folder, "--optimizers", "sgd-m", "adamw")) == len(after) == 8
+
+
+def test_a_case_that_fails_is_named_and_the_others_are_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(case: Case, *_: object) -> Result:
+        raise RuntimeError(f"no memory for {case.rule}")
+
+    monkeypatch.setattr(step_overhead, "measure_step", fails)
+    with pytest.raises(SystemExit, match="step cpu tiny sgd-m unit auto: no memory for unit"):
+        measure(tmp_path, "--optimizers", "sgd-m", "--rules", "unit")
+    (result,) = step_cases.read_results(tmp_path / "step_overhead.jsonl")[0].values()
+    assert result.case.part == "training"
+    assert "training cpu tiny sgd-m unit auto: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--runs", "1"], "at least 2"),
+        (["--networks", "alexnet"], "invalid choice"),
+        (["--rules", "both"], "invalid choice"),
+        (["--report"], "no results"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        call("--out", tmp_path, *options)
+    assert message in capsys.readouterr().err
+
+
+def test_a_line_of_another_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "step_overhead.jsonl"
+    path.write_text('{"torch": "2"}\n{"case": {"task": "VGG"}}\n')
+    with pytest.raises(ValueError, match=r"Line 2 of .* is no result of this benchmark"):
+        step_cases.read_results(path)
+
+
+# How it measures ------------------------------------------------------------------------------------------------------
+
+
+def test_base_and_equivalent_form_take_turns() -> None:
+    order: list[str] = []
+    seconds = step_overhead.alternate([lambda: order.append("base"), lambda: order.append("ec")], CPU, 4)
+    assert [len(times) for times in seconds] == [4, 4]
+    assert order[-8:] == 4 * ["base", "ec"]
+    assert order[: 2 * step_overhead.WARM_UP] == step_overhead.WARM_UP * ["base", "ec"]
+
+
+def test_short_steps_are_repeated_within_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_overhead, "LEAST_SECONDS", 1.0)
+    calls: list[str] = []
+    step_overhead.alternate([lambda: calls.append("base")], CPU, 2)
+    assert len(calls) == step_overhead.WARM_UP + 1 + 2 * step_overhead.MOST_STEPS
+
+
+def test_the_copies_start_with_the_same_weights_and_gradients_and_stay_there() -> None:
+    net = TINY.build()
+    step_overhead.set_gradients(net)
+    other = step_overhead.twin(net)
+    for p, q in zip(net.parameters(), other.parameters(), strict=True):
+        assert p.grad is not None
+        assert q.grad is not None
+        assert torch.equal(p, q)
+        assert torch.equal(p.grad, q.grad)
+        assert p.grad.data_ptr() != q.grad.data_ptr()
+    for optimizer in step_cases.OPTIMIZERS.values():
+        step = optimizer.make(net, "foreach").step
+        for _ in range(20):
+            step()
+    for p, q in zip(net.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-4)
+
+
+@pytest.fixture
+def stepped() -> tuple[nn.Module, EquivalentClassOptimizer]:
+    net = TINY.build()
+    step_overhead.set_gradients(net)
+    base = step_cases.OPTIMIZERS["adamw"].make(net, "foreach")
+    optimizer = EquivalentClassOptimizer(base, scaling_group(net, TINY.inputs(2)), rule="unit")
+    optimizer.step()
+    return net, optimizer
+
+
+def test_memory_held_is_that_of_all_tensors_put_there(stepped: tuple[nn.Module, EquivalentClassOptimizer]) -> None:
+    net, optimizer = stepped
+    before = step_overhead.held_bytes(optimizer, net)
+    tensor = torch.zeros(1000)
+    optimizer.extra = {"deep": [(tensor, tensor[:10])]}  # type: ignore[attr-defined]
+    assert step_overhead.held_bytes(optimizer, net) == before + 4000
+    other = torch.zeros(500, dtype=torch.double)
+    optimizer.closure = lambda: other  # type: ignore[attr-defined]
+    assert step_overhead.held_bytes(optimizer, net) == before + 8000
+    optimizer.bound = functools.partial(torch.add, torch.zeros(25))  # type: ignore[attr-defined]
+    assert step_overhead.held_bytes(optimizer, net) == before + 8100
+
+
+def test_weights_gradients_and_the_state_of_the_base_are_not_held_beside_it(
+    stepped: tuple[nn.Module, EquivalentClassOptimizer],
+) -> None:
+    net, optimizer = stepped
+    assert optimizer.group is not None
+    before = step_overhead.held_bytes(optimizer, net)
+    known = [*net.parameters(), *(p.grad for p in net.parameters()), *optimizer.state[next(net.parameters())].values()]
+    optimizer.extra = [*known, net]  # type: ignore[attr-defined]
+    assert step_overhead.held_bytes(optimizer, net) == before
+    group = sum(8 * (c.incoming.numel() + c.outgoing.numel()) for c in optimizer.group.couplings)
+    assert before > group
+
+
+def test_the_peak_is_the_most_that_is_allocated_at_one_time() -> None:
+    def step() -> Tensor:
+        torch.empty(10_000)
+        first = torch.empty(3_000)
+        second = torch.empty(4_000)
+        del first
+        return second
+
+    assert step_overhead.usage(step, CPU)[0] == 40_000
+
+    def together() -> None:
+        kept = [torch.empty(10_000), torch.empty(20_000)]
+        del kept
+
+    assert step_overhead.usage(together, CPU)[0] == 120_000
+
+
+def test_launches_are_the_outermost_operations() -> None:
+    x, layer = torch.zeros(2, 3), nn.Linear(3, 3)
+    assert step_overhead.usage(lambda: x.add_(1), CPU)[1] == 1
+    assert step_overhead.usage(lambda: layer(x).relu_(), CPU)[1] == 2  # linear is made of t and addmm
+    parameter = nn.Parameter(torch.zeros(3))
+    parameter.grad = torch.ones(3)
+    fused = torch.optim.SGD([parameter], lr=0.1, fused=True)
+    assert step_overhead.usage(fused.step, CPU)[1] == 1  # within an annotation of the step
+
+
+# Tables ---------------------------------------------------------------------------------------------------------------
+
+
+def result(part: str = "step", optimizer: str = "sgd-m", ratio: float = 1.5, **changes: object) -> Result:
+    case = Case(part, "cpu", "tiny", optimizer, "unit", "auto")
+    for name in set(changes) & {field.name for field in dataclasses.fields(Case)}:
+        case = dataclasses.replace(case, **{name: changes.pop(name)})
+    extras = Extras(8, 1000, 0.1, 0.2, 0.5, 10, (100, 112), (1, 9))
+    base = [0.25, 0.5, 1.0]
+    made = Result(case, "fused", None, base, [ratio * seconds for seconds in base], extras)
+    if part == "training":
+        made = dataclasses.replace(made, batch=128, extras=None)
+    return dataclasses.replace(made, **changes)
+
+
+@pytest.mark.parametrize(
+    ("found", "verdict"),
+    [
+        (result(ratio=1.5), "met"),
+        (result(ratio=1.75), "missed"),
+        (result(ratio=1.75, device="cuda"), "missed"),
+        (result(optimizer="adamw", ratio=1.75), "missed"),
+        (result(optimizer="adamw", ratio=1.75, device="cuda"), "met"),
+        (result(optimizer="adam", ratio=9.0), ""),
+        (result("training", ratio=1.015625), "met"),
+        (result("training", ratio=1.03125), "missed"),
+        (result("training", ratio=1.03125, batch=2), ""),
+        (result("training", ratio=1.03125, network="gpt2"), ""),
+    ],
+)
+def test_ratios_are_met_or_missed_where_there_is_a_target(found: Result, verdict: str) -> None:
+    assert step_tables.Figures([found]).verdict("ratio", found) == verdict
+
+
+def test_memory_is_compared_with_the_parameters_and_the_peak_with_that_of_the_base() -> None:
+    found = result()
+    figures = step_tables.Figures([found])
+    assert figures.judged("held", found) == "1 % met"
+    assert figures.judged("peak", found) == "1.2 % missed"
+
+
+def test_a_refresh_is_compared_with_training_steps_of_the_same_optimizer_if_there_are_any() -> None:
+    step = result()
+    other = result("training", "adamw", base=[0.01], ec=[0.01])
+    assert step_tables.Figures([step]).judged("refresh", step) == ""
+    assert step_tables.Figures([step, other]).judged("refresh", step) == "10 % missed"
+    same = result("training", base=[0.1], ec=[0.1])
+    assert step_tables.Figures([step, other, same]).judged("refresh", step) == "1 % met"
+
+
+def test_the_ratio_is_that_of_neighbouring_runs() -> None:
+    found = result(base=[1.0, 2.0, 4.0], ec=[2.0, 2.0, 6.0])
+    assert step_tables.Figures([found]).judged("ratio", found) == "1.500 (1.250 to 1.750) met"
+
+
+def test_the_report_counts_targets_and_replaces_the_table_of_the_readme(folder: Path, tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(f"Before\n\n{step_tables.START}\nold | table\n{step_tables.END}\n\nAfter\n")
+    report = ["--out", folder, "--report", "--readme", readme]
+    call(*report)
+    once = readme.read_text()
+    call(*report)
+    assert readme.read_text() == once
+    assert once.startswith(f"Before\n\n{step_tables.START}\n\n| device | network |")
+    assert once.endswith(f"|\n\n{step_tables.END}\n\nAfter\n")
+    assert "old" not in once
+    assert once.count("| cpu | tiny |") == 4
+    text = (folder / "STEP_OVERHEAD.md").read_text()
+    assert str(folder) not in text
+    assert "threads of torch 1" in text
+    for table in text.split("\n\n"):
+        if table.startswith("|"):
+            assert len({line.count("|") for line in table.splitlines()}) == 1
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| EC-AdamW")]
+    assert [(row[1], row[2], int(row[3]) + int(row[4])) for row in rows] == [("cpu", "1.6", 2)]
+
+
+@pytest.mark.parametrize("text", ["none", "{start}{start}{end}", "{end}{start}", "{start}"])
+def test_a_readme_without_a_place_for_the_table_stays_as_it_is(
+    text: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    readme = tmp_path / "README.md"
+    text = text.format(start=step_tables.START, end=step_tables.END)
+    readme.write_text(text)
+    with pytest.raises(SystemExit):
+        call("--out", folder, "--report", "--readme", readme)
+    assert "each once" in capsys.readouterr().err
+    assert readme.read_text() == text
+
+
+def test_results_can_be_read_back(folder: Path) -> None:
+    path = folder / "step_overhead.jsonl"
+    found = step_cases.read_results(path)[0]
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    stored = [line for line in lines if "case" in line]
+    assert [json.loads(json.dumps(dataclasses.asdict(r))) for r in found.values()] == stored
