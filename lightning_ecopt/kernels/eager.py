@@ -120,7 +120,10 @@ class EagerKernels:
             function(*flat, **own, **numbers)
             for number, (of, whole) in enumerate(zip(lists, flat, strict=True)):
                 if of is not None and whole is not None and number != GRADIENTS:
-                    parts = [part.view_as(view) for part, view in zip(whole.split(sizes), of[:few], strict=True)]
+                    parts = [
+                        part if view.ndim == 1 else part.view_as(view)
+                        for part, view in zip(whole.split(sizes), of[:few], strict=True)
+                    ]
                     torch._foreach_copy_(list(of[:few]), parts)
             vectors = {name: vector[sum(sizes) :] for name, vector in vectors.items()}
         if few < len(shapes):
@@ -164,8 +167,8 @@ def _num_single(views: Sequence[Tensor], shapes: Shapes) -> int:
     return next((k for k, (view, shape) in pairs if view.shape != shape), len(views))
 
 
-def _flat(views: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
-    flat = torch.cat([view.reshape(-1) for view in views])
+def _flat(views: Views, dtype: torch.dtype | None = None) -> Tensor:
+    flat = torch.cat([view if view.ndim == 1 else view.reshape(-1) for view in views])
     return flat if dtype is None else flat.to(dtype)
 
 

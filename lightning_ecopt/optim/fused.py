@@ -203,6 +203,7 @@ class FusedStep:
         self._optimizer, self._rule, self._parameters = optimizer, rule, parameters
         self._base = BASES.get(type(optimizer)) if fused else None
         number = {id(p): k for k, options in enumerate(optimizer.param_groups) for p in options["params"]}
+        self._able = {name for name in rule.rows.covered if not is_low_precision(parameters[name])}
         self._group_of = [number.get(id(parameters[name]), 0) for name in rule.rows.names]
 
     @property
@@ -225,13 +226,14 @@ class FusedStep:
         found: list[dict[str, Tensor]] = [{} for _ in entries]
         for name, gradient in gradients.items():
             parameter = self._parameters[name]
-            if name not in self._rule.rows.covered or gradient.dtype != parameter.dtype or is_low_precision(gradient):
+            if name not in self._able or gradient.dtype != parameter.dtype:
                 return None
             state = self._optimizer.state.get(parameter, {})
             for entry, moments in zip(entries, found, strict=True):
-                if not isinstance(state.get(entry), Tensor) or state[entry].dtype != parameter.dtype:
+                value = state.get(entry)
+                if not isinstance(value, Tensor) or value.dtype != parameter.dtype:
                     return None
-                moments[name] = local(state[entry])
+                moments[name] = local(value)
         return found
 
     def take(self, weights: Tensors, gradients: Tensors, moments: Sequence[Tensors]) -> None:

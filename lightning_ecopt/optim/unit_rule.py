@@ -56,9 +56,17 @@ def _bounded(scale: Tensor, mean: Tensor) -> Tensor:
     return torch.where(scale > 0, torch.maximum(scale, FLOOR * mean), mean)
 
 
-def _clip(
-    sums: Tensor, squares: Tensor, second: Tensor, weight: Tensor, size: Tensor, single: Tensor, present: Tensor | None
-) -> tuple[Tensor, ...]:
+def _frame(
+    sums: Tensor,
+    squares: Tensor,
+    second: Tensor,
+    weight: Tensor,
+    size: Tensor,
+    single: Tensor,
+    present: Tensor | None,
+    rho: Tensor | None,
+    tiny: float,
+) -> tuple[Tensor | None, ...]:
     """Take note of gradients, by rows; everything is ``[R]``.
 
     Args:
@@ -69,10 +77,12 @@ def _clip(
         size: number of elements.
         single: whether rows are not centred.
         present: whether there is a gradient at all; ``None`` if there is for all.
+        rho: magnitude of the weights, if steps are to be relative to it.
+        tiny: gradients below do not count.
 
     Returns:
-        The new ``second`` and ``weight``; what is added to gradients that have been multiplied by the factor that comes
-        next, which is that of clipping; the root of the running mean; and how many rows were clipped.
+        The new ``second`` and ``weight``; by what gradients are multiplied, and what is added to them then; the length
+        of steps over that of gradients, ``None`` without ``rho``; and how many rows were clipped.
     """
     mean = sums / size
     centring = CENTRING * (~single).to(size)
@@ -85,15 +95,14 @@ def _clip(
     limit = second / weight.clamp(min=1 - MEMORY)
     slack = 1 + 8 * torch.finfo(size.dtype).eps
     is_clipped = own > slack * limit
-    factor = torch.where(is_clipped, (limit / own).sqrt(), 1.0)
-    plus = (mean * centring).nan_to_num(0, 0, 0) * -factor
-    return second, weight, plus, factor, limit.sqrt(), is_clipped.sum()
-
-
-def _relative(rho: Tensor, deviation: Tensor, tiny: float) -> Tensor:
-    """The scale ``[R]`` of steps whose length is that of rows of magnitude ``rho``, for gradients of ``deviation``."""
-    faint = FAINT * (rho * deviation).square().mean().sqrt() / rho
-    return rho / torch.maximum(deviation, faint).clamp(min=tiny)
+    times = torch.where(is_clipped, (limit / own).sqrt(), 1.0)
+    plus = (mean * centring).nan_to_num(0, 0, 0) * -times
+    relative = None
+    if rho is not None:
+        deviation = limit.sqrt()
+        faint = FAINT * (rho * deviation).square().mean().sqrt() / rho
+        relative = rho / torch.maximum(deviation, faint).clamp(min=tiny)
+    return second, weight, times, plus, relative, is_clipped.sum()
 
 
 class UnitRule:
@@ -169,13 +178,12 @@ class UnitRule:
             present = self.rows.spread(present)
         sums, squares = self._sums_and_squares(gradients)
         running = (self._second, self._weight, self._size, self.rows.single)
-        second, weight, shift, times, deviation, clipped = self.kernels.run(_clip, sums, squares, *running, present)
+        rho = None if self._normalized else self._rho
+        second, weight, times, plus, relative, clipped = self.kernels.run(
+            _frame, sums, squares, *running, present, rho, self._tiny
+        )
         self._next = (second, weight, self._clipped + clipped)
-        if self._normalized:
-            scale = self._rho / self._reference
-        else:
-            scale = average * self.kernels.run(_relative, self._rho, deviation, self._tiny)
-        return Frame(scale, times, shift)
+        return Frame(self._rho / self._reference if relative is None else average * relative, times, plus)
 
     def show_(self, frame: Frame, gradients: Tensors) -> Callable[[], None]:
         """Centre and clip gradients in place."""

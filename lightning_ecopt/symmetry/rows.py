@@ -86,6 +86,7 @@ class Rows:
             )
         )
         self.names = list(dict.fromkeys(coupling.parameter for coupling, *_ in own))
+        self._all_names = set(self.names)
         self._is_counted = {name: self._ranks.counts(parameters[name]) for name in self.names}
         pieces: dict[str, list[tuple[tuple[slice, ...], Tensor]]] = {name: [] for name in self.names}
         first = 0
@@ -144,12 +145,15 @@ class Rows:
             Over the rows, ``[2, R]`` or ``[1, R]``.
         """
         count = 2 if name == "sums_and_squares" else 1
-        counted = [{name: tensor for name, tensor in of.items() if self._is_counted.get(name)} for of in tensors]
+        counted: Sequence[Tensors] = tensors
+        if not all(self._is_counted.values()):
+            counted = [{name: tensor for name, tensor in of.items() if self._is_counted.get(name)} for of in tensors]
         here = self._here(counted)
-        found = torch.zeros(count, 0, dtype=self.dtype, device=self._device)
         if any(here):
             lists, shapes = self._views(here, counted)
             found = getattr(kernels if all(here) else kernels.partial, name)(*lists, shapes, self.dtype)
+        else:
+            found = torch.zeros(count, 0, dtype=self.dtype, device=self._device)
         if not all(here):
             there = torch.zeros(count, sum(self._num_places), dtype=self.dtype, device=self._device)
             parts = list(compress(there.split(self._num_places, 1), here))
@@ -184,6 +188,8 @@ class Rows:
         getattr(kernels if all(here) else kernels.partial, name)(*lists, shapes=shapes, **given)
 
     def _here(self, tensors: Sequence[Tensors]) -> list[bool]:
+        if all(len(of) >= len(self.names) and of.keys() >= self._all_names for of in tensors):
+            return [True] * len(self.blocks)
         return [all(block.parameter in of for of in tensors) for block in self.blocks]
 
     def _views(self, here: list[bool], tensors: Sequence[Tensors | None]) -> tuple[list[list[Tensor] | None], Shapes]:

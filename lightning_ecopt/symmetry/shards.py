@@ -28,6 +28,8 @@ GATHERING = "torch.distributed.fsdp._fully_shard"
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether ranks share the tensor (a ``DTensor``): each of them holds a part of it, or a copy."""
+    if type(tensor) is Tensor or type(tensor) is nn.Parameter:  # as nearly always
+        return False
     return torch.distributed.is_available() and isinstance(tensor, DTensor)
 
 
