@@ -23,7 +23,9 @@ than one of the base. Both are shares of the memory of the parameters. *Launches
 form, are all events of the device, such as kernels and copies; on the CPU the outermost ATen operations, to which a
 compiled function adds one. The *first step* balances, compiles (without what was compiled before) and makes the state
 of the base optimizer; a *refresh* is what a step takes longer than others if all units were rescaled by exp(N(0, 0.1))
-before it. It is compared with 500 training steps of the base at the batch that is given.
+before it. It is compared with 500 training steps of the base at the batch that is given. *Steps*, beside the measured
+ratio of whole training steps, which also varies with everything else in them, is the difference of the steps alone as
+a share of a training step of the base.
 
 What has a target is *met* or *missed*.
 """
@@ -109,6 +111,13 @@ class Figures:
         same = [r for r in training if r.case.optimizer == case.optimizer] or training
         return result.extras.refresh / (EPOCH * statistics.median(same[0].base)) if same else None
 
+    def added(self, training: Result) -> str:
+        """By how much the steps alone differ, as a share of a whole training step of the base."""
+        for step in self.find(**{**asdict(training.case), "part": "step"}):
+            difference = statistics.median(step.ec) - statistics.median(step.base)
+            return f"{100 * difference / statistics.median(training.base):.2g} %"
+        return ""
+
     def verdict(self, figure: str, result: Result) -> str:
         """``met`` or ``missed``; empty without a target."""
         value = getattr(self, figure)(result)
@@ -186,7 +195,7 @@ def device_tables(figures: Figures, device: str) -> list[Tabulated]:
         start = [NETWORKS[r.case.network].title, described(r.case), r.setting]
         times = [f"{1e3 * statistics.median(seconds):.4g}" for seconds in (r.base, r.ec)]
         if r.extras is None:
-            training.append([*start, str(r.batch), *times, figures.judged("ratio", r)])
+            training.append([*start, str(r.batch), *times, figures.judged("ratio", r), figures.added(r)])
             continue
         shares = [figures.judged("held", r), figures.judged("peak", r)]
         steps.append([*start, *times, figures.judged("ratio", r), *shares, launches(r)])
@@ -195,7 +204,7 @@ def device_tables(figures: Figures, device: str) -> list[Tabulated]:
     start, times = ["network", "optimizer, rule, implementation", "base"], ["base, ms", "EC, ms", "ratio"]
     return [
         Tabulated(f"Optimizer step alone, {device}", [*start, *times, "held", "peak", "launches"], steps),
-        Tabulated(f"Whole training step, {device}", [*start, "batch", *times], training),
+        Tabulated(f"Whole training step, {device}", [*start, "batch", *times, "steps"], training),
         Tabulated(
             f"Start and refresh, {device}",
             [*start[:2], "H", "tracing, s", "first step, s", "refresh, s", f"of {EPOCH} training steps"],
@@ -209,7 +218,7 @@ SHOWN = ("sgd-m", "adamw")  # in the README
 
 def short_table(figures: Figures) -> Tabulated:
     """For the README: the optimizers with targets of their own, in the first of the implementations."""
-    header = ["device", "network", "optimizer", "rule", "step", "training step", "held", "peak", "launches"]
+    header = ["device", "network", "optimizer", "rule", "step", "training step", "steps", "held", "peak", "launches"]
     rows: dict[tuple[str, ...], list[str]] = {}
     for r in figures.find(part="step"):
         case = r.case
@@ -218,6 +227,7 @@ def short_table(figures: Figures) -> Tabulated:
             continue
         training = figures.find(**{**asdict(case), "part": "training"})
         cells = ["; ".join(figures.judged("ratio", found) for found in chosen) for chosen in ([r], training)]
+        cells.append("; ".join(map(figures.added, training)))
         rows[start] = [*start, *cells, figures.judged("held", r), figures.judged("peak", r), launches(r)]
     return Tabulated("In short", header, list(rows.values()))
 

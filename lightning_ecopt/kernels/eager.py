@@ -17,8 +17,10 @@ from torch import Tensor
 Views = Sequence[Tensor]
 Shapes = Sequence[tuple[int, ...]]
 Coefficient = Tensor | float
-#: Elements of a view that are worked on at a time where operations have results of their own: they stay in the cache.
+#: Elements of a view that are worked on at a time where operations have results of their own. On a CPU these stay in the
+#: cache; an accelerator is given more at a time.
 PIECE = 1 << 18
+ACCELERATOR = 32
 #: Position of the gradients, which are only read, among the lists of a step.
 GRADIENTS = 1
 
@@ -128,7 +130,8 @@ class EagerKernels:
             vectors = {name: vector[sum(sizes) :] for name, vector in vectors.items()}
         if few < len(shapes):
             rest = [None if of is None else of[few:] for of in lists]
-            self.run(_each, function, rest, shapes[few:], vectors, numbers, self._piece)
+            size = self._piece if function is _adam_ else None  # others make nothing but what they change
+            self.run(_each, function, rest, shapes[few:], vectors, numbers, size)
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """See :class:`Kernels`."""
@@ -174,6 +177,8 @@ def _flat(views: Views, dtype: torch.dtype | None = None) -> Tensor:
 
 def _length(tensor: Tensor, size: int | None) -> int | None:
     """How many entries along the first axis make a piece; ``None`` for all."""
+    if size is not None and tensor.device.type != "cpu":
+        size *= ACCELERATOR
     if size is None or tensor.numel() <= size or len(tensor) == 1:
         return None
     return max(1, size * len(tensor) // tensor.numel())

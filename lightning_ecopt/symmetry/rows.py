@@ -20,7 +20,8 @@ Tensors = Mapping[str, Tensor]
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
     """A small tensor of the CPU on another device, without waiting for it."""
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+    from_host = values.device.type == "cpu" and device.type == "cuda"
+    return values.pin_memory().to(device, non_blocking=True) if from_host else values.to(device)
 
 
 @dataclass(frozen=True)

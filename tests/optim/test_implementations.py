@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -167,6 +168,16 @@ def test_weights_of_all_forms_take_fused_steps(
     compare(network, base, rule, "eager")
 
 
+@pytest.fixture(scope="module")
+def compiler() -> None:
+    """There is one that works."""
+    try:
+        torch.compile(torch.sin, backend="inductor")(torch.ones(3))
+    except TorchDynamoException as error:
+        pytest.skip(f"torch.compile does not work here: {error}")
+
+
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize(
     ("network", "base", "rule", "compare"),
     [
@@ -184,6 +195,7 @@ def test_a_compiled_run_is_that_of_the_plain_version(
         compare(network, base, rule, "compiled")
 
 
+@pytest.mark.usefixtures("compiler")
 def test_a_step_is_compiled_once_whatever_the_schedule() -> None:
     torch._dynamo.utils.counters.clear()
     run = Run("mlp", "momentum", "unit", "compiled", torch.float32)
