@@ -17,8 +17,8 @@ from torch import Tensor
 Views = Sequence[Tensor]
 Shapes = Sequence[tuple[int, ...]]
 Coefficient = Tensor | float
-#: Elements of a view that are worked on at a time where operations have results of their own. On a CPU these stay in the
-#: cache; an accelerator is given more at a time.
+#: Elements of a view that are worked on at a time where operations have results of their own. On a CPU these stay in
+#: the cache; an accelerator is given more at a time.
 PIECE = 1 << 18
 ACCELERATOR = 32
 #: Position of the gradients, which are only read, among the lists of a step.
