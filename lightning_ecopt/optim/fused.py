@@ -295,9 +295,9 @@ class FusedStep:
         getattr(EagerKernels(), base.kernel)(
             [moved], [free.gradient], *state, shapes=[tuple(moved.shape)], **coefficients
         )
-        if any(name not in gradients for name in rule.rows.names):
-            present = torch.tensor([float(name in gradients) for name in rule.rows.names])
-            moved = torch.where(spread(to_device(present, moved.device)) > 0, moved, free.values)
+        present = rule.rows.present(gradients)
+        if present is not None:
+            moved = torch.where(spread(present) > 0, moved, free.values)
         arrival, write_skeleton_ = rule.allocate(free, moved)
 
         def leave_() -> None:

@@ -40,7 +40,6 @@ from lightning_ecopt.optim.rule import Frame, Tensors, UnitStatistics
 from lightning_ecopt.optim.state import Moments, points_of
 from lightning_ecopt.paths.coordinates import is_low_precision
 from lightning_ecopt.symmetry import Coupling, Rows, SegmentSum
-from lightning_ecopt.symmetry.rows import to_device
 from lightning_ecopt.symmetry.shards import local
 
 CENTRING = 0.9
@@ -172,9 +171,8 @@ class UnitRule:
     def frame(self, weights: Tensors, gradients: Tensors, average: Coefficient) -> Frame:
         """Where the base optimizer takes its step; takes no note of the gradients yet."""
         self._moving = set(gradients)
-        present = None
-        if any(name not in gradients for name in self.rows.names):
-            present = to_device(torch.tensor([name in gradients for name in self.rows.names]), self._size.device)
+        present = self.rows.present(gradients)
+        if present is not None:
             present = self.rows.spread(present)
         sums, squares = self._sums_and_squares(gradients)
         running = (self._second, self._weight, self._size, self.rows.single)

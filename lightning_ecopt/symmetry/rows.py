@@ -130,6 +130,12 @@ class Rows:
     def __len__(self) -> int:
         return len(self.sizes)
 
+    def present(self, tensors: Tensors) -> Tensor | None:
+        """Of which parameters there are tensors, ``bool[N]``; ``None`` if of all."""
+        if tensors.keys() >= self._all_names:
+            return None
+        return to_device(torch.tensor([name in tensors for name in self.names]), self._device)
+
     def spread(self, values: Tensor) -> Tensor:
         """What each parameter has, ``[N]``, for each of its rows: ``[R]``."""
         return values[self._owners].repeat_interleave(self._lengths, output_size=len(self))
@@ -189,7 +195,7 @@ class Rows:
         getattr(kernels if all(here) else kernels.partial, name)(*lists, shapes=shapes, **given)
 
     def _here(self, tensors: Sequence[Tensors]) -> list[bool]:
-        if all(len(of) >= len(self.names) and of.keys() >= self._all_names for of in tensors):
+        if all(of.keys() >= self._all_names for of in tensors):
             return [True] * len(self.blocks)
         return [all(block.parameter in of for of in tensors) for block in self.blocks]
 
