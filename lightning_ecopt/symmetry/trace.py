@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -222,7 +224,8 @@ class PendingGroup(Pending):
     """The scaling group of a module that is found from its next real call, as it happens.
 
     The method is replaced on the instance until it has been called once and has returned something; the call itself
-    runs as ever. What it returns, and the tensors that it leaves in attributes, must not change.
+    runs as ever, and what stands there has the signature, the attributes and the pickle of the method. What the method
+    returns, and the tensors that it leaves in attributes, must not change.
 
     Args:
         module: the module, in a Lightning pipeline the ``LightningModule``.
@@ -253,7 +256,7 @@ class PendingGroup(Pending):
         self._method: Callable[..., Any] = getattr(module, method)
         self._own = vars(module).get(method)  # an attribute of the instance, if the user has set one
         self._cancelled = False
-        vars(module)[method] = self._watched
+        vars(module)[method] = _WatchedMethod(self, self._method)
 
     @property
     def missing(self) -> str:  # type: ignore[override]
@@ -265,15 +268,14 @@ class PendingGroup(Pending):
         self._cancelled = True
         while True:
             current = vars(self.module).get(self.method)
-            pending = getattr(current, "__self__", None)
-            if not isinstance(pending, PendingGroup) or not pending._cancelled:
+            if not isinstance(current, _WatchedMethod) or not current.pending._cancelled:
                 return
             del vars(self.module)[self.method]
-            if pending._own is not None:
-                vars(self.module)[self.method] = pending._own
+            if current.pending._own is not None:
+                vars(self.module)[self.method] = current.pending._own
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _watched(self, *args: Any, **kwargs: Any) -> Any:
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the method, and watch it if no group has been found yet."""
         if self._cancelled or detect_fake_mode() is not None:  # a call that computes nothing is no real one
             return self._method(*args, **kwargs)
         watch = Watch(self.module, self.trainable)
@@ -286,3 +288,49 @@ class PendingGroup(Pending):
             self.group = group_of(watch, self.trainable)
             self.cancel()
         return output
+
+
+class _WatchedMethod:
+    """Stands for a method of a module while a :class:`PendingGroup` waits for its next call.
+
+    Lightning, Hugging Face and others read signatures (does ``training_step`` take a ``batch_idx``?), and look through
+    one decorator on the way, so everything but the call is the method's own. A pickle holds the method itself; a deep
+    copy of the module waits for a call of its own.
+    """
+
+    def __init__(self, pending: PendingGroup, method: Callable[..., Any]) -> None:
+        self.pending = pending
+        self._method = method
+        self.__module__, self.__doc__ = method.__module__, method.__doc__  # which the class has, too
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.pending.call(*args, **kwargs)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # inspect and torch.jit.script look for the source of methods only
+        return type(self._method)
+
+    @property
+    def __wrapped__(self) -> Any:
+        return getattr(self._method, "__wrapped__", self._method)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self._method)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_method":  # of a copy that is being made
+            raise AttributeError(name)
+        return getattr(self._method, name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _itself, (self._method,)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _WatchedMethod:
+        pending = copy.deepcopy(self.pending, memo)
+        return _WatchedMethod(pending, pending._method)
+
+
+def _itself(value: Any) -> Any:
+    return value
