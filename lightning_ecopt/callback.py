@@ -16,13 +16,13 @@ from lightning_ecopt._lightning import (
     Trainer,
     rank_zero_only,
 )
+from lightning_ecopt.common.sharding import is_sharded
 from lightning_ecopt.configure import find_group
-from lightning_ecopt.kernels import Implementation
+from lightning_ecopt.kernels.choose import Implementation
 from lightning_ecopt.optim import EquivalentClassOptimizer
 from lightning_ecopt.optim.optimizer import check_base, check_options
-from lightning_ecopt.report import print_report
-from lightning_ecopt.symmetry import Pending, ScalingGroup
-from lightning_ecopt.symmetry.shards import is_sharded
+from lightning_ecopt.symmetry import DeferredGroup, ScalingGroup
+from lightning_ecopt.symmetry.report import print_report
 
 UNSUPPORTED_STRATEGIES = ("FSDPStrategy", "DeepSpeedStrategy", "XLAFSDPStrategy")
 
@@ -232,9 +232,9 @@ class _Finder:
     def __init__(self, module: LightningModule, optimizers: list[Optimizer]) -> None:
         self._module, self._optimizers = module, optimizers
         self._trainable: list[int] = []
-        self.found: ScalingGroup | Pending | None = None
+        self.found: ScalingGroup | DeferredGroup | None = None
 
-    def __call__(self, parameters: Iterable[Tensor] = ()) -> ScalingGroup | Pending:
+    def __call__(self, parameters: Iterable[Tensor] = ()) -> ScalingGroup | DeferredGroup:
         held = [p for optimizer in self._optimizers for group in optimizer.param_groups for p in group["params"]]
         trainable = [id(p) for p in held if p.requires_grad]
         if self.found is None or trainable != self._trainable:

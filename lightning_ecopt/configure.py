@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from lightning_ecopt._lightning import LightningModule, MisconfigurationException
 from lightning_ecopt.optim import ECSGD, ECAdamW
-from lightning_ecopt.symmetry import Pending, PendingGroup, ScalingGroup, WatchedCalls, scaling_group
-from lightning_ecopt.symmetry.trace import check_ranks_agree
+from lightning_ecopt.symmetry import DeferredGroup, GroupFromModuleCalls, GroupFromNextCall, ScalingGroup, scaling_group
+from lightning_ecopt.symmetry.pending import check_ranks_agree
 
 
 def ec_sgd(
@@ -73,18 +73,18 @@ def _bound(optimizer: Any, module: nn.Module) -> Any:
     return optimizer
 
 
-def find_group(module: nn.Module, parameters: Iterable[Tensor]) -> ScalingGroup | Pending:
+def find_group(module: nn.Module, parameters: Iterable[Tensor]) -> ScalingGroup | DeferredGroup:
     """Trace the example inputs of a ``LightningModule`` now, or watch the first call of the module that is made."""
     if not isinstance(module, LightningModule):
-        return PendingGroup(module, "forward", parameters)
+        return GroupFromNextCall(module, "forward", parameters)
     agree = partial(_check_ranks_agree, module)
     if module.example_input_array is not None:
         group = _trace_example(module, parameters)
         agree(group)
         return group
     if not module.automatic_optimization:  # forward and backward calls interleave
-        return WatchedCalls(parameters, agree)
-    return PendingGroup(module, "training_step", parameters, agree)
+        return GroupFromModuleCalls(parameters, agree)
+    return GroupFromNextCall(module, "training_step", parameters, agree)
 
 
 def _check_ranks_agree(module: LightningModule, group: ScalingGroup) -> None:

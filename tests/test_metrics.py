@@ -793,7 +793,7 @@ class Adapted(nn.Module):
 def test_a_dormant_adapter_beside_attention_does_not_count(generator: torch.Generator) -> None:
     net = Adapted().double()
     group = scaling_group(net, zeros(1, 5, 3))
-    assert not bool(group.scales.simple.all())
+    assert not bool(group.monomials.simple.all())
     assert int((~group.alive()).sum()) == 2
     assert distance(net, rescaled(net, group, generator), group) < 1e-10
     other = copy.deepcopy(net)

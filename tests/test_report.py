@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_ecopt import EquivalentClassOptimization, ScalingGroup, scaling_group
-from lightning_ecopt.report import print_report
 from lightning_ecopt.symmetry.describe import _boxes, _elements, power, runs
 from lightning_ecopt.symmetry.group import Coupling
+from lightning_ecopt.symmetry.report import print_report
 from tests.lightning_integration.modules import EXAMPLE, Classifier, fit
 from tests.networks import DenseNet, ResidualMLP, ResNet, mlp, norm_cnn, plain_cnn
 from tests.symmetry.helpers import draw_

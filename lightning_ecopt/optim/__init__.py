@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from lightning_ecopt.optim.forms import ECSGD, ECAdamW
+from lightning_ecopt.optim.named import ECSGD, ECAdamW
 from lightning_ecopt.optim.optimizer import EquivalentClassOptimizer
-from lightning_ecopt.optim.rule import PathStatistics, UnitStatistics
+from lightning_ecopt.steps.rule import PathStatistics, UnitStatistics
 
 __all__ = ["ECSGD", "ECAdamW", "EquivalentClassOptimizer", "PathStatistics", "UnitStatistics"]

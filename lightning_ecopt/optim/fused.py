@@ -1,6 +1,6 @@
 """Steps of SGD, Adam and AdamW in a frame, in one pass over weights, gradients and state.
 
-In a :class:`~lightning_ecopt.optim.rule.Frame` the base optimizer would take its step at v = w / scale, with gradients
+In a :class:`~lightning_ecopt.steps.rule.Frame` the base optimizer would take its step at v = w / scale, with gradients
 times g + plus, and v would be multiplied by ``arrival`` to give weights again. Here each element goes there and back on
 the way, by coefficients of its row, and the state of the base optimizer becomes what it would be.
 """
@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from lightning_ecopt.common.sharding import local
+from lightning_ecopt.common.tensors import Tensors, to_device, updates_by_difference
 from lightning_ecopt.kernels import Coefficient, EagerKernels
-from lightning_ecopt.optim.path_rule import PathRule
-from lightning_ecopt.optim.rule import Frame, Rule, Tensors
-from lightning_ecopt.paths.coordinates import is_low_precision
-from lightning_ecopt.symmetry.rows import to_device
-from lightning_ecopt.symmetry.shards import local
+from lightning_ecopt.steps.path import PathRule
+from lightning_ecopt.steps.rule import Frame, Rule
 
 Groups = Sequence[Mapping[str, Any]]
 #: An option for all parameters, or one for each, ``[N]`` in float64.
@@ -203,7 +202,7 @@ class FusedStep:
         self._optimizer, self._rule, self._parameters = optimizer, rule, parameters
         self._base = BASES.get(type(optimizer)) if fused else None
         number = {id(p): k for k, options in enumerate(optimizer.param_groups) for p in options["params"]}
-        self._able = {name for name in rule.rows.covered if not is_low_precision(parameters[name])}
+        self._able = {name for name in rule.rows.covered if not updates_by_difference(parameters[name])}
         self._group_of = [number.get(id(parameters[name]), 0) for name in rule.rows.names]
 
     @property

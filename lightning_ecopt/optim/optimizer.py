@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 from torch.optim import ASGD, LBFGS, SGD, Optimizer
 
-from lightning_ecopt.kernels import Coefficient, Implementation, choose_kernels
+from lightning_ecopt.common.sharding import Ranks, is_sharded, local
+from lightning_ecopt.common.tensors import listing, updates_by_difference
+from lightning_ecopt.kernels import Coefficient
+from lightning_ecopt.kernels.choose import Implementation, choose_kernels
 from lightning_ecopt.optim.fused import BASES, FusedStep, averaging
-from lightning_ecopt.optim.path_rule import PathRule
-from lightning_ecopt.optim.rule import PathStatistics, Rule, UnitStatistics
-from lightning_ecopt.optim.state import Moment, has_points, moments_of
-from lightning_ecopt.optim.unit_rule import UnitRule
-from lightning_ecopt.paths import Skeleton, choose_skeleton
-from lightning_ecopt.paths.coordinates import is_low_precision
-from lightning_ecopt.symmetry import Pending, ScalingGroup, WatchedCalls
-from lightning_ecopt.symmetry.shards import Ranks, is_sharded, local
-from lightning_ecopt.symmetry.trace import listing
+from lightning_ecopt.steps import Skeleton, choose_skeleton
+from lightning_ecopt.steps.path import PathRule
+from lightning_ecopt.steps.rule import PathStatistics, Rule, UnitStatistics
+from lightning_ecopt.steps.state import Moment, has_points, moments_of
+from lightning_ecopt.steps.unit import UnitRule
+from lightning_ecopt.symmetry import DeferredGroup, GroupFromModuleCalls, ScalingGroup
 
 #: Optimizers whose steps are linear in the gradients; those of all others are of a size of their own.
 LINEAR = (SGD, ASGD)
@@ -40,7 +40,7 @@ NO_FREEDOMS = (
     "operations that cost them."
 )
 
-Finder = Callable[[Sequence[Tensor]], ScalingGroup | Pending]
+Finder = Callable[[Sequence[Tensor]], ScalingGroup | DeferredGroup]
 
 
 class EquivalentClassOptimizer(Optimizer):
@@ -57,12 +57,12 @@ class EquivalentClassOptimizer(Optimizer):
       scaled to their magnitude, after gradients are centred and clipped unit by unit. With SGD and ASGD the learning
       rate is the relative length of a step, and 0.03 to 0.3 fits most networks, with and without momentum; with all
       others it keeps its meaning. Beside the base's own state it needs O(H). See
-      :mod:`lightning_ecopt.optim.unit_rule`.
+      :mod:`lightning_ecopt.steps.unit`.
     - ``"path"``: the paper's. The base optimizer moves the m - H values of basis paths instead of the m weights. They
       are normalised so that at the start all but those of free skeleton weights, at most one in a unit, equal the
       weights; learning rate, momentum and every other option keep their meaning; weight decay acts on path values (the
       basis-path regularisation of the paper). At skeleton weights momentum starts anew at a refresh. See
-      :mod:`lightning_ecopt.paths.coordinates`.
+      :mod:`lightning_ecopt.steps.coordinates`.
 
     Args:
         optimizer: the base: any optimizer, of torch or not, but :class:`torch.optim.LBFGS`. Its hooks of steps become
@@ -70,7 +70,7 @@ class EquivalentClassOptimizer(Optimizer):
         group: of the module that owns the parameters; or a function that finds it for a list of parameters, and is
             called again when other parameters are to be trained; or ``None``, if the calls of modules that use the
             parameters are to be watched until the first step. Instead of a group it may be a
-            :class:`~lightning_ecopt.symmetry.Pending` one, which is found by then.
+            :class:`~lightning_ecopt.symmetry.DeferredGroup` one, which is found by then.
         rule: ``"unit"`` or ``"path"``.
         refresh_interval: steps from one refresh to the next; ``None`` if only :meth:`refresh` asks for it.
         representative: ``"balanced"``, or ``"current"`` to stay at the weights as they are. Only the first depends on
@@ -102,7 +102,7 @@ class EquivalentClassOptimizer(Optimizer):
     def __init__(
         self,
         optimizer: Optimizer,
-        group: ScalingGroup | Pending | Finder | None = None,
+        group: ScalingGroup | DeferredGroup | Finder | None = None,
         *,
         rule: Literal["unit", "path"] = "unit",
         refresh_interval: int | None = 500,
@@ -135,7 +135,7 @@ class EquivalentClassOptimizer(Optimizer):
         self.implementation = implementation
         self.__setstate__({})  # the hooks of an Optimizer, without parameters of its own
         self._find: Finder | None = None
-        self._pending: Pending | None = None
+        self._pending: DeferredGroup | None = None
         self._group: ScalingGroup | None = None
         self._bound: list[int] = []  # the parameters that required a gradient then
         self._names: Collection[str] = ()  # of the base's parameters in the group
@@ -147,7 +147,7 @@ class EquivalentClassOptimizer(Optimizer):
         self._steps_since_refresh = 0
         self._refresh_due = True
         self._unknown: set[str] = set()  # entries that a warning has named
-        self.bind(WatchedCalls if group is None else group)
+        self.bind(GroupFromModuleCalls if group is None else group)
         for hooks in HOOKS:
             setattr(self, hooks, getattr(optimizer, hooks))  # they are to see weights
             setattr(optimizer, hooks, OrderedDict())
@@ -239,9 +239,9 @@ class EquivalentClassOptimizer(Optimizer):
     @property
     def is_bound(self) -> bool:
         """Whether it has been told where its scaling group comes from."""
-        return self._find is not WatchedCalls
+        return self._find is not GroupFromModuleCalls
 
-    def bind(self, group: ScalingGroup | Pending | Finder) -> None:
+    def bind(self, group: ScalingGroup | DeferredGroup | Finder) -> None:
         """Use a scaling group, in place of the one that was used so far if there is one. Refreshes at the next step.
 
         Args:
@@ -253,7 +253,7 @@ class EquivalentClassOptimizer(Optimizer):
         self._bound = [id(p) for p in self._trainable()]
         self._find = None
         self.stop_watching()
-        if not isinstance(group, ScalingGroup | Pending):
+        if not isinstance(group, ScalingGroup | DeferredGroup):
             self._find = group
             group = group(self._trainable())
         if isinstance(group, ScalingGroup):
@@ -286,7 +286,7 @@ class EquivalentClassOptimizer(Optimizer):
         trainable = self._trainable()
         self._check_known(group, trainable)
         held = {id(p) for p in trainable}
-        foreign = torch.zeros(group.scales.num_scales, dtype=torch.bool)
+        foreign = torch.zeros(group.monomials.num_scales, dtype=torch.bool)
         for coupling in group.couplings:
             if id(group.parameters[coupling.parameter]) not in held:  # another optimizer's, or frozen by now
                 for ids in (coupling.incoming, coupling.outgoing):
@@ -297,7 +297,7 @@ class EquivalentClassOptimizer(Optimizer):
             raise ValueError("The rule 'path' needs parameters that are not sharded: use rule='unit', or DDP.")
         with torch.no_grad():
             self._leave_rule()
-        self._group, self._own, self._pending = group, ~group.scales.in_(foreign), None
+        self._group, self._own, self._pending = group, ~group.monomials.in_(foreign), None
         is_fused = type(self.optimizer) in BASES and self.implementation != "wrapped"
         self._kernels = choose_kernels(self.implementation, list(group.parameters.values()), is_fused)
         self._bound = [id(p) for p in trainable]
@@ -318,7 +318,7 @@ class EquivalentClassOptimizer(Optimizer):
 
     def _with_paths(self, group: ScalingGroup) -> Tensor:
         """Units that something leads into and out of, no products among it, ``bool[H]``."""
-        return group.scales.simple & ~group.scale_invariant
+        return group.monomials.simple & ~group.scale_invariant
 
     def stop_watching(self) -> None:
         """Give the module back the method that a pending group watches."""
@@ -449,7 +449,7 @@ class EquivalentClassOptimizer(Optimizer):
         before = {
             name: own[name].grad
             for name, g in gradients.items()
-            if is_low_precision(g) or g.requires_grad or memory[g.data_ptr()] > 1 or 0 in g.stride()
+            if updates_by_difference(g) or g.requires_grad or memory[g.data_ptr()] > 1 or 0 in g.stride()
         }
         shown = dict(gradients)
         try:

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from lightning_ecopt.symmetry.calls import WatchedCalls
+from lightning_ecopt.symmetry.coupling import Coupling
 from lightning_ecopt.symmetry.describe import UnitSet
-from lightning_ecopt.symmetry.group import Coupling, ScalingGroup
-from lightning_ecopt.symmetry.rows import Rows
-from lightning_ecopt.symmetry.scales import Scales
-from lightning_ecopt.symmetry.segments import SegmentSum
-from lightning_ecopt.symmetry.trace import Pending, PendingGroup, scaling_group
+from lightning_ecopt.symmetry.group import ScalingGroup
+from lightning_ecopt.symmetry.monomials import Monomials
+from lightning_ecopt.symmetry.pending import DeferredGroup, GroupFromModuleCalls, GroupFromNextCall
+from lightning_ecopt.symmetry.trace import scaling_group
 
 __all__ = [
     "Coupling",
-    "Pending",
-    "PendingGroup",
-    "Rows",
-    "Scales",
+    "DeferredGroup",
+    "GroupFromModuleCalls",
+    "GroupFromNextCall",
+    "Monomials",
     "ScalingGroup",
-    "SegmentSum",
     "UnitSet",
-    "WatchedCalls",
     "scaling_group",
 ]

@@ -19,26 +19,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_ecopt.symmetry.flows import Flow, are_finite, joined
-from lightning_ecopt.symmetry.scales import Scales
-from lightning_ecopt.symmetry.segments import SegmentSum
-from lightning_ecopt.symmetry.shards import Ranks
+from lightning_ecopt.common.segment_sum import SegmentSum
+from lightning_ecopt.common.sharding import Ranks
+from lightning_ecopt.symmetry.monomials import Monomials
+from lightning_ecopt.symmetry.squares import SquaredWeights, are_finite, joined
 
 COARSE_SWEEPS = 40
 NEWTON_STEPS = 50
 CONJUGATE_GRADIENT_STEPS = 1000
 
 
-def alive_units(flows: Sequence[Flow], scales: Scales, ranks: Ranks) -> Tensor:
+def alive_units(flows: Sequence[SquaredWeights], monomials: Monomials, ranks: Ranks) -> Tensor:
     """Units that non-zero elements keep from growing and from shrinking without end, ``bool[H]``.
 
     In a plain network they are those which non-zero elements connect to ground on both sides. A unit with an infinite
     or undefined element, as after a step that diverged, is not alive.
     """
     device = flows[0].roots.device if flows else torch.device("cpu")
-    scales = scales.to(device)
-    flows = joined(flows, scales.num_scales)
-    broken = torch.zeros(scales.num_scales + 1, dtype=torch.bool, device=device)
+    monomials = monomials.to(device)
+    flows = joined(flows, monomials.num_scales)
+    broken = torch.zeros(monomials.num_scales + 1, dtype=torch.bool, device=device)
     for number, finite in enumerate(are_finite(flows)):
         if not finite:
             undefined = flows[number].undefined()
@@ -46,11 +46,11 @@ def alive_units(flows: Sequence[Flow], scales: Scales, ranks: Ranks) -> Tensor:
             broken[flows[number].outgoing[undefined.any(1)]] = True
             flows[number] = flows[number].without(undefined)
     ranks.any_(broken)
-    sound = ~scales.in_(broken[:-1])
+    sound = ~monomials.in_(broken[:-1])
     above, below = torch.zeros_like(sound), torch.zeros_like(sound)
     before, found, most = -1, 0, 2 * int(sound.sum())
     while before < found < most:
-        caps, floors = (torch.cat([side, side.new_ones(1)]) for side in scales.bounded(above, below))
+        caps, floors = (torch.cat([side, side.new_ones(1)]) for side in monomials.bounded(above, below))
         # What non-zero elements connect to something bounded is bounded itself.
         for flow in flows:
             open_ = flow.into(caps[flow.outgoing].to(flow.dtype)) > 0
@@ -59,7 +59,7 @@ def alive_units(flows: Sequence[Flow], scales: Scales, ranks: Ranks) -> Tensor:
             open_ = flow.out_of(floors[flow.incoming].to(flow.dtype)) > 0
             _set(floors, flow.outgoing, open_ & ~broken[flow.outgoing])
         caps, floors = ranks.any_(torch.stack([caps, floors]))
-        scales.bound_units(above, below, caps[:-1], floors[:-1])
+        monomials.bound_units(above, below, caps[:-1], floors[:-1])
         above &= sound
         below &= sound
         before, found = found, int(above.sum() + below.sum())
@@ -71,40 +71,42 @@ def _set(marks: Tensor, places: Tensor, chosen: Tensor) -> None:
     marks[places.where(chosen, -1)] = True
 
 
-def mean_square(flows: Sequence[Flow], scales: Scales, ranks: Ranks) -> Tensor:
+def mean_square(flows: Sequence[SquaredWeights], monomials: Monomials, ranks: Ranks) -> Tensor:
     """Sums of squares of the rows that lead into each unit, divided by the number of rows, ``[H]``."""
-    incoming = torch.cat([flow.incoming.reshape(-1) % (scales.num_scales + 1) for flow in flows])
+    incoming = torch.cat([flow.incoming.reshape(-1) % (monomials.num_scales + 1) for flow in flows])
     squares = torch.cat([flow.into(torch.ones_like(flow.outgoing, dtype=flow.dtype)).reshape(-1) for flow in flows])
     rows = torch.cat([squares.new_full((flow.incoming.numel(),), flow.rows) for flow in flows])
-    total = SegmentSum(incoming, scales.num_scales + 1)
+    total = SegmentSum(incoming, monomials.num_scales + 1)
     squares, rows = ranks.sum_(torch.stack([total(squares), total(rows)]))
-    return (squares / rows)[: scales.num_units]
+    return (squares / rows)[: monomials.num_units]
 
 
-def sums_of_squares(flows: Sequence[Flow], scales: Scales, ranks: Ranks) -> tuple[Tensor, Tensor]:
+def sums_of_squares(flows: Sequence[SquaredWeights], monomials: Monomials, ranks: Ranks) -> tuple[Tensor, Tensor]:
     """Sums of squares that grow and that shrink with each unit, ``[H]`` both; equal at the balanced member."""
-    active = torch.ones(scales.num_units, dtype=torch.bool)
-    here = _Problem(flows, scales, active, ranks).start()
+    active = torch.ones(monomials.num_units, dtype=torch.bool)
+    here = _Problem(flows, monomials, active, ranks).start()
     return here.incoming, here.outgoing
 
 
-def balancing_scale(flows: Sequence[Flow], scales: Scales, active: Tensor, resolution: float, ranks: Ranks) -> Tensor:
+def balancing_scale(
+    flows: Sequence[SquaredWeights], monomials: Monomials, active: Tensor, resolution: float, ranks: Ranks
+) -> Tensor:
     """The log-scales ``[H]`` that balance the ``active`` units (``bool[H]``, all alive); zero for the others.
 
     Coarse sweeps, each of which can only lower F however the units hang together, then Newton steps to rounding.
 
     Args:
         flows: the squares.
-        scales: that the flows refer to.
+        monomials: that the flows refer to.
         active: the units to move.
         resolution: of the type in which the weights are kept; a balance well below is good enough.
         ranks: that hold the parts of the weights; all of them get the same result.
     """
-    problem = _Problem(flows, scales, active, ranks)
+    problem = _Problem(flows, monomials, active, ranks)
     active, here = problem.active, problem.start()
     tolerance = max(64 * torch.finfo(here.scale.dtype).eps, resolution / 64)
 
-    reach = problem.scales.reach
+    reach = problem.monomials.reach
     for _ in range(COARSE_SWEEPS):
         # exp(2 (a - b)) <= (exp(4 a) + exp(-4 b)) / 2 separates the units; the bound is least where
         # exp(8 a) = out / in. So for more terms, with the sum of their exponents for 2.
@@ -157,16 +159,16 @@ class _Point:
 class _Problem:
     """F, its gradient and its Hessian."""
 
-    def __init__(self, flows: Sequence[Flow], scales: Scales, active: Tensor, ranks: Ranks) -> None:
-        device, ground = flows[0].roots.device, scales.num_scales
-        self.scales, self.active, self.ranks = scales.to(device), active.to(device), ranks
+    def __init__(self, flows: Sequence[SquaredWeights], monomials: Monomials, active: Tensor, ranks: Ranks) -> None:
+        device, ground = flows[0].roots.device, monomials.num_scales
+        self.monomials, self.active, self.ranks = monomials.to(device), active.to(device), ranks
         self.flows = self._prepared(joined(flows, ground), ground)
         self.above = torch.cat([flow.incoming.reshape(-1) for flow in self.flows])
         self.below = torch.cat([flow.outgoing.reshape(-1) for flow in self.flows])
         self._incoming, self._outgoing = SegmentSum(self.above, ground), SegmentSum(self.below, ground)
 
     @staticmethod
-    def _prepared(flows: list[Flow], ground: int) -> list[Flow]:
+    def _prepared(flows: list[SquaredWeights], ground: int) -> list[SquaredWeights]:
         """Without what does not change and what is not finite, which joins no units."""
         finite = are_finite(flows)
         shared = [torch.isin(flow.incoming.where(flow.incoming != ground, -1), flow.outgoing).any() for flow in flows]
@@ -184,12 +186,12 @@ class _Problem:
 
     def at(self, scale: Tensor) -> _Point:
         """The weights rescaled by ``scale``, ``[H]``."""
-        factors = torch.cat([2 * self.scales.of(scale), scale.new_zeros(1)]).exp()
+        factors = torch.cat([2 * self.monomials.of(scale), scale.new_zeros(1)]).exp()
         rises, falls = factors[self.above], 1 / factors[self.below]
         into, out = self._sums(falls, rises)
         into, out = rises * into, falls * out
         value = self.ranks.sum_(into.sum())
-        return _Point(scale, value, rises, falls, into, out, *self.scales.collect_parts(*self._collect(into, out)))
+        return _Point(scale, value, rises, falls, into, out, *self.monomials.collect_parts(*self._collect(into, out)))
 
     def _sums(self, right: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
         """Sums over squares times ``right [M]`` for each incoming scale, and times ``left [N]`` for each outgoing."""
@@ -216,11 +218,11 @@ class _Problem:
         """
 
         def apply(z: Tensor) -> Tensor:
-            padded = torch.cat([self.scales.of(z), z.new_zeros(1)])
+            padded = torch.cat([self.monomials.of(z), z.new_zeros(1)])
             above, below = padded[self.above], padded[self.below]
             into, out = self._sums(here.falls * below, here.rises * above)
             rising, falling = self._collect(above * here.into - here.rises * into, here.falls * out - below * here.out)
-            return torch.where(self.active, self.scales.collect(rising - falling), 0.0)
+            return torch.where(self.active, self.monomials.collect(rising - falling), 0.0)
 
         diagonal = torch.where(self.active, here.incoming + here.outgoing, 1.0)
         residual = torch.where(self.active, here.outgoing - here.incoming, 0.0) / 2

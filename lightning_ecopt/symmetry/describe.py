@@ -16,10 +16,10 @@ from scipy.sparse import csr_array
 from torch import Tensor
 
 from lightning_ecopt.symmetry.labels import IntArray
-from lightning_ecopt.symmetry.scales import Scales
+from lightning_ecopt.symmetry.monomials import Monomials
 
 if TYPE_CHECKING:
-    from lightning_ecopt.symmetry.group import Coupling
+    from lightning_ecopt.symmetry.coupling import Coupling
 
 LONGEST_LIST = 8
 MOST_RUNS = 4
@@ -41,12 +41,12 @@ class UnitSet:
     powers: tuple[tuple[str, float], ...]
 
 
-def sort_units(couplings: Iterable[Coupling], scales: Scales) -> list[UnitSet]:
+def sort_units(couplings: Iterable[Coupling], monomials: Monomials) -> list[UnitSet]:
     """The units, sorted into sets that couple the same parameters in the same way."""
-    table = _exponents(scales)
-    powers: list[set[tuple[int, float]]] = [set() for _ in range(scales.num_units)]
+    table = _exponents(monomials)
+    powers: list[set[tuple[int, float]]] = [set() for _ in range(monomials.num_units)]
     names: dict[str, int] = {}
-    for coupling in couplings if scales.num_units else ():
+    for coupling in couplings if monomials.num_units else ():
         number = names.setdefault(coupling.parameter, len(names))
         for unit, exponents in _exponents_of_units(coupling, table):
             powers[unit].update((number, -exponent) for exponent in exponents if exponent)
@@ -60,12 +60,12 @@ def sort_units(couplings: Iterable[Coupling], scales: Scales) -> list[UnitSet]:
     ]
 
 
-def _exponents(scales: Scales) -> csr_array:
-    """Exponents of the units in the scales, ``[S + 1, H]``; the last row is that of what has no scale."""
-    own = np.arange(scales.num_units)
-    rows, columns = np.concatenate([own, scales.products.numpy()]), np.concatenate([own, scales.units.numpy()])
-    values = np.concatenate([np.ones(scales.num_units), scales.exponents.numpy()])
-    return csr_array((values, (rows, columns)), shape=(scales.num_scales + 1, scales.num_units))
+def _exponents(monomials: Monomials) -> csr_array:
+    """Exponents of the units in the monomials, ``[S + 1, H]``; the last row is that of what has no scale."""
+    own = np.arange(monomials.num_units)
+    rows, columns = np.concatenate([own, monomials.products.numpy()]), np.concatenate([own, monomials.units.numpy()])
+    values = np.concatenate([np.ones(monomials.num_units), monomials.exponents.numpy()])
+    return csr_array((values, (rows, columns)), shape=(monomials.num_scales + 1, monomials.num_units))
 
 
 def _exponents_of_units(coupling: Coupling, table: csr_array) -> Iterator[tuple[int, set[float]]]:
@@ -98,9 +98,11 @@ def _share_axes(first: np.ndarray, second: np.ndarray) -> bool:
     return any(a > 1 and b > 1 for a, b in zip(first.shape[::-1], second.shape[::-1], strict=False))
 
 
-def describe_unit(unit: int, couplings: Iterable[Coupling], scales: Scales, shapes: Mapping[str, Sequence[int]]) -> str:
+def describe_unit(
+    unit: int, couplings: Iterable[Coupling], monomials: Monomials, shapes: Mapping[str, Sequence[int]]
+) -> str:
     """In words what one unit multiplies; ``shapes`` are those of the parameters."""
-    exponents = _exponents(scales)[:, [unit]].toarray().ravel()  # index -1 is the last
+    exponents = _exponents(monomials)[:, [unit]].toarray().ravel()  # index -1 is the last
     found: dict[float, list[str]] = defaultdict(list)
     for coupling in couplings:
         for part in _parts(exponents[coupling.incoming.numpy()], exponents[coupling.outgoing.numpy()]):

@@ -12,64 +12,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from lightning_ecopt.common.sharding import Ranks, gathering_modules, local, release
+from lightning_ecopt.common.tensors import widest
 from lightning_ecopt.symmetry.balance import alive_units, balancing_scale, mean_square, sums_of_squares
+from lightning_ecopt.symmetry.coupling import NO_UNIT, Coupling
 from lightning_ecopt.symmetry.describe import UnitSet, describe_unit, sort_units
-from lightning_ecopt.symmetry.flows import Flow, are_finite, multiply_
-from lightning_ecopt.symmetry.scales import Scales, widest
-from lightning_ecopt.symmetry.shards import Part, Ranks, gathering_modules, local, release
-from lightning_ecopt.symmetry.solve import NO_UNIT, Solution
-from lightning_ecopt.symmetry.tracer import Operation
+from lightning_ecopt.symmetry.equations import Operation
+from lightning_ecopt.symmetry.monomials import Monomials
+from lightning_ecopt.symmetry.solve import Solution
+from lightning_ecopt.symmetry.squares import SquaredWeights, are_finite, multiply_
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-
-@dataclass(frozen=True, eq=False)
-class Coupling:
-    """How a box-shaped region of one parameter scales.
-
-    Rescaling unit ``u`` by ``c`` multiplies the elements where ``incoming == u`` by ``c`` and those where
-    ``outgoing == u`` by ``1 / c``. Numbers from H on stand for products of powers of units, see :class:`Scales`.
-
-    Args:
-        parameter: name of the parameter in the module.
-        region: slices of the parameter.
-        incoming: scale of what each element leads into, ``-1`` for none; integers that broadcast to the region.
-        outgoing: scale of what each element comes from, ``-1`` for none; likewise.
-        additive: whether the elements are added (a bias) rather than multiplied with data.
-    """
-
-    parameter: str
-    region: tuple[slice, ...]
-    incoming: Tensor
-    outgoing: Tensor
-    additive: bool
-
-    def view(self, tensor: Tensor) -> Tensor:
-        """The region of ``tensor``, which has the parameter's shape, as a view."""
-        return tensor.view(1)[self.region] if tensor.ndim == 0 else tensor[self.region]
-
-    def of_shard(self, parameter: Tensor) -> Coupling | None:
-        """The same coupling for what this rank holds of the parameter, ``None`` if nothing of the region is here.
-
-        Its :meth:`view` is one of the :func:`~lightning_ecopt.symmetry.shards.local` tensor.
-        """
-        part = Part.of(self.region, parameter)
-        if part is None:
-            return None
-        return replace(self, region=part.region, incoming=part.cut(self.incoming), outgoing=part.cut(self.outgoing))
-
-    def to(self, device: torch.device) -> Coupling:
-        """The same coupling with its unit numbers on ``device``."""
-        incoming, outgoing = self.incoming.to(device), self.outgoing.to(device)
-        return Coupling(self.parameter, self.region, incoming, outgoing, self.additive)
-
-    def restricted(self, active: Tensor) -> Coupling:
-        """The same coupling with the units that are not ``active`` (``bool[H]``), and all products, held still."""
-        padded = torch.cat([active, active.new_zeros(1)])  # index -1 is the last
-        incoming = self.incoming.where(padded[self.incoming.clamp(max=len(active))], NO_UNIT)
-        outgoing = self.outgoing.where(padded[self.outgoing.clamp(max=len(active))], NO_UNIT)
-        return Coupling(self.parameter, self.region, incoming, outgoing, self.additive)
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +37,7 @@ class ScalingGroup:
     Args:
         parameters: the parameters that may be rescaled, by name.
         couplings: how they scale.
-        scales: the scales that the couplings refer to, as products of powers of units.
+        monomials: the scales that the couplings refer to, as products of powers of units.
         costs: for each operation that fixed scales which would otherwise have been free, how many.
         unseen: names of parameters that the traced call did not use.
         gathering: modules that gather sharded parameters for their calls.
@@ -91,7 +45,7 @@ class ScalingGroup:
 
     parameters: Mapping[str, nn.Parameter]
     couplings: Sequence[Coupling]
-    scales: Scales
+    monomials: Monomials
     costs: Mapping[Operation, int]
     unseen: tuple[str, ...] = ()
     gathering: Sequence[nn.Module] = ()
@@ -111,19 +65,19 @@ class ScalingGroup:
             )
             for use in solution.uses
         ]
-        scales = Scales(
+        monomials = Monomials(
             solution.num_units,
             solution.num_scales,
             torch.from_numpy(solution.scales),
             torch.from_numpy(solution.units),
             torch.from_numpy(solution.exponents),
         )
-        return cls(parameters, couplings, scales, Counter(solution.costs), unseen)
+        return cls(parameters, couplings, monomials, Counter(solution.costs), unseen)
 
     @property
     def num_units(self) -> int:
         """Number of freedoms H."""
-        return self.scales.num_units
+        return self.monomials.num_units
 
     @property
     def num_parameters(self) -> int:
@@ -170,7 +124,7 @@ class ScalingGroup:
 
     def fingerprint(self) -> str:
         """Equal for two groups of one network that were found from the same operations, on two ranks for instance."""
-        arrays = [self.scales.products, self.scales.units, self.scales.exponents]
+        arrays = [self.monomials.products, self.monomials.units, self.monomials.exponents]
         uses = []
         for coupling in self.couplings:
             uses.append((coupling.parameter, str(coupling.region), coupling.additive))
@@ -183,7 +137,7 @@ class ScalingGroup:
 
     def unit_sets(self) -> list[UnitSet]:
         """The units, sorted into sets that couple the same parameters in the same way."""
-        return sort_units(self.couplings, self.scales)
+        return sort_units(self.couplings, self.monomials)
 
     def summary(self, console: Console | None = None) -> None:
         """Print what the freedoms are: the units, set by set, the dimensions, and which operations cost freedoms.
@@ -195,7 +149,7 @@ class ScalingGroup:
 
             scaling_group(model, x).summary()
         """
-        from lightning_ecopt.report import print_report  # which imports this module
+        from lightning_ecopt.symmetry.report import print_report  # which imports this module
 
         print_report(self, console)
 
@@ -221,7 +175,7 @@ class ScalingGroup:
             numbers = f"units 0 to {self.num_units - 1}" if self.num_units else "no units"
             raise IndexError(f"there is no unit {unit}: the group has {numbers}")
         shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
-        return describe_unit(unit, self.couplings, self.scales, shapes)
+        return describe_unit(unit, self.couplings, self.monomials, shapes)
 
     @torch.no_grad()
     def act_(self, log_scale: Tensor) -> ScalingGroup:
@@ -262,7 +216,7 @@ class ScalingGroup:
             log_scale: ``[H]``, natural logarithms of the units' factors.
             power: exponent of the factors.
         """
-        log_scale = power * self.scales.to(log_scale.device).of(log_scale.to(widest(log_scale.device)))
+        log_scale = power * self.monomials.to(log_scale.device).of(log_scale.to(widest(log_scale.device)))
         factors = torch.cat([log_scale, log_scale.new_zeros(1)]).exp()  # index -1 is the last
         for coupling in self.couplings:
             tensor = tensors.get(coupling.parameter)
@@ -278,14 +232,14 @@ class ScalingGroup:
         Nothing is divided by them and nothing else scales their weights. Without a balance between two sides, their
         representative is the one whose rows have a mean square of one over their number of elements.
         """
-        alone = torch.zeros(self.scales.num_scales, dtype=torch.bool)
+        alone = torch.zeros(self.monomials.num_scales, dtype=torch.bool)
         others = torch.zeros_like(alone)
         for coupling in self.couplings:
             incoming, outgoing = coupling.incoming, coupling.outgoing
             alone[incoming[(incoming != NO_UNIT) & _any_beside(outgoing == NO_UNIT, incoming)]] = True
             others[incoming[(incoming != NO_UNIT) & _any_beside(outgoing != NO_UNIT, incoming)]] = True
             others[outgoing[outgoing != NO_UNIT]] = True
-        return alone[: self.num_units] & ~self.scales.in_(others) & self.scales.simple
+        return alone[: self.num_units] & ~self.monomials.in_(others) & self.monomials.simple
 
     @torch.no_grad()
     def alive(self) -> Tensor:
@@ -298,11 +252,11 @@ class ScalingGroup:
         ranks = Ranks(self.parameters)
         return self._alive(list(self._flows(ranks)), ranks)
 
-    def _alive(self, flows: list[Flow], ranks: Ranks) -> Tensor:
-        alive = alive_units(flows, self.scales, ranks)
+    def _alive(self, flows: list[SquaredWeights], ranks: Ranks) -> Tensor:
+        alive = alive_units(flows, self.monomials, ranks)
         if not bool(self.scale_invariant.any()):
             return alive
-        excess = mean_square(flows, self.scales, ranks)
+        excess = mean_square(flows, self.monomials, ranks)
         return torch.where(self.scale_invariant.to(excess.device), (excess > 0) & excess.isfinite(), alive)
 
     @torch.no_grad()
@@ -328,9 +282,9 @@ class ScalingGroup:
             active = active.to(flows[0].roots.device)
             invariant = active & self.scale_invariant.to(active.device)
             resolution = max(torch.finfo(parameter.dtype).eps for parameter in self.parameters.values())
-            log_scale = balancing_scale(flows, self.scales, active & ~invariant, resolution, ranks)
+            log_scale = balancing_scale(flows, self.monomials, active & ~invariant, resolution, ranks)
             if bool(invariant.any()):
-                log_scale -= torch.where(invariant, mean_square(flows, self.scales, ranks).log() / 2, 0.0)
+                log_scale -= torch.where(invariant, mean_square(flows, self.monomials, ranks).log() / 2, 0.0)
         release(self.gathering)
         self.rescale_(self.parameters, log_scale)
         return log_scale
@@ -345,14 +299,14 @@ class ScalingGroup:
         flows = list(self._flows(ranks))
         if not flows:
             return torch.ones(())
-        incoming, outgoing = sums_of_squares(flows, self.scales, ranks)
+        incoming, outgoing = sums_of_squares(flows, self.monomials, ranks)
         invariant = self.scale_invariant.to(incoming.device)
-        ratio = torch.where(invariant, mean_square(flows, self.scales, ranks), incoming / outgoing)
+        ratio = torch.where(invariant, mean_square(flows, self.monomials, ranks), incoming / outgoing)
         ratio = torch.where(self._alive(flows, ranks), ratio, 1.0)
         undefined = ranks.any_(torch.tensor(not all(are_finite(flows)), device=ratio.device))
         return torch.where(undefined, torch.nan, torch.maximum(ratio, 1 / ratio).amax().sqrt())
 
-    def _flows(self, ranks: Ranks) -> Iterator[Flow]:
+    def _flows(self, ranks: Ranks) -> Iterator[SquaredWeights]:
         """Sums of squares of each coupling, one per pair of units, of what this rank is to add up."""
         empty = [name for name, parameter in self.parameters.items() if parameter.is_meta]
         if empty:
@@ -368,10 +322,10 @@ class ScalingGroup:
             dtype = widest(weight.device)
             here = coupling.of_shard(parameter) if ranks.counts(parameter) else None
             if here is None:
-                yield Flow.nothing(dtype, weight.device)
+                yield SquaredWeights.nothing(dtype, weight.device)
                 continue
             here = here.to(weight.device)
-            yield Flow.of(here.view(weight), here.incoming, here.outgoing, dtype)
+            yield SquaredWeights.of(here.view(weight), here.incoming, here.outgoing, dtype)
 
 
 def _any_beside(marks: Tensor, numbers: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ A label is an integer array that broadcasts to the shape of its tensor (size 1 a
 it does not change). Each entry names a *scale*, a non-negative number of an unknown; all elements with one
 number are multiplied by the same factor. Two numbers are special:
 
-- ``GROUND``: the element is multiplied by one, it must not change;
+- ``FIXED``: the element is multiplied by one, it must not change;
 - ``ZERO``: the element is zero, so it fits any label.
 
 The functions here know nothing of networks: they do to an array what an operation did to the tensor.
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 IntArray = NDArray[np.int64]
 
-GROUND = 0
+FIXED = 0
 ZERO = -1
 
 
@@ -74,7 +74,7 @@ def reshape(ids: IntArray, old: Sequence[int], new: Sequence[int]) -> IntArray:
     Only the axes that are split or merged with one along which the label changes are written out.
     """
     if 0 in old:
-        return constant(GROUND, len(new))
+        return constant(FIXED, len(new))
     if ids.size == 1:
         return ids.reshape((1,) * len(new))
     source: list[int] = []
@@ -121,14 +121,14 @@ class ParameterView:
     def whole(cls, name: str, shape: Sequence[int]) -> ParameterView:
         """The view that is the parameter itself. A scalar counts as a vector of one element."""
         if not shape:
-            return cls(name, (np.zeros((), dtype=np.int64),), constant(GROUND, 0))
+            return cls(name, (np.zeros((), dtype=np.int64),), constant(FIXED, 0))
         return cls(
             name,
             tuple(
                 np.arange(size, dtype=np.int64).reshape([-1 if k == axis else 1 for k in range(len(shape))])
                 for axis, size in enumerate(shape)
             ),
-            constant(GROUND, len(shape)),
+            constant(FIXED, len(shape)),
         )
 
     @property

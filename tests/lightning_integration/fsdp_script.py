@@ -15,8 +15,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
+from lightning_ecopt.common.sharding import Part, is_sharded, local
 from lightning_ecopt.symmetry import ScalingGroup, scaling_group
-from lightning_ecopt.symmetry.shards import Part, is_sharded, local
 from tests.networks import mlp
 from tests.symmetry.helpers import draw_, evaluate, flat_output
 from tests.symmetry.zoo import ZOO
@@ -97,7 +97,9 @@ def described(group: ScalingGroup) -> dict[str, Any]:
         "couplings": [
             (c.parameter, str(c.region), c.incoming.tolist(), c.outgoing.tolist(), c.additive) for c in group.couplings
         ],
-        "products": [values.tolist() for values in (group.scales.products, group.scales.units, group.scales.exponents)],
+        "products": [
+            values.tolist() for values in (group.monomials.products, group.monomials.units, group.monomials.exponents)
+        ],
         "costs": {str(operation): count for operation, count in group.costs.items()},
         "unseen": group.unseen,
         "invariant": group.scale_invariant.tolist(),

@@ -13,14 +13,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LightningCLI
 from torch.nn import functional as F
 
-from lightning_ecopt import (
-    ECSGD,
-    ECAdamW,
-    EquivalentClassOptimization,
-    EquivalentClassOptimizer,
-    ScalingGroup,
-    ec_sgd,
-)
+from lightning_ecopt import ECSGD, ECAdamW, EquivalentClassOptimization, EquivalentClassOptimizer, ScalingGroup, ec_sgd
 from tests.lightning_integration.modules import RULES, Batch, Classifier, fit, loader, mlp, same, sgd, weights
 
 NAME = "lightning_ecopt.EquivalentClassOptimization"

@@ -14,8 +14,8 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn import functional as F
 
 from lightning_ecopt import scaling_group
-from lightning_ecopt.symmetry import PendingGroup
-from lightning_ecopt.symmetry.shards import Ranks
+from lightning_ecopt.common.sharding import Ranks
+from lightning_ecopt.symmetry import GroupFromNextCall
 from tests.lightning_integration import fsdp_script as script
 from tests.lightning_integration.runs import launch
 from tests.networks import ResidualMLP, mlp, norm_cnn
@@ -271,7 +271,7 @@ def _unsharded(net: nn.Module) -> nn.Module:
 def test_a_step_cannot_be_watched_with_sharded_parameters(mesh: Any) -> None:
     net = script.shard(mlp(3, 4, 2), mesh)
     with pytest.raises(ValueError, match=r"0.weight first.*example_input_array"):
-        PendingGroup(net, "forward")
+        GroupFromNextCall(net, "forward")
     assert "forward" not in vars(net)
 
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.optim import Adam, AdamW, Optimizer
 
 from lightning_ecopt import EquivalentClassOptimizer, scaling_group
-from lightning_ecopt.paths import choose_skeleton
+from lightning_ecopt.steps import choose_skeleton
 from tests.networks import DenseNet, ResidualMLP, ResNet, mlp, plain_cnn
 from tests.optim.training import (
     batches,

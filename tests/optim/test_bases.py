@@ -14,8 +14,8 @@ from torch import Tensor, nn, optim
 from torch.optim import Optimizer
 
 from lightning_ecopt import EquivalentClassOptimizer, ScalingGroup, scaling_group
-from lightning_ecopt.optim.state import moments_of
-from lightning_ecopt.paths import Skeleton
+from lightning_ecopt.steps import Skeleton
+from lightning_ecopt.steps.state import moments_of
 from tests.networks import mlp
 from tests.optim.bases import (
     BASES,

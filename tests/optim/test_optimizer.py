@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_ecopt import EquivalentClassOptimizer, scaling_group
-from lightning_ecopt.paths import Skeleton, choose_skeleton
-from lightning_ecopt.symmetry import PendingGroup
+from lightning_ecopt.steps import Skeleton, choose_skeleton
+from lightning_ecopt.symmetry import GroupFromNextCall
 from tests.networks import ResidualMLP, mlp, norm_cnn
 from tests.optim.training import (
     RULES,
@@ -661,7 +661,7 @@ def fresh(
     """A module and its optimizer, the same at every call."""
     torch.manual_seed(1)
     module = NETWORKS[name][0]().to(dtype)
-    group = PendingGroup(module, "forward") if pending else scaling_group(module, x)
+    group = GroupFromNextCall(module, "forward") if pending else scaling_group(module, x)
     base = SGD(module.parameters(), lr=0.03, momentum=0.9, weight_decay=1e-3)
     return module, EquivalentClassOptimizer(base, group, rule=rule, refresh_interval=interval)
 
@@ -917,7 +917,7 @@ def test_a_checkpoint_of_a_network_with_other_units_is_an_error(pending: bool, r
     optimizer = ec_sgd(module, x, rule=rule, lr=0.03, momentum=0.9)
     train(module, optimizer, x, y, range(2))
     other, x, y = problem(4, 7, 3)
-    group = PendingGroup(other, "forward") if pending else scaling_group(other, x)
+    group = GroupFromNextCall(other, "forward") if pending else scaling_group(other, x)
     wrapped = EquivalentClassOptimizer(SGD(other.parameters(), lr=0.03, momentum=0.9), group, rule=rule)
     state = optimizer.state_dict()
     message = "The checkpoint was made with 6 units, this network has 7"
@@ -1039,7 +1039,7 @@ def test_parameters_that_the_traced_call_did_not_use_are_errors() -> None:
 def test_a_step_before_the_network_was_traced_is_an_error() -> None:
     module, x, y = problem(4, 6, 3)
     loss_of(module, x, y).backward()
-    optimizer = EquivalentClassOptimizer(SGD(module.parameters(), lr=0.1), PendingGroup(module, "forward"))
+    optimizer = EquivalentClassOptimizer(SGD(module.parameters(), lr=0.1), GroupFromNextCall(module, "forward"))
     assert optimizer.group is None
     before = weights_of(module)
     with pytest.raises(
@@ -1053,7 +1053,9 @@ def test_a_step_before_the_network_was_traced_is_an_error() -> None:
 def test_a_skipped_batch_before_the_network_was_traced_does_nothing(rule: str) -> None:
     module, x, y = problem(4, 6, 3)
     twin = copy.deepcopy(module)
-    optimizer = EquivalentClassOptimizer(SGD(module.parameters(), lr=0.1), PendingGroup(module, "forward"), rule=rule)
+    optimizer = EquivalentClassOptimizer(
+        SGD(module.parameters(), lr=0.1), GroupFromNextCall(module, "forward"), rule=rule
+    )
     before = weights_of(module)
     optimizer.step()
     assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
@@ -1065,7 +1067,7 @@ def test_a_skipped_batch_before_the_network_was_traced_does_nothing(rule: str) -
 
 def test_the_usable_units_are_not_known_before_the_network_was_traced() -> None:
     module, x, _ = problem(4, 6, 3)
-    optimizer = EquivalentClassOptimizer(SGD(module.parameters(), lr=0.1), PendingGroup(module, "forward"))
+    optimizer = EquivalentClassOptimizer(SGD(module.parameters(), lr=0.1), GroupFromNextCall(module, "forward"))
     with pytest.raises(RuntimeError, match="The scaling group is not known before the first step"):
         optimizer.usable_units()
     with torch.no_grad():
@@ -1077,7 +1079,9 @@ def test_the_usable_units_are_not_known_before_the_network_was_traced() -> None:
 @RULES
 def test_the_closure_of_the_first_step_may_be_what_is_traced(rule: str) -> None:
     module, x, y = problem(4, 6, 3)
-    optimizer = EquivalentClassOptimizer(SGD(module.parameters(), lr=0.1), PendingGroup(module, "forward"), rule=rule)
+    optimizer = EquivalentClassOptimizer(
+        SGD(module.parameters(), lr=0.1), GroupFromNextCall(module, "forward"), rule=rule
+    )
 
     def closure() -> Tensor:
         optimizer.zero_grad()

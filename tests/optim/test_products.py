@@ -55,7 +55,7 @@ def test_training_depends_on_the_class_alone(case: Case, rule: str, base: type[t
     module, inputs, target = start_of(case)
     other = copy.deepcopy(module)
     group = scaling_group(other, *inputs)
-    assert not (group.scales.simple & ~group.scale_invariant).all()
+    assert not (group.monomials.simple & ~group.scale_invariant).all()
     group.act_(0.5 * torch.randn(group.num_units, generator=torch.Generator().manual_seed(2), dtype=torch.float64))
     outputs = []
     for one in (module, other):
@@ -83,5 +83,5 @@ def test_units_in_products_have_no_paths() -> None:
         rule: EquivalentClassOptimizer(SGD(module.parameters(), lr=0.1), group, rule=rule) for rule in ("unit", "path")
     }
     assert optimizers["unit"].usable_units().all()
-    assert torch.equal(optimizers["path"].usable_units(), group.scales.simple)
-    assert int(group.scales.simple.sum()) == 12 - 4  # four channels of queries and keys
+    assert torch.equal(optimizers["path"].usable_units(), group.monomials.simple)
+    assert int(group.monomials.simple.sum()) == 12 - 4  # four channels of queries and keys

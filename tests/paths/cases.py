@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ecopt import ScalingGroup, scaling_group
-from lightning_ecopt.paths import PathCoordinates, Skeleton, choose_skeleton
+from lightning_ecopt.steps import PathCoordinates, Skeleton, choose_skeleton
 from tests.networks import DenseNet, ResidualMLP, ResNet, mlp, norm_cnn, plain_cnn
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {

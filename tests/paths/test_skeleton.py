@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from lightning_ecopt import ScalingGroup, scaling_group
-from lightning_ecopt.paths import PathCoordinates, Skeleton, choose_skeleton
+from lightning_ecopt.steps import PathCoordinates, Skeleton, choose_skeleton
 from tests.networks import ResidualMLP, mlp, norm_cnn, plain_cnn
 from tests.paths.cases import NETWORKS, make, point
-from tests.paths.explicit import GROUND, Place, ends, place_of
+from tests.paths.explicit import FIXED, Place, ends, place_of
 
 
 def choose(module: nn.Module, group: ScalingGroup, rule: str = "max") -> Skeleton:
@@ -53,7 +53,7 @@ def grown_by_hand(module: nn.Module, group: ScalingGroup, active: torch.Tensor, 
                 continue
             ends_at = int(near[name][index]), int(far[name][index])
             edges.append((ends_at, abs(float(parameter.detach()[index])), name in biases, (name, index)))
-    reached, found = {GROUND}, {}
+    reached, found = {FIXED}, {}
     while True:
         for allowed in (False, True):
             level: dict[int, tuple[float, Place]] = {}
@@ -81,9 +81,9 @@ def test_both_choices_are_forests_rooted_in_ground(name: str, some_inactive: boo
         for unit, (name_, index) in chosen_places(at.group, skeleton, side).items():
             assert int(own_ends[name_][index]) == unit
             assert int(other_ends[name_][index]) == int(other[unit])
-            below = 0 if other[unit] == GROUND else int(depth[other[unit]])
+            below = 0 if other[unit] == FIXED else int(depth[other[unit]])
             assert int(depth[unit]) == below + 1
-        assert bool((other[~skeleton.active] == GROUND).all())
+        assert bool((other[~skeleton.active] == FIXED).all())
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_ecopt.common.nested import tensors_in
 from lightning_ecopt.symmetry import ScalingGroup, scaling_group
-from lightning_ecopt.symmetry.structure import tensors_in
 
 DRAWS = 30
 BATCH_NORM = nn.modules.batchnorm._BatchNorm

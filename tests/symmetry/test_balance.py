@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_ecopt.paths import choose_skeleton
-from lightning_ecopt.symmetry import flows, scaling_group
+from lightning_ecopt.common import tensors
+from lightning_ecopt.steps import choose_skeleton
+from lightning_ecopt.symmetry import scaling_group
 from lightning_ecopt.symmetry.balance import _Problem
 from tests.symmetry.helpers import copies, draw_, put_, squares
 from tests.symmetry.zoo.case import Case
@@ -49,9 +50,9 @@ def test_nothing_depends_on_how_many_weights_are_looked_at_together(
     group = scaling_group(module, *case.inputs(generator))
     start, found = copies(group), []
     for elements in (2**17, 7):
-        monkeypatch.setattr(flows, "CPU_PIECE", elements)
+        monkeypatch.setattr(tensors, "CPU_PIECE", elements)
         put_(group, start)
-        paths = group.alive() & group.scales.simple & ~group.scale_invariant
+        paths = group.alive() & group.monomials.simple & ~group.scale_invariant
         own = [coupling.restricted(paths) for coupling in group.couplings]
         imbalance, applied = group.imbalance(), group.balance_()
         skeleton = choose_skeleton(own, group.parameters, paths).state_dict() if bool(paths.any()) else {}
@@ -65,7 +66,7 @@ def test_nothing_depends_on_how_many_weights_are_looked_at_together(
 
 
 def test_a_refresh_needs_no_memory_of_the_size_of_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flows, "CPU_PIECE", 4000)
+    monkeypatch.setattr(tensors, "CPU_PIECE", 4000)
     convolutions = [nn.Conv2d(3, 40, 3), nn.ReLU(), nn.Conv2d(40, 40, 3), nn.ReLU(), nn.Conv2d(40, 40, 3), nn.ReLU()]
     module = nn.Sequential(*convolutions, nn.Flatten(), *mlp(40 * 4, 300, 300, 10))
     group = scaling_group(module, torch.randn(1, 3, 8, 8))

@@ -12,7 +12,7 @@ from torch.nn.modules import module as hooks
 from torch.utils.checkpoint import checkpoint
 
 from lightning_ecopt import ECSGD, EquivalentClassOptimizer, ec_sgd, scaling_group
-from lightning_ecopt.symmetry import WatchedCalls
+from lightning_ecopt.symmetry import GroupFromModuleCalls
 from tests.networks import ResNet, mlp
 
 
@@ -20,7 +20,7 @@ from tests.networks import ResNet, mlp
 def nothing_is_left() -> Iterator[None]:
     yield
     gc.collect()
-    WatchedCalls([]).cancel()  # takes the hooks of those away that nobody holds any more
+    GroupFromModuleCalls([]).cancel()  # takes the hooks of those away that nobody holds any more
     assert not hooks._global_forward_pre_hooks
     assert not hooks._global_forward_hooks
     assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
@@ -29,7 +29,7 @@ def nothing_is_left() -> Iterator[None]:
 def test_the_call_of_one_module_gives_the_group_of_a_trace() -> None:
     torch.manual_seed(0)
     module, x = ResNet(), torch.randn(2, 1, 6, 6)
-    calls = WatchedCalls(module.parameters())
+    calls = GroupFromModuleCalls(module.parameters())
     assert calls.group is None
     module(x)
     found, traced = calls.group, scaling_group(module, x)
@@ -45,7 +45,7 @@ def test_the_call_of_one_module_gives_the_group_of_a_trace() -> None:
 def test_what_happens_between_two_calls_is_held_fixed() -> None:
     torch.manual_seed(0)
     encoder, decoder, x = mlp(4, 6, 5).double(), mlp(5, 7, 2).double(), torch.randn(8, 4, dtype=torch.float64)
-    calls = WatchedCalls([*encoder.parameters(), *decoder.parameters()])
+    calls = GroupFromModuleCalls([*encoder.parameters(), *decoder.parameters()])
 
     def network() -> Tensor:
         return decoder(torch.sigmoid(encoder(x)))
@@ -60,7 +60,7 @@ def test_what_happens_between_two_calls_is_held_fixed() -> None:
 
 def test_calls_are_watched_until_every_parameter_was_seen() -> None:
     first, second = mlp(4, 6, 2), mlp(4, 5, 2)
-    calls = WatchedCalls([*first.parameters(), *second.parameters()])
+    calls = GroupFromModuleCalls([*first.parameters(), *second.parameters()])
     first(torch.randn(3, 4))
     early = calls.group
     assert early is not None
@@ -75,7 +75,7 @@ def test_calls_are_watched_until_every_parameter_was_seen() -> None:
 
 def test_calls_without_gradients_and_of_other_modules_do_not_count() -> None:
     module, other = mlp(4, 6, 2), mlp(4, 6, 2)
-    calls = WatchedCalls(module.parameters())
+    calls = GroupFromModuleCalls(module.parameters())
     with torch.no_grad():
         module(torch.randn(3, 4))
     other(torch.randn(3, 4))
@@ -98,7 +98,7 @@ class Failing(nn.Module):
 
 def test_a_call_that_raises_raises_its_own_error_and_the_next_one_is_watched() -> None:
     module = Failing()
-    calls = WatchedCalls(module.parameters())
+    calls = GroupFromModuleCalls(module.parameters())
     with pytest.raises(KeyError, match="its own"):
         module(torch.randn(3, 4))
     module.fails = False
@@ -122,7 +122,7 @@ class Checkpointed(nn.Module):
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_what_a_checkpoint_computes_again_costs_no_freedom(use_reentrant: bool) -> None:
     module = Checkpointed(use_reentrant)
-    calls = WatchedCalls(module.parameters())
+    calls = GroupFromModuleCalls(module.parameters())
     module(torch.randn(3, 4)).square().mean().backward()
     group = calls.group
     assert group is not None
@@ -131,7 +131,7 @@ def test_what_a_checkpoint_computes_again_costs_no_freedom(use_reentrant: bool) 
 
 def test_two_watch_one_call_side_by_side() -> None:
     module = mlp(4, 6, 5, 2)
-    both = [WatchedCalls(module[:2].parameters()), WatchedCalls(module[2:].parameters())]
+    both = [GroupFromModuleCalls(module[:2].parameters()), GroupFromModuleCalls(module[2:].parameters())]
     module(torch.randn(3, 4))
     units = [calls.group.num_units for calls in both if calls.group is not None]
     assert units == [0, 5]  # the first six lead into parameters of the other

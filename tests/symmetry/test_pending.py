@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ecopt import ec_adamw, scaling_group
-from lightning_ecopt.symmetry import PendingGroup
+from lightning_ecopt.symmetry import GroupFromNextCall
 
 
 class Tagger(nn.Module):
@@ -73,7 +73,7 @@ def test_a_method_that_the_user_has_set_on_the_instance_keeps_its_signature() ->
     model = Tagger()
     model.forward = functools.partial(model.forward, double=True)  # type: ignore[method-assign]
     expected, value = inspect.signature(model.forward), model(X)
-    pending = PendingGroup(model, "forward")
+    pending = GroupFromNextCall(model, "forward")
     assert inspect.signature(model.forward) == expected
     assert isinstance(model.forward, functools.partial)
     assert torch.equal(model(X), value)
@@ -83,7 +83,7 @@ def test_a_method_that_the_user_has_set_on_the_instance_keeps_its_signature() ->
 
 def test_a_pickle_holds_the_method_and_waits_no_more() -> None:
     model = Tagger()
-    pending = PendingGroup(model, "forward")
+    pending = GroupFromNextCall(model, "forward")
     loaded = pickle.loads(pickle.dumps(model))
     assert torch.equal(loaded(X), model.net(X))
     assert pending.group is None
@@ -93,7 +93,7 @@ def test_a_pickle_holds_the_method_and_waits_no_more() -> None:
 
 def test_a_deep_copy_waits_for_a_call_of_its_own() -> None:
     model = Tagger()
-    pending = PendingGroup(model, "forward")
+    pending = GroupFromNextCall(model, "forward")
     twin, own = copy.deepcopy((model, pending))
     twin(X)
     assert own.group is not None
@@ -106,7 +106,7 @@ def test_a_deep_copy_waits_for_a_call_of_its_own() -> None:
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")
 def test_a_model_that_is_waited_for_can_be_scripted() -> None:
     model = Tagger()
-    pending = PendingGroup(model, "forward")
+    pending = GroupFromNextCall(model, "forward")
     assert torch.equal(torch.jit.script(model)(X), model(X))
     assert pending.group is not None
 
@@ -114,7 +114,7 @@ def test_a_model_that_is_waited_for_can_be_scripted() -> None:
 @pytest.mark.parametrize("inner", [False, True], ids=["wrapped", "in place"])
 def test_the_call_of_a_compiled_model_is_watched(inner: bool) -> None:
     model = Tagger()
-    pending = PendingGroup(model, "forward")
+    pending = GroupFromNextCall(model, "forward")
     if inner:
         model.compile(backend="eager")
         model(X)

@@ -1,4 +1,4 @@
-"""The solver against plain linear algebra."""
+"""The elimination against plain linear algebra."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_ecopt.symmetry import solve as solver
-from lightning_ecopt.symmetry.labels import GROUND
-from lightning_ecopt.symmetry.solve import NO_UNIT, solve
-from lightning_ecopt.symmetry.tracer import Operation, Tracer, Use
+from lightning_ecopt.symmetry import elimination
+from lightning_ecopt.symmetry.coupling import NO_UNIT
+from lightning_ecopt.symmetry.equations import Equations, Operation, Use
+from lightning_ecopt.symmetry.labels import FIXED
+from lightning_ecopt.symmetry.solve import solve
 
 SCALES = 12
 
 
 @st.composite
-def systems(draw: Any) -> tuple[Tracer, np.ndarray]:
-    """Random equations between a few scales, as a tracer has them and as the rows of a matrix."""
-    tracer = Tracer({"w": (SCALES,)})
-    tracer.fresh((SCALES,))
+def systems(draw: Any) -> tuple[Equations, np.ndarray]:
+    """Random equations between a few scales, as a equations has them and as the rows of a matrix."""
+    equations = Equations({"w": (SCALES,)})
+    equations.fresh((SCALES,))
     numbers = st.integers(1, SCALES)
     rows = []
 
@@ -31,10 +32,10 @@ def systems(draw: Any) -> tuple[Tracer, np.ndarray]:
             rows[-1][scale] += coefficient
 
     for first, second in draw(st.lists(st.tuples(numbers, numbers), max_size=4)):
-        tracer.equalities.append(np.array([[first, second]]))
+        equations.equalities.append(np.array([[first, second]]))
         row([first, second], [1, -1])
     for number in draw(st.lists(numbers, max_size=2)):
-        tracer.groundings.append((Operation("ground", ""), np.array([number])))
+        equations.fixings.append((Operation("ground", ""), np.array([number])))
         row([number], [1])
     for width in draw(st.lists(st.integers(2, 4), max_size=8)):
         coefficients = draw(st.lists(st.sampled_from([1, -1, 1, -1, 2, -3]), min_size=width, max_size=width))
@@ -42,15 +43,15 @@ def systems(draw: Any) -> tuple[Tracer, np.ndarray]:
         scales = draw(
             st.lists(st.lists(st.integers(0, SCALES), min_size=width, max_size=width), min_size=count, max_size=count)
         )
-        tracer.relate(np.array(scales), tuple(coefficients))
+        equations.relate(np.array(scales), tuple(coefficients))
         for numbered in scales:
             row(numbered, coefficients)
     used = np.array(sorted(draw(st.sets(numbers, min_size=1))))
     region = (slice(0, len(used), 1),)
-    tracer.uses["w"] = [Use(region, used, np.zeros(1, np.int64), additive=False)]
+    equations.uses["w"] = [Use(region, used, np.zeros(1, np.int64), additive=False)]
     matrix = np.array(rows or [np.zeros(SCALES + 1)])
-    matrix[:, GROUND] = 0
-    return tracer, matrix[:, 1:]
+    matrix[:, FIXED] = 0
+    return equations, matrix[:, 1:]
 
 
 def null_space(matrix: np.ndarray) -> np.ndarray:
@@ -59,17 +60,17 @@ def null_space(matrix: np.ndarray) -> np.ndarray:
     return vectors[rank:].T
 
 
-@pytest.mark.parametrize("worth_it", [1, 2, solver.WORTH_IT])
+@pytest.mark.parametrize("worth_it", [1, 2, elimination.WORTH_IT])
 @settings(max_examples=250, deadline=None, derandomize=True)
 @given(system=systems())
 def test_units_span_the_solutions_as_far_as_parameters_show_them(
-    worth_it: int, system: tuple[Tracer, np.ndarray]
+    worth_it: int, system: tuple[Equations, np.ndarray]
 ) -> None:
-    tracer, matrix = system
+    equations, matrix = system
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(solver, "WORTH_IT", worth_it)
-        solution = solve(tracer)
-    (use,) = tracer.uses["w"]
+        patch.setattr(elimination, "WORTH_IT", worth_it)
+        solution = solve(equations)
+    (use,) = equations.uses["w"]
     (solved,) = solution.uses
     scales = np.zeros((solution.num_scales + 1, solution.num_units))  # the last is ground
     scales[: solution.num_units] = np.eye(solution.num_units)
@@ -83,13 +84,13 @@ def test_units_span_the_solutions_as_far_as_parameters_show_them(
 
 
 def test_units_come_in_the_order_and_direction_in_which_parameters_meet_them() -> None:
-    tracer = Tracer({"a": (2,), "b": (2,)})
-    first, second = tracer.fresh((2,)), tracer.fresh((2,))
-    tracer.relate(np.stack([first, second], 1), (1, 1))
+    equations = Equations({"a": (2,), "b": (2,)})
+    first, second = equations.fresh((2,)), equations.fresh((2,))
+    equations.relate(np.stack([first, second], 1), (1, 1))
     ground = np.zeros(1, np.int64)
-    tracer.uses["a"] = [Use((slice(0, 2, 1),), second[::-1], ground, additive=False)]
-    tracer.uses["b"] = [Use((slice(0, 2, 1),), first, ground, additive=False)]
-    solution = solve(tracer)
+    equations.uses["a"] = [Use((slice(0, 2, 1),), second[::-1], ground, additive=False)]
+    equations.uses["b"] = [Use((slice(0, 2, 1),), first, ground, additive=False)]
+    solution = solve(equations)
     assert solution.num_units == 2
     assert solution.uses[0].incoming.tolist() == [0, 1]
     assert solution.uses[1].incoming.tolist() == [2, 3]
@@ -98,12 +99,12 @@ def test_units_come_in_the_order_and_direction_in_which_parameters_meet_them() -
 
 
 def test_a_scale_that_is_its_own_inverse_is_ground() -> None:
-    tracer = Tracer({"w": (1,)})
-    scale = tracer.fresh((1,))
-    other = tracer.fresh((1,))
-    tracer.relate(np.array([[scale[0], other[0]]]), (1, 1))
-    tracer.equate(scale, other)
-    tracer.uses["w"] = [Use((slice(0, 1, 1),), scale, np.zeros(1, np.int64), additive=False)]
-    solution = solve(tracer)
+    equations = Equations({"w": (1,)})
+    scale = equations.fresh((1,))
+    other = equations.fresh((1,))
+    equations.relate(np.array([[scale[0], other[0]]]), (1, 1))
+    equations.equate(scale, other)
+    equations.uses["w"] = [Use((slice(0, 1, 1),), scale, np.zeros(1, np.int64), additive=False)]
+    solution = solve(equations)
     assert solution.num_units == 0
     assert solution.uses[0].incoming.tolist() == [NO_UNIT]

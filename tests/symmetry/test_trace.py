@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from lightning_ecopt.symmetry import PendingGroup, ScalingGroup, SegmentSum, scaling_group
+from lightning_ecopt.common.segment_sum import SegmentSum
+from lightning_ecopt.symmetry import GroupFromNextCall, ScalingGroup, scaling_group
+from lightning_ecopt.symmetry.equations import Operation
 from lightning_ecopt.symmetry.rules import RULES
-from lightning_ecopt.symmetry.tracer import Operation
 from tests.networks import ResidualMLP, ResNet, mlp, norm_cnn
 from tests.symmetry.helpers import assert_same, draw_, evaluate
 
@@ -85,7 +86,7 @@ def by_hand(m: Any, h: Tensor) -> Tensor | None:
     return h if bool(torch.zeros(()) == 0) else None
 
 
-# What is grounded, and what it cost -----------------------------------------------------------------------------------
+# What is is_fixed, and what it cost -----------------------------------------------------------------------------------
 
 
 def test_an_operation_without_a_rule_grounds_what_it_touches_and_is_charged(x: Tensor) -> None:
@@ -471,9 +472,9 @@ def batch() -> Tensor:
 
 def test_a_training_step_gives_the_group_of_the_module(batch: Tensor) -> None:
     module = Trained()
-    pending = PendingGroup(module, "training_step")
+    pending = GroupFromNextCall(module, "training_step")
     assert pending.group is None
-    expected = module.training_step.__self__._method(batch, 0)
+    expected = type(module).training_step(module, batch, 0)
     loss = module.training_step(batch, 0)
     assert torch.equal(loss, expected)
     assert loss.requires_grad
@@ -486,7 +487,7 @@ def test_a_training_step_gives_the_group_of_the_module(batch: Tensor) -> None:
 
 def test_a_forward_call_gives_the_same_group_as_a_trace(batch: Tensor) -> None:
     module = Trained()
-    pending = PendingGroup(module, "forward")
+    pending = GroupFromNextCall(module, "forward")
     module(batch)
     assert pending.group is not None
     expected = scaling_group(module, batch)
@@ -501,7 +502,7 @@ def test_a_forward_call_gives_the_same_group_as_a_trace(batch: Tensor) -> None:
 def test_gradients_of_a_watched_step_are_those_of_an_unwatched_one(batch: Tensor) -> None:
     module, other = Trained(), Trained()
     other.load_state_dict(module.state_dict())
-    PendingGroup(module, "training_step")
+    GroupFromNextCall(module, "training_step")
     module.training_step(batch, 0).backward()
     other.training_step(batch, 0).backward()
     for p, q in zip(module.parameters(), other.parameters(), strict=True):
@@ -515,7 +516,7 @@ def test_the_loss_is_watched_too(batch: Tensor) -> None:
             return self(batch).sum() + h[:, :2].square().mean()
 
     module = Penalised()
-    pending = PendingGroup(module, "training_step")
+    pending = GroupFromNextCall(module, "training_step")
     module.training_step(batch, 0)
     assert pending.group is not None
     assert pending.group.num_units == 2 + 5
@@ -523,7 +524,7 @@ def test_the_loss_is_watched_too(batch: Tensor) -> None:
 
 def test_a_step_without_output_keeps_waiting(batch: Tensor) -> None:
     module = Trained()
-    pending = PendingGroup(module, "training_step")
+    pending = GroupFromNextCall(module, "training_step")
     module.skip = True
     assert module.training_step(batch, 0) is None
     assert pending.group is None
@@ -537,7 +538,7 @@ def test_an_exception_leaves_nothing_behind(batch: Tensor) -> None:
     from torch.nn.modules import module as registry
 
     module = Trained()
-    pending = PendingGroup(module, "training_step")
+    pending = GroupFromNextCall(module, "training_step")
     hooks = len(registry._global_forward_pre_hooks), len(registry._global_forward_hooks)
     module.fail = True
     with pytest.raises(RuntimeError, match="no data"):
@@ -560,7 +561,7 @@ def test_the_users_own_attribute_is_put_back(batch: Tensor) -> None:
         return module(batch).sum()
 
     module.training_step = own  # type: ignore[method-assign]
-    pending = PendingGroup(module, "training_step")
+    pending = GroupFromNextCall(module, "training_step")
     module.training_step(batch, 7)
     assert pending.group is not None
     assert vars(module)["training_step"] is own
@@ -569,7 +570,7 @@ def test_the_users_own_attribute_is_put_back(batch: Tensor) -> None:
 
 def test_a_cancelled_watch_gives_the_method_back(batch: Tensor) -> None:
     module = Trained()
-    pending = PendingGroup(module, "forward")
+    pending = GroupFromNextCall(module, "forward")
     pending.cancel()
     assert "forward" not in vars(module)
     module(batch)
@@ -578,7 +579,7 @@ def test_a_cancelled_watch_gives_the_method_back(batch: Tensor) -> None:
 
 def test_cancelling_spares_what_someone_else_has_put_there_since() -> None:
     module = Trained()
-    pending = PendingGroup(module, "forward")
+    pending = GroupFromNextCall(module, "forward")
     module.forward = own = lambda x: x  # type: ignore[method-assign]
     pending.cancel()
     assert vars(module)["forward"] is own
@@ -587,14 +588,14 @@ def test_cancelling_spares_what_someone_else_has_put_there_since() -> None:
 def test_a_pending_group_refuses_foreign_parameters_before_it_touches_the_module() -> None:
     module = Trained()
     with pytest.raises(ValueError, match="not parameters of Trained"):
-        PendingGroup(module, "forward", [nn.Parameter(torch.zeros(1))])
+        GroupFromNextCall(module, "forward", [nn.Parameter(torch.zeros(1))])
     assert "forward" not in vars(module)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_a_watched_call_without_gradients_finds_the_same_group(mode: Callable[[], Any], batch: Tensor) -> None:
     module = Trained()
-    pending = PendingGroup(module, "forward")
+    pending = GroupFromNextCall(module, "forward")
     with mode():
         module(batch)
     assert pending.group is not None
@@ -603,7 +604,7 @@ def test_a_watched_call_without_gradients_finds_the_same_group(mode: Callable[[]
 
 def test_what_a_watched_call_keeps_in_attributes_is_grounded_and_kept(x: Tensor) -> None:
     module = Net(lambda m, h: setattr(m, "hidden", h))
-    pending = PendingGroup(module, "forward")
+    pending = GroupFromNextCall(module, "forward")
     module(x)
     assert pending.group is not None
     assert pending.group.num_units == 0
@@ -614,7 +615,7 @@ def test_a_watched_call_updates_running_statistics_once() -> None:
     module = norm_cnn()
     other = deepcopy(module)
     image = torch.randn(4, 1, 8, 8)
-    pending = PendingGroup(module, "forward")
+    pending = GroupFromNextCall(module, "forward")
     assert torch.equal(module(image), other(image))
     for (name, a), (_, b) in zip(module.named_buffers(), other.named_buffers(), strict=True):
         assert torch.equal(a, b), name
@@ -625,7 +626,7 @@ def test_a_watched_call_updates_running_statistics_once() -> None:
 def test_the_group_of_a_watched_call_moves_the_module_itself(batch: Tensor) -> None:
     module = Trained()
     draw_(module, torch.Generator().manual_seed(0))
-    pending = PendingGroup(module, "forward")
+    pending = GroupFromNextCall(module, "forward")
     before = module(batch).detach()
     assert pending.group is not None
     weight = module.net.stem.weight.detach().clone()

@@ -1,6 +1,6 @@
 """One rule per ATen operation: from the labels of its inputs to the label of its output.
 
-A rule is a function of a :class:`Call`; it returns the label of each output and imposes on the tracer the equations
+A rule is a function of a :class:`Call`; it returns the label of each output and imposes on the equations the equations
 under which those labels are right. Rules are found by the operation's base name, so that overloads, in-place and
 ``out=`` forms share one. An operation without a rule grounds all that it touches.
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lightning_ecopt.symmetry.labels import GROUND, IntArray, align, constant
+from lightning_ecopt.symmetry.labels import FIXED, IntArray, align, constant
 from lightning_ecopt.symmetry.rules.registry import Call, rule
 
 
@@ -20,15 +20,15 @@ from lightning_ecopt.symmetry.rules.registry import Call, rule
 )
 def scaled_dot_product(call: Call) -> list[IntArray]:
     """Queries [..., heads, length, channels]; several heads of queries may share one of keys and values."""
-    call.ground("attn_mask", "attn_bias")
+    call.hold_fixed("attn_mask", "attn_bias")
     query, key, value = (call.uniform(name, [len(call.shape(name)) - 2]) for name in ("query", "key", "value"))
     outputs = call.output if isinstance(call.output, tuple | list) else [call.output]
     if query.ndim > 2:
         heads = call.shape("query")[-3]
         key, value = (_shared(ids, heads) for ids in (key, value))
-    scores = call.tracer.combine((1, query), (1, key))
-    call.tracer.ground(call.tracer.uniform(scores, [scores.ndim - 1]))
-    return [align(value, outputs[0].ndim), *(constant(GROUND, getattr(part, "ndim", 0)) for part in outputs[1:])]
+    scores = call.equations.combine((1, query), (1, key))
+    call.equations.hold_fixed(call.equations.uniform(scores, [scores.ndim - 1]))
+    return [align(value, outputs[0].ndim), *(constant(FIXED, getattr(part, "ndim", 0)) for part in outputs[1:])]
 
 
 def _shared(ids: IntArray, heads: int) -> IntArray:

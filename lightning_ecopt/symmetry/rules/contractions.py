@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 
 from lightning_ecopt.symmetry.labels import (
-    GROUND,
+    FIXED,
     ZERO,
     IntArray,
     ParameterView,
@@ -66,25 +66,25 @@ def convolution(call: Call) -> IntArray:
     """Grouped, depthwise, dilated, strided and transposed, in any number of dimensions."""
     ids, weight = call.ids("input"), call.value("weight")
     channels, groups = call.output.shape[1], call["groups"]
-    ids = call.tracer.uniform(ids, [axis for axis in range(ids.ndim) if axis != 1])
+    ids = call.equations.uniform(ids, [axis for axis in range(ids.ndim) if axis != 1])
     inputs = np.broadcast_to(ids.reshape(-1), call.shape("input")[1]).reshape(groups, -1)
     if (inputs == ZERO).all():
         label = constant(ZERO, 1)
     elif isinstance(weight, ParameterView):
-        label = call.tracer.fresh((channels,))
+        label = call.equations.fresh((channels,))
         outputs = label.reshape(groups, -1)
         if call["transposed"]:
             incoming, outgoing = _grouped(outputs, inputs)  # [groups, in, out]
         else:
             outgoing, incoming = _grouped(inputs, outputs)  # [groups, out, in]
-        call.tracer.assign(weight, _spread(incoming, ids.ndim), _spread(outgoing, ids.ndim), additive=False)
+        call.equations.assign(weight, _spread(incoming, ids.ndim), _spread(outgoing, ids.ndim), additive=False)
     else:
-        rows = stretch(call.tracer.uniform(weight, range(2, weight.ndim)), call.shape("weight"), [0])
+        rows = stretch(call.equations.uniform(weight, range(2, weight.ndim)), call.shape("weight"), [0])
         kernel = rows.reshape((groups, rows.shape[0] // groups, rows.shape[1]))  # [groups, out, in]
         if call["transposed"]:
             kernel = kernel.swapaxes(1, 2)
-        products = call.tracer.combine((1, kernel), (1, inputs[:, None]))
-        mixed = call.tracer.uniform(products, [2])[..., 0]
+        products = call.equations.combine((1, kernel), (1, inputs[:, None]))
+        mixed = call.equations.uniform(products, [2])[..., 0]
         label = np.broadcast_to(mixed, (groups, channels // groups)).reshape(-1)
     output = along_channels(label, ids.ndim)
     if call["bias"] is None:
@@ -107,7 +107,7 @@ def _spread(ids: IntArray, ndim: int) -> IntArray:
 def contract(call: Call, left: Value, right: Value, ndim: int) -> IntArray:
     """Label of ``left @ right`` for ``left`` [..., n, k] and ``right`` [..., k, p], with ``ndim`` axes."""
     if isinstance(left, ParameterView) and isinstance(right, ParameterView):
-        left = call.tracer.materialise(left)
+        left = call.equations.materialise(left)
     if isinstance(left, ParameterView):
         return contract(call, _transposed(right, ndim), _transposed(left, ndim), ndim).swapaxes(-1, -2)
     left = align(left, ndim)
@@ -117,21 +117,21 @@ def contract(call: Call, left: Value, right: Value, ndim: int) -> IntArray:
     if left.shape[-2] > 1 and right.shape[-1] > 1 and not (left == ZERO).any() and not (right == ZERO).any():
         # With x(n, k) y(k, p) the same for all k, x is a(n) t(k) and y is b(p) / t(k).
         left, mixed = _split_rows(call, left)
-        right = call.tracer.uniform(call.tracer.combine((1, right), (1, mixed.swapaxes(-1, -2))), [ndim - 2])
-        return call.tracer.combine((1, left), (1, right))
-    products = call.tracer.combine((1, left[..., None]), (1, right[..., None, :, :]))
-    return call.tracer.uniform(products, [ndim - 1]).squeeze(-2)
+        right = call.equations.uniform(call.equations.combine((1, right), (1, mixed.swapaxes(-1, -2))), [ndim - 2])
+        return call.equations.combine((1, left), (1, right))
+    products = call.equations.combine((1, left[..., None]), (1, right[..., None, :, :]))
+    return call.equations.uniform(products, [ndim - 1]).squeeze(-2)
 
 
 def _split_rows(call: Call, left: IntArray) -> tuple[IntArray, IntArray]:
     """Write a label [..., n, k] as the product of one that changes along n and one that changes along k."""
     if left.shape[-1] == 1:
-        return left, constant(GROUND, left.ndim)
+        return left, constant(FIXED, left.ndim)
     first = left[..., :1, :]
     if left.shape[-2] == 1:
-        return constant(GROUND, left.ndim), first
+        return constant(FIXED, left.ndim), first
     axes = [axis for axis in range(left.ndim) if axis != left.ndim - 1]
-    return call.tracer.difference(left, first, axes), first
+    return call.equations.difference(left, first, axes), first
 
 
 def _transposed(value: Value, ndim: int) -> Value:
@@ -149,39 +149,39 @@ def _parameter_product(call: Call, left: IntArray, weight: ParameterView) -> Int
     shape = [1] * ndim
     for axis in [*batch, ndim - 1]:
         shape[axis] = max((index.shape[axis] for index in weight.axes), default=1)
-    output = call.tracer.fresh(shape)
-    own = constant(GROUND, ndim)
+    output = call.equations.fresh(shape)
+    own = constant(FIXED, ndim)
     if any(left.shape[axis] > 1 for axis in rows) and not (left == ZERO).any():
         first = left
         for axis in rows:
             first = first.take([0], axis)
         if left.shape[-1] == 1 and not batch:
-            own, left = left, constant(GROUND, ndim)
+            own, left = left, constant(FIXED, ndim)
         else:
-            own, left = call.tracer.difference(left, first, [*rows, *batch]), first
+            own, left = call.equations.difference(left, first, [*rows, *batch]), first
     else:
-        left = call.tracer.uniform(left, rows)
-    call.tracer.assign(weight, output, left.swapaxes(-1, -2), additive=False)
-    return call.tracer.combine((1, own), (1, output))
+        left = call.equations.uniform(left, rows)
+    call.equations.assign(weight, output, left.swapaxes(-1, -2), additive=False)
+    return call.equations.combine((1, own), (1, output))
 
 
 @rule("dot", "vdot")
 def inner_product(call: Call) -> IntArray:
-    products = call.tracer.combine(
+    products = call.equations.combine(
         (1, call.ids("self")), (1, call.ids(call["tensor" if "tensor" in call.arguments else "other"]))
     )
-    return call.tracer.uniform(products, [0]).reshape(())
+    return call.equations.uniform(products, [0]).reshape(())
 
 
 @rule("addr")
 def outer_product_added(call: Call) -> IntArray:
-    product = call.tracer.combine((1, call.ids("vec1")[:, None]), (1, call.ids("vec2")[None]))
+    product = call.equations.combine((1, call.ids("vec1")[:, None]), (1, call.ids("vec2")[None]))
     return add_to(call, product, call.value("self"), 2)
 
 
 @rule("addbmm")
 def products_summed(call: Call) -> IntArray:
-    ids = call.tracer.uniform(contract(call, call.value("batch1"), call.value("batch2"), 3), [0])[0]
+    ids = call.equations.uniform(contract(call, call.value("batch1"), call.value("batch2"), 3), [0])[0]
     return add_to(call, ids, call.value("self"), 2)
 
 
@@ -189,8 +189,8 @@ def products_summed(call: Call) -> IntArray:
 def cross_product(call: Call) -> IntArray:
     """Differences of products of different elements: each factor has one label along the axis."""
     axis = call["dim"] % call.output.ndim
-    factors = [call.tracer.uniform(call.broadcast(name), [axis]) for name in ("self", "other")]
-    return call.tracer.combine(*((1, ids) for ids in factors))
+    factors = [call.equations.uniform(call.broadcast(name), [axis]) for name in ("self", "other")]
+    return call.equations.combine(*((1, ids) for ids in factors))
 
 
 @rule("_trilinear")
@@ -204,14 +204,16 @@ def trilinear(call: Call) -> IntArray:
         factors.append(value)
     labels = [value for value in factors if not isinstance(value, ParameterView)]
     weights = [value for value in factors if isinstance(value, ParameterView)]
-    labels += [call.tracer.materialise(weight) for weight in weights[1:]]
+    labels += [call.equations.materialise(weight) for weight in weights[1:]]
     axes = tuple(call["sumdim"])
-    ids = call.tracer.combine(*((1, label) for label in labels))
+    ids = call.equations.combine(*((1, label) for label in labels))
     if weights:
         weight = weights[0]
-        ids = call.tracer.uniform(ids, set(range(ids.ndim)) - weight.varying())
+        ids = call.equations.uniform(ids, set(range(ids.ndim)) - weight.varying())
         kept = weight.varying() - set(axes)
-        output = call.tracer.fresh([max(a.shape[k] for a in weight.axes) if k in kept else 1 for k in range(ids.ndim)])
-        call.tracer.assign(weight, output, ids, additive=False)
+        output = call.equations.fresh(
+            [max(a.shape[k] for a in weight.axes) if k in kept else 1 for k in range(ids.ndim)]
+        )
+        call.equations.assign(weight, output, ids, additive=False)
         ids = output
-    return call.tracer.uniform(ids, axes).squeeze(axes)
+    return call.equations.uniform(ids, axes).squeeze(axes)

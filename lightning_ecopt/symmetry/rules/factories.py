@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lightning_ecopt.symmetry.labels import GROUND, ZERO, IntArray, align, constant
+from lightning_ecopt.symmetry.labels import FIXED, ZERO, IntArray, align, constant
 from lightning_ecopt.symmetry.rules.registry import Call, rule
 
 
@@ -18,7 +18,7 @@ def filled(call: Call) -> IntArray:
     number = call.arguments.get("fill_value", call.arguments.get("value", call.arguments.get("s")))
     if isinstance(number, Tensor):
         return align(call.ids(number), call.output.ndim)
-    return constant(ZERO if isinstance(number, int | float) and number == 0 else GROUND, call.output.ndim)
+    return constant(ZERO if isinstance(number, int | float) and number == 0 else FIXED, call.output.ndim)
 
 
 @rule(
@@ -45,5 +45,5 @@ def filled(call: Call) -> IntArray:
 def constants(call: Call) -> IntArray:
     for name, argument in call.arguments.items():
         if isinstance(argument, Tensor) and name != "self":  # a bound, not the tensor that gives the shape
-            call.tracer.ground(call.value(argument))
-    return constant(GROUND, call.output.ndim)
+            call.equations.hold_fixed(call.value(argument))
+    return constant(FIXED, call.output.ndim)

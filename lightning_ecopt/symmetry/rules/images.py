@@ -6,7 +6,7 @@ from math import prod
 
 import numpy as np
 
-from lightning_ecopt.symmetry.labels import GROUND, IntArray, constant
+from lightning_ecopt.symmetry.labels import FIXED, IntArray, constant
 from lightning_ecopt.symmetry.rules.registry import Call, rule
 
 
@@ -24,7 +24,7 @@ def _register() -> None:
 
         def pooled_with_indices(call: Call, spatial: int = spatial) -> list[IntArray]:
             values = _pixels_alike(call, spatial)
-            return [values, constant(GROUND, values.ndim)]
+            return [values, constant(FIXED, values.ndim)]
 
         rule(
             f"avg_pool{spatial}d",
@@ -51,7 +51,7 @@ _register()
 @rule("grid_sampler_2d", "grid_sampler_3d")
 def sampled(call: Call) -> IntArray:
     """Interpolation between pixels; where is decided by the grid."""
-    call.ground("grid")
+    call.hold_fixed("grid")
     return _pixels_alike(call, call.output.ndim - 2)
 
 
@@ -68,7 +68,7 @@ def _grouped(call: Call, ids: IntArray, size: int) -> IntArray:
     if ids.shape[axis] == 1:
         return ids
     groups = ids.reshape(*ids.shape[:axis], -1, size, *ids.shape[axis + 1 :])
-    return call.tracer.uniform(groups, [axis + 1]).squeeze(axis + 1)
+    return call.equations.uniform(groups, [axis + 1]).squeeze(axis + 1)
 
 
 @rule("pixel_unshuffle")

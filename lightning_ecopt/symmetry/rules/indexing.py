@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from lightning_ecopt.symmetry.labels import (
-    GROUND,
+    FIXED,
     IntArray,
     ParameterView,
     Value,
@@ -26,7 +26,7 @@ def pick(call: Call, name: str, axes: Iterable[int]) -> Value:
     """Let data choose among the elements of an argument along ``axes``, which get size 1."""
     value, axes = call.value(name), tuple(axes)
     if not isinstance(value, ParameterView):
-        return call.tracer.uniform(value, axes)
+        return call.equations.uniform(value, axes)
     varying = [set(_changing(index)) for part in value.parts() for index in part.axes]
     if any(changing & set(axes) and not changing <= set(axes) for changing in varying):
         return call.uniform(name, axes)  # reshaped, so that one axis of the parameter lies along several of the view
@@ -52,8 +52,8 @@ def _any_element(call: Call, name: str, ndim: int) -> IntArray:
 def embedding(call: Call) -> Value:
     """Rows of a table. With sparse gradients the table is held fixed."""
     if call["sparse"]:
-        call.ground("weight")
-        return constant(GROUND, call.output.ndim)
+        call.hold_fixed("weight")
+        return constant(FIXED, call.output.ndim)
     leading = (1,) * (call.output.ndim - 1)
     return map_value(pick(call, "weight", [0]), lambda ids: ids.reshape(leading + ids.shape[1:]))
 
@@ -63,11 +63,11 @@ def embedding_bag(call: Call) -> list[IntArray]:
     """Sums, means or maxima of rows of a table."""
     ids = call.uniform("weight", [0])
     if call["sparse"]:
-        call.ground("weight")
+        call.hold_fixed("weight")
     if call["per_sample_weights"] is not None:
         weights = call.uniform("per_sample_weights", [0])
-        ids = call.tracer.combine((1, ids), (1, weights[None]))
-    return [ids, *(constant(GROUND, part.ndim) for part in call.output[1:])]
+        ids = call.equations.combine((1, ids), (1, weights[None]))
+    return [ids, *(constant(FIXED, part.ndim) for part in call.output[1:])]
 
 
 @rule("index_select")
@@ -88,7 +88,7 @@ def _at(call: Call, indices: dict[int, IntArray]) -> Value | None:
         return ids[tuple(places)]
 
     value = map_value(call.value("self"), taken)
-    return None if isinstance(value, ParameterView) and not call.tracer.is_box(value) else value
+    return None if isinstance(value, ParameterView) and not call.equations.is_box(value) else value
 
 
 @rule("index", "_unsafe_index")
@@ -119,22 +119,22 @@ def put_at_indices(call: Call) -> IntArray:
     indices = _indices(call)
     if any(index is not None and _is_mask(index) for index in indices):
         ndim = len(indices)
-        return call.tracer.equate(_any_element(call, "self", ndim), _any_element(call, "values", ndim))
+        return call.equations.equate(_any_element(call, "self", ndim), _any_element(call, "values", ndim))
     axes = [axis for axis, index in enumerate(indices) if index is not None]
     ids = call.uniform("self", axes)
     width = max(index.ndim for index in indices if index is not None)
     place = axes[0] if axes[-1] - axes[0] == len(axes) - 1 else 0  # where the axes of the indices stand in what is put
     among = range(place, place + width)
     values = align(call.ids("values"), ids.ndim - len(axes) + width)
-    values = call.tracer.uniform(values, among).squeeze(tuple(among))
-    return call.tracer.equate(ids, np.expand_dims(values, tuple(axes)))
+    values = call.equations.uniform(values, among).squeeze(tuple(among))
+    return call.equations.equate(ids, np.expand_dims(values, tuple(axes)))
 
 
 @rule("gather")
 def gathered(call: Call) -> Value:
     """With sparse gradients a parameter is held fixed."""
     if call.arguments.get("sparse_grad"):
-        call.ground("self")
+        call.hold_fixed("self")
     return _cut(pick(call, "self", call.axes("dim")), call.shape("index"))
 
 
@@ -156,25 +156,25 @@ def selected_by_mask(call: Call) -> IntArray:
 @rule("masked_scatter")
 def put_at_mask(call: Call) -> IntArray:
     ndim = call.output.ndim
-    return call.tracer.equate(_any_element(call, "self", ndim), _any_element(call, "source", ndim))
+    return call.equations.equate(_any_element(call, "self", ndim), _any_element(call, "source", ndim))
 
 
 @rule("scatter", "scatter_add", "scatter_reduce")
 def scattered(call: Call) -> IntArray:
     """What is put, or added, has the label of what it is put into. A product over elements is no sum."""
     if call.arguments.get("reduce") in ("prod", "multiply"):
-        call.ground("self", "src", "value")
-        return constant(GROUND, call.output.ndim)
+        call.hold_fixed("self", "src", "value")
+        return constant(FIXED, call.output.ndim)
     axes = call.axes("dim")
     ids = call.uniform("self", axes)
     if call.arguments.get("src") is None:
-        return call.tracer.equate(ids, align(call.ids("value"), ids.ndim))
+        return call.equations.equate(ids, align(call.ids("value"), ids.ndim))
     shape = call.shape("index")
     source = np.asarray(_cut(call.uniform("src", axes), shape))
     # Perhaps only a part of the rows is put into: the label is written out along the axes on which it changes.
     whole = np.array(stretch(ids, call.shape("self"), _changing(source)))
     part = tuple(slice(size) if own > 1 else slice(None) for size, own in zip(shape, whole.shape, strict=True))
-    whole[part] = call.tracer.equate(whole[part], source)
+    whole[part] = call.equations.equate(whole[part], source)
     return compress(whole)
 
 
@@ -186,15 +186,15 @@ def _changing(ids: IntArray) -> list[int]:
 def put_along_axis(call: Call) -> IntArray:
     axes = call.axes("dim")
     if call.arguments.get("reduce") == "prod":
-        call.ground("self", "source")
-        return constant(GROUND, call.output.ndim)
+        call.hold_fixed("self", "source")
+        return constant(FIXED, call.output.ndim)
     source = align(call.uniform("source", axes) if call.shape("source") else call.ids("source"), call.output.ndim)
-    return call.tracer.equate(call.uniform("self", axes), source)
+    return call.equations.equate(call.uniform("self", axes), source)
 
 
 @rule("index_fill")
 def filled_along_axis(call: Call) -> IntArray:
-    return call.tracer.equate(call.uniform("self", call.axes("dim")), align(call.ids("value"), call.output.ndim))
+    return call.equations.equate(call.uniform("self", call.axes("dim")), align(call.ids("value"), call.output.ndim))
 
 
 @rule("slice_scatter", "select_scatter")
@@ -222,12 +222,12 @@ def put_into(call: Call, ids: IntArray, source: IntArray, part: tuple[slice, ...
 def packed(call: Call) -> list[IntArray]:
     """[batch, time, channels] to [steps, channels], and how many sequences each time has."""
     ids = call.uniform("input", [0, 1])
-    return [ids[0], constant(GROUND, 1)]
+    return [ids[0], constant(FIXED, 1)]
 
 
 @rule("_pad_packed_sequence")
 def unpacked(call: Call) -> list[IntArray]:
     """The inverse; what is filled up with anything but zeros must not change."""
     if call["padding_value"] != 0:
-        call.ground("data")
-    return [call.uniform("data", [0])[None], constant(GROUND, 1)]
+        call.hold_fixed("data")
+    return [call.uniform("data", [0])[None], constant(FIXED, 1)]

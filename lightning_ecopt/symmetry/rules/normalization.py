@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from lightning_ecopt.symmetry.labels import GROUND, IntArray, Value, align, along_channels, constant, map_value
+from lightning_ecopt.symmetry.labels import FIXED, IntArray, Value, align, along_channels, constant, map_value
 from lightning_ecopt.symmetry.rules.pointwise import add_to, multiply
 from lightning_ecopt.symmetry.rules.registry import Call, rule
 
@@ -42,15 +42,15 @@ def group_norm(call: Call) -> list[IntArray]:
 
 def _normalized(call: Call, place: Callable[[IntArray, int], IntArray]) -> list[IntArray]:
     """``place`` brings the label of the affine parameters to the number of axes of the output."""
-    call.ground("input", "running_mean", "running_var", "mean", "invstd")
+    call.hold_fixed("input", "running_mean", "running_var", "mean", "invstd")
     outputs = call.output if isinstance(call.output, tuple | list) else [call.output]
     ndim = outputs[0].ndim
-    ids = constant(GROUND, ndim)
+    ids = constant(FIXED, ndim)
     if call["weight"] is not None:
         ids = place(call.ids("weight"), ndim)
     if call.arguments.get("bias") is not None:
         ids = add_to(call, ids, map_value(call.value("bias"), lambda axis: place(axis, ndim)), ndim)
-    return [ids, *(constant(GROUND, output.ndim) for output in outputs[1:])]
+    return [ids, *(constant(FIXED, output.ndim) for output in outputs[1:])]
 
 
 @rule("_weight_norm_interface")
@@ -59,5 +59,5 @@ def weight_norm(call: Call) -> list[Value]:
     v, ndim = call.value("v"), call.output[0].ndim
     others = [axis for axis in range(ndim) if axis != call["dim"] % ndim]
     norms = call.uniform("v", others)
-    gains = call.tracer.combine((1, call.ids("g", others)), (-1, norms))
+    gains = call.equations.combine((1, call.ids("g", others)), (-1, norms))
     return [multiply(call, gains, v, ndim), norms]

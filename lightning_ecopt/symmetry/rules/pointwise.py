@@ -6,7 +6,7 @@ from dataclasses import replace
 from fractions import Fraction
 
 from lightning_ecopt.symmetry.labels import (
-    GROUND,
+    FIXED,
     ZERO,
     IntArray,
     ParameterView,
@@ -28,13 +28,13 @@ def homogeneous(call: Call) -> Value:
 @rule("_prelu_kernel", "prelu")
 def prelu(call: Call) -> IntArray:
     """Homogeneous in its input; the slope must not change."""
-    call.ground("weight")
+    call.hold_fixed("weight")
     return call.ids("self")
 
 
 @rule("native_dropout")
 def dropout(call: Call) -> list[Value]:
-    return [call.value("input"), constant(GROUND, call.output[1].ndim)]
+    return [call.value("input"), constant(FIXED, call.output[1].ndim)]
 
 
 @rule("clamp", "clamp_min", "clamp_max", "clip", "hardtanh")
@@ -56,13 +56,13 @@ def power(call: Call) -> IntArray:
     if isinstance(exponent, int | float) and abs(exponent) < 1e6:
         exact = Fraction(exponent).limit_denominator(1000)
         if abs(exact - Fraction(exponent)) < 1e-9:
-            return call.tracer.combine((exact, call.ids("self")))
-    call.ground("self", "exponent")
-    return constant(GROUND, call.output.ndim)
+            return call.equations.combine((exact, call.ids("self")))
+    call.hold_fixed("self", "exponent")
+    return constant(FIXED, call.output.ndim)
 
 
 def _raised(call: Call, exponent: int | Fraction) -> IntArray:
-    return call.tracer.combine((exponent, call.ids("self")))
+    return call.equations.combine((exponent, call.ids("self")))
 
 
 rule("square")(lambda call: _raised(call, 2))
@@ -77,7 +77,7 @@ def gated(call: Call) -> IntArray:
     (axis,) = call.axes("dim")
     half = call.output.shape[axis]
     ids = stretch(call.ids("self"), call.shape("self"), [axis])
-    call.tracer.ground(ids.take(range(half, 2 * half), axis))
+    call.equations.hold_fixed(ids.take(range(half, 2 * half), axis))
     return ids.take(range(half), axis)
 
 
@@ -113,8 +113,8 @@ def divided(call: Call) -> Value:
     """Labels subtract."""
     numerator, ndim = call.value("self"), call.output.ndim
     if call.arguments.get("rounding_mode") is not None:
-        call.ground("self", "other")
-        return constant(GROUND, ndim)
+        call.hold_fixed("self", "other")
+        return constant(FIXED, ndim)
     return divide(call, numerator, call.ids("other"), ndim)
 
 
@@ -133,7 +133,7 @@ def quotient_added(call: Call) -> Value:
 @rule("lerp")
 def interpolated(call: Call) -> Value:
     """Between two tensors of one label; the weight is added to a constant."""
-    call.ground("weight")
+    call.hold_fixed("weight")
     return add(call, call.value("self"), call.value("end"), call.output.ndim)
 
 
@@ -141,20 +141,20 @@ def interpolated(call: Call) -> Value:
 def compared(call: Call) -> IntArray:
     """The outcome stays the same if both sides are multiplied by one factor, and a side of zero by any."""
     _all_equal(call, "self", "other")
-    return constant(GROUND, call.output.ndim)
+    return constant(FIXED, call.output.ndim)
 
 
 @rule("sign", "sgn", "signbit", "logical_not", "isnan", "isinf", "isfinite", "nonzero", "count_nonzero", "any", "all")
 def unchanging(call: Call) -> IntArray:
     """Of the sign alone, or of what is zero."""
-    return constant(GROUND, call.output.ndim)
+    return constant(FIXED, call.output.ndim)
 
 
 @rule("heaviside")
 def step(call: Call) -> IntArray:
     """Zero or one, by the sign; what stands for zero must not change."""
-    call.ground("values")
-    return constant(GROUND, call.output.ndim)
+    call.hold_fixed("values")
+    return constant(FIXED, call.output.ndim)
 
 
 def _all_equal(call: Call, *names: str) -> Value:
@@ -165,7 +165,7 @@ def _all_equal(call: Call, *names: str) -> Value:
         return others[0].map(lambda axis: align(axis, call.output.ndim))
     ids = call.broadcast(names[0])
     for name in names[1:]:
-        ids = call.tracer.equate(ids, call.broadcast(name))
+        ids = call.equations.equate(ids, call.broadcast(name))
     return ids
 
 
@@ -174,13 +174,13 @@ def multiply(call: Call, first: Value, second: Value, ndim: int) -> Value:
     if isinstance(first, ParameterView) and (not isinstance(second, ParameterView) or first.is_matrix):
         first, second = second, first
     if isinstance(first, ParameterView):
-        first = call.tracer.materialise(first)
+        first = call.equations.materialise(first)
     ids = align(first, ndim)
     if not isinstance(second, ParameterView):
-        return call.tracer.combine((1, ids), (1, align(second, ndim)))
+        return call.equations.combine((1, ids), (1, align(second, ndim)))
     second = second.map(lambda axis: align(axis, ndim))
     if second.is_matrix:
-        return call.tracer.multiply(second, 1, ids)
+        return call.equations.multiply(second, 1, ids)
     return _gain(call, ids, second)
 
 
@@ -191,9 +191,11 @@ def _gain(call: Call, ids: IntArray, vector: ParameterView) -> IntArray:
     """
     varying = vector.varying()
     if any(size > 1 for k, size in enumerate(ids.shape) if k not in varying) or (ids == ZERO).any():
-        return call.tracer.combine((1, ids), (1, call.tracer.materialise(vector)))
-    output = call.tracer.fresh([max(a.shape[k] for a in vector.axes) if k in varying else 1 for k in range(ids.ndim)])
-    call.tracer.assign(vector, output, ids, additive=False)
+        return call.equations.combine((1, ids), (1, call.equations.materialise(vector)))
+    output = call.equations.fresh(
+        [max(a.shape[k] for a in vector.axes) if k in varying else 1 for k in range(ids.ndim)]
+    )
+    call.equations.assign(vector, output, ids, additive=False)
     return output
 
 
@@ -203,9 +205,9 @@ def divide(call: Call, numerator: Value, denominator: IntArray, ndim: int) -> Va
     if isinstance(numerator, ParameterView):
         numerator = numerator.map(lambda axis: align(axis, ndim))
         if numerator.is_matrix:
-            return call.tracer.multiply(numerator, -1, denominator)
-        numerator = call.tracer.materialise(numerator)
-    return call.tracer.combine((1, align(numerator, ndim)), (-1, denominator))
+            return call.equations.multiply(numerator, -1, denominator)
+        numerator = call.equations.materialise(numerator)
+    return call.equations.combine((1, align(numerator, ndim)), (-1, denominator))
 
 
 def add(call: Call, first: Value, second: Value, ndim: int) -> Value:
@@ -219,7 +221,7 @@ def add(call: Call, first: Value, second: Value, ndim: int) -> Value:
         first, second = (view.map(lambda axis: align(axis, ndim)) for view in (first, second))
         return replace(first, added=(*first.added, second))
     if isinstance(first, ParameterView):
-        first = call.tracer.materialise(first)
+        first = call.equations.materialise(first)
     return add_to(call, first, second, ndim)
 
 
@@ -227,11 +229,11 @@ def add_to(call: Call, ids: IntArray, other: Value, ndim: int) -> IntArray:
     """Likewise, for a tensor with a label."""
     ids = align(ids, ndim)
     if not isinstance(other, ParameterView):
-        return call.tracer.equate(ids, align(other, ndim))
+        return call.equations.equate(ids, align(other, ndim))
     parameter = other.map(lambda axis: align(axis, ndim))
     varying = parameter.varying()
-    ids = call.tracer.uniform(ids, [k for k in range(ndim) if k not in varying])
+    ids = call.equations.uniform(ids, [k for k in range(ndim) if k not in varying])
     if (ids == ZERO).any():
-        return call.tracer.equate(ids, call.tracer.materialise(parameter))
-    call.tracer.assign(parameter, ids, constant(GROUND, 0), additive=True)
+        return call.equations.equate(ids, call.equations.materialise(parameter))
+    call.equations.assign(parameter, ids, constant(FIXED, 0), additive=True)
     return ids

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_ecopt.symmetry.labels import GROUND, IntArray, ParameterView, constant
+from lightning_ecopt.symmetry.labels import FIXED, IntArray, ParameterView, constant
 from lightning_ecopt.symmetry.rules.registry import Call, rule
 
 
@@ -10,8 +10,8 @@ from lightning_ecopt.symmetry.rules.registry import Call, rule
 def recurrent_layer(call: Call) -> list[IntArray]:
     """One direction of one layer of an LSTM."""
     _lead_in(call, "input", [call["weight0"]])
-    call.ground("weight1", "weight2", "weight3", "hx_", "cx_")
-    return [constant(GROUND, getattr(output, "ndim", 0)) for output in call.output]
+    call.hold_fixed("weight1", "weight2", "weight3", "hx_", "cx_")
+    return [constant(FIXED, getattr(output, "ndim", 0)) for output in call.output]
 
 
 @rule("_cudnn_rnn")
@@ -22,9 +22,9 @@ def recurrent_network(call: Call) -> list[IntArray]:
     _lead_in(call, "input", first)
     for weight in call["weight"]:
         if not any(weight is other for other in first):
-            call.tracer.ground(call.value(weight))
-    call.ground("hx", "cx", "dropout_state")
-    return [constant(GROUND, getattr(output, "ndim", 0)) for output in call.output]
+            call.equations.hold_fixed(call.value(weight))
+    call.hold_fixed("hx", "cx", "dropout_state")
+    return [constant(FIXED, getattr(output, "ndim", 0)) for output in call.output]
 
 
 def _lead_in(call: Call, name: str, weights: list[object]) -> None:
@@ -33,6 +33,6 @@ def _lead_in(call: Call, name: str, weights: list[object]) -> None:
     for weight in weights:
         value = call.value(weight)
         if isinstance(value, ParameterView):
-            call.tracer.assign(value, constant(GROUND, 2), ids, additive=False)
+            call.equations.assign(value, constant(FIXED, 2), ids, additive=False)
         else:
-            call.tracer.ground(call.tracer.combine((1, ids), (1, value)))
+            call.equations.hold_fixed(call.equations.combine((1, ids), (1, value)))

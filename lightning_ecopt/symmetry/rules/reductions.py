@@ -6,7 +6,7 @@ from fractions import Fraction
 from math import prod
 from typing import Any
 
-from lightning_ecopt.symmetry.labels import GROUND, IntArray, constant
+from lightning_ecopt.symmetry.labels import FIXED, IntArray, constant
 from lightning_ecopt.symmetry.rules.pointwise import add
 from lightning_ecopt.symmetry.rules.registry import Call, rule
 
@@ -16,7 +16,7 @@ def _reduced(call: Call, output: Any, power: int | Fraction = 1) -> IntArray:
     axes = call.axes("dim")
     ids = call.uniform("self", axes)
     if power != 1:
-        ids = call.tracer.combine((power, ids))
+        ids = call.equations.combine((power, ids))
     return ids if output.ndim == ids.ndim else ids.squeeze(axes)
 
 
@@ -54,7 +54,7 @@ def product(call: Call) -> IntArray:
 def position(call: Call) -> IntArray:
     """Where something is does not change if all of it is multiplied by one factor."""
     call.uniform("self", call.axes("dim"))
-    return constant(GROUND, call.output.ndim)
+    return constant(FIXED, call.output.ndim)
 
 
 @rule("max", "min", "median", "nanmedian")
@@ -65,7 +65,7 @@ def extreme(call: Call) -> Any:
     if "dim" not in call.arguments:
         return _reduced(call, call.output)
     values = _reduced(call, call.output[0])
-    return [values, constant(GROUND, values.ndim)]
+    return [values, constant(FIXED, values.ndim)]
 
 
 @rule("sort", "topk", "kthvalue", "mode", "cummax", "cummin")
@@ -74,7 +74,7 @@ def ordered(call: Call) -> list[IntArray]:
     axes = call.axes("dim")
     values = call.uniform("self", axes)
     values = values if call.output[0].ndim == values.ndim else values.squeeze(axes)
-    return [values, constant(GROUND, values.ndim)]
+    return [values, constant(FIXED, values.ndim)]
 
 
 @rule("trace")

@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from lightning_ecopt.symmetry.labels import GROUND, ZERO, IntArray, ParameterView, Value, align, constant
-from lightning_ecopt.symmetry.tracer import Tracer
+from lightning_ecopt.symmetry.equations import Equations
+from lightning_ecopt.symmetry.labels import FIXED, ZERO, IntArray, ParameterView, Value, align, constant
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,7 +17,7 @@ class Call:
     """One call of an operation, as a rule sees it.
 
     Args:
-        tracer: takes the equations.
+        equations: takes the equations.
         arguments: the arguments by their names in the operation's schema, defaults filled in.
         values: the label or parameter view of every tensor argument, by ``id`` of the tensor.
         shapes: likewise the shapes, as they were before the call.
@@ -26,7 +25,7 @@ class Call:
         constants: values of integer tensors that the call always makes alike, by ``id`` of the tensor.
     """
 
-    tracer: Tracer
+    equations: Equations
     arguments: dict[str, Any]
     values: dict[int, Value]
     shapes: dict[int, tuple[int, ...]]
@@ -46,23 +45,23 @@ class Call:
             argument = self.arguments[argument]
         if isinstance(argument, Tensor):
             return self.values[id(argument)]
-        return constant(ZERO if argument == 0 else GROUND, 0)
+        return constant(ZERO if argument == 0 else FIXED, 0)
 
     def ids(self, argument: Any, uniform: Iterable[int] = ()) -> IntArray:
         """The label of a tensor or number; a parameter gets scales of its own, one along the ``uniform`` axes."""
         value = self.value(argument)
-        return self.tracer.materialise(value, uniform) if isinstance(value, ParameterView) else value
+        return self.equations.materialise(value, uniform) if isinstance(value, ParameterView) else value
 
     def uniform(self, name: str, axes: Iterable[int]) -> IntArray:
         """The label of a tensor after demanding that it does not change along ``axes``, which keep size 1."""
         axes = tuple(axes)
-        return self.tracer.uniform(self.ids(name, axes), axes)
+        return self.equations.uniform(self.ids(name, axes), axes)
 
-    def ground(self, *names: str) -> None:
+    def hold_fixed(self, *names: str) -> None:
         """Demand that arguments do not change; those that are ``None`` or missing are passed over."""
         for name in names:
             if self.arguments.get(name) is not None:
-                self.tracer.ground(self.value(name))
+                self.equations.hold_fixed(self.value(name))
 
     def broadcast(self, argument: Any) -> IntArray:
         """The label, with as many axes as the output."""
@@ -99,8 +98,3 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
         return function
 
     return register
-
-
-def is_inexact(tensor: Tensor) -> bool:
-    """Whether the tensor holds real or complex numbers that a scale can multiply."""
-    return (tensor.dtype.is_floating_point or tensor.dtype.is_complex) and tensor.layout is torch.strided

@@ -7,8 +7,9 @@ from typing import cast
 
 import numpy as np
 
+from lightning_ecopt.symmetry.aten import is_inexact
 from lightning_ecopt.symmetry.labels import (
-    GROUND,
+    FIXED,
     ZERO,
     IntArray,
     ParameterView,
@@ -20,7 +21,7 @@ from lightning_ecopt.symmetry.labels import (
     reshape,
     stretch,
 )
-from lightning_ecopt.symmetry.rules.registry import Call, is_inexact, rule
+from lightning_ecopt.symmetry.rules.registry import Call, rule
 
 View = Callable[[Call, IntArray], IntArray | list[IntArray]]
 
@@ -54,8 +55,8 @@ def viewed(call: Call) -> Value:
     """As another shape; or as another type, which makes other elements."""
     value = call.value("self")
     if "dtype" in call.arguments:
-        call.tracer.ground(value)
-        return constant(GROUND, call.output.ndim)
+        call.equations.hold_fixed(value)
+        return constant(FIXED, call.output.ndim)
     return map_value(value, lambda ids: reshape(ids, call.shape("self"), call.output.shape))
 
 
@@ -83,8 +84,8 @@ def unchanged(call: Call, ids: IntArray) -> IntArray:
 def converted(call: Call) -> Value:
     value = call.value("self")
     if not is_inexact(call.output):
-        call.tracer.ground(value)
-        return constant(GROUND, call.output.ndim)
+        call.equations.hold_fixed(value)
+        return constant(FIXED, call.output.ndim)
     return value
 
 
@@ -178,12 +179,12 @@ def as_complex(call: Call) -> IntArray:
 
 @rule("complex")
 def from_real_and_imaginary_part(call: Call) -> IntArray:
-    return call.tracer.equate(call.broadcast("real"), call.broadcast("imag"))
+    return call.equations.equate(call.broadcast("real"), call.broadcast("imag"))
 
 
 @rule("polar")
 def from_magnitude_and_angle(call: Call) -> IntArray:
-    call.ground("angle")
+    call.hold_fixed("angle")
     return call.broadcast("abs")
 
 
@@ -217,7 +218,7 @@ def concatenated(call: Call) -> IntArray:
     tensors = [tensor for tensor in call["tensors"] if tuple(tensor.shape) != (0,)]
     axis = call["dim"] % max(call.output.ndim, 1)
     parts = [stretch(call.ids(tensor), tensor.shape, [axis]) for tensor in tensors]
-    return _joined(parts, axis) if parts else constant(GROUND, call.output.ndim)
+    return _joined(parts, axis) if parts else constant(FIXED, call.output.ndim)
 
 
 @rule("stack")
@@ -243,7 +244,7 @@ def padded(call: Call) -> IntArray:
         ids = stretch(ids, shape, [axis])[(slice(None),) * axis + (kept,)]
         widths = [(0, 0)] * ids.ndim
         widths[axis] = (max(before, 0), max(after, 0))
-        ids = np.pad(ids, widths, constant_values=ZERO if call["value"] == 0 else GROUND)
+        ids = np.pad(ids, widths, constant_values=ZERO if call["value"] == 0 else FIXED)
     return ids
 
 

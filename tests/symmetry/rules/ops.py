@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils._pytree import tree_map_only
 
-from lightning_ecopt.symmetry import ScalingGroup, scaling_group, tracer
+from lightning_ecopt.symmetry import ScalingGroup, equations, scaling_group
+from lightning_ecopt.symmetry.equations import Equations
 from lightning_ecopt.symmetry.rules import RULES, Call
-from lightning_ecopt.symmetry.tracer import Tracer
 from tests.symmetry import helpers
 from tests.symmetry.helpers import assert_same, count_freedoms, directions, draw_, evaluate, normal, nullity
 
@@ -92,7 +92,7 @@ def find(op: Op) -> tuple[Around, ScalingGroup, Tensor]:
     draw_(module, torch.Generator().manual_seed(2))
     with torch.inference_mode(op.inference), pytest.MonkeyPatch.context() as patch:
         if op.large:
-            patch.setattr(tracer, "MOST_ELEMENTS", 3)
+            patch.setattr(equations, "MOST_ELEMENTS", 3)
         group = scaling_group(module, module.example())
     found = directions(group)
     before = evaluate(module, (module.example(),))
@@ -153,7 +153,7 @@ def out_of(function: Callable[..., Any], count: int = 1) -> Callable[..., Any]:
     return call
 
 
-def directly(name: str, equations: Tracer, output: Any, tensors: dict[str, Any], **arguments: Any) -> Any:
+def directly(name: str, equations: Equations, output: Any, tensors: dict[str, Any], **arguments: Any) -> Any:
     """What a rule says of a call made by hand: label and tensor of each argument."""
     values = {id(tensor): value for tensor, value in tensors.values()}
     named = {key: tensor for key, (tensor, _) in tensors.items()}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_ecopt.symmetry.tracer import Tracer
+from lightning_ecopt.symmetry.equations import Equations
 from tests.symmetry.rules.ops import Op, check, detached, directly, every
 
 TWO = {"q": (4, 4), "k": (4, 4)}
@@ -104,20 +104,20 @@ def test_a_rule_keeps_the_function_and_loses_no_freedom(op: Op, monkeypatch: pyt
 )
 def test_accelerators_attention_makes_the_same_demands(name: str, outputs: int) -> None:
     def demands(name: str, outputs: int) -> tuple[list[np.ndarray], list[Any]]:
-        tracer = Tracer({})
+        equations = Equations({})
         query, key, value, mask = (torch.zeros(*shape) for shape in ((2, 4, 5, 3), (2, 2, 6, 3), (2, 2, 6, 7), (5, 6)))
         bias = "attn_mask" if name.endswith(("cpu", "mps")) else "attn_bias"
         given = {
-            "query": (query, tracer.fresh((1, 4, 1, 3))),
-            "key": (key, tracer.fresh((1, 2, 1, 3))),
-            "value": (value, tracer.fresh((1, 2, 1, 7))),
-            bias: (mask, tracer.fresh((5, 6))),
+            "query": (query, equations.fresh((1, 4, 1, 3))),
+            "key": (key, equations.fresh((1, 2, 1, 3))),
+            "value": (value, equations.fresh((1, 2, 1, 7))),
+            bias: (mask, equations.fresh((5, 6))),
         }
         rest = [torch.zeros(2, 4, 5), None, None, 5, 6, torch.zeros(2), torch.zeros(()), torch.zeros(0)]
-        labels = directly(name, tracer, (torch.zeros(2, 4, 5, 7), *rest[: outputs - 1]), given)
+        labels = directly(name, equations, (torch.zeros(2, 4, 5, 7), *rest[: outputs - 1]), given)
         assert len(labels) == outputs
-        equations = [relation.scales for relation in tracer.relations] + tracer.equalities
-        return equations + [numbers for _, numbers in tracer.groundings], labels[:2]
+        imposed = [relation.scales for relation in equations.relations] + equations.equalities
+        return imposed + [numbers for _, numbers in equations.fixings], labels[:2]
 
     for actual, expected in zip(demands(name, outputs), demands(CPU, 2), strict=True):
         for first, second in zip(actual, expected, strict=True):

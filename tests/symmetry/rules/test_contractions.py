@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from lightning_ecopt.symmetry.equations import Equations
 from lightning_ecopt.symmetry.labels import ParameterView
-from lightning_ecopt.symmetry.tracer import Tracer
 from tests.symmetry.rules.ops import Op, check, directly, every, out_of
 
 GAIN, SQUARE, WIDE, TWO = {"g": (4,)}, {"w": (4, 4)}, {"w": (5, 4)}, {"w": (5, 4), "v": (3, 4)}
@@ -187,11 +187,11 @@ def test_a_rule_keeps_the_function_and_loses_no_freedom(op: Op, monkeypatch: pyt
 
 
 def test_overrideable_convolution_leads_from_input_to_new_output_channels() -> None:
-    tracer = Tracer({"w": (6, 2, 3)})
-    features = tracer.fresh((1, 4, 1))
+    equations = Equations({"w": (6, 2, 3)})
+    features = equations.fresh((1, 4, 1))
     output = directly(
         "convolution_overrideable",
-        tracer,
+        equations,
         torch.zeros(2, 6, 3),
         {
             "input": (torch.zeros(2, 4, 5), features),
@@ -201,7 +201,7 @@ def test_overrideable_convolution_leads_from_input_to_new_output_channels() -> N
         groups=2,
         transposed=False,
     )
-    (use,) = tracer.uses["w"]
+    (use,) = equations.uses["w"]
     np.testing.assert_array_equal(use.incoming.ravel(), output.ravel())
     expected = features.reshape(2, 1, 2).repeat(3, axis=1).reshape(6, 2, 1)
     np.testing.assert_array_equal(np.broadcast_to(use.outgoing, (6, 2, 1)), expected)

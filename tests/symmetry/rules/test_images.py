@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_ecopt.symmetry.tracer import Tracer
+from lightning_ecopt.symmetry.equations import Equations
 from tests.symmetry.rules.ops import Op, check, directly, every, traced
 
 CONV = {"w": (3, 4, 1, 1)}
@@ -194,10 +194,12 @@ def test_a_rule_keeps_the_function_and_loses_no_freedom(op: Op, monkeypatch: pyt
 
 
 def test_one_dimensional_average_wants_one_label_along_its_axis() -> None:
-    tracer = Tracer({})
+    equations = Equations({})
     image = torch.zeros(2, 4, 3)
-    output = directly("_adaptive_avg_pool1d", tracer, torch.zeros(2, 4, 1), {"self": (image, tracer.fresh((1, 4, 3)))})
+    output = directly(
+        "_adaptive_avg_pool1d", equations, torch.zeros(2, 4, 1), {"self": (image, equations.fresh((1, 4, 3)))}
+    )
     assert output.shape == (1, 4, 1)
-    assert {tuple(pair) for pair in np.concatenate(tracer.equalities)} == {
+    assert {tuple(pair) for pair in np.concatenate(equations.equalities)} == {
         (3 * row + k + 1, 3 * row + 3) for row in range(4) for k in range(2)
     }

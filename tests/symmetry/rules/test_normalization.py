@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_ecopt.symmetry.labels import GROUND, ZERO, ParameterView
-from lightning_ecopt.symmetry.tracer import Tracer
+from lightning_ecopt.symmetry.equations import Equations
+from lightning_ecopt.symmetry.labels import FIXED, ZERO, ParameterView
 from tests.symmetry.rules.ops import Op, check, directly, every
 
 GAIN, ROWS = {"w": (4,), "b": (4,)}, {"v": (5, 4), "g": (5, 1)}
@@ -104,12 +104,12 @@ def test_a_rule_keeps_the_function_and_loses_no_freedom(op: Op, monkeypatch: pyt
 
 @pytest.mark.parametrize("name", ["cudnn_batch_norm", "miopen_batch_norm", "batch_norm_elemt"])
 def test_accelerators_batch_norm_grounds_its_input_and_starts_anew(name: str) -> None:
-    tracer = Tracer({"w": (4,), "b": (4,)})
-    features = tracer.fresh((1, 4, 1))
+    equations = Equations({"w": (4,), "b": (4,)})
+    features = equations.fresh((1, 4, 1))
     image, vector = torch.zeros(2, 4, 3), torch.zeros(4)
     outputs = directly(
         name,
-        tracer,
+        equations,
         (image, vector, vector.clone()),
         {
             "input": (image, features),
@@ -118,11 +118,11 @@ def test_accelerators_batch_norm_grounds_its_input_and_starts_anew(name: str) ->
         },
     )
     assert outputs[0].shape == (1, 4, 1)
-    assert set(outputs[0].ravel()).isdisjoint({GROUND, ZERO, *features.ravel()})
-    assert all((ids == GROUND).all() for ids in outputs[1:])
-    grounded = np.concatenate([ids for _, ids in tracer.groundings])
-    np.testing.assert_array_equal(np.sort(grounded), features.ravel())
-    (weight,), (bias,) = tracer.uses["w"], tracer.uses["b"]
+    assert set(outputs[0].ravel()).isdisjoint({FIXED, ZERO, *features.ravel()})
+    assert all((ids == FIXED).all() for ids in outputs[1:])
+    is_fixed = np.concatenate([ids for _, ids in equations.fixings])
+    np.testing.assert_array_equal(np.sort(is_fixed), features.ravel())
+    (weight,), (bias,) = equations.uses["w"], equations.uses["b"]
     np.testing.assert_array_equal(weight.incoming, outputs[0].ravel())
     np.testing.assert_array_equal(bias.incoming, outputs[0].ravel())
     assert bias.additive

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ecopt.symmetry import scaling_group
-from lightning_ecopt.symmetry.labels import GROUND, ParameterView
+from lightning_ecopt.symmetry.equations import Equations
+from lightning_ecopt.symmetry.labels import FIXED, ParameterView
 from lightning_ecopt.symmetry.rules import RULES
-from lightning_ecopt.symmetry.tracer import Tracer
 from tests.symmetry.helpers import assert_complete, directions, normal
 from tests.symmetry.rules.ops import directly
 
@@ -59,18 +59,20 @@ def test_accelerators_network_lets_input_channels_scale_and_grounds_the_rest(bid
     count = layers * (2 if bidirectional else 1)
     first = range(count // layers)  # numbers of the layers that read the input
     shapes = {"ih": (12, 4), "hh": (12, 3), "b": (12,), "c": (12,)}
-    tracer = Tracer({f"{name}{k}": shape for k in range(count) for name, shape in shapes.items()} | {"v": (5, 2, 4)})
+    equations = Equations(
+        {f"{name}{k}": shape for k in range(count) for name, shape in shapes.items()} | {"v": (5, 2, 4)}
+    )
     weights = {
         f"{name}{k}": (torch.zeros(shape), ParameterView.whole(f"{name}{k}", shape))
         for k in range(count)
         for name, shape in shapes.items()
     }
-    features = tracer.fresh((1, 1, 4))
-    state = tracer.fresh((1, 1, 3))
+    features = equations.fresh((1, 1, 4))
+    state = equations.fresh((1, 1, 3))
     hidden = torch.zeros(count, 2, 3)
     labels = directly(
         "_cudnn_rnn",
-        tracer,
+        equations,
         (torch.zeros(5, 2, 3 * len(first)), hidden.clone(), hidden.clone(), torch.zeros(0), torch.zeros(0)),
         {"input": (torch.zeros(5, 2, 4), features), "hx": (hidden, state), **weights},
         weight=[tensor for tensor, _ in weights.values()],
@@ -80,11 +82,11 @@ def test_accelerators_network_lets_input_channels_scale_and_grounds_the_rest(bid
         dropout_state=None,
     )
     assert [ids.ndim for ids in labels] == [3, 3, 3, 1, 1]
-    assert all((ids == GROUND).all() for ids in labels)
-    np.testing.assert_array_equal(np.unique(np.concatenate([ids for _, ids in tracer.groundings])), state.ravel())
-    assert not tracer.equalities
+    assert all((ids == FIXED).all() for ids in labels)
+    np.testing.assert_array_equal(np.unique(np.concatenate([ids for _, ids in equations.fixings])), state.ravel())
+    assert not equations.equalities
     for name in weights:
-        (use,) = tracer.uses[name]
-        assert (use.incoming == GROUND).all()
-        expected = features.ravel() if name.startswith("ih") and int(name[2:]) in first else [GROUND]
+        (use,) = equations.uses[name]
+        assert (use.incoming == FIXED).all()
+        expected = features.ravel() if name.startswith("ih") and int(name[2:]) in first else [FIXED]
         np.testing.assert_array_equal(use.outgoing.ravel(), expected)

@@ -8,12 +8,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lightning_ecopt.symmetry.segments import SegmentSum
+from lightning_ecopt.common.segment_sum import SegmentSum
+from lightning_ecopt.common.tensors import widest
 
 
 @dataclass(frozen=True, eq=False)
-class Scales:
-    """Scales 0 to ``num_units - 1`` are the units themselves, all further ones products of powers of units.
+class Monomials:
+    """Monomials 0 to ``num_units - 1`` are the units themselves, all further ones products of powers of units.
 
     In logarithms a scale is a linear combination of units. Where activations are multiplied by each other it is a sum,
     where attention makes keys shrink as queries grow its coefficient is -1, behind a square it is 2.
@@ -31,15 +32,15 @@ class Scales:
     products: Tensor
     units: Tensor
     exponents: Tensor
-    _copies: dict[torch.device, Scales] = field(default_factory=dict, init=False, repr=False)
+    _copies: dict[torch.device, Monomials] = field(default_factory=dict, init=False, repr=False)
 
-    def to(self, device: torch.device) -> Scales:
+    def to(self, device: torch.device) -> Monomials:
         """The same on ``device``."""
         if self.products.device == device:
             return self
         if device not in self._copies:
             terms = (self.products.to(device), self.units.to(device), self.exponents.to(device, widest(device)))
-            self._copies[device] = Scales(self.num_units, self.num_scales, *terms)
+            self._copies[device] = Monomials(self.num_units, self.num_scales, *terms)
         return self._copies[device]
 
     @cached_property
@@ -123,8 +124,3 @@ class Scales:
         simple = torch.ones(self.num_units, dtype=torch.bool, device=self.units.device)
         simple[self.units] = False
         return simple
-
-
-def widest(device: torch.device) -> torch.dtype:
-    """The most exact floating point type that the device has."""
-    return torch.float32 if device.type == "mps" else torch.float64

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_ecopt.symmetry import ScalingGroup, UnitSet
 from lightning_ecopt.symmetry.describe import power, runs
-from lightning_ecopt.symmetry.tracer import Operation
+from lightning_ecopt.symmetry.equations import Operation
 
 MAX_ROWS = 24
 MAX_NAMES = 4
@@ -41,7 +41,7 @@ def render_report(group: ScalingGroup, usable: Tensor | None = None, rule: str =
     )
     if dormant is not None:
         share = f"{1 - dormant.double().mean():.1%}" if group.num_units else "none"
-        pathless = dormant & ~group.scales.simple & (rule == "path")
+        pathless = dormant & ~group.monomials.simple & (rule == "path")
         dormant &= ~pathless
         dimensions += f"; {share} of the freedoms used, {int(dormant.sum()):,} units dormant"
         if pathless.any():

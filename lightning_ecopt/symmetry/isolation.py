@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-import functools
-import gc
 import random
 import types
 from collections import Counter, OrderedDict, UserDict, UserList, defaultdict, deque
@@ -17,61 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-_PLAIN = str | bytes | int | float | complex | type | types.ModuleType | torch.dtype | torch.device
-
-
-def tensors_in(structure: Any, *, objects: bool = False) -> list[Tensor]:
-    """All tensors in nested mappings, sequences, sets and data classes; in the attributes of other ``objects`` too."""
-    return [item for item in _walk(structure, objects) if isinstance(item, Tensor)]
-
-
-def _walk(structure: Any, objects: bool) -> Iterator[Any]:
-    seen: set[int] = set()
-    waiting = [structure]
-    while waiting:
-        item = waiting.pop()
-        if item is None or isinstance(item, _PLAIN) or id(item) in seen:
-            continue
-        seen.add(id(item))
-        yield item
-        if isinstance(item, Tensor):
-            waiting.extend(v for v in vars(item).values() if objects and isinstance(v, Tensor | dict | list | tuple))
-            continue
-        if isinstance(item, Mapping):
-            waiting.extend(item.values())
-        elif isinstance(item, list | tuple | set | frozenset | deque):
-            waiting.extend(item)
-        if objects:
-            waiting.extend(_referred(item))
-        elif dataclasses.is_dataclass(item):
-            waiting.extend(_attributes(item).values())
-
-
-def _referred(item: Any) -> list[Any]:
-    """What an object holds in its attributes, or out of sight until it is called or iterated."""
-    if isinstance(item, types.FunctionType):
-        cells = [cell.cell_contents for cell in item.__closure__ or () if cell != types.CellType()]
-        return [*cells, item.__defaults__, item.__kwdefaults__]
-    if isinstance(item, types.MethodType):
-        return [item.__self__, item.__func__]
-    if isinstance(item, functools.partial):
-        return [item.func, item.args, item.keywords]
-    if isinstance(item, types.GeneratorType):
-        return list(item.gi_frame.f_locals.values()) if item.gi_frame is not None else []
-    if isinstance(item, Iterator):
-        return gc.get_referents(item)
-    return list(_attributes(item).values())
-
-
-def _attributes(item: Any) -> dict[str, Any]:
-    """Attributes in the dictionary and the slots of an object."""
-    slots = [name for kind in type(item).__mro__ for name in _as_tuple(getattr(kind, "__slots__", ()))]
-    found = {name: getattr(item, name) for name in slots if hasattr(item, name)}
-    return {**found, **getattr(item, "__dict__", {})}
-
-
-def _as_tuple(names: Any) -> tuple[str, ...]:
-    return (names,) if isinstance(names, str) else tuple(names)
+from lightning_ecopt.common.nested import _walk
 
 
 @contextmanager

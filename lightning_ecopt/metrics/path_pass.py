@@ -16,10 +16,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from lightning_ecopt.symmetry.scales import widest
-from lightning_ecopt.symmetry.shards import is_sharded
-from lightning_ecopt.symmetry.structure import attributes_kept, tensors_in
-from lightning_ecopt.symmetry.watch import base_name, named_arguments, written_to
+from lightning_ecopt.common.nested import tensors_in
+from lightning_ecopt.common.sharding import is_sharded
+from lightning_ecopt.common.tensors import widest
+from lightning_ecopt.symmetry.aten import base_name, named_arguments, written_to
+from lightning_ecopt.symmetry.isolation import attributes_kept
 
 
 def path_power(model: nn.Module, inputs: Any, samples: int | None, p: float) -> Tensor:

@@ -21,11 +21,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from torchmetrics import Metric
 
-from lightning_ecopt.paths.norm import path_power
-from lightning_ecopt.symmetry import Scales, ScalingGroup
-from lightning_ecopt.symmetry.scales import widest
-from lightning_ecopt.symmetry.shards import is_sharded
-from lightning_ecopt.symmetry.trace import listing
+from lightning_ecopt.common.sharding import is_sharded
+from lightning_ecopt.common.tensors import listing, widest
+from lightning_ecopt.metrics.path_pass import path_power
+from lightning_ecopt.symmetry import Monomials, ScalingGroup
 
 #: Of the states. Where a device without float64 may be met, they must not have it.
 _DTYPE = torch.float32 if torch.backends.mps.is_available() else torch.float64
@@ -302,12 +301,12 @@ def _representative(weights: Mapping[str, Tensor], group: ScalingGroup) -> dict[
 def _remove_dormant_(group: ScalingGroup) -> None:
     """Set to zero what leads to or from units without a path of non-zero elements, but for units in products."""
     # With all others held still, a unit that stays dormant is so whatever these do.
-    paired = group.scales.simple & ~group.scale_invariant
+    paired = group.monomials.simple & ~group.scale_invariant
     none = torch.zeros(0, dtype=torch.long)
     alone = replace(
         group,
         couplings=[coupling.restricted(paired) for coupling in group.couplings],
-        scales=Scales(group.num_units, group.num_units, none, none, none.double()),
+        monomials=Monomials(group.num_units, group.num_units, none, none, none.double()),
     )
     dormant = paired & ~alone.alive().cpu()
     if not bool(dormant.any()):

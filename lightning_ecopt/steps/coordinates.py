@@ -21,17 +21,18 @@ where an entry for ground, index -1, is appended.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lightning_ecopt.common.segment_sum import SegmentSum
+from lightning_ecopt.common.tensors import Tensors, updates_by_difference
 from lightning_ecopt.kernels import EagerKernels, Kernels
-from lightning_ecopt.paths.skeleton import Skeleton
-from lightning_ecopt.symmetry import Coupling, Rows, SegmentSum
-
-Tensors = Mapping[str, Tensor]
+from lightning_ecopt.steps.rows import Rows
+from lightning_ecopt.steps.skeleton import Skeleton
+from lightning_ecopt.symmetry import Coupling
 
 
 class SkeletonElements:
@@ -92,14 +93,6 @@ class SkeletonElements:
                 flat = tensor.is_contiguous()
                 whole, index = (tensor.view(-1), (at,)) if flat else (tensor, torch.unravel_index(at, tensor.shape))
                 whole[index] = values[slots].to(tensor.dtype)
-
-
-def is_low_precision(tensor: Tensor) -> bool:
-    """Whether steps are taken as differences, so that to scale a weight there and back does not round it.
-
-    In sixteen bits a rounding is 0.2 per cent of a weight, and would add up over the steps.
-    """
-    return torch.finfo(tensor.dtype).bits < 32
 
 
 def _flat_index(coupling: Coupling, parameter: Tensor, index: Tensor) -> Tensor:
@@ -221,7 +214,7 @@ class PathCoordinates:
         """
         skeleton_weights = self.elements.read(weights)
         touched = self.scaled | self.elements.places.keys()
-        kept = {name: weights[name].clone() for name in touched if is_low_precision(weights[name])}
+        kept = {name: weights[name].clone() for name in touched if updates_by_difference(weights[name])}
         self.scale_(weights, 1)
         self.elements.write_(weights, self._none, self.free_values)
         values = torch.where(self._is_free, self.elements.read(weights)[1], 1.0)

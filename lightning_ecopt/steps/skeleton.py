@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_ecopt.common.tensors import rows_at_a_time
 from lightning_ecopt.symmetry import Coupling
-from lightning_ecopt.symmetry.flows import rows_at_a_time
 
 NONE = -1
 

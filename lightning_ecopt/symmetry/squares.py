@@ -12,12 +12,11 @@ from math import prod
 import torch
 from torch import Tensor
 
-#: Elements that are looked at together: on a CPU few enough for its caches, elsewhere enough to be worth the calls.
-CPU_PIECE, PIECE = 2**17, 2**22
+from lightning_ecopt.common.tensors import rows_at_a_time
 
 
 @dataclass(frozen=True, eq=False)
-class Flow:
+class SquaredWeights:
     """Squares between scales, as a batch of matrices, so that sums over them are products of matrices and vectors.
 
     Args:
@@ -36,7 +35,7 @@ class Flow:
     rows: float = 0.0
 
     @classmethod
-    def of(cls, weight: Tensor, incoming: Tensor, outgoing: Tensor, dtype: torch.dtype) -> Flow:
+    def of(cls, weight: Tensor, incoming: Tensor, outgoing: Tensor, dtype: torch.dtype) -> SquaredWeights:
         """The squares of a weight that leads from ``outgoing`` to ``incoming``, scales that broadcast to it."""
         shapes = incoming.shape, outgoing.shape
         roots = _norms(weight, torch.broadcast_shapes(*shapes), dtype)
@@ -55,7 +54,7 @@ class Flow:
         )
 
     @classmethod
-    def nothing(cls, dtype: torch.dtype, device: torch.device) -> Flow:
+    def nothing(cls, dtype: torch.dtype, device: torch.device) -> SquaredWeights:
         """Of a weight that other ranks hold."""
         none = torch.zeros(1, 0, dtype=torch.int64, device=device)
         return cls(torch.zeros(1, 0, 0, dtype=dtype, device=device), none, none, dtype)
@@ -96,14 +95,9 @@ class Flow:
         """Which squares are not finite, ``bool[G, A, B]``."""
         return ~self.roots.to(self.dtype).square().isfinite()
 
-    def without(self, elements: Tensor) -> Flow:
+    def without(self, elements: Tensor) -> SquaredWeights:
         """The same with zeros for ``elements``, ``bool[G, A, B]``."""
         return replace(self, roots=self.roots.masked_fill(elements, 0.0))
-
-
-def rows_at_a_time(weight: Tensor, width: int) -> int:
-    """How many rows of ``width`` elements make up a piece."""
-    return max(1, (CPU_PIECE if weight.device.type == "cpu" else PIECE) // max(width, 1))
 
 
 def _times(matrices: Tensor, vectors: Tensor) -> Tensor:
@@ -131,7 +125,7 @@ def multiply_(tensor: Tensor, first: Tensor, second: Tensor) -> None:
         tensor[rows].mul_((factor * other).to(tensor))
 
 
-def joined(flows: Sequence[Flow], ground: int) -> list[Flow]:
+def joined(flows: Sequence[SquaredWeights], ground: int) -> list[SquaredWeights]:
     """The same from fewer flows: all that lead from or to a single scale become one, of 1 x 1 matrices.
 
     Args:
@@ -149,10 +143,10 @@ def joined(flows: Sequence[Flow], ground: int) -> list[Flow]:
     if not roots:
         return matrices
     elements, (incoming, outgoing) = torch.cat(roots), torch.cat(sides, 1)
-    return [Flow(elements[:, None, None], incoming[:, None], outgoing[:, None], elements.dtype), *matrices]
+    return [SquaredWeights(elements[:, None, None], incoming[:, None], outgoing[:, None], elements.dtype), *matrices]
 
 
-def are_finite(flows: Sequence[Flow]) -> list[bool]:
+def are_finite(flows: Sequence[SquaredWeights]) -> list[bool]:
     """Of each flow, whether all its squares are finite, and their sum; with one look at the device."""
     sums = [flow.into(torch.ones_like(flow.outgoing, dtype=flow.dtype)).sum() for flow in flows]
     return torch.stack(sums).isfinite().tolist() if sums else []

@@ -8,18 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_ecopt.common.tensors import Tensors
 from lightning_ecopt.kernels import Coefficient, Kernels
-from lightning_ecopt.optim.rule import Frame, PathStatistics, Tensors
-from lightning_ecopt.optim.state import Moments
-from lightning_ecopt.paths import PathCoordinates, Skeleton
-from lightning_ecopt.paths.coordinates import FreeWeights
+from lightning_ecopt.steps import PathCoordinates, Skeleton
+from lightning_ecopt.steps.coordinates import FreeWeights
+from lightning_ecopt.steps.rule import Frame, PathStatistics
+from lightning_ecopt.steps.state import Moments
 from lightning_ecopt.symmetry import ScalingGroup
 
 
 class PathRule:
     """The inverse chain rule before, weight allocation after the base optimizer's step.
 
-    Meng et al., arXiv:1802.03713; the formulas are in :mod:`lightning_ecopt.paths.coordinates`.
+    Meng et al., arXiv:1802.03713; the formulas are in :mod:`lightning_ecopt.steps.coordinates`.
 
     Args:
         group: the scaling group.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_ecopt.paths.coordinates import PathCoordinates
-from lightning_ecopt.paths.skeleton import Skeleton, choose_skeleton
+from lightning_ecopt.steps.coordinates import PathCoordinates
+from lightning_ecopt.steps.skeleton import Skeleton, choose_skeleton
 
 __all__ = ["PathCoordinates", "Skeleton", "choose_skeleton"]

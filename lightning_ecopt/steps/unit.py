@@ -35,12 +35,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_ecopt.common.segment_sum import SegmentSum
+from lightning_ecopt.common.sharding import local
+from lightning_ecopt.common.tensors import Tensors, updates_by_difference
 from lightning_ecopt.kernels import Coefficient, Kernels
-from lightning_ecopt.optim.rule import Frame, Tensors, UnitStatistics
-from lightning_ecopt.optim.state import Moments, points_of
-from lightning_ecopt.paths.coordinates import is_low_precision
-from lightning_ecopt.symmetry import Coupling, Rows, SegmentSum
-from lightning_ecopt.symmetry.shards import local
+from lightning_ecopt.steps.rows import Rows
+from lightning_ecopt.steps.rule import Frame, UnitStatistics
+from lightning_ecopt.steps.state import Moments, points_of
+from lightning_ecopt.symmetry import Coupling
 
 CENTRING = 0.9
 MEMORY = 0.99
@@ -51,7 +53,7 @@ SAVED = ("rho", "reference", "second", "weight")
 
 
 def _bounded(scale: Tensor, mean: Tensor) -> Tensor:
-    """Scales that are not too far below their mean; what is zero, and has no scale of its own, is like the mean."""
+    """Monomials that are not too far below their mean; what is zero, and has no scale of its own, is like the mean."""
     return torch.where(scale > 0, torch.maximum(scale, FLOOR * mean), mean)
 
 
@@ -105,7 +107,7 @@ def _frame(
 
 
 class UnitRule:
-    """Scales the steps of a base optimizer by unit.
+    """Monomials the steps of a base optimizer by unit.
 
     The magnitudes rho are those of the start: were they taken anew at each refresh, norms and steps would drive each
     other up, exponentially in the number of epochs.
@@ -197,7 +199,7 @@ class UnitRule:
             own = {name: local(tensor) for name, tensor in tensors.items() if name in self._moving}
             self.rows.apply_(self.kernels, "affine_", own, times=factors)
 
-        low = {name: w for name, w in weights.items() if name in self._moving and is_low_precision(w)}
+        low = {name: w for name, w in weights.items() if name in self._moving and updates_by_difference(w)}
         before = {name: weight.clone() for name, weight in low.items()}
         for tensors in (weights, *points_of(moments)):
             scale_(tensors, 1 / frame.scale)

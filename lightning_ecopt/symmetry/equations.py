@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_ecopt.symmetry.labels import (
-    GROUND,
+    FIXED,
     ZERO,
     IntArray,
     ParameterView,
@@ -59,7 +59,7 @@ class Relations:
 
 
 @dataclass(eq=False)
-class Tracer:
+class Equations:
     """Collects scales and equations; knows nothing of how the operations are watched.
 
     Args:
@@ -73,22 +73,22 @@ class Tracer:
     seen: set[str] = field(default_factory=set)
     equalities: list[IntArray] = field(default_factory=list)
     relations: list[Relations] = field(default_factory=list)
-    groundings: list[tuple[Operation, IntArray]] = field(default_factory=list)
-    grounded: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(1024, dtype=bool))
+    fixings: list[tuple[Operation, IntArray]] = field(default_factory=list)
+    is_fixed: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(1024, dtype=bool))
 
     def fresh(self, shape: Sequence[int]) -> IntArray:
         """New scales, one for each element of ``shape``."""
         ids = np.arange(self.num_scales, self.num_scales + prod(shape), dtype=np.int64).reshape(tuple(shape))
         self.num_scales += ids.size
-        if self.num_scales >= len(self.grounded):
-            self.grounded = np.concatenate([self.grounded, np.zeros(self.num_scales, dtype=bool)])
+        if self.num_scales >= len(self.is_fixed):
+            self.is_fixed = np.concatenate([self.is_fixed, np.zeros(self.num_scales, dtype=bool)])
         return ids
 
     def simplify(self, ids: IntArray) -> IntArray:
         """The same label, written shorter by what is known to be ground."""
-        if ids.size == 1 or not self.grounded[ids].any():  # the last entry, which stands for ZERO, is never set
+        if ids.size == 1 or not self.is_fixed[ids].any():  # the last entry, which stands for ZERO, is never set
             return ids
-        return compress(np.where(self.grounded[ids], GROUND, ids))
+        return compress(np.where(self.is_fixed[ids], FIXED, ids))
 
     def equate(self, first: IntArray, second: IntArray) -> IntArray:
         """Demand that two labels agree element by element; returns the common label."""
@@ -96,21 +96,21 @@ class Tracer:
         differ = (first != second) & (first != ZERO) & (second != ZERO)
         if differ.any():
             pairs, _ = unique_rows(np.stack([first[differ], second[differ]], 1))
-            grounded = (pairs == GROUND).any(1)
-            if grounded.any():
-                numbers = np.unique(pairs[grounded].max(1))
-                self.groundings.append((self.operation, numbers))
-                self.grounded[numbers] = True
-            if not grounded.all():
-                self.equalities.append(pairs[~grounded])
+            is_fixed = (pairs == FIXED).any(1)
+            if is_fixed.any():
+                numbers = np.unique(pairs[is_fixed].max(1))
+                self.fixings.append((self.operation, numbers))
+                self.is_fixed[numbers] = True
+            if not is_fixed.all():
+                self.equalities.append(pairs[~is_fixed])
         return compress(np.where(first == ZERO, second, first))
 
-    def ground(self, value: Value) -> None:
+    def hold_fixed(self, value: Value) -> None:
         """Demand that the elements do not change."""
         if isinstance(value, ParameterView):
-            self.assign(value, constant(GROUND, 0), constant(GROUND, 0), additive=False)
+            self.assign(value, constant(FIXED, 0), constant(FIXED, 0), additive=False)
         else:
-            self.equate(value, constant(GROUND, value.ndim))
+            self.equate(value, constant(FIXED, value.ndim))
 
     def uniform(self, ids: IntArray, axes: Iterable[int]) -> IntArray:
         """Demand one label along ``axes``; returns the label with size 1 there."""
@@ -127,30 +127,30 @@ class Tracer:
         A product with a factor of zero is zero. A label with more than ``MOST_ENTRIES`` is held fixed.
         """
         shape = np.broadcast_shapes(*(ids.shape for _, ids in terms))
-        if all((ids <= GROUND).all() for _, ids in terms):
+        if all((ids <= FIXED).all() for _, ids in terms):
             zero = [ids == ZERO for exponent, ids in terms if exponent > 0]
             return (
-                compress(np.where(np.logical_or.reduce(np.broadcast_arrays(*zero)), ZERO, GROUND))
+                compress(np.where(np.logical_or.reduce(np.broadcast_arrays(*zero)), ZERO, FIXED))
                 if zero
-                else (constant(GROUND, len(shape)))
+                else (constant(FIXED, len(shape)))
             )
         if prod(shape) > MOST_ENTRIES:
             for _, ids in terms:
-                self.ground(ids)
-            return constant(GROUND, len(shape))
+                self.hold_fixed(ids)
+            return constant(FIXED, len(shape))
         columns = np.stack([np.broadcast_to(ids, shape).ravel() for _, ids in terms], 1)
         exponents = np.array([1 if exponent > 0 else -1 for exponent, _ in terms])
         zero = ((columns == ZERO) & (exponents > 0)).any(1)
-        columns = np.maximum(columns, GROUND)
-        columns[zero] = GROUND
+        columns = np.maximum(columns, FIXED)
+        columns[zero] = FIXED
         rows, place = unique_rows(columns)
-        result = np.full(len(rows), GROUND, dtype=np.int64)
-        alone = (rows > GROUND).sum(1) == 1
+        result = np.full(len(rows), FIXED, dtype=np.int64)
+        alone = (rows > FIXED).sum(1) == 1
         for k, (exponent, _) in enumerate(terms):
             if exponent == 1:
-                kept = alone & (rows[:, k] > GROUND)
+                kept = alone & (rows[:, k] > FIXED)
                 result[kept] = rows[kept, k]
-        new = (rows > GROUND).any(1) & (result == GROUND)
+        new = (rows > FIXED).any(1) & (result == FIXED)
         result[new] = self.fresh((int(new.sum()),))
         denominator = lcm(*(Fraction(exponent).denominator for exponent, _ in terms))
         coefficients = (denominator, *(int(-exponent * denominator) for exponent, _ in terms))
@@ -213,9 +213,9 @@ class Tracer:
             if prod(sizes[k] for k in free) > MOST_ELEMENTS:
                 free = [1 if view.ndim > 3 and 1 in free else free[-1]]
             ids = self.fresh([size if k in free else 1 for k, size in enumerate(sizes)])
-            self.assign(first, ids, constant(GROUND, 0), additive=False)
+            self.assign(first, ids, constant(FIXED, 0), additive=False)
         for other in others:
-            self.assign(other, ids, constant(GROUND, 0), additive=False)
+            self.assign(other, ids, constant(FIXED, 0), additive=False)
         return ids
 
     def _known(self, view: ParameterView) -> IntArray | None:
@@ -256,11 +256,11 @@ class Tracer:
 
     def _assign(self, view: ParameterView, incoming: IntArray, outgoing: IntArray, additive: bool) -> None:
         self.seen.add(view.name)
-        if (view.factor > GROUND).any():
+        if (view.factor > FIXED).any():
             incoming, outgoing = self._without_factor(view, incoming, outgoing)
         region = box(view, self.shapes[view.name])
         if region is None:
-            self._ground_parameter(view.name, (incoming, outgoing))
+            self._fix_parameter(view.name, (incoming, outgoing))
             return
         use = Use(region, self._pull_back(view, incoming), self._pull_back(view, outgoing), additive)
         for earlier in self.uses.setdefault(view.name, []):
@@ -268,7 +268,7 @@ class Tracer:
                 self._agree(earlier, use)
                 return
             if _overlap(earlier.region, use.region, self.shapes[view.name]):
-                self._ground_parameter(view.name, (incoming, outgoing))
+                self._fix_parameter(view.name, (incoming, outgoing))
                 return
         self.uses[view.name].append(use)
 
@@ -292,15 +292,15 @@ class Tracer:
                 terms = terms[2:] if k == 0 else terms[:2]
         self.cancel(*terms)
 
-    def _ground_parameter(self, name: str, labels: Iterable[IntArray]) -> None:
+    def _fix_parameter(self, name: str, labels: Iterable[IntArray]) -> None:
         for ids in labels:
-            self.ground(ids)
+            self.hold_fixed(ids)
         for use in self.uses.get(name, []):
-            self.ground(use.incoming)
-            self.ground(use.outgoing)
+            self.hold_fixed(use.incoming)
+            self.hold_fixed(use.outgoing)
         ndim = len(self.shapes[name])
         whole = tuple(slice(0, size, 1) for size in self.shapes[name])
-        self.uses[name] = [Use(whole, constant(GROUND, ndim), constant(GROUND, ndim), additive=False)]
+        self.uses[name] = [Use(whole, constant(FIXED, ndim), constant(FIXED, ndim), additive=False)]
 
     def _pull_back(self, view: ParameterView, ids: IntArray) -> IntArray:
         """Carry a label of a view back to the box of the parameter that the view shows."""

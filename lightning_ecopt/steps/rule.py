@@ -8,12 +8,11 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from lightning_ecopt.common.tensors import Tensors
 from lightning_ecopt.kernels import Coefficient, Kernels
-from lightning_ecopt.optim.state import Moments
-from lightning_ecopt.paths.coordinates import FreeWeights
-from lightning_ecopt.symmetry import Rows
-
-Tensors = Mapping[str, Tensor]
+from lightning_ecopt.steps.coordinates import FreeWeights
+from lightning_ecopt.steps.rows import Rows
+from lightning_ecopt.steps.state import Moments
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import compress
 from math import prod
@@ -10,18 +10,11 @@ from math import prod
 import torch
 from torch import Tensor
 
+from lightning_ecopt.common.segment_sum import SegmentSum
+from lightning_ecopt.common.sharding import Part, Ranks, local
+from lightning_ecopt.common.tensors import Tensors, to_device
 from lightning_ecopt.kernels import Coefficient, Kernels, Shapes
-from lightning_ecopt.symmetry.group import Coupling
-from lightning_ecopt.symmetry.segments import SegmentSum
-from lightning_ecopt.symmetry.shards import Part, Ranks, local
-
-Tensors = Mapping[str, Tensor]
-
-
-def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """A small tensor of the CPU on another device, without waiting for it."""
-    from_host = values.device.type == "cpu" and device.type == "cuda"
-    return values.pin_memory().to(device, non_blocking=True) if from_host else values.to(device)
+from lightning_ecopt.symmetry.coupling import Coupling
 
 
 @dataclass(frozen=True)

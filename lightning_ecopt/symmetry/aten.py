@@ -1,0 +1,54 @@
+"""See the functions below."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def base_name(func: Any) -> str:
+    """``aten.relu_.default`` is relu: in-place forms share the rule of the operation."""
+    schema = getattr(func, "_schema", None)
+    if schema is None:
+        return str(func)
+    namespace, _, name = schema.name.partition("::")
+    if namespace != "aten":
+        return str(schema.name)
+    in_place = name.endswith("_") and not name.endswith("__") and schema.is_mutable
+    return name[:-1] if in_place else name
+
+
+def named_arguments(func: Any, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The arguments by the names of the schema; ``None`` if there is none."""
+    schema = getattr(func, "_schema", None)
+    if schema is None:
+        return None
+    named = {}
+    for position, argument in enumerate(schema.arguments):
+        if position < len(args):
+            named[argument.name] = args[position]
+        elif argument.name in kwargs:
+            named[argument.name] = kwargs[argument.name]
+        else:
+            named[argument.name] = argument.default_value
+    return named
+
+
+def written_to(func: Any) -> list[str | None]:
+    """For each output the name of the argument that the operation writes it to."""
+    names = {
+        alias: argument.name
+        for argument in func._schema.arguments
+        if argument.alias_info and argument.alias_info.is_write
+        for alias in argument.alias_info.before_set
+    }
+    aliases = [value.alias_info.before_set if value.alias_info else () for value in func._schema.returns]
+    return [next((names[alias] for alias in output if alias in names), None) for output in aliases]
+
+
+def is_inexact(tensor: Tensor) -> bool:
+    """Whether the tensor holds real or complex numbers that a scale can multiply."""
+    return (tensor.dtype.is_floating_point or tensor.dtype.is_complex) and tensor.layout is torch.strided

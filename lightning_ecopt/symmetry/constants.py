@@ -1,0 +1,61 @@
+"""See the functions below."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.utils._pytree import tree_leaves, tree_map
+
+from lightning_ecopt.symmetry.aten import base_name, is_inexact
+from lightning_ecopt.symmetry.labels import IntArray
+from lightning_ecopt.symmetry.memory import View, is_ordinary, view_of
+
+
+class Constants:
+    """Integers and truth values that the call makes from nothing, so that they are always the same: indices, masks."""
+
+    MOST = 2**16
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, View], tuple[Tensor, Tensor]] = {}
+
+    def follow(self, func: Any, args: Any, kwargs: Any, output: Any) -> dict[int, IntArray]:
+        """Take note of the outputs of an operation; returns the values of its inputs that are known, by ``id``."""
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        known = {id(t): self._known[key][1] for t in tensors if (key := _key(t)) in self._known}
+        if base_name(func) == "lift_fresh" and not is_inexact(tensors[0]) and not isinstance(tensors[0], FakeTensor):
+            known[id(tensors[0])] = tensors[0]  # a literal
+        with unset_fake_temporarily():
+            if func._schema.is_mutable:
+                for tensor in tensors:
+                    self.forget(tensor)
+            elif len(known) == len(tensors) and torch.Tag.nondeterministic_seeded not in func.tags:
+                self._make(func, args, kwargs, output, known)
+            return {number: value.numpy() for number, value in known.items()}
+
+    def _make(self, func: Any, args: Any, kwargs: Any, output: Any, known: dict[int, Tensor]) -> None:
+        outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        if any(is_inexact(leaf) or leaf.numel() > self.MOST or not is_ordinary(leaf) for leaf in outputs):
+            return
+
+        def value(leaf: Any) -> Any:
+            if isinstance(leaf, torch.device):
+                return torch.device("cpu")
+            return known[id(leaf)] if isinstance(leaf, Tensor) else leaf
+
+        made = tree_leaves(func(*tree_map(value, args), **tree_map(value, kwargs)))
+        for leaf, real in zip(outputs, (leaf for leaf in made if isinstance(leaf, Tensor)), strict=True):
+            self._known[_key(leaf)] = (leaf, real.clone())
+
+    def forget(self, tensor: Tensor) -> None:
+        """The values of a tensor, or of what shares its memory, are no longer known."""
+        place = tensor.untyped_storage()._cdata
+        for key in [key for key in self._known if key[0] == place]:
+            del self._known[key]
+
+
+def _key(tensor: Tensor) -> tuple[int, View]:
+    return tensor.untyped_storage()._cdata, view_of(tensor)

@@ -1,0 +1,262 @@
+"""See the functions below."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import prod
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from lightning_ecopt.symmetry.aten import is_inexact
+from lightning_ecopt.symmetry.equations import Equations
+from lightning_ecopt.symmetry.labels import (
+    FIXED,
+    ZERO,
+    IntArray,
+    ParameterView,
+    Value,
+    compress,
+    constant,
+    reshape,
+    stretch,
+)
+
+View = tuple[int, tuple[int, ...], tuple[int, ...]]
+
+
+@dataclass(eq=False)
+class _Storage:
+    """The labels of one piece of memory, by the views of it that have been seen.
+
+    The first of them is the whole, as far as is known: others can be found from it.
+    """
+
+    reference: StorageWeakRef  # keeps the address from being used again while labels hang on it
+    external: bool  # was there before the call, or stays after it
+    views: dict[View, Value] = field(default_factory=dict)
+
+
+class Memory:
+    """Labels of all tensors that the call has touched."""
+
+    def __init__(self, equations: Equations) -> None:
+        self.equations = equations
+        self.storages: dict[int, _Storage] = {}
+
+    def _find(self, tensor: Tensor) -> tuple[_Storage, bool] | None:
+        """The storage of a tensor and whether it is new; ``None`` for a tensor without one (sparse, opaque)."""
+        storage = storage_of(tensor)
+        if storage is None:
+            return None
+        found = self.storages.get(storage._cdata)
+        if found is None:
+            found = self.storages[storage._cdata] = _Storage(StorageWeakRef(storage), external=False)
+            return found, True
+        return found, False
+
+    def add_parameter(self, name: str, tensor: Tensor) -> None:
+        """Register a parameter whose scales are looked for."""
+        found = self._find(tensor)
+        if found is None or not is_ordinary(tensor) or not tensor.dtype.is_floating_point:
+            self.equations.hold_fixed(ParameterView.whole(name, tensor.shape))
+            return
+        storage, _ = found
+        storage.external = True
+        storage.views[view_of(tensor)] = ParameterView.whole(name, tensor.shape)
+
+    def read(self, tensor: Tensor) -> Value:
+        """The label of a tensor. Memory first met as an input is constant and stays after the call."""
+        found = self._find(tensor) if is_ordinary(tensor) else None
+        if found is None:
+            return constant(FIXED, tensor.dim())
+        storage, new = found
+        view = view_of(tensor)
+        if new:
+            storage.external = True
+            storage.views[view] = constant(FIXED, tensor.ndim)
+        if view not in storage.views:  # one that nobody saw being made, or that was not there before a change in place
+            self._derive(storage, view)
+        value = storage.views[view]
+        if not isinstance(value, ParameterView):
+            value = storage.views[view] = self.equations.simplify(value)
+        return value
+
+    def _derive(self, storage: _Storage, view: View) -> None:
+        """Find the label of a view from that of the whole."""
+        whole, value = next(iter(storage.views.items()), (view, constant(FIXED, len(view[1]))))
+        box = _box(whole, view)
+        if isinstance(value, ParameterView) or (box is None and value.size > 1 and not _same_order(whole, view)):
+            self._fix_all(storage)
+            value = constant(FIXED, len(view[1]))
+        elif value.size == 1:
+            value = value.reshape((1,) * len(view[1]))
+        elif box is None:
+            value = reshape(value, whole[1], view[1])
+        else:
+            value = box.of(value)
+        storage.views[view] = value
+
+    def has_seen(self, tensor: Tensor) -> bool:
+        """Whether the memory of the tensor has been met."""
+        storage = storage_of(tensor)
+        return storage is None or storage._cdata in self.storages
+
+    def is_new(self, tensor: Tensor) -> bool:
+        """Whether the call has made the memory of the tensor."""
+        storage = storage_of(tensor)
+        found = None if storage is None else self.storages.get(storage._cdata)
+        return found is not None and not found.external
+
+    def write(self, tensor: Tensor, value: Value, *, left_out: bool = False) -> None:
+        """Set the label of the output of an operation.
+
+        A tensor without elements fits any label. But if it is one because the inputs were, as in an empty batch, others
+        will have elements; ``left_out`` says that it is not.
+        """
+        found = self._find(tensor) if is_ordinary(tensor) else None
+        if found is None or not is_inexact(tensor) or (tensor.numel() == 0 and not left_out):
+            self.equations.hold_fixed(value)
+            value = constant(FIXED, tensor.dim())
+        if tensor.numel() == 0:
+            value = constant(ZERO, tensor.dim())
+        if found is not None:
+            value = value if isinstance(value, ParameterView) else compress(value)
+            found[0].views[view_of(tensor)] = value
+
+    def overwrite(self, tensor: Tensor, value: Value) -> None:
+        """Set the label of memory that an operation has changed in place."""
+        before = self.read(tensor)
+        if not isinstance(before, ParameterView) and not isinstance(value, ParameterView) and (before == value).all():
+            return
+        found = self._find(tensor)
+        if found is not None:
+            storage, view = found[0], view_of(tensor)
+            if not storage.external:
+                if tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes():
+                    storage.views = {}
+                    self.write(tensor, value)
+                    return
+                whole, base = next(iter(storage.views.items()))
+                box = _box(whole, view)
+                if box is not None and not isinstance(base, ParameterView) and not isinstance(value, ParameterView):
+                    storage.views = {whole: box.put(base, value, whole[1])}  # other views are found from it again
+                    return
+            self._fix_all(storage)
+            storage.views[view] = constant(FIXED, tensor.ndim)
+        self.equations.hold_fixed(value)
+
+    def _fix_all(self, storage: _Storage) -> None:
+        for view, value in storage.views.items():
+            self.equations.hold_fixed(value)
+            storage.views[view] = constant(FIXED, len(view[1]))
+
+
+def storage_of(tensor: Tensor) -> torch.UntypedStorage | None:
+    """The storage of a tensor; ``None`` for a tensor without one (sparse, opaque)."""
+    try:
+        return tensor.untyped_storage()
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
+def view_of(tensor: Tensor) -> View:
+    """Offset, shape and strides of a tensor in its storage."""
+    return int(tensor.storage_offset()), tuple(tensor.shape), tuple(tensor.stride())
+
+
+def is_ordinary(tensor: Tensor) -> bool:
+    """Whether the tensor is dense, and of no class that makes something else of the operations."""
+    kind = type(tensor)
+    plain = issubclass(kind, FakeTensor) or kind.__torch_dispatch__ in _PLAIN
+    return plain and tensor.layout is torch.strided and not tensor.is_nested
+
+
+_PLAIN = (Tensor.__torch_dispatch__, torch._C._disabled_torch_dispatch_impl)
+
+
+@dataclass(frozen=True, eq=False)
+class _Box:
+    """A view as slices of the whole, and for each axis of the view the axis of the whole that it is."""
+
+    part: tuple[slice, ...]
+    axes: tuple[int | None, ...]
+
+    def of(self, ids: IntArray) -> IntArray:
+        """The label of the view from that of the whole."""
+        taken = ids[tuple(slice(None) if size == 1 else part for size, part in zip(ids.shape, self.part, strict=True))]
+        kept = [axis for axis in self.axes if axis is not None]
+        taken = taken.transpose(*kept, *(axis for axis in range(ids.ndim) if axis not in kept))
+        taken = taken.reshape(taken.shape[: len(kept)])
+        return np.expand_dims(taken, tuple(k for k, axis in enumerate(self.axes) if axis is None))
+
+    def put(self, ids: IntArray, new: IntArray, shape: Sequence[int]) -> IntArray:
+        """The label of the whole after the view has got a new one."""
+        kept = [axis for axis in self.axes if axis is not None]
+        new = new.squeeze(tuple(k for k, axis in enumerate(self.axes) if axis is None)).transpose(np.argsort(kept))
+        new = np.expand_dims(new, tuple(axis for axis in range(len(shape)) if axis not in kept))
+        partial = {axis for axis, part in enumerate(self.part) if part != slice(None)}
+        result = np.array(stretch(ids, shape, partial | {axis for axis, size in enumerate(new.shape) if size > 1}))
+        result[self.part] = new
+        return compress(result)
+
+
+def _box(whole: View, view: View) -> _Box | None:
+    """``view`` as a box of ``whole``, if it is one."""
+    offset, shape, strides = whole
+    rest = view[0] - offset
+    part = [slice(None)] * len(shape)
+    starts = {}
+    smallest = None
+    for axis in sorted((k for k, size in enumerate(shape) if size > 1), key=lambda k: -strides[k]):
+        if smallest is not None and strides[axis] * shape[axis] > smallest:
+            return None  # axes overlap
+        smallest = strides[axis]
+        starts[axis], rest = divmod(rest, smallest) if smallest else (0, -1)
+        if not 0 <= starts[axis] < shape[axis]:
+            return None
+    if rest:
+        return None
+    axes: list[int | None] = []
+    for size, stride in zip(view[1], view[2], strict=True):
+        if size == 1 or stride == 0:
+            axes.append(None)
+            continue
+        fitting = [
+            axis
+            for axis, start in starts.items()
+            if axis not in axes
+            and stride % strides[axis] == 0
+            and start + (size - 1) * (stride // strides[axis]) < shape[axis]
+        ]
+        if not fitting:
+            return None
+        axis = max(fitting, key=lambda k: strides[k])
+        step = stride // strides[axis]
+        if (starts[axis], size, step) != (0, shape[axis], 1):
+            part[axis] = slice(starts[axis], starts[axis] + (size - 1) * step + 1, step)
+        axes.append(axis)
+    for axis, start in starts.items():
+        if axis not in axes:
+            part[axis] = slice(start, start + 1)
+    return _Box(tuple(part), tuple(axes))
+
+
+def _same_order(whole: View, view: View) -> bool:
+    """Whether both show the same elements, in the order in which they lie in memory."""
+    return (
+        whole[0] == view[0] and prod(whole[1]) == prod(view[1]) and all(_is_contiguous(*v[1:]) for v in (whole, view))
+    )
+
+
+def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    expected = 1
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if size > 1 and stride != expected:
+            return False
+        expected *= size
+    return True
