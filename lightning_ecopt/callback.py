@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -20,7 +20,8 @@ from lightning_ecopt.common.sharding import is_sharded
 from lightning_ecopt.configure import find_group
 from lightning_ecopt.kernels.choose import Implementation
 from lightning_ecopt.optim import EquivalentClassOptimizer
-from lightning_ecopt.optim.optimizer import check_base, check_options
+from lightning_ecopt.optim.optimizer import check_base
+from lightning_ecopt.optim.options import Options, Representative, RuleName, SkeletonChoice
 from lightning_ecopt.symmetry import DeferredGroup, ScalingGroup
 from lightning_ecopt.symmetry.report import print_report
 
@@ -77,30 +78,23 @@ class EquivalentClassOptimization(Callback):
 
     def __init__(
         self,
-        rule: Literal["unit", "path"] = "unit",
+        rule: RuleName = "unit",
         refresh: Literal["epoch"] | int | None = "epoch",
-        representative: Literal["balanced", "current"] = "balanced",
-        skeleton: Literal["max", "diagonal"] = "max",
+        representative: Representative = "balanced",
+        skeleton: SkeletonChoice = "max",
         max_path_ratio: float | None = 2.0,
         free_start: float = 2.0,
-        state_powers: dict[str, int] | None = None,
+        state_powers: Mapping[str, int] | None = None,
         implementation: Implementation = "auto",
         verbose: bool = True,
         log: bool = True,
     ) -> None:
         if isinstance(refresh, str) and refresh != "epoch":
             raise ValueError(f"refresh must be 'epoch', a positive number of steps, or None, got {refresh!r}")
-        self._options: dict[str, Any] = {
-            "rule": rule,
-            "refresh_interval": None if isinstance(refresh, str) else refresh,
-            "representative": representative,
-            "skeleton": skeleton,
-            "max_path_ratio": max_path_ratio,
-            "free_start": free_start,
-            "state_powers": state_powers,
-            "implementation": implementation,
-        }
-        check_options(**self._options)
+        interval = None if isinstance(refresh, str) else refresh
+        self._options = Options(
+            rule, interval, representative, skeleton, max_path_ratio, free_start, state_powers, implementation
+        )
         self.refresh = refresh
         self._verbose = verbose
         self._logs = log  # Lightning puts its own function at `log`
@@ -113,8 +107,7 @@ class EquivalentClassOptimization(Callback):
     @property
     def group(self) -> ScalingGroup | None:
         """The scaling group of the module being trained; ``None`` until it is known."""
-        found = None if self._finder is None else self._finder.found
-        return found if found is None or isinstance(found, ScalingGroup) else found.group
+        return None if self._finder is None else self._finder.found.group
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse strategies that take parameters apart."""
@@ -142,7 +135,6 @@ class EquivalentClassOptimization(Callback):
                 else:
                     check_base(base)
             self._finder = _Finder(pl_module, bases)
-            self._finder()
             self._optimizers = [self._equivalent(base, self._finder) for base in bases]
         except (TypeError, ValueError) as error:
             raise MisconfigurationException(str(error)) from error
@@ -156,7 +148,7 @@ class EquivalentClassOptimization(Callback):
 
     def _equivalent(self, base: Optimizer, finder: _Finder) -> EquivalentClassOptimizer:
         if not isinstance(base, EquivalentClassOptimizer):
-            return EquivalentClassOptimizer(base, finder, **self._options)
+            return EquivalentClassOptimizer(base, finder, **vars(self._options))
         base.bind(finder)
         return base
 
@@ -186,7 +178,7 @@ class EquivalentClassOptimization(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Stop watching a module that never took its first step."""
         if self._finder is not None:
-            self._finder.cancel()
+            self._finder.found.cancel()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Likewise: after an exception there is no teardown."""
@@ -223,25 +215,35 @@ class EquivalentClassOptimization(Callback):
                 for optimizer in self._optimizers:
                     if optimizer.group is group:
                         usable |= optimizer.usable_units()
-                rank_zero_only(print_report)(group, usable=usable, rule=self._options["rule"])
+                rank_zero_only(print_report)(group, usable=usable, rule=self._options.rule)
 
 
 class _Finder:
-    """Finds one group for all optimizers, and again when other parameters are trained."""
+    """Finds one group for all optimizers of a module, and finds it again when other parameters are trained.
+
+    Args:
+        module: the module that is trained.
+        optimizers: all of them, because a unit may be shared.
+
+    Attributes:
+        found: the group, which may be found later.
+    """
 
     def __init__(self, module: LightningModule, optimizers: list[Optimizer]) -> None:
         self._module, self._optimizers = module, optimizers
-        self._trainable: list[int] = []
-        self.found: ScalingGroup | DeferredGroup | None = None
+        self._trained = self._trainable()
+        self.found = find_group(module, self._held())
 
-    def __call__(self, parameters: Iterable[Tensor] = ()) -> ScalingGroup | DeferredGroup:
-        held = [p for optimizer in self._optimizers for group in optimizer.param_groups for p in group["params"]]
-        trainable = [id(p) for p in held if p.requires_grad]
-        if self.found is None or trainable != self._trainable:
-            self.cancel()
-            self.found, self._trainable = find_group(self._module, held), trainable
+    def __call__(self, parameters: Iterable[Tensor] = ()) -> DeferredGroup:
+        """The group of all optimizers, whichever of them asks; what is trainable now decides."""
+        if self._trainable() != self._trained:
+            self.found.cancel()
+            self._trained = self._trainable()
+            self.found = find_group(self._module, self._held())
         return self.found
 
-    def cancel(self) -> None:
-        if self.found is not None and not isinstance(self.found, ScalingGroup):
-            self.found.cancel()
+    def _held(self) -> list[Tensor]:
+        return [p for optimizer in self._optimizers for group in optimizer.param_groups for p in group["params"]]
+
+    def _trainable(self) -> list[int]:
+        return [id(p) for p in self._held() if p.requires_grad]

@@ -8,15 +8,24 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from lightning_ecopt._lightning import LightningModule, MisconfigurationException
 from lightning_ecopt.optim import ECSGD, ECAdamW
-from lightning_ecopt.symmetry import DeferredGroup, GroupFromModuleCalls, GroupFromNextCall, ScalingGroup, scaling_group
+from lightning_ecopt.optim.named import AdamWArguments, Params, SGDArguments
+from lightning_ecopt.symmetry import (
+    DeferredGroup,
+    GroupFromModuleCalls,
+    GroupFromNextCall,
+    KnownGroup,
+    ScalingGroup,
+    scaling_group,
+)
 from lightning_ecopt.symmetry.pending import check_ranks_agree
 
 
 def ec_sgd(
-    module: nn.Module, params: Iterable[Tensor] | Iterable[dict[str, Any]] | None = None, **options: Any
+    module: nn.Module, params: Params | None = None, *, lr: float = 1e-3, **options: Unpack[SGDArguments]
 ) -> ECSGD:
     """EC-SGD for a module, to be returned from ``configure_optimizers``.
 
@@ -28,10 +37,11 @@ def ec_sgd(
     Args:
         module: the module that is trained, in ``configure_optimizers`` usually ``self``.
         params: parameters or parameter groups to optimise; by default all of the module's that require a gradient.
-        options: of :class:`~lightning_ecopt.ECSGD`: ``lr``, ``momentum``, ``rule`` and so on.
+        lr: learning rate; with the rule ``"unit"`` it is the relative length of a step.
+        **options: those of :class:`~lightning_ecopt.ECSGD`: ``momentum``, ``weight_decay``, ``rule`` and so on.
 
     Raises:
-        TypeError: for options that there are not.
+        TypeError: if an option is unknown.
         ValueError: for options out of range, and parameters that are not the module's or that the example never used.
 
     Example::
@@ -39,21 +49,26 @@ def ec_sgd(
         def configure_optimizers(self):
             return ec_sgd(self, lr=0.1, momentum=0.9)
     """
-    return _bound(ECSGD(_given(module, params), **options), module)
+    optimizer = ECSGD(_given(module, params), lr, **options)
+    optimizer.bind(partial(find_group, module))
+    return optimizer
 
 
 def ec_adamw(
-    module: nn.Module, params: Iterable[Tensor] | Iterable[dict[str, Any]] | None = None, **options: Any
+    module: nn.Module, params: Params | None = None, *, lr: float = 1e-3, **options: Unpack[AdamWArguments]
 ) -> ECAdamW:
-    """EC-AdamW for a module, to be returned from ``configure_optimizers``; as :func:`ec_sgd`.
+    """EC-AdamW for a module, to be returned from ``configure_optimizers``.
+
+    The freedoms are found as by :func:`ec_sgd`.
 
     Args:
         module: the module that is trained, in ``configure_optimizers`` usually ``self``.
         params: parameters or parameter groups to optimise; by default all of the module's that require a gradient.
-        options: of :class:`~lightning_ecopt.ECAdamW`: ``lr``, ``betas``, ``rule`` and so on.
+        lr: learning rate.
+        **options: those of :class:`~lightning_ecopt.ECAdamW`: ``betas``, ``weight_decay``, ``rule`` and so on.
 
     Raises:
-        TypeError: for options that there are not.
+        TypeError: if an option is unknown.
         ValueError: for options out of range, and parameters that are not the module's or that the example never used.
 
     Example::
@@ -61,27 +76,24 @@ def ec_adamw(
         def configure_optimizers(self):
             return ec_adamw(self, lr=1e-3)
     """
-    return _bound(ECAdamW(_given(module, params), **options), module)
+    optimizer = ECAdamW(_given(module, params), lr, **options)
+    optimizer.bind(partial(find_group, module))
+    return optimizer
 
 
 def _given(module: nn.Module, params: Iterable[Any] | None) -> list[Any]:
     return [p for p in module.parameters() if p.requires_grad] if params is None else list(params)
 
 
-def _bound(optimizer: Any, module: nn.Module) -> Any:
-    optimizer.bind(partial(find_group, module))
-    return optimizer
-
-
-def find_group(module: nn.Module, parameters: Iterable[Tensor]) -> ScalingGroup | DeferredGroup:
-    """Trace the example inputs of a ``LightningModule`` now, or watch the first call of the module that is made."""
+def find_group(module: nn.Module, parameters: Iterable[Tensor]) -> DeferredGroup:
+    """Trace the example inputs of a ``LightningModule`` now, or watch the module's first call."""
     if not isinstance(module, LightningModule):
         return GroupFromNextCall(module, "forward", parameters)
     agree = partial(_check_ranks_agree, module)
     if module.example_input_array is not None:
         group = _trace_example(module, parameters)
         agree(group)
-        return group
+        return KnownGroup(group)
     if not module.automatic_optimization:  # forward and backward calls interleave
         return GroupFromModuleCalls(parameters, agree)
     return GroupFromNextCall(module, "training_step", parameters, agree)

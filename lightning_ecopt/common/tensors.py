@@ -42,3 +42,8 @@ def updates_by_difference(tensor: Tensor) -> bool:
     In sixteen bits a rounding is 0.2 per cent of a weight, and would add up over the steps.
     """
     return torch.finfo(tensor.dtype).bits < 32
+
+
+def region_of(tensor: Tensor, region: tuple[slice, ...]) -> Tensor:
+    """A view of a box-shaped region; a scalar counts as a vector of one element."""
+    return tensor.view(1)[region] if tensor.ndim == 0 else tensor[region]

@@ -1,4 +1,4 @@
-"""Optimizers that are made of nothing but parameters and options, as configuration files have them."""
+"""EC-SGD and EC-AdamW: optimizers made of parameters and options alone, as configuration files have them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,36 @@ from typing import Any
 
 from torch import Tensor
 from torch.optim import SGD, AdamW
+from typing_extensions import Unpack
 
 from lightning_ecopt.optim.optimizer import EquivalentClassOptimizer
+from lightning_ecopt.optim.options import OptionArguments
+
+Params = Iterable[Tensor] | Iterable[dict[str, Any]]
+
+
+class SGDArguments(OptionArguments, total=False):
+    """The keyword arguments of :class:`ECSGD` but ``lr``."""
+
+    momentum: float
+    dampening: float
+    weight_decay: float
+    nesterov: bool
+    maximize: bool
+    foreach: bool | None
+    fused: bool | None
+
+
+class AdamWArguments(OptionArguments, total=False):
+    """The keyword arguments of :class:`ECAdamW` but ``lr``."""
+
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    amsgrad: bool
+    maximize: bool
+    foreach: bool | None
+    fused: bool | None
 
 
 class ECSGD(EquivalentClassOptimizer):
@@ -21,17 +49,19 @@ class ECSGD(EquivalentClassOptimizer):
     Args:
         params: parameters or parameter groups.
         lr: learning rate; with the rule ``"unit"`` it is the relative length of a step.
-        momentum: as in :class:`torch.optim.SGD`.
-        dampening: as there.
-        weight_decay: as there.
-        nesterov: as there.
-        maximize: as there.
-        foreach: as there.
-        fused: as there.
-        **options: of :class:`~lightning_ecopt.EquivalentClassOptimizer`: ``rule``, ``refresh_interval`` and so on.
+        momentum: factor by which past steps fade; 0 keeps none.
+        dampening: share of a gradient that does not enter the momentum.
+        weight_decay: coefficient of the squared norm that is added to the loss; with the rule ``"path"``
+            of path values.
+        nesterov: whether to look ahead along the momentum.
+        maximize: whether to maximise the loss.
+        foreach: whether torch's own step, where it is used, groups tensors.
+        fused: whether torch's own step, where it is used, is its fused one.
+        **options: ``rule``, ``refresh_interval``, ``representative``, ``skeleton``, ``max_path_ratio``, ``free_start``,
+            ``state_powers`` and ``implementation``, each as for :class:`~lightning_ecopt.EquivalentClassOptimizer`.
 
     Raises:
-        TypeError: for options that there are not.
+        TypeError: if an option is unknown.
         ValueError: if an option is out of range.
 
     Example::
@@ -43,7 +73,7 @@ class ECSGD(EquivalentClassOptimizer):
 
     def __init__(
         self,
-        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        params: Params,
         lr: float = 1e-3,
         momentum: float = 0.0,
         dampening: float = 0.0,
@@ -52,7 +82,7 @@ class ECSGD(EquivalentClassOptimizer):
         maximize: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
-        **options: Any,
+        **options: Unpack[OptionArguments],
     ) -> None:
         base = SGD(
             params,
@@ -69,22 +99,28 @@ class ECSGD(EquivalentClassOptimizer):
 
 
 class ECAdamW(EquivalentClassOptimizer):
-    """AdamW in the equivalent-class space; see :class:`ECSGD`.
+    """AdamW in the equivalent-class space.
+
+    The scaling group is found by the callback :class:`~lightning_ecopt.EquivalentClassOptimization` if the Trainer has
+    one; otherwise from the calls of modules that use the parameters, until the first step; or it is given to
+    :meth:`bind`.
 
     Args:
         params: parameters or parameter groups.
         lr: learning rate.
-        betas: as in :class:`torch.optim.AdamW`.
-        eps: as there.
-        weight_decay: as there.
-        amsgrad: as there.
-        maximize: as there.
-        foreach: as there.
-        fused: as there.
-        **options: of :class:`~lightning_ecopt.EquivalentClassOptimizer`.
+        betas: factors by which the mean of gradients and the mean of their squares fade.
+        eps: is added to the root of the mean of squares, so that nothing is divided by zero.
+        weight_decay: share of the weights, times ``lr``, that each step takes away; with the rule ``"path"`` of path
+            values.
+        amsgrad: whether to divide by the largest mean of squares so far.
+        maximize: whether to maximise the loss.
+        foreach: whether torch's own step, where it is used, groups tensors.
+        fused: whether torch's own step, where it is used, is its fused one.
+        **options: ``rule``, ``refresh_interval``, ``representative``, ``skeleton``, ``max_path_ratio``, ``free_start``,
+            ``state_powers`` and ``implementation``, each as for :class:`~lightning_ecopt.EquivalentClassOptimizer`.
 
     Raises:
-        TypeError: for options that there are not.
+        TypeError: if an option is unknown.
         ValueError: if an option is out of range.
 
     Example::
@@ -94,7 +130,7 @@ class ECAdamW(EquivalentClassOptimizer):
 
     def __init__(
         self,
-        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        params: Params,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -103,7 +139,7 @@ class ECAdamW(EquivalentClassOptimizer):
         maximize: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
-        **options: Any,
+        **options: Unpack[OptionArguments],
     ) -> None:
         base = AdamW(
             params,

@@ -15,8 +15,11 @@ v_f = c beta_h, where h is the unit that it leaves and c its value at the start.
     R_f = v_f' / v_f     R_h = R_root(h)     beta_h' = beta_h R_h
     ordinary: w_e' = v_e' / beta_h'          free f into unit j:  w_f' = w_f R_f / R_j
 
-(weight allocation). Dictionaries of tensors have parameter names as keys; vectors over units have length H, and H + 1
-where an entry for ground, index -1, is appended.
+(weight allocation). Dictionaries of tensors have parameter names as keys. Vectors over units are ``[H]``. They are
+``[H + 1]`` where an entry is appended for what belongs to no unit, so that the index ``NO_UNIT``, which is -1, finds it.
+
+Example, a network w_2 relu(w_1 x) of one hidden unit h: w_1 is its fixed skeleton weight, f = w_2 its free one, v_f the
+only coordinate, and r_h = 0, because nothing else leads into h. A step that doubles v_f doubles beta_h and w_2.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ from lightning_ecopt.kernels import EagerKernels, Kernels
 from lightning_ecopt.steps.rows import Rows
 from lightning_ecopt.steps.skeleton import Skeleton
 from lightning_ecopt.symmetry import Coupling
+from lightning_ecopt.symmetry.coupling import NO_UNIT
 
 
 class SkeletonElements:
@@ -45,6 +49,8 @@ class SkeletonElements:
         dtype: of the vectors over units.
 
     Attributes:
+        num_units: number of units H.
+        units_of_free: for each parameter name the units ``int[k]`` whose free skeleton weight is in it.
         places: for each parameter name the slots ``int[k]`` of the skeleton weights in it, and where they are, as flat
             indices ``int[k]``. Slot ``u`` is the fixed skeleton weight of unit u, slot ``H + u`` its free one.
     """
@@ -62,11 +68,13 @@ class SkeletonElements:
                 place = _flat_index(couplings[number], parameters[couplings[number].parameter], index[units])
                 found.setdefault(couplings[number].parameter, []).append((first + units, place))
         self.places: dict[str, tuple[Tensor, Tensor]] = {}
+        self.units_of_free: dict[str, Tensor] = {}
         order = []
         for name, parts in found.items():
             device = parameters[name].device
             slots, at = (torch.cat(column) for column in zip(*parts, strict=True))
             self.places[name] = (slots.to(device), at.to(device))
+            self.units_of_free[name] = (slots[slots >= self.num_units] - self.num_units).to(device)
             order.append(slots)
         position = torch.full((2 * skeleton.num_units,), -1)  # the last entry is a zero
         if order:
@@ -106,11 +114,11 @@ def _flat_index(coupling: Coupling, parameter: Tensor, index: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class FreeWeights:
-    """The free skeleton weights, whose coordinates move by themselves. All vectors are over the units that they leave.
+    """The coordinates of the free skeleton weights. Entry h belongs to the free skeleton weight that leaves unit h.
 
     Args:
-        values: their coordinates, ``[H]``; 1 where a unit has none.
-        gradient: dL/dv_f, ``[H]``.
+        values: v_f, ``[H]``; 1 where a unit has no free skeleton weight.
+        gradient: dL/dv_f, ``[H]``; 0 where a unit has none.
         skeleton_weights: the weights at the fixed and at the free skeleton elements of each unit, ``[H]`` each.
     """
 
@@ -127,10 +135,11 @@ class PathCoordinates:
         parameters: the parameters by name; all on one device.
         skeleton: chosen at the start.
         free_start: value c > 0 of the coordinates of free skeleton weights at the start.
-        kernels: what passes over the elements are made with.
+        kernels: make the passes over the elements.
 
     Attributes:
-        beta: values of the paths out of the units relative to the start, ``[H + 1]``; the last is ground, always 1.
+        beta: values of the paths out of the units relative to the start, ``[H + 1]``; the last one, of outputs and
+            whatever else is held fixed, is always 1.
         rows: the elements by what they lead into.
         scaled: names of the parameters with elements that lead into units.
     """
@@ -148,18 +157,17 @@ class PathCoordinates:
         self.free_start = free_start
         self.kernels = kernels or EagerKernels()
         self._is_free = skeleton.free.to(device)
-        self._root = torch.cat([skeleton.root, skeleton.root.new_full((1,), -1)]).to(device)  # -1 is ground
+        self._root = torch.cat([skeleton.root, skeleton.root.new_full((1,), NO_UNIT)]).to(device)
         self._target = skeleton.target.to(device)
         self.rows = Rows([coupling.restricted(skeleton.active) for coupling in couplings], parameters)
         self.beta = torch.ones(skeleton.num_units + 1, dtype=self.rows.dtype, device=device)
         self.elements = SkeletonElements(couplings, parameters, skeleton, self.rows.dtype)
         self._none = torch.zeros_like(self.beta[:-1])
-        into_units = {c.parameter for c in couplings if bool((c.restricted(skeleton.active).incoming >= 0).any())}
+        into_units = {c.parameter for c in couplings if bool((c.restricted(skeleton.active).incoming != NO_UNIT).any())}
         self.scaled = into_units.intersection(self.rows.names)
         slots = torch.cat([self._root[self.rows.units], self._root[:-1]])
-        self._to_roots = SegmentSum(
-            slots % len(self.beta), skeleton.num_units
-        )  # ground, past the last unit, is left out
+        # NO_UNIT becomes H, past the last unit, which SegmentSum leaves out.
+        self._to_roots = SegmentSum(slots % len(self.beta), skeleton.num_units)
 
     @property
     def free_values(self) -> Tensor:
@@ -179,12 +187,12 @@ class PathCoordinates:
         skeleton_weights = self.elements.read(weights)
         skeleton_gradients = self.elements.read(gradients)
         fixed, free = (w * g for w, g in zip(skeleton_weights, skeleton_gradients, strict=True))
-        (flow,) = self.rows.reduced(self.kernels, "products", weights, gradients)
-        flow = self._to_roots(torch.cat([flow, -fixed]))
+        (w_times_g,) = self.rows.reduced(self.kernels, "products", weights, gradients)  # [R]
+        r = self._to_roots(torch.cat([w_times_g, -fixed]))  # [H], sums of r_h over root(h) = f
         values = self.free_values
-        return FreeWeights(values, torch.where(self._is_free, free - flow, 0.0) / values, skeleton_weights)
+        return FreeWeights(values, torch.where(self._is_free, free - r, 0.0) / values, skeleton_weights)
 
-    def gradients_(self, gradients: Tensors, free: FreeWeights) -> Callable[[], None]:
+    def transform_gradients_(self, gradients: Tensors, free: FreeWeights) -> Callable[[], None]:
         """Inverse chain rule: turn dL/dw into dL/dv in place; returns the way back."""
         before, beta = self.elements.read(gradients), self.beta.clone()
         self.scale_(gradients, -1)
@@ -204,8 +212,10 @@ class PathCoordinates:
         own = {name: tensor for name, tensor in tensors.items() if name in self.scaled}
         self.rows.apply_(self.kernels, "affine_", own, times=factors[self.rows.units])
 
-    def enter_(self, weights: Tensors) -> Callable[[float | None], Tensor]:
-        """Turn the weights into path coordinates in place; fixed skeleton weights become zero: nothing moves them.
+    def to_coordinates_(self, weights: Tensors) -> Callable[[float | None], Tensor]:
+        """Turn the weights into path coordinates in place.
+
+        Fixed skeleton weights become zero, so that no optimizer moves them.
 
         Returns:
             The function that turns them back once they have moved, given the largest ratio by which a free skeleton
@@ -219,7 +229,7 @@ class PathCoordinates:
         self.elements.write_(weights, self._none, self.free_values)
         values = torch.where(self._is_free, self.elements.read(weights)[1], 1.0)
 
-        def leave_(max_ratio: float | None) -> Tensor:
+        def allocate_(max_ratio: float | None) -> Tensor:
             before = {name: weight.clone() for name, weight in kept.items()}
             self.scale_(before, 1)
             moved = self.elements.read(weights)[1]
@@ -233,7 +243,7 @@ class PathCoordinates:
             write_skeleton_(weights)
             return guarded
 
-        return leave_
+        return allocate_
 
     def allocate(
         self, values: Tensor, moved: Tensor, max_ratio: float | None, skeleton_weights: tuple[Tensor, Tensor]
@@ -243,7 +253,7 @@ class PathCoordinates:
         Args:
             values: what they were, ``[H]``.
             moved: what they are, ``[H]``.
-            max_ratio: as for the result of :meth:`enter_`.
+            max_ratio: as for the result of :meth:`to_coordinates_`.
             skeleton_weights: the weights at the fixed and the free elements, ``[H]`` each.
 
         Returns:
@@ -255,8 +265,7 @@ class PathCoordinates:
         allowed = torch.where(moved.isfinite() & (allowed != 0), allowed, 1.0)
         # A weight that the optimizer has spoilt is spoilt, but no beta, and by it no other weight.
         moved_itself = torch.where(moved.isfinite(), allowed, moved)
-        own = torch.cat([allowed, allowed.new_ones(1)])
-        ratio = own[self._root]
+        ratio = torch.cat([allowed, allowed.new_ones(1)])[self._root]  # [H + 1], R_h = R_root(h)
         self.beta.mul_(ratio)
         at_fixed, at_free = skeleton_weights
 

@@ -1,34 +1,40 @@
-"""Steps in path coordinates: the rule of the paper."""
+"""The path rule: steps in path coordinates, the rule of the paper (Meng et al., arXiv:1802.03713).
+
+    inverse chain rule    g = dL/dw becomes dL/dv
+    the base's step       v becomes v'
+    weight allocation     w' = v' / beta'
+
+The formulas are in :mod:`lightning_ecopt.steps.coordinates`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_ecopt.common.sharding import is_sharded
 from lightning_ecopt.common.tensors import Tensors
 from lightning_ecopt.kernels import Coefficient, Kernels
-from lightning_ecopt.steps import PathCoordinates, Skeleton
-from lightning_ecopt.steps.coordinates import FreeWeights
-from lightning_ecopt.steps.rule import Frame, PathStatistics
-from lightning_ecopt.steps.state import Moments
+from lightning_ecopt.steps.coordinates import FreeWeights, PathCoordinates
+from lightning_ecopt.steps.rule import Advance, Allocation, PathStatistics, Reparametrization, Rule, Setting
+from lightning_ecopt.steps.skeleton import Skeleton, choose_skeleton
+from lightning_ecopt.steps.state import WEIGHT_AVERAGE, StateEntries
 from lightning_ecopt.symmetry import ScalingGroup
 
 
 class PathRule:
-    """The inverse chain rule before, weight allocation after the base optimizer's step.
-
-    Meng et al., arXiv:1802.03713; the formulas are in :mod:`lightning_ecopt.steps.coordinates`.
+    """Turns a step of the base optimizer into one in path coordinates, from one refresh to the next.
 
     Args:
         group: the scaling group.
         parameters: by name, at the representative.
-        kernels: what passes over weights and gradients are made with.
-        skeleton: chosen there.
+        kernels: make the passes over weights and gradients.
+        skeleton: the skeleton weights, chosen at the representative.
         free_start: value at which the coordinates of free skeleton weights start.
-        max_ratio: the guard.
+        max_ratio: the guard: no path changes by more than this factor in one step; ``None`` is the paper's rule.
     """
 
     def __init__(
@@ -43,72 +49,165 @@ class PathRule:
         self._max_ratio = max_ratio
         self._coordinates = PathCoordinates(group.couplings, parameters, skeleton, free_start, kernels)
         self.kernels = kernels
-        self.rows, self.scaled = self._coordinates.rows, self._coordinates.scaled
-        self.elements = self._coordinates.elements
+        self.rows, self._elements = self._coordinates.rows, self._coordinates.elements
         self._guarded = torch.zeros((), dtype=torch.int64, device=self._coordinates.beta.device)
 
-    def frame(self, weights: Tensors, gradients: Tensors, average: Coefficient) -> Frame:
-        """Path coordinates."""
-        scale = self._coordinates.scale
-        return Frame(scale, scale, None, self._coordinates.free_weights(weights, gradients))
+    @staticmethod
+    def usable_units(group: ScalingGroup) -> Tensor:
+        """Units with something on both sides that are in no product: only those have paths. ``bool[H]``."""
+        return group.monomials.simple & ~group.scale_invariant
 
-    def show_(self, frame: Frame, gradients: Tensors) -> Callable[[], None]:
-        """Inverse chain rule."""
-        assert frame.free is not None
-        return self._coordinates.gradients_(gradients, frame.free)
+    @staticmethod
+    def check(group: ScalingGroup) -> None:
+        """Paths lead through all parameters, so that no rank may hold a part of one only.
 
-    def enter_(self, frame: Frame, weights: Tensors, moments: Moments) -> Callable[[Moments], None]:
-        """Into path coordinates, where moments are already; the way back is weight allocation."""
-        leave_weights_ = self._coordinates.enter_(weights)
-
-        def leave_(moments: Moments) -> None:
-            self._guarded += leave_weights_(self._max_ratio).sum()
-
-        return leave_
-
-    def allocate(self, free: FreeWeights, moved: Tensor) -> tuple[Tensor, Callable[[Tensors], None]]:
-        """Take over moved coordinates ``[H]`` of the free skeleton weights.
-
-        Returns:
-            What coordinates are multiplied by to be weights again, for each row ``[R]``; and the function that writes
-            the skeleton weights once the others have been allocated.
+        Raises:
+            ValueError: if a parameter is sharded.
         """
+        if any(map(is_sharded, group.parameters.values())):
+            raise ValueError("The rule 'path' needs parameters that are not sharded: use rule='unit', or DDP.")
+
+    @staticmethod
+    def check_state(group: ScalingGroup, parameters: Tensors, state: Mapping[str, Any]) -> None:
+        """Skeleton weights must be where the network has parameters.
+
+        Raises:
+            ValueError: if they are not.
+        """
+        skeleton = Skeleton.from_state_dict(state["skeleton"])
+        if not skeleton.fits(group.couplings, parameters):
+            raise ValueError(
+                "The checkpoint has skeleton weights that this network has not: load it into the network and the "
+                "parameter groups that it was made with."
+            )
+
+    @staticmethod
+    def idle_statistics(dormant: int) -> PathStatistics:
+        """No path has moved."""
+        return PathStatistics(1.0, 1.0, 0, dormant)
+
+    @classmethod
+    def begin(cls, setting: Setting, entries: StateEntries, before: Rule | None) -> Rule | None:
+        """Choose the skeleton anew, with beta = 1.
+
+        Momentum starts anew at the skeleton weights. It could be carried over exactly, as a covector. But the component
+        of one skeleton weight is then a sum over all elements that its paths meet; in a gradient they cancel, in
+        momentum that was gathered at earlier weights they do not, and training diverges.
+        """
+        group = setting.group
+        usable = setting.active & cls.usable_units(group)
+        if not bool(usable.any()):
+            return None
+        # Units without paths, and those of other optimizers, are held fixed, as the outputs are: paths may end there.
+        # Dormant units are not, for no path may lead through them.
+        open_ = setting.exclusive & cls.usable_units(group) | ~setting.alive
+        couplings = [coupling.restricted(open_) for coupling in group.couplings]
+        skeleton = choose_skeleton(couplings, setting.weights, usable, setting.skeleton)
+        rule = cls._make(setting, skeleton, setting.free_start)
+        values = rule._coordinates.free_values
+        for entry in entries.values():
+            if entry.degree == WEIGHT_AVERAGE:
+                rule._elements.write_(entry.tensors, torch.zeros_like(values), values)
+            elif not entry.keep_on_restart:
+                rule._coordinates.restart_skeleton_(entry.tensors)
+        return rule
+
+    @classmethod
+    def resume(cls, setting: Setting, state: Mapping[str, Any], entries: StateEntries) -> PathRule:
+        """Go on in the coordinates that were saved, with the base's state in them, bit for bit."""
+        skeleton = Skeleton.from_state_dict(state["skeleton"])
+        rule = cls._make(setting, skeleton, float(state["free_start"]))
+        rule._coordinates.beta.copy_(state["beta"])
+        for name, entry in entries.items():
+            for parameter, value in entry.tensors.items():
+                value.copy_(state["moments"][name][parameter])
+        return rule
+
+    @classmethod
+    def _make(cls, setting: Setting, skeleton: Skeleton, free_start: float) -> PathRule:
+        return cls(setting.group, setting.parameters, setting.kernels, skeleton, free_start, setting.max_path_ratio)
+
+    def reparametrization(self, weights: Tensors, gradients: Tensors, to_mean: Coefficient) -> Reparametrization:
+        """Path coordinates: v = w beta and dL/dv = g / beta; free skeleton weights have their own."""
+        scale = self._coordinates.scale
+        return Reparametrization(scale, scale, None, self._coordinates.free_weights(weights, gradients))
+
+    def transform_gradients_(self, here: Reparametrization, gradients: Tensors) -> Callable[[], None]:
+        """The inverse chain rule: g becomes dL/dv, in place; returns the way back."""
+        return self._coordinates.transform_gradients_(gradients, _free(here))
+
+    def to_coordinates_(
+        self, here: Reparametrization, weights: Tensors, entries: StateEntries
+    ) -> Callable[[StateEntries], None]:
+        """Turn weights into coordinates in place; the way back is weight allocation.
+
+        The base's state is in coordinates already.
+        """
+        allocate_ = self._coordinates.to_coordinates_(weights)
+
+        def to_weights_(entries: StateEntries) -> None:
+            self._guarded += allocate_(self._max_ratio).sum()
+
+        return to_weights_
+
+    def allocate(
+        self,
+        here: Reparametrization,
+        weights: Tensors,
+        gradients: Tensors,
+        entries: Sequence[Tensors],
+        advance: Advance,
+    ) -> Allocation:
+        """Weight allocation, with the free skeleton weights first: beta', and so all other weights, depends on them."""
+        free, elements = _free(here), self._elements
+        at_free = [elements.read(tensors)[1] for tensors in entries]
+        moved = advance(free.values, free.gradient, at_free, self._of_units)
+        present = self.rows.present(gradients)
+        if present is not None:
+            moved = torch.where(self._of_units(present) > 0, moved, free.values)
         _, write_skeleton_, guarded = self._coordinates.allocate(
             free.values, moved, self._max_ratio, free.skeleton_weights
         )
         self._guarded += guarded.sum()
-        return self._coordinates.scale, write_skeleton_
+        to_weights = self._coordinates.scale
+        # Weights without a gradient have coordinates that do not move; but their unit's beta may have.
+        resting = {name: weights[name] for name in self._coordinates.scaled if name not in gradients}
+        self.rows.apply_(self.kernels, "affine_", resting, times=to_weights / here.weight_scale)
 
-    def visit_(self, weights: Tensors) -> Callable[[], object]:
-        """Into path coordinates, and back without a guard."""
-        leave_weights_ = self._coordinates.enter_(weights)
-        return lambda: leave_weights_(None)
+        def finish_() -> None:
+            write_skeleton_(weights)
+            for tensors, values in zip(entries, at_free, strict=True):
+                elements.write_(tensors, torch.zeros_like(values), values)
 
-    def accept(self) -> None:
-        """Nothing: the way back has moved beta."""
+        return Allocation(to_weights, finish_)
 
-    def start_(self, moments: Moments) -> None:
-        """Take moments of weights for those of path coordinates, which start anew at the skeleton weights.
+    def _of_units(self, values: Tensor) -> Tensor:
+        """What each parameter has, ``[N]``, for the units whose free skeleton weight is in it, ``[H]``; else zero."""
+        found = values.new_zeros(self._elements.num_units, dtype=self.rows.dtype, device=self._guarded.device)
+        for name, units in self._elements.units_of_free.items():
+            found[units] = values[self.rows.names.index(name)].to(found.dtype)
+        return found
 
-        Momentum could be carried over exactly, as a covector. But the component of one skeleton weight is then a sum
-        over all the elements that its paths meet; in a gradient they cancel, in momentum that was gathered along the
-        way they do not, and training diverges.
-        """
-        values = self._coordinates.free_values
-        for moment in moments.values():
-            if moment.power == -1:
-                self.elements.write_(moment.tensors, torch.zeros_like(values), values)
-            elif not moment.lasting:
-                self._coordinates.restart_skeleton_(moment.tensors)
+    def average_in_coordinates_(self, weights: Tensors) -> Callable[[], object]:
+        """Turn weights into coordinates in place; the way back has no guard."""
+        allocate_ = self._coordinates.to_coordinates_(weights)
+        return lambda: allocate_(None)
 
-    def leave_(self, weights: Tensors, moments: Moments) -> None:
-        """Back to weights, but for the skeleton weights, where nothing is known."""
-        for moment in moments.values():
-            self._coordinates.scale_(moment.tensors, moment.power)
-            if moment.power == -1:
-                self.elements.write_(moment.tensors, *self.elements.read(weights))
-            elif not moment.lasting:
-                self._coordinates.restart_skeleton_(moment.tensors)
+    def commit(self) -> None:
+        """Weight allocation has moved beta already."""
+
+    def to_weight_entries_(self, entries: StateEntries, weights: Tensors) -> None:
+        """Scale entries of coordinates to entries of weights; what belongs to skeleton weights starts anew."""
+        for entry in entries.values():
+            self._coordinates.scale_(entry.tensors, entry.degree)
+            if entry.degree == WEIGHT_AVERAGE:
+                self._elements.write_(entry.tensors, *self._elements.read(weights))
+            elif not entry.keep_on_restart:
+                self._coordinates.restart_skeleton_(entry.tensors)
+
+    def has_weight_entries(self) -> bool:
+        """The base's state is that of coordinates."""
+        return False
 
     def statistics(self, dormant: int) -> PathStatistics:
         """The extremes of beta, and how often the guard was needed."""
@@ -116,21 +215,19 @@ class PathRule:
         low, high = (float(value) for value in self._coordinates.beta[:-1][active].aminmax())
         return PathStatistics(low, high, int(self._guarded), dormant)
 
-    def state_dict(self, moments: Moments) -> dict[str, Any]:
-        """The skeleton, beta, and the moments in path coordinates."""
+    def state_dict(self, entries: StateEntries) -> dict[str, Any]:
+        """The skeleton, beta ``[H + 1]``, and the base's state in coordinates under the key ``moments``."""
         return {
             "skeleton": self._coordinates.skeleton.state_dict(),
             "beta": self._coordinates.beta.clone(),
             "free_start": self._coordinates.free_start,
             "moments": {
-                entry: {name: value.clone() for name, value in moment.tensors.items()}
-                for entry, moment in moments.items()
+                name: {parameter: value.clone() for parameter, value in entry.tensors.items()}
+                for name, entry in entries.items()
             },
         }
 
-    def load_state_dict(self, state: Mapping[str, Any], moments: Moments) -> None:
-        """Go on in the very coordinates that were saved; the skeleton must be that of the state."""
-        self._coordinates.beta.copy_(state["beta"])
-        for entry, moment in moments.items():
-            for name, value in moment.tensors.items():
-                value.copy_(state["moments"][entry][name])
+
+def _free(here: Reparametrization) -> FreeWeights:
+    assert here.free is not None  # the path rule made it
+    return here.free

@@ -12,51 +12,32 @@ from torch import Tensor
 
 from lightning_ecopt.common.segment_sum import SegmentSum
 from lightning_ecopt.common.sharding import Part, Ranks, local
-from lightning_ecopt.common.tensors import Tensors, to_device
+from lightning_ecopt.common.tensors import Tensors, region_of, to_device
 from lightning_ecopt.kernels import Coefficient, Kernels, Shapes
-from lightning_ecopt.symmetry.coupling import Coupling
-
-
-@dataclass(frozen=True)
-class Block:
-    """A box-shaped part of what this rank has of a parameter.
-
-    Args:
-        parameter: its name.
-        region: slices of that; ``None`` for all of it.
-        shape: of one number for each *place*, which broadcasts to the box. A row has one place in it or several.
-    """
-
-    parameter: str
-    region: tuple[slice, ...] | None
-    shape: tuple[int, ...]
-
-    def view(self, tensor: Tensor) -> Tensor:
-        """The box in ``tensor``, which has the parameter's shape."""
-        if self.region is None:
-            return tensor
-        return tensor.view(1)[self.region] if tensor.ndim == 0 else tensor[self.region]
+from lightning_ecopt.symmetry.coupling import NO_UNIT, Coupling
 
 
 class Rows:
     """All rows of some couplings, and where their elements are.
 
-    A *row* is all the elements of one parameter that lead into one value: a unit, or an output that is held fixed.
-    Vectors over the rows have length R.
+    A *row* is all the elements of one parameter that lead into one unit, or into one value that is held fixed: row k of
+    the weight of a linear layer, and one element of its bias. Vectors over the rows have length R.
+
+    Where a row is not one contiguous slice, as in a grouped transposed convolution, it has several *places*: entries of
+    the vectors that broadcast to the elements. There are P of them; P = R nearly always.
 
     Args:
-        couplings: of a scaling group; those of parameters that are not among ``parameters`` are left out.
+        couplings: of a scaling group; couplings of parameters that are not among ``parameters`` are left out.
         parameters: by name; all on one device. If they are sharded, all ranks call methods that reduce together.
 
     Attributes:
         dtype: of vectors over the rows.
-        units: what each row leads into, ``int32[R]``; -1 for what is held fixed.
+        units: the unit that each row leads into, ``int32[R]``; ``NO_UNIT`` if it is held fixed.
         sizes: numbers of elements, ``[R]``, on all ranks.
         additive: whether a row is added to what the unit's weights give, ``bool[R]``.
         single: whether a row has no direction of its own: it is one element, or added, ``bool[R]``.
-        names: of the N parameters that have rows.
-        covered: of those all of whose elements belong to rows.
-        blocks: where the rows are.
+        names: names of the N parameters that have rows.
+        covered: names of the parameters all of whose elements belong to rows.
 
     Example::
 
@@ -66,172 +47,251 @@ class Rows:
 
     def __init__(self, couplings: Sequence[Coupling], parameters: Tensors) -> None:
         self._ranks = Ranks(parameters)
-        self._device = local(next(iter(parameters.values()))).device
+        device = local(next(iter(parameters.values()))).device
         widest = max((p.dtype for p in parameters.values()), key=lambda kind: torch.finfo(kind).bits)
         self.dtype = torch.promote_types(torch.float32, widest)
-        own = [(c, *_rows_of(c)) for c in couplings if c.parameter in parameters]
-        names = list(parameters)
-        # Those with one element at each place come first: together they are no more than a vector.
-        own.sort(
-            key=lambda part: (
-                part[2].shape != _lengths(part[0].region),
-                names.index(part[0].parameter),
-                part[0].region[0].start,
-            )
-        )
-        self.names = list(dict.fromkeys(coupling.parameter for coupling, *_ in own))
-        self._all_names = set(self.names)
-        self._is_counted = {name: self._ranks.counts(parameters[name]) for name in self.names}
-        pieces: dict[str, list[tuple[tuple[slice, ...], Tensor]]] = {name: [] for name in self.names}
-        first = 0
-        flags = [torch.zeros(2, 0, dtype=torch.bool)]
-        for coupling, met, place, sizes in own:
-            single = coupling.additive or bool((sizes == 1).all())
-            flags.append(torch.tensor([[coupling.additive], [single]]).expand(2, len(met)))
-            part = Part.of(coupling.region, parameters[coupling.parameter])
-            if part is not None:
-                pieces[coupling.parameter].append((part.region, first + part.cut(place)))
-            first += len(met)
-        self.units = self._cat([met.clamp(min=-1) for _, met, _, _ in own]).to(torch.int32)
-        self.sizes = self._cat([sizes for *_, sizes in own]).to(self.dtype)
-        self._owners = self._cat([torch.tensor([self.names.index(coupling.parameter)]) for coupling, *_ in own])
-        self._lengths = self._cat([torch.tensor([len(met)]) for _, met, *_ in own])
-        self.additive, self.single = torch.cat(flags, 1).to(self._device)
-        blocks = []
-        self.covered = set()
-        for name, parts in pieces.items():
-            shape = local(parameters[name]).shape
-            if sum(prod(_lengths(region)) for region, _ in parts) == prod(shape):  # they do not overlap
-                self.covered.add(name)
-            blocks += [(Block(name, region, tuple(place.shape)), place) for region, place in _joined(parts, shape)]
-        blocks.sort(key=lambda pair: prod(pair[0].shape) < pair[0].view(local(parameters[pair[0].parameter])).numel())
-        self.blocks = [block for block, _ in blocks]
-        place = self._cat([place.reshape(-1) for _, place in blocks])
-        self._num_places = [prod(block.shape) for block in self.blocks]
-        self._place: Tensor | None = None
-        self._merge: SegmentSum | None = None
-        if len(place) != first or bool((place != torch.arange(first, device=self._device)).any()):
-            self._place, self._merge = place, SegmentSum(place, first)
+        parts = _parts(couplings, parameters)
+        self.names = list(dict.fromkeys(part.coupling.parameter for part in parts))
+        self._all_names = frozenset(self.names)
+        self._counted = {name for name in self.names if self._ranks.counts(parameters[name])}
 
-    def _cat(self, parts: Sequence[Tensor]) -> Tensor:
-        return torch.cat([torch.zeros(0, dtype=torch.int64), *parts]).to(self._device)
-
-    def forget(self) -> None:
-        """Give up ``units`` and ``additive``, which nobody needs any more."""
-        del self.units, self.additive
+        self.units = _cat([part.units.clamp(min=NO_UNIT) for part in parts], device).to(torch.int32)
+        self.sizes = _cat([part.sizes for part in parts], device).to(self.dtype)
+        flags = [
+            torch.tensor([[part.coupling.additive], [part.is_single]]).expand(2, len(part.units)) for part in parts
+        ]
+        self.additive, self.single = torch.cat([torch.zeros(2, 0, dtype=torch.bool), *flags], 1).to(device)
+        owners = [torch.full_like(part.units, self.names.index(part.coupling.parameter)) for part in parts]
+        self._owners = _cat(owners, device).to(torch.int32)
+        self._blocks = _Blocks.of(parts, parameters, device)
+        self.covered = _covered(self.names, self._blocks.boxes, parameters)
 
     def __len__(self) -> int:
         return len(self.sizes)
 
     def present(self, tensors: Tensors) -> Tensor | None:
-        """Of which parameters there are tensors, ``bool[N]``; ``None`` if of all."""
+        """Which parameters have a tensor, ``bool[N]``; ``None`` if all have one."""
         if tensors.keys() >= self._all_names:
             return None
-        return to_device(torch.tensor([name in tensors for name in self.names]), self._device)
+        return to_device(torch.tensor([name in tensors for name in self.names]), self.sizes.device)
 
     def spread(self, values: Tensor) -> Tensor:
         """What each parameter has, ``[N]``, for each of its rows: ``[R]``."""
-        return values[self._owners].repeat_interleave(self._lengths, output_size=len(self))
+        return values[self._owners]
 
     def reduced(self, kernels: Kernels, name: str, *tensors: Tensors) -> Tensor:
-        """Sums over rows; zero where there are no tensors.
+        """Sums over rows; zero where a tensor is missing.
 
         Args:
-            kernels: that make the pass.
+            kernels: make the pass.
             name: ``"sums_and_squares"`` or ``"products"``.
             *tensors: by parameter name.
 
         Returns:
             Over the rows, ``[2, R]`` or ``[1, R]``.
         """
-        count = 2 if name == "sums_and_squares" else 1
-        counted: Sequence[Tensors] = tensors
-        if not all(self._is_counted.values()):
-            counted = [{name: tensor for name, tensor in of.items() if self._is_counted.get(name)} for of in tensors]
-        here = self._here(counted)
-        if any(here):
-            lists, shapes = self._views(here, counted)
-            found = getattr(kernels if all(here) else kernels.partial, name)(*lists, shapes, self.dtype)
+        if len(self._counted) < len(self.names):  # one rank counts what every rank holds all of
+            tensors = tuple({name: tensor for name, tensor in of.items() if name in self._counted} for of in tensors)
+        here = self._blocks.here(tensors, self._all_names)
+        shape = (2 if name == "sums_and_squares" else 1, sum(self._blocks.num_places))
+        if all(here) and any(here):
+            lists, shapes = self._blocks.views(here, tensors)
+            found: Tensor = getattr(kernels, name)(*lists, shapes, self.dtype)
         else:
-            found = torch.zeros(count, 0, dtype=self.dtype, device=self._device)
-        if not all(here):
-            there = torch.zeros(count, sum(self._num_places), dtype=self.dtype, device=self._device)
-            parts = list(compress(there.split(self._num_places, 1), here))
-            for part, value in zip(parts, found.split(list(compress(self._num_places, here)), 1), strict=True):
-                part.copy_(value)
-            found = there
-        if self._merge is not None:
-            found = torch.stack([self._merge(values) for values in found])
-        return self._ranks.sum_(found)
+            found = torch.zeros(shape, dtype=self.dtype, device=self.sizes.device)
+        if any(here) and not all(here):
+            lists, shapes = self._blocks.views(here, tensors)
+            some = getattr(kernels.partial, name)(*lists, shapes, self.dtype)
+            targets = compress(found.split(self._blocks.num_places, 1), here)
+            sources = some.split(list(compress(self._blocks.num_places, here)), 1)
+            for target, source in zip(targets, sources, strict=True):
+                target.copy_(source)
+        return self._ranks.sum_(self._blocks.to_rows(found))
 
     def apply_(self, kernels: Kernels, name: str, *tensors: Tensors | None, **vectors: Coefficient | None) -> None:
-        """Change the blocks of which there are all tensors in place.
+        """Change the first tensors in place, where none of the tensors is missing.
 
         Args:
-            kernels: that make the pass.
+            kernels: make the pass.
             name: ``"affine_"``, ``"sgd_"`` or ``"adam_"``.
             *tensors: by parameter name; ``None`` is handed on.
             **vectors: coefficients: over the rows, ``[R]``, or numbers; ``None`` is left out.
         """
-        here = self._here([of for of in tensors if of is not None])
+        here = self._blocks.here([of for of in tensors if of is not None], self._all_names)
         if not any(here):
             return
-        lists, shapes = self._views(here, tensors)
+        lists, shapes = self._blocks.views(here, tensors)
         given = {}
         for key, value in vectors.items():
             if isinstance(value, Tensor) and value.ndim == 1:
-                value = value if self._place is None else value[self._place]
+                value = self._blocks.to_places(value)
                 if not all(here):
-                    value = torch.cat(list(compress(value.split(self._num_places), here)))
+                    value = torch.cat(list(compress(value.split(self._blocks.num_places), here)))
             if value is not None:
                 given[key] = value
         getattr(kernels if all(here) else kernels.partial, name)(*lists, shapes=shapes, **given)
 
-    def _here(self, tensors: Sequence[Tensors]) -> list[bool]:
-        if all(of.keys() >= self._all_names for of in tensors):
-            return [True] * len(self.blocks)
-        return [all(block.parameter in of for of in tensors) for block in self.blocks]
 
-    def _views(self, here: list[bool], tensors: Sequence[Tensors | None]) -> tuple[list[list[Tensor] | None], Shapes]:
-        blocks = list(compress(self.blocks, here))
-        lists = [None if of is None else [block.view(of[block.parameter]) for block in blocks] for of in tensors]
-        return lists, [block.shape for block in blocks]
+def _cat(parts: Sequence[Tensor], device: torch.device) -> Tensor:
+    return torch.cat([torch.zeros(0, dtype=torch.int64), *parts]).to(device)
 
 
-def _rows_of(coupling: Coupling) -> tuple[Tensor, Tensor, Tensor]:
-    """What the rows of a coupling lead into, which row each place belongs to, and how many elements the rows have.
+@dataclass(frozen=True)
+class _Part:
+    """The rows of one coupling.
 
-    The second has a shape that broadcasts to the region. What is held fixed is -1 or, one number for each row, below.
+    Args:
+        coupling: whose region the rows fill.
+        units: the unit that each row leads into, ``int64[r]``; numbers below zero, all different, if it is held fixed.
+        row: the row that each place belongs to, 0 to r - 1, in a shape that broadcasts to the region.
+        sizes: numbers of elements of the rows, ``int64[r]``.
     """
-    shape = _lengths(coupling.region)
-    whole = (1,) * (len(shape) - coupling.incoming.ndim) + tuple(coupling.incoming.shape)
-    if len(shape) == 1 and not coupling.additive:  # gains and slopes, whatever they lead into
-        whole = shape
-    units = coupling.incoming.expand(whole).reshape(-1)
-    # One unit may be met at several places: in a grouped transposed convolution, once for each input of the group.
-    apart = torch.where(units < 0, -1 - torch.arange(len(units)), units)
-    met, place, times = apart.unique(return_inverse=True, return_counts=True)
-    if len(met) == len(units):
-        met, place, times = units, torch.arange(len(units)), torch.ones_like(units)
-    return met, place.view(whole), times * (prod(shape) // max(len(units), 1))
+
+    coupling: Coupling
+    units: Tensor
+    row: Tensor
+    sizes: Tensor
+
+    @classmethod
+    def of(cls, coupling: Coupling) -> _Part:
+        shape = lengths(coupling.region)
+        places = (1,) * (len(shape) - coupling.incoming.ndim) + tuple(coupling.incoming.shape)
+        if (
+            len(shape) == 1 and not coupling.additive
+        ):  # gains and slopes are rows by themselves, whatever they lead into
+            places = shape
+        units = coupling.incoming.expand(places).reshape(-1)
+        # One unit may be met at several places: in a grouped transposed convolution, once for each input of the group.
+        apart = torch.where(units < 0, -1 - torch.arange(len(units)), units)
+        met, row, times = apart.unique(return_inverse=True, return_counts=True)
+        if len(met) == len(units):  # keep the order of the elements
+            met, row, times = units, torch.arange(len(units)), torch.ones_like(units)
+        return cls(coupling, met, row.view(places), times * (prod(shape) // max(len(units), 1)))
+
+    @property
+    def is_single(self) -> bool:
+        """Whether the rows have no direction: they are added, or have one element each."""
+        return self.coupling.additive or bool((self.sizes == 1).all())
 
 
-def _lengths(region: Sequence[slice]) -> tuple[int, ...]:
+def _parts(couplings: Sequence[Coupling], parameters: Tensors) -> list[_Part]:
+    """The rows of all couplings; first those with one element at each place, which together are but a vector."""
+    found = [_Part.of(coupling) for coupling in couplings if coupling.parameter in parameters]
+    names = list(parameters)
+
+    def order(part: _Part) -> tuple[bool, int, int]:
+        region = part.coupling.region
+        return part.row.shape != lengths(region), names.index(part.coupling.parameter), region[0].start
+
+    return sorted(found, key=order)
+
+
+@dataclass(frozen=True)
+class _Box:
+    """A box-shaped part of what this rank has of a parameter.
+
+    Args:
+        parameter: its name.
+        region: slices of the parameter; ``None`` for all of it.
+        shape: one number for each place, in a shape that broadcasts to the box.
+    """
+
+    parameter: str
+    region: tuple[slice, ...] | None
+    shape: tuple[int, ...]
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """The box in ``tensor``, which has the parameter's shape."""
+        return tensor if self.region is None else region_of(tensor, self.region)
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """The boxes that kernels work on, and the way from their P places to the R rows.
+
+    Args:
+        boxes: in the order of their places.
+        num_places: of each box.
+        row: the row of each place, ``int64[P]``; ``None`` if it is place after place the next row.
+        merge: sums over the places of each row; ``None`` if ``row`` is.
+    """
+
+    boxes: list[_Box]
+    num_places: list[int]
+    row: Tensor | None
+    merge: SegmentSum | None
+
+    @classmethod
+    def of(cls, parts: Sequence[_Part], parameters: Tensors, device: torch.device) -> _Blocks:
+        """Cut the rows to what is on this rank, and join the boxes of a parameter where they follow each other."""
+        pieces: dict[str, list[tuple[tuple[slice, ...], Tensor]]] = {part.coupling.parameter: [] for part in parts}
+        first = 0
+        for part in parts:
+            here = Part.of(part.coupling.region, parameters[part.coupling.parameter])
+            if here is not None:
+                pieces[part.coupling.parameter].append((here.region, first + here.cut(part.row)))
+            first += len(part.units)
+        found = []
+        for name, own in pieces.items():
+            shape = local(parameters[name]).shape
+            found += [(_Box(name, region, tuple(row.shape)), row) for region, row in _joined(own, shape)]
+        found.sort(key=lambda pair: prod(pair[0].shape) < pair[0].view(local(parameters[pair[0].parameter])).numel())
+        boxes = [box for box, _ in found]
+        row = _cat([row.reshape(-1) for _, row in found], device)
+        in_order = len(row) == first and bool((row == torch.arange(first, device=device)).all())
+        return cls(
+            boxes,
+            [prod(box.shape) for box in boxes],
+            None if in_order else row,
+            None if in_order else SegmentSum(row, first),
+        )
+
+    def here(self, tensors: Sequence[Tensors], names: frozenset[str]) -> list[bool]:
+        """Which boxes have all tensors; ``names`` are those of all boxes."""
+        if all(of.keys() >= names for of in tensors):
+            return [True] * len(self.boxes)
+        return [all(box.parameter in of for of in tensors) for box in self.boxes]
+
+    def views(self, here: list[bool], tensors: Sequence[Tensors | None]) -> tuple[list[list[Tensor] | None], Shapes]:
+        """The boxes in each of the tensors, and the shapes of their places."""
+        boxes = list(compress(self.boxes, here))
+        lists = [None if of is None else [box.view(of[box.parameter]) for box in boxes] for of in tensors]
+        return lists, [box.shape for box in boxes]
+
+    def to_rows(self, values: Tensor) -> Tensor:
+        """Sums over the places of each row, ``[..., R]`` from ``[..., P]``."""
+        return values if self.merge is None else torch.stack([self.merge(of) for of in values])
+
+    def to_places(self, values: Tensor) -> Tensor:
+        """What each row has, ``[R]``, at its places, ``[P]``."""
+        return values if self.row is None else values[self.row]
+
+
+def _covered(names: Sequence[str], boxes: Sequence[_Box], parameters: Tensors) -> set[str]:
+    """Names of the parameters all of whose elements here are in boxes, which never overlap."""
+    elements = dict.fromkeys(names, 0)  # a rank that holds nothing of a parameter lacks nothing of it
+    for box in boxes:
+        elements[box.parameter] += box.view(local(parameters[box.parameter])).numel()
+    return {name for name, count in elements.items() if count == local(parameters[name]).numel()}
+
+
+def lengths(region: Sequence[slice]) -> tuple[int, ...]:
+    """The shape of a region."""
     return tuple(len(range(part.start, part.stop, part.step)) for part in region)
 
 
 def _joined(
     pieces: Sequence[tuple[tuple[slice, ...], Tensor]], shape: Sequence[int]
 ) -> Sequence[tuple[tuple[slice, ...] | None, Tensor]]:
-    """The pieces, or all of a parameter if they make it up one after another along its first axis."""
+    """The pieces; or, if they make up the parameter one after another along its first axis, the whole of it."""
     if not shape:
         return pieces
-    lengths = [_lengths(region) for region, _ in pieces]
+    sizes = [lengths(region) for region, _ in pieces]
     starts = [region[0].start for region, _ in pieces]
-    one_kind = len({place.shape[1:] for _, place in pieces}) == 1
-    rows = len(pieces) == 1 or all(len(place) == own[0] for own, (_, place) in zip(lengths, pieces, strict=True))
-    whole = all(own[1:] == tuple(shape[1:]) for own in lengths) and sum(own[0] for own in lengths) == shape[0]
+    one_kind = len({row.shape[1:] for _, row in pieces}) == 1
+    by_rows = len(pieces) == 1 or all(len(row) == size[0] for size, (_, row) in zip(sizes, pieces, strict=True))
+    whole = all(size[1:] == tuple(shape[1:]) for size in sizes) and sum(size[0] for size in sizes) == shape[0]
     dense = all(part.step == 1 for region, _ in pieces for part in region) and starts == sorted(starts)
-    if not (one_kind and rows and whole and dense):
+    if not (one_kind and by_rows and whole and dense):
         return pieces
-    return [(None, torch.cat([place for _, place in pieces]))]
+    return [(None, torch.cat([row for _, row in pieces]))]

@@ -1,8 +1,18 @@
-"""What makes a step of the base optimizer one in the equivalent-class space."""
+"""What a step rule is: in which coordinates the base optimizer takes its step.
+
+A rule turns a step of any optimizer into one in the equivalent-class space. It says where the base takes the step, at
+v = w / weight_scale, and which gradients it is shown there:
+
+    g_v = grad_scale g + grad_shift         before the step    (inverse chain rule, in the paper's words)
+    w'  = to_weights v'                     after the step     (weight allocation)
+
+``weight_scale``, ``grad_scale``, ``grad_shift`` and ``to_weights`` are vectors over rows, ``[R]``. A row is all the
+elements of one parameter that lead into one unit; see :class:`~lightning_ecopt.steps.rows.Rows`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,16 +22,17 @@ from lightning_ecopt.common.tensors import Tensors
 from lightning_ecopt.kernels import Coefficient, Kernels
 from lightning_ecopt.steps.coordinates import FreeWeights
 from lightning_ecopt.steps.rows import Rows
-from lightning_ecopt.steps.state import Moments
+from lightning_ecopt.steps.state import StateEntries
+from lightning_ecopt.symmetry import ScalingGroup
 
 
 @dataclass(frozen=True)
 class PathStatistics:
-    """Whether all is well in path coordinates, since the last refresh.
+    """Whether the path rule is healthy, since the last refresh.
 
     Args:
-        min_beta: smallest value of a path out of a unit, relative to the start.
-        max_beta: the largest.
+        min_beta: smallest value of a path out of a unit, relative to the start of the period.
+        max_beta: largest value of a path out of a unit, relative to the start of the period.
         guarded_paths: how often the guard limited the move of a path.
         dormant_units: units without a path of non-zero elements, which are treated in weight space.
     """
@@ -34,7 +45,7 @@ class PathStatistics:
 
 @dataclass(frozen=True)
 class UnitStatistics:
-    """Whether all is well with unit steps, since the start.
+    """Whether the unit rule is healthy, since the start of training.
 
     Args:
         clipped: share of the gradients of rows that were clipped.
@@ -46,62 +57,185 @@ class UnitStatistics:
 
 
 @dataclass(frozen=True)
-class Frame:
-    """Where the base optimizer takes a step: at the weights divided by ``scale``, with gradients ``times * g + plus``.
+class Setting:
+    """What a rule is made of, at a refresh or from a checkpoint.
 
     Args:
-        scale: over the rows of the rule, ``[R]``, as all that follow.
-        times: positive.
-        plus: ``None`` for zero.
-        free: what the rule of paths holds apart.
+        group: the scaling group.
+        weights: of the whole group by name, at the representative: what this rank holds of them, on one device.
+        parameters: those of the base optimizer by name, sharded if they are.
+        kernels: make the passes over weights and gradients.
+        alive: units on a path of non-zero elements, ``bool[H]``.
+        exclusive: units that scale parameters of this optimizer alone, ``bool[H]``.
+        is_linear: whether the base's steps are linear in gradients (SGD), or of a size of their own (Adam).
+        means: returns the means of gradients that the base's momentum holds, by parameter name.
+        skeleton: how the path rule chooses skeleton weights.
+        free_start: value at which the path rule starts the coordinates of free skeleton weights.
+        max_path_ratio: the path rule's guard.
     """
 
-    scale: Tensor
-    times: Tensor
-    plus: Tensor | None = None
+    group: ScalingGroup
+    weights: Tensors
+    parameters: Tensors
+    kernels: Kernels
+    alive: Tensor
+    exclusive: Tensor
+    is_linear: bool
+    means: Callable[[], Tensors]
+    skeleton: str
+    free_start: float
+    max_path_ratio: float | None
+
+    @property
+    def active(self) -> Tensor:
+        """Units that are balanced and optimised, ``bool[H]``."""
+        return self.alive & self.exclusive
+
+
+@dataclass(frozen=True)
+class Reparametrization:
+    """Coordinates ``v = w / weight_scale`` for one step, and gradients ``grad_scale * g + grad_shift`` in them.
+
+    Args:
+        weight_scale: positive, ``[R]``.
+        grad_scale: positive, ``[R]``.
+        grad_shift: ``[R]``; ``None`` stands for zero.
+        free: the free skeleton weights of the path rule, whose coordinates are not ``w / weight_scale``.
+    """
+
+    weight_scale: Tensor
+    grad_scale: Tensor
+    grad_shift: Tensor | None = None
     free: FreeWeights | None = None
 
 
+#: Lets the base optimizer move coordinates that are no weights, one number for each unit:
+#: ``advance(values, gradient, entries, of_units)`` returns the moved ``values [H]`` and changes ``entries``, a list of
+#: state vectors ``[H]``, in place. ``of_units`` spreads what each parameter has, ``[N]``, over units, ``[H]``.
+Advance = Callable[[Tensor, Tensor, Sequence[Tensor], Callable[[Tensor], Tensor]], Tensor]
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """The way from coordinates back to weights: ``w' = to_weights * v'``.
+
+    Args:
+        to_weights: ``[R]``; ``None`` if it is the ``weight_scale`` of the reparametrization.
+        finish_: puts elements right that have coordinates of their own, once all others are weights again.
+    """
+
+    to_weights: Tensor | None = None
+    finish_: Callable[[], None] = lambda: None
+
+
 class Rule(Protocol):
-    """A rule is made at a refresh, when the weights are at their representative; moments are those of weights then.
+    """A step rule, from one refresh to the next (the unit rule: for the whole run).
+
+    A step of the base optimizer is taken in one of two ways, which agree to rounding. *Wrapped*: gradients and weights
+    are moved to coordinates in memory (:meth:`transform_gradients_`, :meth:`to_coordinates_`), the base's own ``step``
+    runs, and the way back is taken. *Fused*: one pass over weights, gradients and state does all three, with the
+    coefficients of :meth:`reparametrization` and :meth:`allocate`.
 
     Attributes:
-        rows: over which its vectors are.
-        kernels: what it makes passes over weights and gradients with.
+        rows: the rows that the rule's vectors run over.
+        kernels: make the passes over weights and gradients.
     """
 
     rows: Rows
     kernels: Kernels
 
-    def frame(self, weights: Tensors, gradients: Tensors, average: Coefficient) -> Frame:
-        """One pass over the gradients, which stay as they are.
+    @staticmethod
+    def usable_units(group: ScalingGroup) -> Tensor:
+        """Units whose freedom the rule can use, ``bool[H]``."""
+
+    @staticmethod
+    def check(group: ScalingGroup) -> None:
+        """Raise ``ValueError`` if the rule does not work for the parameters of a group."""
+
+    @staticmethod
+    def check_state(group: ScalingGroup, parameters: Tensors, state: Mapping[str, Any]) -> None:
+        """Raise ``ValueError`` if a saved state belongs to another network.
+
+        Args:
+            group: the scaling group.
+            parameters: the base optimizer's own, by name.
+            state: what :meth:`state_dict` has returned.
+        """
+
+    @staticmethod
+    def idle_statistics(dormant: int) -> PathStatistics | UnitStatistics:
+        """The statistics while there is nothing for the rule to do."""
+
+    @classmethod
+    def begin(cls, setting: Setting, entries: StateEntries, before: Rule | None) -> Rule | None:
+        """The rule from a refresh on; ``entries`` are those of weights, and become those of coordinates.
+
+        Args:
+            setting: the network at its representative.
+            entries: the base optimizer's state.
+            before: the rule that was used until the refresh.
+
+        Returns:
+            ``None`` if the network has no units that the rule can use.
+        """
+
+    @classmethod
+    def resume(cls, setting: Setting, state: Mapping[str, Any], entries: StateEntries) -> Rule:
+        """The rule that :meth:`state_dict` saved; the state has been checked."""
+
+    def reparametrization(self, weights: Tensors, gradients: Tensors, to_mean: Coefficient) -> Reparametrization:
+        """Where the base optimizer takes its next step; changes nothing.
 
         Args:
             weights: by parameter name.
-            gradients: likewise; those that there are.
-            average: by what momentum of the base becomes a mean, for all rows or for each: 1 - momentum for SGD.
+            gradients: by parameter name; parameters without a gradient are missing.
+            to_mean: momentum of the base times ``to_mean`` is a mean of gradients: 1 - momentum for SGD. A number, or
+                one for each row, ``[R]``.
         """
 
-    def show_(self, frame: Frame, gradients: Tensors) -> Callable[[], None]:
-        """Turn the gradients into what the base optimizer is shown instead; returns the way back."""
+    def transform_gradients_(self, here: Reparametrization, gradients: Tensors) -> Callable[[], None]:
+        """Turn gradients of weights into those of coordinates, in place; returns the way back."""
 
-    def enter_(self, frame: Frame, weights: Tensors, moments: Moments) -> Callable[[Moments], None]:
-        """Move weights, and averages of weights, to where the base optimizer takes its step; returns the way back."""
+    def to_coordinates_(
+        self, here: Reparametrization, weights: Tensors, entries: StateEntries
+    ) -> Callable[[StateEntries], None]:
+        """Turn weights, and averages of weights, into coordinates in place; returns the way back."""
 
-    def visit_(self, weights: Tensors) -> Callable[[], object]:
-        """Move weights to where averages of them are between steps, so that they can be mixed; returns the way back."""
+    def allocate(
+        self,
+        here: Reparametrization,
+        weights: Tensors,
+        gradients: Tensors,
+        entries: Sequence[Tensors],
+        advance: Advance,
+    ) -> Allocation:
+        """The way back of a fused step; moves the coordinates that are no weights with ``advance``.
 
-    def accept(self) -> None:
-        """The base optimizer's step has been taken without an error."""
+        Args:
+            here: the coordinates of the step.
+            weights: by parameter name, still the weights before the step.
+            gradients: by parameter name.
+            entries: the base's state, one mapping by parameter name for each entry of the fused step.
+            advance: takes the base's step for one coordinate of each unit.
+        """
 
-    def leave_(self, weights: Tensors, moments: Moments) -> None:
-        """Turn the moments into those of weights; zero in directions that mean something under this rule alone."""
+    def average_in_coordinates_(self, weights: Tensors) -> Callable[[], object]:
+        """Move weights to where the base averages them between steps; returns the way back."""
+
+    def commit(self) -> None:
+        """Take note that the step of the last :meth:`reparametrization` has been taken."""
+
+    def to_weight_entries_(self, entries: StateEntries, weights: Tensors) -> None:
+        """Turn state entries of coordinates into entries of weights, in place.
+
+        Entries of coordinates that no weight has become zero.
+        """
+
+    def has_weight_entries(self) -> bool:
+        """Whether the base's state is that of weights already, so that :meth:`to_weight_entries_` does nothing."""
 
     def statistics(self, dormant: int) -> PathStatistics | UnitStatistics:
         """Whether all is well. Waits for the device."""
 
-    def state_dict(self, moments: Moments) -> dict[str, Any]:
-        """What the rule needs to go on, with the moments if :meth:`leave_` would change them."""
-
-    def load_state_dict(self, state: Mapping[str, Any], moments: Moments) -> None:
-        """Go on from a saved state."""
+    def state_dict(self, entries: StateEntries) -> dict[str, Any]:
+        """What :meth:`resume` needs, with copies of ``entries`` if they are not those of weights."""

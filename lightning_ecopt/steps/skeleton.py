@@ -10,10 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_ecopt.common.tensors import rows_at_a_time
+from lightning_ecopt.common.tensors import Tensors, rows_at_a_time
 from lightning_ecopt.symmetry import Coupling
-
-NONE = -1
+from lightning_ecopt.symmetry.coupling import NO_UNIT
 
 
 def _tie(dtype: torch.dtype) -> float:
@@ -23,33 +22,27 @@ def _tie(dtype: torch.dtype) -> float:
 
 @dataclass(frozen=True, eq=False)
 class Skeleton:
-    """The skeleton weights of all units; every field is a tensor ``[H]``, ``-1`` where a unit has none.
+    """The skeleton weights of all units; every field is a tensor ``[H]``, ``NO_UNIT`` where a unit has none.
 
-    An element is given by the number of its coupling and its flat index in the coupling's region.
+    An element is given by the number of its coupling and by its flat index in the coupling's region.
 
     Args:
         active: whether the unit has skeleton weights at all; if not it is treated in weight space.
-        fixed_coupling: the incoming skeleton weight, which is held fixed: its coupling,
-        fixed_index: and its place.
-        source: the unit from which it comes, ``-1`` for ground.
-        fixed_depth: number of fixed skeleton weights from ground to the unit.
-        out_coupling: the outgoing skeleton weight: its coupling,
-        out_index: and its place.
-        target: the unit into which it leads, ``-1`` for ground.
-        out_depth: number of outgoing skeleton weights from the unit to ground.
-        free: whether the outgoing skeleton weight is not also the fixed one of ``target``.
+        fixed_coupling: coupling of the incoming skeleton weight, which is held fixed.
+        fixed_index: flat index of the incoming skeleton weight.
+        out_coupling: coupling of the outgoing skeleton weight.
+        out_index: flat index of the outgoing skeleton weight.
+        target: the unit into which the outgoing skeleton weight leads; ``NO_UNIT`` for an output.
+        free: whether the outgoing skeleton weight is not the fixed one of ``target``.
         root: the unit whose outgoing skeleton weight is the first free one on the way out.
     """
 
     active: Tensor
     fixed_coupling: Tensor
     fixed_index: Tensor
-    source: Tensor
-    fixed_depth: Tensor
     out_coupling: Tensor
     out_index: Tensor
     target: Tensor
-    out_depth: Tensor
     free: Tensor
     root: Tensor
 
@@ -59,8 +52,23 @@ class Skeleton:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor]) -> Skeleton:
-        """The inverse of :meth:`state_dict`."""
+        """The inverse of :meth:`state_dict`; states of earlier versions have more fields, which nothing needs."""
         return cls(**{field.name: state[field.name].cpu() for field in fields(cls)})
+
+    def fits(self, couplings: Sequence[Coupling], parameters: Tensors) -> bool:
+        """Whether all skeleton weights are elements of the parameters, which may be some of the couplings' alone."""
+        chosen = (
+            (self.active, self.fixed_coupling, self.fixed_index),
+            (self.active, self.out_coupling, self.out_index),
+        )
+        for units, coupling, index in chosen:
+            for number in coupling[units].unique().tolist():
+                if number >= len(couplings) or couplings[number].parameter not in parameters:
+                    return False
+                size = couplings[number].view(parameters[couplings[number].parameter]).numel()
+                if int(index[units & (coupling == number)].max()) >= size:
+                    return False
+        return True
 
     @property
     def num_units(self) -> int:
@@ -73,8 +81,10 @@ def choose_skeleton(
 ) -> Skeleton:
     """Choose the skeleton weights of the active units.
 
-    Both choices are forests rooted in ground: they are grown level by level, within a level the largest magnitude is
-    taken, and biases only where nothing else leads on. Elements that are zero are never taken.
+    Incoming skeleton weights form a forest whose roots are inputs and biases, outgoing ones a forest whose roots are
+    outputs; otherwise they would not define paths (through a residual stream the largest weights can run in a circle).
+    Both are grown from the roots, level by level. Within a level the largest magnitude is taken, and biases only where
+    nothing else leads on. Elements that are zero are never taken.
 
     Args:
         couplings: of the scaling group. Units that are alive but not active must be held still in them.
@@ -94,7 +104,7 @@ def choose_skeleton(
         weights = [_keep_diagonal(c, w) for c, w in zip(couplings, weights, strict=True)]
     incoming = _grow([(c.outgoing, c.incoming, c.additive, w) for c, w in zip(couplings, weights, strict=True)], active)
     outgoing = _grow([(c.incoming, c.outgoing, c.additive, w) for c, w in zip(couplings, weights, strict=True)], active)
-    missing = active & ((incoming.depth == NONE) | (outgoing.depth == NONE))
+    missing = active & ~(incoming.reached & outgoing.reached)
     if bool(missing.any()):
         why = (
             "The diagonal choice needs non-zero diagonals and one weight tensor on each side of every unit: use "
@@ -104,7 +114,7 @@ def choose_skeleton(
         )
         raise ValueError(f"No path leads through {int(missing.sum())} of {int(active.sum())} active units. {why}")
     target = outgoing.other
-    meets_fixed = (target != NONE) & (outgoing.coupling == incoming.coupling[target])
+    meets_fixed = (target != NO_UNIT) & (outgoing.coupling == incoming.coupling[target])
     meets_fixed &= outgoing.index == incoming.index[target]
     free = active & ~meets_fixed
     root = torch.where(meets_fixed, target, torch.arange(len(active)))
@@ -114,40 +124,43 @@ def choose_skeleton(
         active,
         incoming.coupling,
         incoming.index,
-        incoming.other,
-        incoming.depth,
         outgoing.coupling,
         outgoing.index,
         target,
-        outgoing.depth,
         free,
-        torch.where(active, root, NONE),
+        torch.where(active, root, NO_UNIT),
     )
 
 
 @dataclass(frozen=True, eq=False)
 class _Forest:
-    """For each unit the element that leads to it, the unit at the other end, and the level; ``[H]`` each."""
+    """A tree edge for each unit; all fields are ``[H]``.
+
+    Args:
+        coupling: of the element that leads to the unit.
+        index: flat index of the element in the coupling's region.
+        other: the unit at the other end of the element; ``NO_UNIT`` at a root.
+        reached: whether there is such an element.
+    """
 
     coupling: Tensor
     index: Tensor
     other: Tensor
-    depth: Tensor
+    reached: Tensor
 
 
-Edges = tuple[Tensor, Tensor, bool, Tensor]  # source units, target units, additive, weights
+#: Source units, target units, whether the elements are added, and the elements.
+Edges = tuple[Tensor, Tensor, bool, Tensor]
 
 
 def _grow(edges: Sequence[Edges], active: Tensor) -> _Forest:
-    """Grow a forest from ground over all active units."""
+    """Grow a forest over all active units, from what belongs to no unit."""
     num_units = len(active)
-    coupling, index, other, depth = (np.full(num_units, NONE) for _ in range(4))
+    coupling, index, other = (np.full(num_units, NO_UNIT) for _ in range(3))
     reached = torch.zeros(num_units + 1, dtype=torch.bool)
-    reached[-1] = True  # ground, which is index -1
+    reached[NO_UNIT] = True
     wanted = torch.cat([active, active.new_zeros(1)])
-    level = 0
     while bool(wanted.any()):
-        level += 1
         best = np.zeros(num_units)
         for biases in (False, True):
             for number, (source, target, additive, weight) in enumerate(edges):
@@ -157,16 +170,16 @@ def _grow(edges: Sequence[Edges], active: Tensor) -> _Forest:
                 units, values, places = _largest(weight, reached[source], wanted[target], target, tie)
                 better = values > best[units] * (1 + tie)
                 units, values, places = units[better], values[better], places[better]
-                best[units], coupling[units], index[units], depth[units] = values, number, places, level
+                best[units], coupling[units], index[units] = values, number, places
                 other[units] = _at(source, places, weight.shape)
             if best.any():
                 break
         if not best.any():
             break
         new = torch.from_numpy(best > 0)
-        reached[:-1] |= new
-        wanted[:-1] &= ~new
-    return _Forest(*(torch.from_numpy(array) for array in (coupling, index, other, depth)))
+        reached[:NO_UNIT] |= new
+        wanted[:NO_UNIT] &= ~new
+    return _Forest(torch.from_numpy(coupling), torch.from_numpy(index), torch.from_numpy(other), reached[:NO_UNIT])
 
 
 def _largest(
@@ -191,9 +204,9 @@ def _largest(
     places = np.ravel_multi_index([along[k] for k in range(weight.ndim)], weight.shape)
     # One unit may own several rows.
     units = target.reshape(-1).numpy()
-    most = np.zeros(int(units.max(initial=NONE)) + 2)
+    most = np.zeros(int(units.max(initial=NO_UNIT)) + 2)
     np.maximum.at(most, units, found)
-    rows_kept = np.flatnonzero((found > 0) & (units != NONE) & (found >= most[units] * (1 - tie)))
+    rows_kept = np.flatnonzero((found > 0) & (units != NO_UNIT) & (found >= most[units] * (1 - tie)))
     owners, first = np.unique(units[rows_kept], return_index=True)
     return owners, most[owners], places[rows_kept[first]]
 

@@ -1,8 +1,12 @@
-"""What a rescaling of the weights does to the state of an optimizer.
+"""How the state of an optimizer scales when weights are rescaled.
 
-An entry has power p if it would have been divided by c^p, had all gradients been those of weights c times as large,
-which are divided by c themselves. So momentum has power 1, a mean of squared gradients 2, a gradient over its own
-magnitude 0, and what is an average of weights -1.
+If weights are multiplied by c, gradients are divided by c. A state entry of *degree* p (of homogeneity in the
+gradients) is then divided by c**p: the state becomes what it would be, had all gradients been those of the new weights.
+
+    momentum        mean of gradients               degree  1
+    second moment   mean of squared gradients       degree  2
+    step size       anything free of scale          degree  0
+    averaged weight mean of weights                 degree -1
 """
 
 from __future__ import annotations
@@ -13,8 +17,8 @@ from typing import Any
 
 from torch import Tensor
 
-#: By name, for the optimizers of torch and what is common beside them.
-POWERS = {
+#: Degrees by the names of entries, for the optimizers of torch and for names that others share.
+DEGREES = {
     "momentum_buffer": 1,
     "exp_avg": 1,
     "exp_avg_sq": 2,
@@ -23,83 +27,84 @@ POWERS = {
     "sum": 2,  # Adagrad
     "square_avg": 2,  # RMSprop, Adadelta
     "grad_avg": 1,  # RMSprop
-    "acc_delta": 0,  # Adadelta: of steps, which are as long whatever the size of the gradients
+    "acc_delta": 0,  # Adadelta: squared steps, whose length does not depend on the size of gradients
     "variance": 2,  # Adafactor
-    "row_var": 0,  # likewise, but not of single weights, so that no rescaling can be exact
+    "row_var": 0,  # Adafactor: one number for many weights, so that no rescaling can be exact
     "col_var": 0,
     "prev": 1,  # Rprop
     "step_size": 0,  # Rprop
     "ax": -1,  # ASGD
     "momentum": 1,
     "hessian": 2,
-    "z": -1,  # schedule-free forms
-    "slow_buffer": -1,  # lookahead
+    "z": -1,  # schedule-free optimizers
+    "slow_buffer": -1,  # Lookahead
 }
-#: Entries that never start from zero.
-LASTING = {"step_size"}
+WEIGHT_AVERAGE = -1
+#: Entries that never are zero, so that a restart leaves them as they are.
+KEPT_ON_RESTART = {"step_size"}
 
 
 @dataclass(frozen=True)
-class Moment:
-    """One entry of the base optimizer's state.
+class StateEntry:
+    """One entry of the base optimizer's state, for all parameters that have it.
 
     Args:
-        power: 1 for a mean of gradients, which is a covector; 2 for one of their squares; -1 for one of weights.
-        tensors: by parameter name.
-        lasting: whether it is kept where momentum starts anew.
+        degree: the entry is divided by ``c**degree`` if weights are multiplied by ``c``.
+        tensors: by parameter name, in the parameters' shapes.
+        keep_on_restart: whether the entry keeps its value where momentum is set to zero.
     """
 
-    power: int
+    degree: int
     tensors: dict[str, Tensor]
-    lasting: bool = False
+    keep_on_restart: bool = False
 
 
-Moments = Mapping[str, Moment]
+StateEntries = Mapping[str, StateEntry]
 
 
-def moments_of(
-    state: Mapping[Tensor, Mapping[str, Any]], parameters: Mapping[str, Tensor], given: Mapping[str, int]
-) -> tuple[dict[str, Moment], set[str]]:
-    """The entries of a state that belong to weights one by one.
+def entries_of(
+    state: Mapping[Tensor, Mapping[str, Any]], parameters: Mapping[str, Tensor], degrees: Mapping[str, int]
+) -> tuple[dict[str, StateEntry], set[str]]:
+    """Sort an optimizer's state by entry, and keep the entries that have one number for each weight.
 
     Args:
-        state: of an optimizer.
+        state: the state of an optimizer.
         parameters: by name.
-        given: powers that the user knows, by entry.
+        degrees: degrees by entry that the user gives; they precede :data:`DEGREES`.
 
     Returns:
-        The moments, by entry; and the names of entries whose power is not known.
+        The entries by name; and the names of entries whose degree nobody knows.
     """
-    found: dict[str, Moment] = {}
+    found: dict[str, StateEntry] = {}
     unknown = set()
     for name, p in parameters.items():
         entries = state.get(p, {})
-        if "step" in entries and float(entries["step"]) == 0:  # it holds what an option says, as in Adagrad
+        if "step" in entries and float(entries["step"]) == 0:  # no gradient was seen; Adagrad starts at an option
             continue
         for entry, value in entries.items():
             if not isinstance(value, Tensor) or not value.is_floating_point() or entry == "step":
                 continue
-            power = given.get(entry, _power(entry, entries))
-            if value.shape != p.shape or power is None:
-                if value.ndim > 0 and power != 0:  # a number is a count, or a rate
+            degree = degrees.get(entry, _degree(entry, entries))
+            if value.shape != p.shape or degree is None:
+                if value.ndim > 0 and degree != 0:  # a scalar is a count or a rate, which has no scale
                     unknown.add(entry)
                 continue
-            found.setdefault(entry, Moment(power, {}, entry in LASTING)).tensors[name] = value
+            found.setdefault(entry, StateEntry(degree, {}, entry in KEPT_ON_RESTART)).tensors[name] = value
     return found, unknown
 
 
-def points_of(moments: Moments) -> list[Mapping[str, Tensor]]:
-    """Those that are averages of weights, and go where weights go."""
-    return [moment.tensors for moment in moments.values() if moment.power == -1]
+def weight_averages(entries: StateEntries) -> list[Mapping[str, Tensor]]:
+    """The entries that average weights: they move with the weights into coordinates and back."""
+    return [entry.tensors for entry in entries.values() if entry.degree == WEIGHT_AVERAGE]
 
 
-def has_points(state: Mapping[Tensor, Mapping[str, Any]], given: Mapping[str, int]) -> bool:
-    """Whether there are any, by the entries of the first parameter that has some."""
+def has_weight_averages(state: Mapping[Tensor, Mapping[str, Any]], degrees: Mapping[str, int]) -> bool:
+    """Whether the state averages weights, judged by the first parameter that has state."""
     entries = next((entries for entries in state.values() if entries), {})
-    return any(given.get(entry, POWERS.get(entry)) == -1 for entry in entries)
+    return any(degrees.get(entry, DEGREES.get(entry)) == WEIGHT_AVERAGE for entry in entries)
 
 
-def _power(entry: str, entries: Iterable[str]) -> int | None:
-    if entry == "momentum_buffer" and "square_avg" in entries:  # RMSprop: of gradients over their magnitudes
+def _degree(entry: str, entries: Iterable[str]) -> int | None:
+    if entry == "momentum_buffer" and "square_avg" in entries:  # RMSprop averages gradients over their magnitudes
         return 0
-    return POWERS.get(entry)
+    return DEGREES.get(entry)

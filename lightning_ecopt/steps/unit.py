@@ -1,30 +1,31 @@
-"""Steps relative to the unit that takes them.
+"""The unit rule: steps relative to the unit that takes them.
 
-At the balanced member of the class, a *row* is all the elements of one parameter that lead into one value: a unit, or
-an output that is held fixed. With rho_h the root mean square of the n elements of row h, and g their gradient,
+At the balanced member of the class, a *row* h is all the elements of one parameter that lead into one unit, or into one
+value that is held fixed. With n the elements of the row, w their weights and g their gradients:
 
-    centred    g_e - 0.9 mean of g over the row
-    clipped    so that |g|^2 / n is at most v_h, its own running mean over about 100 steps
-    step       of row h: that of the base optimizer times s_h
+    rho_h = sqrt(mean of w**2)                 magnitude of the row, at the start of training
+    g     = g - 0.9 mean(g)                    centred
+    v_h   = running mean of mean(g**2)         over about 100 steps
+    g     = g * min(1, sqrt(v_h / mean(g**2))) clipped
+    w     = w + s_h * (step of the base)
 
     SGD, ASGD:  s_h = (1 - momentum) rho_h / sqrt(v_h)       lr is the relative length of a step
-    all others: s_h = rho_h / rho, rho that of all rows      lr keeps its meaning
+    all others: s_h = rho_h / rho                            lr keeps its meaning; rho is the magnitude of all rows
 
-Why it depends on the class alone: the balanced member does, and everything above is a function of the weights and the
-gradients there. The relative step is that of Nero (Liu et al., "Learning by Turning", arXiv:2102.07227) without its
-projection: rho is that of the start, which fixes the lengths of steps as the projection would, and balancing
-takes care of the rest.
+The step depends on the class alone, because the balanced member does and all of the above are functions of weights and
+gradients there. The relative step is that of Nero (Liu et al., "Learning by Turning", arXiv:2102.07227) without Nero's
+projection: rho_h stays that of the start, which fixes the lengths of steps as the projection would.
 
-Why centred: the gradient of a row is the sum over the data of delta_h a, where a are the values that it reads. Behind a
-ReLU these are positive, so that by far the largest eigenvalue of E[a a^T], which is the metric of the row, belongs to
-their mean, at the balanced member close to the direction of equal entries. Dividing the gradient's component there by
-10 is a natural gradient for that rank-one part, at the price of one mean per row; to take it out altogether is gradient
-centralization (Yong et al., arXiv:2004.01461).
+Why gradients are centred: the gradient of row h is the sum over the data of delta_h a, where a are the values that the
+row reads. Behind a ReLU a is positive. Then one eigenvalue of the row's metric E[a a^T] is far above the others; it
+belongs to the mean of a, and at the balanced member the mean is close to the direction of equal entries. Dividing the
+gradient's component in this direction by 10 is a natural gradient for that rank-one part, for the price of one mean per
+row. Taking the component out altogether is gradient centralization (Yong et al., arXiv:2004.01461).
 
-Rows of one element (gains, biases) take a tenth of a step: of their own magnitude or, for what is added, of the norm of
-the weights into the same unit. Magnitudes are at least a tenth of their mean; gradients that are, relative to rho_h,
-below 1e-5 of the root mean square of all rows (such as that of a bias before a batch norm, which is rounding alone) are
-not blown up to full steps. Weight decay is lr * weight_decay * w, not scaled.
+Single elements (gains, biases) have no direction. Their rho_h is a tenth of their own magnitude; for biases, which are
+added to a unit, a tenth of the norm of the weights into that unit. Each rho_h is at least a tenth of the mean.
+Gradients that are below 1e-5 of the root mean square of all rows, relative to rho_h, are taken for rounding, as those
+of a bias before a batch norm, and do not make full steps. Weight decay is lr * weight_decay * w, without s_h.
 """
 
 from __future__ import annotations
@@ -40,24 +41,24 @@ from lightning_ecopt.common.sharding import local
 from lightning_ecopt.common.tensors import Tensors, updates_by_difference
 from lightning_ecopt.kernels import Coefficient, Kernels
 from lightning_ecopt.steps.rows import Rows
-from lightning_ecopt.steps.rule import Frame, UnitStatistics
-from lightning_ecopt.steps.state import Moments, points_of
-from lightning_ecopt.symmetry import Coupling
+from lightning_ecopt.steps.rule import Advance, Allocation, Reparametrization, Rule, Setting, UnitStatistics
+from lightning_ecopt.steps.state import StateEntries, weight_averages
+from lightning_ecopt.symmetry import Coupling, ScalingGroup
 
-CENTRING = 0.9
-MEMORY = 0.99
-SINGLE = 0.1
-FLOOR = 0.1
-FAINT = 1e-5
-SAVED = ("rho", "reference", "second", "weight")
-
-
-def _bounded(scale: Tensor, mean: Tensor) -> Tensor:
-    """Monomials that are not too far below their mean; what is zero, and has no scale of its own, is like the mean."""
-    return torch.where(scale > 0, torch.maximum(scale, FLOOR * mean), mean)
+CENTRING = 0.9  # share of the mean that is taken out of the gradients of a row
+MEMORY = 0.99  # of the running second moments
+SINGLE = 0.1  # share of a full step that rows of one element take
+FLOOR = 0.1  # smallest magnitude of a row, relative to the mean of all
+FAINT = 1e-5  # relative size of gradients that are rounding
+SAVED = ("rho", "reference", "second", "weight")  # attributes in a checkpoint
 
 
-def _frame(
+def _at_least_a_share(rho: Tensor, mean: Tensor) -> Tensor:
+    """Magnitudes that are at least ``FLOOR * mean``; rows of zeros have no magnitude of their own and get the mean."""
+    return torch.where(rho > 0, torch.maximum(rho, FLOOR * mean), mean)
+
+
+def _look_at_gradients(
     sums: Tensor,
     squares: Tensor,
     second: Tensor,
@@ -68,57 +69,57 @@ def _frame(
     rho: Tensor | None,
     tiny: float,
 ) -> tuple[Tensor | None, ...]:
-    """Take note of gradients, by rows; everything is ``[R]``.
+    """Update the running second moments and find how gradients are centred and clipped. All tensors are ``[R]``.
 
     Args:
-        sums: of the gradients of each row.
-        squares: likewise, of their squares.
-        second: running mean of second moments, times ``weight``.
-        weight: sum of the weights in it.
-        size: number of elements.
-        single: whether rows are not centred.
-        present: whether there is a gradient at all; ``None`` if there is for all.
-        rho: magnitude of the weights, if steps are to be relative to it.
-        tiny: gradients below do not count.
+        sums: of the gradients in each row.
+        squares: sums of squares of the gradients in each row.
+        second: running second moment times ``weight``.
+        weight: sum of the weights in the running mean, which tends to 1.
+        size: number of elements of each row, n.
+        single: rows that are not centred.
+        present: rows that have a gradient; ``None`` if all have one.
+        rho: magnitudes of the rows; ``None`` if steps are not relative to gradients.
+        tiny: root mean squares of gradients below count as this.
 
     Returns:
-        The new ``second`` and ``weight``; by what gradients are multiplied, and what is added to them then; the length
-        of steps over that of gradients, ``None`` without ``rho``; and how many rows were clipped.
+        The new ``second`` and ``weight``; ``grad_scale`` and ``grad_shift``; ``rho_h / sqrt(v_h)``, or ``None`` without
+        ``rho``; and how many rows were clipped.
     """
     mean = sums / size
     centring = CENTRING * (~single).to(size)
-    # |g - c m|^2 = |g|^2 - n m^2 (1 - (1 - c)^2)
+    # Of centred gradients, without another pass:  mean (g - c m)^2 = mean g^2 - m^2 (1 - (1 - c)^2)
     own = (squares / size - mean.square() * (centring * (2 - centring))).clamp(min=0)
-    own = own.nan_to_num(-1, -1)
+    own = own.nan_to_num(-1, -1)  # a gradient that is not finite leaves the running mean as it is
     known = own >= 0 if present is None else (own >= 0) & present
     second = second.lerp(torch.where(known, own, second), 1 - MEMORY)
     weight = torch.addcmul(weight, 1 - weight, known.to(size), value=1 - MEMORY)
-    limit = second / weight.clamp(min=1 - MEMORY)
-    slack = 1 + 8 * torch.finfo(size.dtype).eps
+    limit = second / weight.clamp(min=1 - MEMORY)  # v_h
+    slack = 1 + 8 * torch.finfo(size.dtype).eps  # the first gradient equals its own mean, but for rounding
     is_clipped = own > slack * limit
-    times = torch.where(is_clipped, (limit / own).sqrt(), 1.0)
-    plus = (mean * centring).nan_to_num(0, 0, 0) * -times
+    grad_scale = torch.where(is_clipped, (limit / own).sqrt(), 1.0)
+    grad_shift = (mean * centring).nan_to_num(0, 0, 0) * -grad_scale
     relative = None
     if rho is not None:
         deviation = limit.sqrt()
         faint = FAINT * (rho * deviation).square().mean().sqrt() / rho
         relative = rho / torch.maximum(deviation, faint).clamp(min=tiny)
-    return second, weight, times, plus, relative, is_clipped.sum()
+    return second, weight, grad_scale, grad_shift, relative, is_clipped.sum()
 
 
 class UnitRule:
-    """Monomials the steps of a base optimizer by unit.
+    """Scales each row's step of a base optimizer to the magnitude of the row.
 
-    The magnitudes rho are those of the start: were they taken anew at each refresh, norms and steps would drive each
+    The magnitudes rho are those of the start. Were they taken anew at each refresh, norms and steps would drive each
     other up, exponentially in the number of epochs.
 
     Args:
         couplings: of the scaling group; rows of parameters that are not among ``parameters`` are left out.
         parameters: the base optimizer's own, by name, at the balanced member; all on one device. If they are sharded,
             all ranks take their steps together.
-        kernels: what passes over weights and gradients are made with.
-        normalized: whether the base's steps are of a size of their own, as those of Adam, or linear in gradients.
-        means: of gradients, by name, as far as the base holds some already; the running second moments start with them.
+        kernels: make the passes over weights and gradients.
+        is_linear: whether the base's steps are linear in gradients, as those of SGD, or of a size of their own.
+        means: of gradients, by name, as far as the base's momentum holds some; the running second moments start there.
     """
 
     def __init__(
@@ -126,126 +127,175 @@ class UnitRule:
         couplings: Sequence[Coupling],
         parameters: Tensors,
         kernels: Kernels,
-        normalized: bool,
+        is_linear: bool,
         means: Tensors | None = None,
     ) -> None:
         narrowest = min((p.dtype for p in parameters.values()), key=lambda kind: torch.finfo(kind).bits)
-        # Gradients below do not count, so that scales and what they are divided into stay within the range.
+        # s_h and what is divided by it stay within the range of the weights' type.
         self._tiny = torch.finfo(narrowest).tiny ** 0.75
-        self._normalized = normalized
+        self._is_linear = is_linear
         self.kernels = kernels
         self.rows = Rows(couplings, parameters)
-        dtype = self.rows.dtype
         self._size = self.rows.sizes
         self._clipped = torch.zeros((), dtype=torch.int64, device=self._size.device)
         self._steps = 0
-        self._moving: set[str] = set()  # names of the parameters with a dense gradient
+        self._moving: set[str] = set()  # names of the parameters that have a gradient in this step
         self._second = (1 - MEMORY) * self._sums_and_squares(means or {})[1] / self._size
-        self._weight = (self._second > 0).to(dtype) * (1 - MEMORY)  # sum of the weights in the running mean
-        self._next = (self._second, self._weight, self._clipped)
-        own = {name: local(parameter) for name, parameter in parameters.items()}
-        self._rho, self._reference = self._scales(self._sums_and_squares(own)[1])
-        self.rows.forget()
+        self._weight = (self._second > 0).to(self.rows.dtype) * (1 - MEMORY)
+        self._next = (self._second, self._weight, self._clipped)  # taken over when the step succeeds
+        weights = {name: local(parameter) for name, parameter in parameters.items()}
+        self._rho, self._reference = self._magnitudes(self._sums_and_squares(weights)[1])
+
+    @staticmethod
+    def usable_units(group: ScalingGroup) -> Tensor:
+        """All units, ``bool[H]``."""
+        return torch.ones(group.num_units, dtype=torch.bool)
+
+    @staticmethod
+    def check(group: ScalingGroup) -> None:
+        """The rule works for every group."""
+
+    @staticmethod
+    def check_state(group: ScalingGroup, parameters: Tensors, state: Mapping[str, Any]) -> None:
+        """The rows must be as many as those of the checkpoint.
+
+        Raises:
+            ValueError: if they are not.
+        """
+        rows = len(Rows(group.couplings, parameters))
+        if any(state[name].shape != (rows,) for name in ("rho", "second", "weight")):
+            raise ValueError(
+                f"The checkpoint was made with {len(state['rho'])} rows of weights, this optimizer has {rows}: load it "
+                "into the network and the parameter groups that it was made with."
+            )
+
+    @staticmethod
+    def idle_statistics(dormant: int) -> UnitStatistics:
+        """Nothing was clipped."""
+        return UnitStatistics(0.0, dormant)
+
+    @classmethod
+    def begin(cls, setting: Setting, entries: StateEntries, before: Rule | None) -> Rule | None:
+        """The rule that was used so far, which keeps the magnitudes of the start; or a new one."""
+        if setting.group.num_units == 0:
+            return None
+        return before or cls._make(setting)
+
+    @classmethod
+    def resume(cls, setting: Setting, state: Mapping[str, Any], entries: StateEntries) -> UnitRule:
+        """Take over magnitudes and running moments from a checkpoint."""
+        rule = cls._make(setting)
+        for name in SAVED:
+            getattr(rule, f"_{name}").copy_(state[name])
+        return rule
+
+    @classmethod
+    def _make(cls, setting: Setting) -> UnitRule:
+        means = setting.means()
+        return cls(setting.group.couplings, setting.parameters, setting.kernels, setting.is_linear, means)
 
     def _sums_and_squares(self, tensors: Tensors) -> Tensor:
-        """Of all rows, ``[2, R]``; zero for tensors that there are not."""
+        """Sums and sums of squares of all rows, ``[2, R]``; zero for tensors that are missing."""
         return self.rows.reduced(self.kernels, "sums_and_squares", tensors)
 
-    def _scales(self, squares: Tensor) -> tuple[Tensor, Tensor]:
-        """rho_h of all rows ``[R]``, with what stands for it in rows of one element; and that of all together.
+    def _magnitudes(self, squares: Tensor) -> tuple[Tensor, Tensor]:
+        """rho_h of all rows ``[R]``, and rho, the root mean square of all elements, a scalar.
 
         Args:
-            squares: sums of the squares of their weights, ``[R]``.
+            squares: sums of squares of the weights of each row, ``[R]``.
         """
         rows, one = self.rows, self._size.new_ones(1)
-        proper = bool((~rows.single).any())
-        counted = squares[~rows.single] if proper else one
-        mean = (counted.sum() / (self._size[~rows.single] if proper else one).sum()).sqrt()
+        has_weights = bool((~rows.single).any())
+        counted = squares[~rows.single] if has_weights else one
+        rho = (counted.sum() / (self._size[~rows.single] if has_weights else one).sum()).sqrt()
         mean_norm = counted.mean().sqrt()
-        last = int(rows.units.max()) + 1 if len(rows) else 0  # what leads into no unit
-        total = SegmentSum(torch.where(rows.units < 0, last, rows.units), last + 1)
+        no_unit = int(rows.units.max()) + 1 if len(rows) else 0  # a number for rows that lead into no unit
+        total = SegmentSum(torch.where(rows.units < 0, no_unit, rows.units), no_unit + 1)
         into_unit = total(torch.where(rows.additive, 0.0, squares)).sqrt()
-        into_unit[last] = mean_norm
+        into_unit[no_unit] = mean_norm
         single = torch.where(rows.additive, into_unit[rows.units], squares.sqrt())
-        rho = _bounded((squares / self._size).sqrt(), mean)
-        return torch.where(rows.single, SINGLE * _bounded(single, mean_norm), rho), mean
+        of_rows = _at_least_a_share((squares / self._size).sqrt(), rho)
+        return torch.where(rows.single, SINGLE * _at_least_a_share(single, mean_norm), of_rows), rho
 
-    def frame(self, weights: Tensors, gradients: Tensors, average: Coefficient) -> Frame:
-        """Where the base optimizer takes its step; takes no note of the gradients yet."""
+    def reparametrization(self, weights: Tensors, gradients: Tensors, to_mean: Coefficient) -> Reparametrization:
+        """The base steps at w / s_h, and its steps there become steps of w times s_h."""
         self._moving = set(gradients)
         present = self.rows.present(gradients)
         if present is not None:
             present = self.rows.spread(present)
         sums, squares = self._sums_and_squares(gradients)
         running = (self._second, self._weight, self._size, self.rows.single)
-        rho = None if self._normalized else self._rho
-        second, weight, times, plus, relative, clipped = self.kernels.run(
-            _frame, sums, squares, *running, present, rho, self._tiny
+        rho = self._rho if self._is_linear else None
+        second, weight, grad_scale, grad_shift, relative, clipped = self.kernels.run(
+            _look_at_gradients, sums, squares, *running, present, rho, self._tiny
         )
         self._next = (second, weight, self._clipped + clipped)
-        return Frame(self._rho / self._reference if relative is None else average * relative, times, plus)
+        s = to_mean * relative if self._is_linear else self._rho / self._reference
+        return Reparametrization(s, grad_scale, grad_shift)
 
-    def show_(self, frame: Frame, gradients: Tensors) -> Callable[[], None]:
-        """Centre and clip gradients in place."""
-        assert frame.plus is not None
-        times, plus = 1 / frame.times, -frame.plus / frame.times
-        self.rows.apply_(self.kernels, "affine_", gradients, times=frame.times, plus=frame.plus)
+    def transform_gradients_(self, here: Reparametrization, gradients: Tensors) -> Callable[[], None]:
+        """Centre and clip gradients in place; returns the way back."""
+        assert here.grad_shift is not None
+        times, plus = 1 / here.grad_scale, -here.grad_shift / here.grad_scale
+        self.rows.apply_(self.kernels, "affine_", gradients, times=here.grad_scale, plus=here.grad_shift)
         return lambda: self.rows.apply_(self.kernels, "affine_", gradients, times=times, plus=plus)
 
-    def enter_(self, frame: Frame, weights: Tensors, moments: Moments) -> Callable[[Moments], None]:
-        """Divide the weights that have gradients by s_h, and averages of them."""
+    def to_coordinates_(
+        self, here: Reparametrization, weights: Tensors, entries: StateEntries
+    ) -> Callable[[StateEntries], None]:
+        """Divide weights that have gradients, and averages of them, by s_h; returns the way back."""
 
         def scale_(tensors: Tensors, factors: Tensor) -> None:
-            own = {name: local(tensor) for name, tensor in tensors.items() if name in self._moving}
-            self.rows.apply_(self.kernels, "affine_", own, times=factors)
+            moving = {name: local(tensor) for name, tensor in tensors.items() if name in self._moving}
+            self.rows.apply_(self.kernels, "affine_", moving, times=factors)
 
         low = {name: w for name, w in weights.items() if name in self._moving and updates_by_difference(w)}
         before = {name: weight.clone() for name, weight in low.items()}
-        for tensors in (weights, *points_of(moments)):
-            scale_(tensors, 1 / frame.scale)
+        for tensors in (weights, *weight_averages(entries)):
+            scale_(tensors, 1 / here.weight_scale)
         entered = {name: weight.clone() for name, weight in low.items()}
 
-        def leave_(moments: Moments) -> None:
-            for name, weight in low.items():
+        def to_weights_(entries: StateEntries) -> None:
+            for name, weight in low.items():  # only the step is scaled back, so that no weight is rounded twice
                 weight.sub_(entered[name])
-            for tensors in (weights, *points_of(moments)):
-                scale_(tensors, frame.scale)
+            for tensors in (weights, *weight_averages(entries)):
+                scale_(tensors, here.weight_scale)
             for name, weight in low.items():
                 weight.add_(before[name])
 
-        return leave_
+        return to_weights_
 
-    def visit_(self, weights: Tensors) -> Callable[[], object]:
-        """Nothing: averages are those of weights."""
+    def allocate(
+        self,
+        here: Reparametrization,
+        weights: Tensors,
+        gradients: Tensors,
+        entries: Sequence[Tensors],
+        advance: Advance,
+    ) -> Allocation:
+        """Coordinates are multiplied by the s_h by which weights were divided."""
+        return Allocation()
+
+    def average_in_coordinates_(self, weights: Tensors) -> Callable[[], object]:
+        """Averages of weights are kept at the weights, so that nothing moves."""
         return lambda: None
 
-    def accept(self) -> None:
-        """The running second moments take note of the gradients."""
+    def commit(self) -> None:
+        """Take over the running second moments of the last step."""
         self._second, self._weight, self._clipped = self._next
         self._steps += 1
 
-    def leave_(self, weights: Tensors, moments: Moments) -> None:
-        """Nothing: moments are those of the gradients of weights."""
+    def to_weight_entries_(self, entries: StateEntries, weights: Tensors) -> None:
+        """The base's state is that of weights already."""
+
+    def has_weight_entries(self) -> bool:
+        """The base's state is that of weights."""
+        return True
 
     def statistics(self, dormant: int) -> UnitStatistics:
-        """How much was clipped."""
+        """The share of gradients that were clipped since the start."""
         return UnitStatistics(int(self._clipped) / max(1, self._steps * len(self._size)), dormant)
 
-    def state_dict(self, moments: Moments) -> dict[str, Any]:
-        """Tensors ``[R]`` over the rows, and the reference."""
+    def state_dict(self, entries: StateEntries) -> dict[str, Any]:
+        """``rho``, ``second`` and ``weight`` over the rows, ``[R]``, and the scalar ``reference``, which is rho."""
         return {name: getattr(self, f"_{name}").clone() for name in SAVED}
-
-    def load_state_dict(self, state: Mapping[str, Any], moments: Moments) -> None:
-        """Take over the state of a checkpoint.
-
-        Raises:
-            ValueError: if it is of other rows.
-        """
-        for name in SAVED:
-            own = getattr(self, f"_{name}")
-            if state[name].shape != own.shape:
-                raise ValueError(
-                    f"The checkpoint was made with {len(state['rho'])} rows of weights, this optimizer has "
-                    f"{len(self._rho)}: load it into the network and the parameter groups that it was made with."
-                )
-            own.copy_(state[name])

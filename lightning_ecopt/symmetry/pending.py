@@ -50,6 +50,16 @@ class DeferredGroup:
         return group
 
 
+class KnownGroup(DeferredGroup):
+    """A scaling group that is known already."""
+
+    missing = ""
+
+    def __init__(self, group: ScalingGroup) -> None:
+        super().__init__()
+        self.group = group
+
+
 class GroupFromModuleCalls(DeferredGroup):
     """The scaling group of parameters, from the outermost calls of modules that have any of them.
 

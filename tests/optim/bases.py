@@ -17,7 +17,7 @@ from torch import Tensor, nn, optim
 from torch.optim import Optimizer
 
 from lightning_ecopt import scaling_group
-from lightning_ecopt.steps import choose_skeleton
+from lightning_ecopt.steps.skeleton import choose_skeleton
 from tests.optim.test_unit_rule import Reference
 from tests.optim.training import loss_of
 from tests.paths.explicit import ExplicitPaths

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.optim import Adam, AdamW, Optimizer
 
 from lightning_ecopt import EquivalentClassOptimizer, scaling_group
-from lightning_ecopt.steps import choose_skeleton
+from lightning_ecopt.steps.skeleton import choose_skeleton
 from tests.networks import DenseNet, ResidualMLP, ResNet, mlp, plain_cnn
 from tests.optim.training import (
     batches,
@@ -222,7 +222,7 @@ def test_without_gradients_decay_is_that_of_the_path_values() -> None:
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_a_refresh_carries_the_moments_of_ordinary_weights(base: str) -> None:
+def test_a_refresh_carries_the_entries_of_ordinary_weights(base: str) -> None:
     module, x, y = problem(4, 6, 5, 3)
     old = skeleton_of(paths_of(balanced(module, x), x, 2.0))
     optimizer = in_paths(module, x, base, refresh_interval=None)

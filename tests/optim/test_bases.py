@@ -14,8 +14,8 @@ from torch import Tensor, nn, optim
 from torch.optim import Optimizer
 
 from lightning_ecopt import EquivalentClassOptimizer, ScalingGroup, scaling_group
-from lightning_ecopt.steps import Skeleton
-from lightning_ecopt.steps.state import moments_of
+from lightning_ecopt.steps.skeleton import Skeleton
+from lightning_ecopt.steps.state import entries_of
 from tests.networks import mlp
 from tests.optim.bases import (
     BASES,
@@ -228,14 +228,14 @@ def test_larger_weights_divide_the_state_by_the_power_that_is_known_for_it(name:
     powers = {}
     for number, factor in enumerate(factors):
         (ours, unknown), (theirs, _) = (
-            moments_of(optimizer.state, {"p": params[number]}, {})
+            entries_of(optimizer.state, {"p": params[number]}, {})
             for optimizer, params in ((first, plain), (second, larger))
         )
         assert not unknown
         for entry, moment in ours.items():
-            powers[entry] = moment.power
+            powers[entry] = moment.degree
             assert bool((moment.tensors["p"] != 0).any())
-            expected = moment.tensors["p"] / factor**moment.power
+            expected = moment.tensors["p"] / factor**moment.degree
             torch.testing.assert_close(theirs[entry].tensors["p"], expected, rtol=1e-7, atol=0)
         held = {
             entry for entry, value in first.state[plain[number]].items() if getattr(value, "shape", ()) == factor.shape

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_ecopt import EquivalentClassOptimizer, scaling_group
-from lightning_ecopt.steps import Skeleton, choose_skeleton
+from lightning_ecopt.steps.skeleton import Skeleton, choose_skeleton
 from lightning_ecopt.symmetry import GroupFromNextCall
 from tests.networks import ResidualMLP, mlp, norm_cnn
 from tests.optim.training import (

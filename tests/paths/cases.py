@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ecopt import ScalingGroup, scaling_group
-from lightning_ecopt.steps import PathCoordinates, Skeleton, choose_skeleton
+from lightning_ecopt.steps.coordinates import PathCoordinates
+from lightning_ecopt.steps.skeleton import Skeleton, choose_skeleton
 from tests.networks import DenseNet, ResidualMLP, ResNet, mlp, norm_cnn, plain_cnn
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -45,7 +46,7 @@ class Point:
     def path_gradients(self) -> dict[str, Tensor]:
         """dL/dv for all parameters."""
         gradients = self.gradients()
-        self.coordinates.gradients_(gradients, self.coordinates.free_weights(self.weights, gradients))
+        self.coordinates.transform_gradients_(gradients, self.coordinates.free_weights(self.weights, gradients))
         return gradients
 
 

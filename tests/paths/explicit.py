@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_ecopt import ScalingGroup
-from lightning_ecopt.steps import Skeleton
+from lightning_ecopt.steps.skeleton import Skeleton
 
 FIXED = -1
 Place = tuple[str, tuple[int, ...]]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_ecopt import EquivalentClassOptimizer, scaling_group
-from lightning_ecopt.steps import choose_skeleton
+from lightning_ecopt.steps.skeleton import choose_skeleton
 from tests.paths.cases import NETWORKS, make, point
 from tests.paths.explicit import ExplicitPaths
 

@@ -14,7 +14,7 @@ def path_differences(at: Point, name: str, index: tuple[int, ...]) -> float:
     beta = at.coordinates.beta.clone()
     losses = []
     for sign in (1, -1):
-        leave_ = at.coordinates.enter_(at.weights)
+        leave_ = at.coordinates.to_coordinates_(at.weights)
         at.weights[name][index] += sign * STEP
         leave_(None)
         losses.append(float(at.loss().detach()))
@@ -55,7 +55,7 @@ def test_leaving_path_space_without_a_move_changes_nothing(name: str) -> None:
     at = point(name, random_beta=True)
     before = {key: weight.clone() for key, weight in at.weights.items()}
     beta = at.coordinates.beta.clone()
-    guarded = at.coordinates.enter_(at.weights)(2.0)
+    guarded = at.coordinates.to_coordinates_(at.weights)(2.0)
     for key, weight in at.weights.items():
         torch.testing.assert_close(weight, before[key], rtol=1e-15, atol=0)
     assert torch.equal(at.coordinates.beta, beta)
@@ -67,7 +67,7 @@ def test_the_paths_out_of_units_have_the_values_that_beta_says(name: str) -> Non
     at = point(name)
     start = {key: weight.clone() for key, weight in at.weights.items()}
     for _ in range(3):
-        leave_ = at.coordinates.enter_(at.weights)
+        leave_ = at.coordinates.to_coordinates_(at.weights)
         for weight in at.weights.values():
             weight.mul_(1 + 0.1 * torch.randn_like(weight))
         leave_(2.0)
@@ -92,5 +92,5 @@ def test_path_gradients_of_what_scales_with_no_unit_are_those_of_the_weights() -
     assert {key for key in found if torch.equal(found[key], gradients[key])} == {"1.weight", "3.weight", "4.bias"}
     assert all(torch.equal(at.weights[key], weights[key]) for key in weights)
     del gradients["2.weight"]
-    at.coordinates.gradients_(gradients, at.coordinates.free_weights(at.weights, gradients))
+    at.coordinates.transform_gradients_(gradients, at.coordinates.free_weights(at.weights, gradients))
     assert gradients.keys() == found.keys() - {"2.weight"}

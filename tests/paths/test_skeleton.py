@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from lightning_ecopt import ScalingGroup, scaling_group
-from lightning_ecopt.steps import PathCoordinates, Skeleton, choose_skeleton
+from lightning_ecopt.steps.coordinates import PathCoordinates
+from lightning_ecopt.steps.skeleton import Skeleton, choose_skeleton
 from tests.networks import ResidualMLP, mlp, norm_cnn, plain_cnn
 from tests.paths.cases import NETWORKS, make, point
 from tests.paths.explicit import FIXED, Place, ends, place_of
@@ -192,7 +193,7 @@ def test_as_many_coordinates_as_the_dimension_are_left(name: str, some_inactive:
     # Path coordinates hold the fixed ones still, and nothing else.
     for weight in at.weights.values():
         weight.fill_(1.0)
-    at.coordinates.enter_(at.weights)
+    at.coordinates.to_coordinates_(at.weights)
     held = {(name_, tuple(index)) for name_, weight in at.weights.items() for index in (weight == 0).nonzero().tolist()}
     assert held == set(fixed)
 
@@ -251,7 +252,7 @@ def test_no_path_leads_through_a_dormant_unit(side: str) -> None:
     coordinates = PathCoordinates(group.couplings, weights, skeleton)
     gradients = {name: torch.randn_like(weight) for name, weight in weights.items()}
     result = {name: gradient.clone() for name, gradient in gradients.items()}
-    coordinates.gradients_(result, coordinates.free_weights(weights, result))
+    coordinates.transform_gradients_(result, coordinates.free_weights(weights, result))
     own = (slice(None), 3) if side == "in" else (3, slice(None))
     assert torch.equal(result["2.weight"][own], gradients["2.weight"][own])
 

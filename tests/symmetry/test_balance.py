@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_ecopt.common import tensors
-from lightning_ecopt.steps import choose_skeleton
+from lightning_ecopt.steps.skeleton import choose_skeleton
 from lightning_ecopt.symmetry import scaling_group
 from lightning_ecopt.symmetry.balance import _Problem
 from tests.symmetry.helpers import copies, draw_, put_, squares

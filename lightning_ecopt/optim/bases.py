@@ -1,0 +1,199 @@
+"""The base optimizers whose steps are fused: SGD, Adam and AdamW as coefficients of one pass.
+
+The base takes its step at v = w / weight_scale, with gradients g_v = grad_scale g + grad_shift, and v is multiplied by
+``to_weights`` afterwards. Instead of three passes, the scalings are folded into the coefficients of the base's update:
+for plain SGD
+
+    w' = to_weights (w / weight_scale - lr g_v) = keep w + pull g + push
+    keep = to_weights / weight_scale    pull = -lr to_weights grad_scale    push = -lr to_weights grad_shift
+
+and the state of the base ends as if the three passes had been made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.optim import ASGD, SGD, Adam, AdamW
+
+from lightning_ecopt.kernels import Coefficient
+
+ParamGroups = Sequence[Mapping[str, Any]]
+#: An option: one number for all parameters, or one for each, ``[N]`` in float64.
+Value = float | Tensor
+Coefficients = dict[str, Coefficient | None]
+
+#: Optimizers whose steps are linear in the gradients; steps of all others are of a size of their own.
+LINEAR = (SGD, ASGD)
+
+
+@dataclass(frozen=True)
+class Base:
+    """What a fused step needs to know of an optimizer class.
+
+    Args:
+        kernel: name of the pass, a method of :class:`~lightning_ecopt.kernels.Kernels`.
+        num_entries: how many state tensors the pass takes.
+        entries: names of the state entries that parameter groups need; ``None`` if one pass cannot serve all groups.
+        options: the numbers that a step takes from one parameter group.
+        rates: the options as the coefficients take them, given them and the numbers of steps taken.
+        coefficients: of the pass: ``coefficients(weight_scale, grad_scale, grad_shift, to_weights, **rates)``.
+    """
+
+    kernel: str
+    num_entries: int
+    entries: Callable[[ParamGroups], tuple[str, ...] | None]
+    options: Callable[[Mapping[str, Any]], Mapping[str, Any]]
+    rates: Callable[[dict[str, Value], Callable[[], Value]], dict[str, Value]]
+    coefficients: Callable[..., Coefficients]
+
+
+def momentum_to_mean(options: Mapping[str, Any]) -> float:
+    """The factor that turns momentum, a sum of gradients in SGD, into a mean of gradients.
+
+    m = momentum m + (1 - dampening) g tends to (1 - dampening) / (1 - momentum) times the mean.
+
+    Args:
+        options: a parameter group of any optimizer.
+    """
+    momentum, dampening = options.get("momentum", 0.0), options.get("dampening", 0.0)
+    return (1 - momentum) / (1 - dampening) if 0 < momentum < 1 and dampening < 1 else 1.0
+
+
+def _sgd_entries(groups: ParamGroups) -> tuple[str, ...] | None:
+    if len({(options["momentum"] != 0, options["nesterov"]) for options in groups}) > 1:
+        return None
+    return ("momentum_buffer",) if groups[0]["momentum"] != 0 else ()
+
+
+def _sgd_options(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {
+        "lr": options["lr"],
+        "sign": -1.0 if options["maximize"] else 1.0,
+        "decay": options["weight_decay"],
+        "momentum": options["momentum"],
+        "damped": 1.0 - options["dampening"] if options["momentum"] != 0 else 1.0,
+        "nesterov": float(options["nesterov"]),
+    }
+
+
+def _sgd(
+    weight_scale: Tensor,
+    grad_scale: Tensor,
+    grad_shift: Tensor | None,
+    to_weights: Tensor | None,
+    *,
+    lr: Coefficient,
+    sign: Coefficient,
+    decay: Coefficient,
+    momentum: Coefficient,
+    damped: Coefficient,
+    nesterov: float,
+) -> Coefficients:
+    # d = sign g_v + decay w / weight_scale
+    # m = momentum m + damped d;    v' = v - lr (m or, with nesterov, d + momentum m);    w' = to_weights v'
+    gain, shift, pulled = sign * grad_scale, _times(sign, grad_shift), _times(decay, 1 / weight_scale)
+    end = -lr * (weight_scale if to_weights is None else to_weights)
+    keep = None if to_weights is None else to_weights / weight_scale
+    directly: Coefficients = {"pull": end * gain, "push": _times(end, shift)}
+    if pulled is not None and (nesterov or _is(momentum, 0)):
+        keep = (1.0 if keep is None else keep) + end * pulled
+    if _is(momentum, 0):
+        return {"keep": keep, **directly}
+    into_momentum: Coefficients = {
+        "fade": momentum,
+        "gain": damped * gain,
+        "shift": _times(damped, shift),
+        "decay": _times(damped, pulled),
+        "move": _times(momentum, end) if nesterov else end,
+    }
+    return {"keep": keep, **into_momentum, **(directly if nesterov else {})}
+
+
+def _adam_entries(groups: ParamGroups) -> tuple[str, ...] | None:
+    if len({options["amsgrad"] for options in groups}) > 1:
+        return None
+    return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if groups[0]["amsgrad"] else 2]
+
+
+def _adam_options(options: Mapping[str, Any], decoupled: bool = False) -> Mapping[str, Any]:
+    decoupled |= bool(options.get("decoupled_weight_decay"))
+    return {
+        "lr": options["lr"],
+        "sign": -1.0 if options["maximize"] else 1.0,
+        "decay": 0.0 if decoupled else options["weight_decay"],
+        "shrink": options["weight_decay"] if decoupled else 0.0,
+        "beta1": options["betas"][0],
+        "beta2": options["betas"][1],
+        "eps": options["eps"],
+    }
+
+
+def _adam_rates(options: dict[str, Value], count: Callable[[], Value]) -> dict[str, Value]:
+    """Correct the bias of the means, which start at zero, for the numbers of steps."""
+    steps = count()
+    beta1, beta2 = options.pop("beta1"), options.pop("beta2")
+    return {
+        **options,
+        "rate": options["lr"] / (1 - beta1**steps),
+        "first": 1 - beta1,
+        "second": 1 - beta2,
+        "root": (1 - beta2**steps) ** -0.5,
+    }
+
+
+def _adam(
+    weight_scale: Tensor,
+    grad_scale: Tensor,
+    grad_shift: Tensor | None,
+    to_weights: Tensor | None,
+    *,
+    lr: Coefficient,
+    sign: Coefficient,
+    decay: Coefficient,
+    shrink: Coefficient,
+    rate: Coefficient,
+    first: Coefficient,
+    second: Coefficient,
+    root: Coefficient,
+    eps: Coefficient,
+) -> Coefficients:
+    # Decoupled decay shrinks coordinates, and so weights, by 1 - lr shrink.
+    kept = None if _is(shrink, 0) else 1 - lr * shrink
+    way = None if to_weights is None else to_weights / weight_scale
+    keep = kept if way is None else way if kept is None else kept * way
+    return {
+        "gain": sign * grad_scale,
+        "shift": _times(sign, grad_shift),
+        "decay": _times(decay, 1 / weight_scale),
+        "first": first,
+        "second": second,
+        "keep": keep,
+        "move": -rate * (weight_scale if to_weights is None else to_weights),
+        "root": root,
+        "eps": eps,
+    }
+
+
+def _is(value: Coefficient, number: float) -> bool:
+    return not isinstance(value, Tensor) and value == number
+
+
+def _times(value: Coefficient | None, other: Tensor | None) -> Tensor | None:
+    """The product; ``None``, which kernels leave out, if a factor is zero or ``None``."""
+    return None if value is None or other is None or _is(value, 0) else value * other
+
+
+def _adamw_options(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    return _adam_options(options, decoupled=True)
+
+
+#: Only these very classes: a subclass may take another step.
+BASES: Mapping[type, Base] = {
+    SGD: Base("sgd_", 1, _sgd_entries, _sgd_options, lambda options, count: options, _sgd),
+    Adam: Base("adam_", 3, _adam_entries, _adam_options, _adam_rates, _adam),
+    AdamW: Base("adam_", 3, _adam_entries, _adamw_options, _adam_rates, _adam),
+}

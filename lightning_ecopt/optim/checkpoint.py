@@ -1,0 +1,101 @@
+"""The state of an equivalent-class optimizer in checkpoints: saved with the base's, checked when it is loaded.
+
+A state dict is that of the base optimizer at the weights, which the plain base can load, and one entry more:
+
+    {"state": ..., "param_groups": ..., "equivalent_class": {"rule": "unit", "active": bool[H], ...}}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from lightning_ecopt.optim.session import Idle, Ready, Running, Session, Waiting
+from lightning_ecopt.steps import RULES
+
+KEY = "equivalent_class"
+
+
+def saved(session: Session) -> dict[str, Any]:
+    """The state dict of the base optimizer and, under :data:`KEY`, what the rule needs to go on."""
+    state: dict[str, Any] = session.base.state_dict()
+    own = saved_rule(session)
+    if own is not None:
+        state[KEY] = own
+    stage = session.stage
+    if isinstance(stage, Running) and not stage.rule.has_weight_entries():
+        # The base's state is that of coordinates; the plain base needs that of weights.
+        numbers = _numbers(session)
+        state["state"] = {number: dict(entries) for number, entries in state["state"].items()}
+        entries = {
+            name: replace(entry, tensors={parameter: value.clone() for parameter, value in entry.tensors.items()})
+            for name, entry in session.entries(stage.network).items()
+        }
+        stage.rule.to_weight_entries_(entries, session.weights(stage.network))
+        for name, entry in entries.items():
+            for parameter, value in entry.tensors.items():
+                state["state"][numbers[parameter]][name] = value
+    return state
+
+
+def _numbers(session: Session) -> dict[str, int]:
+    """The number under which the base's state dict has each parameter, by name."""
+    order = {id(p): k for k, p in enumerate(p for options in session.base.param_groups for p in options["params"])}
+    group = session.group
+    return {name: order[id(p)] for name, p in group.parameters.items() if id(p) in order} if group else {}
+
+
+def saved_rule(session: Session) -> dict[str, Any] | None:
+    """What the rule needs to go on beside the base's state; ``None`` before the first step."""
+    stage = session.stage
+    if isinstance(stage, Waiting | Ready):
+        return dict(stage.saved) or None
+    counts = {
+        "steps_since_refresh": session.steps_since_refresh,
+        "refresh_due": session.refresh_due,
+        "active": stage.active.clone(),
+    }
+    if isinstance(stage, Running):
+        return {"rule": session.options.rule, **stage.rule.state_dict(session.entries(stage.network)), **counts}
+    return None if session.refresh_due else counts  # there was nothing to be done at the last refresh
+
+
+def load_rule(session: Session, state: Mapping[str, Any] | None) -> None:
+    """Go on from what :func:`saved_rule` has saved, from the next step on; from ``None``, begin anew.
+
+    Raises:
+        ValueError: if the state belongs to another network; then nothing has changed.
+    """
+    state = state or {}
+    stage = session.stage
+    if isinstance(stage, Waiting):
+        session.stage = Waiting(state)
+    else:
+        stage.network.check_state(state, session.options)
+        session.stage = Ready(stage.network, state)
+    session.refresh_due = True
+
+
+def restore(session: Session) -> bool:
+    """Take over the saved state, if there is one and the group is known, as if training had not stopped.
+
+    Returns:
+        Whether training goes on from it; it begins anew after a state of another rule.
+    """
+    stage, options = session.stage, session.options
+    if not isinstance(stage, Ready) or not stage.saved:
+        return False
+    state, network = stage.saved, stage.network
+    session.stage = Ready(network)
+    if state.get("rule", options.rule) != options.rule:
+        return False
+    active = state["active"].cpu() if "active" in state else network.group.alive().cpu() & network.exclusive
+    if "rule" in state:
+        rule = RULES[options.rule].resume(session.setting(network, active), state, session.entries(network))
+        session.stage = session.running(network, active, rule)
+    else:
+        session.stage = Idle(network, active)
+    session.steps_since_refresh = state["steps_since_refresh"]
+    session.refresh_due = state["refresh_due"] or session.steps_since_refresh == options.refresh_interval
+    return True

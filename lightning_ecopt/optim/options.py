@@ -1,0 +1,97 @@
+"""The options of an equivalent-class optimizer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, TypedDict, get_args
+
+from lightning_ecopt.common.tensors import listing
+from lightning_ecopt.kernels import Implementation
+
+RuleName = Literal["unit", "path"]
+Representative = Literal["balanced", "current"]
+SkeletonChoice = Literal["max", "diagonal"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user chooses of a step in the equivalent-class space; every other place that has options refers to it.
+
+    Args:
+        rule: how a step is taken. ``"unit"``: relative to the unit that takes it. ``"path"``: in the path coordinates
+            of the paper.
+        refresh_interval: steps from one refresh to the next; ``None`` if only ``refresh()`` asks for one.
+        representative: ``"balanced"`` moves weights to the balanced member of their class at each refresh, so that
+            training depends on the class alone. ``"current"`` leaves them where they are, as the paper does.
+        skeleton: how the rule ``"path"`` chooses skeleton weights. ``"max"`` takes the largest weights. ``"diagonal"``
+            is the paper's choice (unit i to unit i), for networks in which every unit has one weight tensor on each
+            side.
+        max_path_ratio: the guard of the rule ``"path"``: in one step no path changes by more than this factor, or
+            changes its sign. ``None`` is the paper's rule.
+        free_start: value at which the rule ``"path"`` starts the coordinates of free skeleton weights. It sets how fast
+            the scale of a unit may move: larger is slower.
+        state_powers: for entries of the base optimizer's state that are not torch's: if a refresh multiplies weights by
+            c, by which power of c does it divide the entry? 1 for means of gradients, 2 for means of their squares, -1
+            for averages of weights, 0 for what has no scale.
+        implementation: how the step runs, which changes its speed alone; see
+            :func:`lightning_ecopt.kernels.choose_kernels`.
+
+    Raises:
+        ValueError: if an option is out of range.
+
+    Example::
+
+        Options(rule="path", refresh_interval=100)
+    """
+
+    rule: RuleName = "unit"
+    refresh_interval: int | None = 500
+    representative: Representative = "balanced"
+    skeleton: SkeletonChoice = "max"
+    max_path_ratio: float | None = 2.0
+    free_start: float = 2.0
+    state_powers: Mapping[str, int] | None = field(default_factory=dict)
+    implementation: Implementation = "auto"
+
+    def __post_init__(self) -> None:
+        implementations = get_args(Implementation)
+        if self.implementation not in implementations:
+            raise ValueError(f"implementation must be one of {listing(implementations)}, got {self.implementation!r}")
+        for name, kind in (("rule", RuleName), ("skeleton", SkeletonChoice), ("representative", Representative)):
+            first, second = get_args(kind)
+            if getattr(self, name) not in (first, second):
+                raise ValueError(f"{name} must be {first!r} or {second!r}, got {getattr(self, name)!r}")
+        ratio, interval, start = self.max_path_ratio, self.refresh_interval, self.free_start
+        if ratio is not None and not (math.isfinite(ratio) and ratio > 1):
+            raise ValueError(f"max_path_ratio must be a finite number greater than 1, or None, got {ratio!r}")
+        if interval is not None and (not _is_whole(interval) or interval < 1):
+            raise ValueError(f"refresh_interval must be a positive number of steps, or None, got {interval!r}")
+        if not (math.isfinite(start) and start > 0):
+            raise ValueError(f"free_start must be a finite number greater than 0, got {start!r}")
+        for entry, power in self.degrees.items():
+            if not _is_whole(power) or not -2 <= power <= 2:
+                raise ValueError(f"state_powers must be whole numbers from -2 to 2, got {power!r} for {entry!r}")
+
+    @property
+    def degrees(self) -> Mapping[str, int]:
+        """``state_powers``, empty if there are none: degrees of homogeneity by the names of state entries."""
+        return self.state_powers or {}
+
+
+class OptionArguments(TypedDict, total=False):
+    """The fields of :class:`Options` as keyword arguments, so that a misspelt option is an error for a type checker."""
+
+    rule: RuleName
+    refresh_interval: int | None
+    representative: Representative
+    skeleton: SkeletonChoice
+    max_path_ratio: float | None
+    free_start: float
+    state_powers: Mapping[str, int] | None
+    implementation: Implementation
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,305 @@
+"""All that changes while one optimizer trains, in one object, which wrappers of the optimizer share.
+
+The life of an optimizer, stage by stage:
+
+    Waiting --the group is found--> Ready --refresh--> Running --refresh--> Running ...
+                                      |                  or Idle, if no unit can be used
+                                      +--a saved state--> Running
+
+Loading a state leads back to Ready, another group too; a group that is looked for again leaves the stage as it is until
+it is found.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Optimizer
+
+from lightning_ecopt.common.sharding import Ranks, local
+from lightning_ecopt.common.tensors import listing
+from lightning_ecopt.optim.bases import LINEAR, momentum_to_mean
+from lightning_ecopt.optim.binding import Binding, Network, Source, trainable_parameters
+from lightning_ecopt.optim.fused import FusedStep, WrappedStep
+from lightning_ecopt.optim.options import Options
+from lightning_ecopt.steps import RULES
+from lightning_ecopt.steps.rule import PathStatistics, Rule, Setting, UnitStatistics
+from lightning_ecopt.steps.state import StateEntries, StateEntry, entries_of, has_weight_averages
+from lightning_ecopt.symmetry import ScalingGroup
+
+
+@dataclass(frozen=True, eq=False)
+class Waiting:
+    """The group has not been found.
+
+    Args:
+        saved: the rule's part of a checkpoint that was loaded; empty if there is none.
+    """
+
+    saved: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Ready:
+    """The group is known, and the next step refreshes, or goes on from a saved state.
+
+    Args:
+        network: the group and the optimizer's part in it.
+        saved: the rule's part of a checkpoint that was loaded; empty if there is none.
+    """
+
+    network: Network
+    saved: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Idle:
+    """There has been a refresh, and no unit can be used: the base steps in weight space.
+
+    Args:
+        network: the group and the optimizer's part in it.
+        active: units that were alive and exclusive at the refresh, ``bool[H]``.
+    """
+
+    network: Network
+    active: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Running(Idle):
+    """There has been a refresh, and the base steps in the coordinates of a rule.
+
+    Args:
+        network: the group and the optimizer's part in it.
+        active: units that were alive and exclusive at the refresh, ``bool[H]``.
+        rule: says where the base takes its steps.
+        fused: takes steps in one pass, where it can.
+        wrapped: takes all others.
+    """
+
+    rule: Rule
+    fused: FusedStep
+    wrapped: WrappedStep
+
+
+Stage = Waiting | Ready | Idle | Running
+
+
+class Session:
+    """The base optimizer, the options, the group and the stage of one equivalent-class optimizer.
+
+    Args:
+        base: the optimizer that is run in the equivalent-class space.
+        options: what the user has chosen.
+        source: where the group comes from.
+
+    Attributes:
+        steps_since_refresh: number of steps since the last refresh.
+        refresh_due: whether the next step refreshes.
+    """
+
+    def __init__(self, base: Optimizer, options: Options, source: Source) -> None:
+        self.base = base
+        self.options = options
+        self.stage: Stage = Waiting()
+        self.steps_since_refresh = 0
+        self.refresh_due = True
+        self._named: set[str] = set()  # state entries that a warning has named
+        self.binding = Binding(base, source)
+        self.find_network()
+
+    # The group
+
+    @property
+    def network(self) -> Network:
+        """The group and the optimizer's part in it.
+
+        Raises:
+            RuntimeError: if the group has not been found.
+        """
+        if isinstance(self.stage, Waiting):
+            raise RuntimeError("The scaling group is not known before the first step.")
+        return self.stage.network
+
+    @property
+    def group(self) -> ScalingGroup | None:
+        """The scaling group; ``None`` until it has been found."""
+        return None if isinstance(self.stage, Waiting) else self.stage.network.group
+
+    def bind(self, source: Source) -> None:
+        """Take the group from another source. The present group, if there is one, is used until another is found."""
+        self.binding.cancel()
+        self.binding = Binding(self.base, source)
+        self.find_network()
+
+    def find_network(self) -> bool:
+        """Take over the group as soon as it has been found; returns whether one is known."""
+        found = self.binding.settle()
+        if found is not None and found is not self.group:
+            self.use(found)
+        return not isinstance(self.stage, Waiting)
+
+    def use(self, group: ScalingGroup) -> None:
+        """Use a group from now on, and refresh at the next step.
+
+        Raises:
+            ValueError: if the group does not fit the optimizer, or a state that was loaded does not fit the group.
+        """
+        network = Network.of(self.base, group, self.options)
+        saved = self.stage.saved if isinstance(self.stage, Waiting | Ready) else {}
+        network.check_state(saved, self.options)
+        with torch.no_grad():
+            self._leave_rule()
+        self.binding.trained = list(map(id, trainable_parameters(self.base)))
+        self.stage, self.refresh_due = Ready(network, saved), True
+
+    def renew(self) -> None:
+        """Look for the freedoms again if other parameters require a gradient now."""
+        trained = list(map(id, trainable_parameters(self.base)))
+        if trained == self.binding.trained:
+            return
+        if self.binding.finds_again:
+            if isinstance(self.stage, Waiting | Ready):
+                # What was saved describes other parameters; the state of the base, which came with it, is used as
+                # that of weights.
+                self.stage = replace(self.stage, saved={})
+            self.bind(self.binding.source)
+        elif self.group is not None and {id(p) for p in self.group.parameters.values()}.issuperset(trained):
+            self.use(self.group)
+
+    # Weights, gradients and state, by parameter name
+
+    def weights(self, network: Network) -> dict[str, Tensor]:
+        """What this rank holds of the weights of the group."""
+        return {name: local(p.detach()) for name, p in network.group.parameters.items()}
+
+    def gradients(self, network: Network) -> dict[str, Tensor]:
+        """What this rank holds of the dense gradients of the optimizer's own weights."""
+        own = {name: p.grad for name, p in network.parameters.items()}
+        return {name: local(g) for name, g in own.items() if g is not None and not g.is_sparse}
+
+    def entries(self, network: Network) -> dict[str, StateEntry]:
+        """The entries of the base's state that have one number for each weight."""
+        entries, unknown = entries_of(self.base.state, network.group.parameters, self.options.degrees)
+        if unknown - self._named:
+            self._named |= unknown
+            warnings.warn(
+                f"What a rescaling of the weights does to {listing(sorted(unknown))} in the state of "
+                f"{type(self.base).__name__} is not known: they stay as they are at a refresh. Tell it with "
+                f"state_powers={{{sorted(unknown)[0]!r}: ...}}; 0 is what happens now.",
+                stacklevel=2,
+            )
+        return entries
+
+    # Stages
+
+    def refresh(self, network: Network) -> None:
+        """Move to the representative of the class and begin with the rule there.
+
+        1. Leave the coordinates: the base's state becomes that of weights.
+        2. Balance; gradients and state are rescaled as if they had been those of the balanced weights.
+        3. Begin with the rule: the path rule chooses its skeleton weights, the unit rule goes on.
+        """
+        before = self._leave_rule()
+        weights = self.weights(network)
+        if len({w.device for w in weights.values()}) > 1:
+            raise RuntimeError(
+                "The parameters are on several devices, and paths lead through all of them: put the module on one "
+                "device (data parallelism is supported), or train without the equivalent-class space."
+            )
+        alive = network.group.alive().cpu()
+        active, entries = alive & network.exclusive, self.entries(network)
+        if self.options.representative == "balanced" and bool(active.any()):
+            self._balance(network.group, active, entries)
+        setting = self.setting(network, alive)
+        rule = RULES[self.options.rule].begin(setting, entries, before)
+        self.stage = Idle(network, active) if rule is None else self.running(network, active, rule)
+        self.steps_since_refresh, self.refresh_due = 0, False
+
+    @staticmethod
+    def _balance(group: ScalingGroup, active: Tensor, entries: StateEntries) -> None:
+        log_scale = group.balance_(active)
+        gradients = {
+            name: p.grad for name, p in group.parameters.items() if p.grad is not None and not p.grad.is_sparse
+        }
+        group.rescale_(gradients, log_scale, power=-1)
+        for entry in entries.values():
+            group.rescale_(entry.tensors, log_scale, power=-entry.degree)
+
+    def _leave_rule(self) -> Rule | None:
+        """Leave the coordinates of the rule, so that the base's state is that of weights; returns the rule."""
+        stage = self.stage
+        if not isinstance(stage, Running):
+            return None
+        if not stage.rule.has_weight_entries():
+            stage.rule.to_weight_entries_(self.entries(stage.network), self.weights(stage.network))
+        self.stage = Ready(stage.network)
+        return stage.rule
+
+    def setting(self, network: Network, alive: Tensor) -> Setting:
+        """What the rule is made of, with the units that are ``alive``, ``bool[H]``."""
+        return Setting(
+            network.group,
+            self.weights(network),
+            {name: p.detach() for name, p in network.parameters.items()},
+            network.kernels,
+            alive,
+            network.exclusive,
+            isinstance(self.base, LINEAR),
+            lambda: self._mean_gradients(network),
+            self.options.skeleton,
+            self.options.free_start,
+            self.options.max_path_ratio,
+        )
+
+    def _mean_gradients(self, network: Network) -> dict[str, Tensor]:
+        """The means of gradients in the momentum of SGD, by parameter name; of other optimizers none are used."""
+        if not isinstance(self.base, SGD):
+            return {}
+        momentum = self.entries(network).get("momentum_buffer", StateEntry(1, {})).tensors
+        factor = {id(p): momentum_to_mean(options) for options in self.base.param_groups for p in options["params"]}
+        return {
+            name: factor[id(p)] * local(momentum[name]) for name, p in network.parameters.items() if name in momentum
+        }
+
+    def running(self, network: Network, active: Tensor, rule: Rule) -> Running:
+        """The stage in which the base steps in the coordinates of a rule."""
+        fused = FusedStep(self.base, rule, network.group.parameters, self.options.implementation != "wrapped")
+        wrapped = WrappedStep(self.base, rule, network.group.parameters, lambda: self._weight_averages(network))
+        return Running(network, active, rule, fused, wrapped)
+
+    def _weight_averages(self, network: Network) -> StateEntries:
+        """The entries if some of them average weights, as in few optimizers; else nothing, which costs nothing."""
+        return self.entries(network) if has_weight_averages(self.base.state, self.options.degrees) else {}
+
+    # What is told
+
+    def usable_units(self) -> Tensor:
+        """Units whose freedom is used, ``bool[H]``."""
+        stage, network = self.stage, self.network
+        active = stage.active if isinstance(stage, Idle) else network.group.alive().cpu() & network.exclusive
+        return active & RULES[self.options.rule].usable_units(network.group)
+
+    def statistics(self) -> PathStatistics | UnitStatistics | None:
+        """Whether all is well; ``None`` before the first step."""
+        stage = self.stage
+        if not isinstance(stage, Idle):
+            return None
+        dormant = int(stage.network.exclusive.sum()) - int(stage.active.sum())
+        if isinstance(stage, Running):
+            return stage.rule.statistics(dormant)
+        return RULES[self.options.rule].idle_statistics(dormant)
+
+    def only_makes_state(self) -> bool:
+        """Whether ``torch.distributed.checkpoint`` makes the base's state, by a step with lr and gradients of zero."""
+        groups = self.base.param_groups
+        if self.base.state or any(options.get("lr") != 0 for options in groups):
+            return False
+        own = {str(k): p for k, p in enumerate(p for options in groups for p in options["params"])}
+        moves = [local(p.grad).any() for p in own.values() if p.grad is not None]
+        return not bool(Ranks(own).any_(torch.stack(moves).any()) if moves else False)  # the same on all ranks
