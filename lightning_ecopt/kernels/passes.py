@@ -1,4 +1,4 @@
-r"""The passes over weights, gradients and optimizer state that a step in the equivalent-class space consists of.
+"""The passes over weights, gradients and optimizer state that a step in the equivalent-class space consists of.
 
 A *block* is a box-shaped part of a parameter whose elements share coefficients along some axes. A *place* is one set of
 coefficients: a weight ``[out, in]`` with one coefficient for each row is a block of ``out`` places, and its ``shape``
@@ -13,25 +13,26 @@ once. It takes
 Two passes return sums over the elements at each place:
 
 ========================  ========================  ==========
-``sums_and_squares``      sum x, sum x\ :sup:`2`    ``[2, P]``
+``sums_and_squares``      sum x, sum x^2            ``[2, P]``
 ``products``              sum x y                   ``[1, P]``
 ========================  ========================  ==========
 
-Three change views in place, from the top to the bottom:
+Three change views in place, of weights w, gradients g, momentum m and mean squares v::
 
-===========  ==========================================================================================
-``affine_``  x = times x + plus
-``sgd_``     m = fade m + gain g + shift + decay w;
-             w = keep w + move m + pull g + push
-``adam_``    d = gain g + shift + decay w;
-             m = m + first (d - m);
-             v = v + second (d\ :sup:`2` - v), or the largest v so far;
-             w = keep w + move m / (root sqrt(v) + eps)
-===========  ==========================================================================================
+    affine_    x = times x + plus
 
-for weights w, gradients g, momentum m and mean squares v. An equivalent-class step divides the weights by the scales of
-their rows, changes the gradients accordingly, takes the base optimizer's step and multiplies the weights by their
-scales again. The coefficients hold all of this, so that one pass reads and writes every element once:
+    sgd_       m = fade m + gain g + shift + decay w
+               w = keep w + move m + pull g + push
+
+    adam_      d = gain g + shift + decay w
+               m = m + first (d - m)
+               v = v + second (d^2 - v)
+               w = keep w + move m / (root sqrt(v) + eps)    AMSGrad: with the largest v so far in the place of v
+
+An equivalent-class step divides the weights by scales s, changes the gradients, lets the base optimizer take its step
+and multiplies the weights by s again. Taken one by one, each of these reads and writes all weights. The coefficients
+hold all of them, so that one pass does. For instance, SGD at w / s with gradients t g arrives at w - lr s t g: ``pull``
+is -lr s t, and nothing else is given.
 
 ==========  =========================================================================  ===========
 name        what it is                                                                 if left out
@@ -48,7 +49,7 @@ name        what it is                                                          
 ``push``    what is added to the weight whatever m and g are                           0
 ``first``   weight of the newest gradient in the mean m: 1 - beta1
 ``second``  weight of its square in v: 1 - beta2
-``root``    factor of sqrt(v): 1 / sqrt(1 - beta2\ :sup:`t`) after t steps
+``root``    factor of sqrt(v): 1 / sqrt(1 - beta2^t) after t steps
 ``eps``     Adam's eps
 ==========  =========================================================================  ===========
 
