@@ -110,6 +110,7 @@ def sums(owner, blocks, table, out, TENSORS: constexpr, DTYPE: constexpr):
 
 @triton.jit
 def _sums_of_item(block, item, tensors, out, TENSORS: constexpr, DTYPE: constexpr, KIND_OF: constexpr):
+    """Find the sums of one item; WIDTH lines are summed side by side, and SIZE elements of each at a time."""
     WIDTH: constexpr = 1 if KIND_OF == LONG else (16 if KIND_OF == SHORT else 128)
     SIZE: constexpr = 1024 if KIND_OF == LONG else (32 if KIND_OF == SHORT else 8)
     AXIS: constexpr = 0 if KIND_OF == COLUMNS else 1
@@ -118,18 +119,18 @@ def _sums_of_item(block, item, tensors, out, TENSORS: constexpr, DTYPE: constexp
     part, start, end = _part(block, item, WIDTH)
     one = tl.load(tensors).to(tl.pointer_type(DTYPE)) + across
     other = tl.load(tensors + TENSORS - 1).to(tl.pointer_type(DTYPE)) + across
-    sums = tl.zeros_like(line).to(WIDE) + tl.expand_dims(tl.zeros((SIZE,), WIDE), 1 - AXIS)
-    squares = sums
+    total = tl.zeros_like(line).to(WIDE) + tl.expand_dims(tl.zeros((SIZE,), WIDE), 1 - AXIS)
+    squares = total
     for first in range(start, end, SIZE):
         inside, along = _elements(block, first, end, KIND_OF, SIZE)
         value = tl.load(one + along, mask=known & inside, other=0.0).to(WIDE)
         if TENSORS == 1:
-            sums += value
+            total += value
             squares += value * value
         else:
-            sums += value * tl.load(other + along, mask=known & inside, other=0.0).to(WIDE)
+            total += value * tl.load(other + along, mask=known & inside, other=0.0).to(WIDE)
     target = out + tl.load(block + TARGET) + part * tl.load(block + LINES) + line
-    tl.store(target, tl.sum(sums, AXIS, keep_dims=True), mask=known)
+    tl.store(target, tl.sum(total, AXIS, keep_dims=True), mask=known)
     if TENSORS == 1:
         tl.store(target + tl.load(block + STEP), tl.sum(squares, AXIS, keep_dims=True), mask=known)
 
@@ -143,13 +144,13 @@ def sums_of_parts(owner, blocks, out):
     place = item * PARTS_WIDTH + tl.arange(0, PARTS_WIDTH)
     known = place < tl.load(block + PLACES)
     source = out + tl.load(block + TARGET) + tl.program_id(1) * tl.load(block + STEP) + place * lines_of_place
-    sums = tl.zeros((PARTS_SIZE, PARTS_WIDTH), out.dtype.element_ty)
+    total = tl.zeros((PARTS_SIZE, PARTS_WIDTH), out.dtype.element_ty)
     for first in range(0, terms, PARTS_SIZE):
         term = first + tl.arange(0, PARTS_SIZE)
         offset = term // lines_of_place * tl.load(block + LINES) + term % lines_of_place
-        sums += tl.load(source[None, :] + offset[:, None], mask=(term < terms)[:, None] & known[None, :], other=0.0)
+        total += tl.load(source[None, :] + offset[:, None], mask=(term < terms)[:, None] & known[None, :], other=0.0)
     target = out + tl.program_id(1) * tl.load(block + ALL_PLACES) + tl.load(block + FIRST_PLACE) + place
-    tl.store(target, tl.sum(sums, 0), mask=known)
+    tl.store(target, tl.sum(total, 0), mask=known)
 
 
 @triton.jit
@@ -203,6 +204,7 @@ def update(owner, blocks, table, GIVEN: constexpr, TENSORS: constexpr, DTYPE: co
 def _update_item(
     block, item, table, tensors, GIVEN: constexpr, TENSORS: constexpr, DTYPE: constexpr, KIND_OF: constexpr
 ):
+    """Change one item, SIZE elements of WIDTH lines at a time; everything is read once and written once."""
     WIDTH: constexpr = 1 if KIND_OF == LONG else (16 if KIND_OF == SHORT else 128)
     SIZE: constexpr = 1024 if KIND_OF == LONG else (32 if KIND_OF == SHORT else 8)
     line, known, across = _lines(block, item, KIND_OF, WIDTH)
