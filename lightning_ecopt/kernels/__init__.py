@@ -1,8 +1,13 @@
-"""The passes over weights, gradients and state that a step consists of, and the ways to run them."""
+"""The passes over weights, gradients and state that a step consists of, and the ways to run them.
+
+Kernels know tensors, and neither units nor optimizers. :mod:`~lightning_ecopt.kernels.passes` says what each pass
+computes. Triton is imported when :func:`choose_kernels` takes it, and the compiler of torch when a pass is compiled.
+"""
 
 from __future__ import annotations
 
 from lightning_ecopt.kernels.choose import Implementation, choose_kernels
-from lightning_ecopt.kernels.eager import Coefficient, EagerKernels, Kernels, Shapes, Views
+from lightning_ecopt.kernels.eager import EagerKernels
+from lightning_ecopt.kernels.passes import Coefficient, Kernels, Shapes, Views
 
 __all__ = ["Coefficient", "EagerKernels", "Implementation", "Kernels", "Shapes", "Views", "choose_kernels"]

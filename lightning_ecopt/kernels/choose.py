@@ -1,4 +1,4 @@
-"""See the functions below."""
+"""Which kernels run the passes over given parameters."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from typing import Literal
 from torch import Tensor
 
 from lightning_ecopt.kernels.compiled import CompiledKernels
-from lightning_ecopt.kernels.eager import EagerKernels, Kernels
+from lightning_ecopt.kernels.eager import EagerKernels
+from lightning_ecopt.kernels.passes import Kernels
 
 Implementation = Literal["auto", "wrapped", "eager", "compiled", "triton"]
 
 
-#: Numbers of weights from which a compiled step is worth the time to compile it.
+#: Number of weights from which a compiled step is worth the time to compile it.
 COMPILE_FROM = 1 << 20
 
 
 def choose_kernels(implementation: Implementation, parameters: Sequence[Tensor], fused: bool = True) -> Kernels:
-    """The way to run the passes over some parameters.
+    """Return the kernels that run the passes over some parameters.
 
     Args:
         implementation:
@@ -29,36 +30,36 @@ def choose_kernels(implementation: Implementation, parameters: Sequence[Tensor],
             - ``"triton"`` needs a GPU, and launches as many kernels however deep the network is;
             - ``"compiled"`` goes through ``torch.compile``, which takes some seconds at the first steps;
             - ``"eager"`` runs operation by operation;
-            - ``"wrapped"`` does so too, and leaves the step itself to the base optimizer, between passes that scale
-              weights and gradients there and back: what all others must agree with, and what happens anyway with base
-              optimizers that are not exactly SGD, Adam or AdamW;
+            - ``"wrapped"`` runs operation by operation, too, but leaves the step itself to the base optimizer, between
+              passes that scale weights and gradients there and back. All others must agree with it. Base optimizers
+              that are not exactly SGD, Adam or AdamW always step in this way;
             - ``"auto"`` takes Triton on a GPU, and on a CPU compiles if there are a million weights and a compiler.
         parameters: of the network.
         fused: whether the base optimizer is one of those whose steps are fused.
 
     Raises:
         ValueError: if Triton is asked for and the parameters are not on a GPU.
-        ModuleNotFoundError: if it is not installed.
+        ModuleNotFoundError: if Triton is asked for and is not installed.
     """
+    devices = {parameter.device.type for parameter in parameters}
     if implementation == "auto":
-        implementation = "eager"
-        kinds = {parameter.device.type for parameter in parameters}
-        if kinds == {"cuda"} and importlib.util.find_spec("triton") is not None:
-            implementation = "triton"
-        elif (
-            kinds == {"cpu"} and sum(parameter.numel() for parameter in parameters) >= COMPILE_FROM and _has_compiler()
-        ):
-            implementation = "compiled"
+        implementation = _best(parameters, devices)
     if implementation == "triton":
-        on = {parameter.device.type for parameter in parameters}
-        if on != {"cuda"} and os.environ.get("TRITON_INTERPRET") != "1":
-            raise ValueError(
-                f"implementation='triton' needs a GPU, and the parameters are on {', '.join(sorted(on))}: use 'auto'."
-            )
-        from lightning_ecopt.kernels.triton import TritonKernels
+        if devices != {"cuda"} and os.environ.get("TRITON_INTERPRET") != "1":
+            given = ", ".join(sorted(devices))
+            raise ValueError(f"implementation='triton' needs a GPU, and the parameters are on {given}: use 'auto'.")
+        from lightning_ecopt.kernels.triton_plan import TritonKernels
 
         return TritonKernels()
+    # A fused step makes few affine passes, at refreshes; a wrapped one makes some at every step.
     return CompiledKernels(affine=not fused) if implementation == "compiled" else EagerKernels()
+
+
+def _best(parameters: Sequence[Tensor], devices: set[str]) -> Implementation:
+    if devices == {"cuda"} and importlib.util.find_spec("triton") is not None:
+        return "triton"
+    count = sum(parameter.numel() for parameter in parameters)
+    return "compiled" if devices == {"cpu"} and count >= COMPILE_FROM and _has_compiler() else "eager"
 
 
 def _has_compiler() -> bool:

@@ -8,9 +8,9 @@ from types import FunctionType
 from typing import Any
 
 import torch
-from torch._dynamo.exc import TorchDynamoException
 
-from lightning_ecopt.kernels.eager import PIECE, Coefficient, EagerKernels, Kernels, Shapes, Views
+from lightning_ecopt.kernels.eager import PIECE, EagerKernels
+from lightning_ecopt.kernels.passes import Coefficient, Kernels, Shapes, Views
 
 CANNOT_COMPILE = (
     "The step could not be compiled and runs operation by operation, which is slower: {error}. If there is no C++ "
@@ -19,64 +19,70 @@ CANNOT_COMPILE = (
 
 
 class CompiledKernels(EagerKernels):
-    """The same, compiled by ``torch.compile`` at the first call: every pass reads and writes memory once.
+    """Compiles each pass at its first call, so that it reads and writes memory once instead of once an operation.
 
     Where that cannot be done, because there is no C++ compiler for instance, a warning says so, and the passes run
-    operation by operation.
+    operation by operation from then on.
 
     Args:
-        affine: whether :meth:`affine_` is to be compiled, too: whether there will be many calls of it.
+        affine: whether :meth:`affine_` is to be compiled, too. It is worth the time only if there are calls of it in
+            every step, as where the base optimizer takes the step itself.
     """
 
     def __init__(self, affine: bool = True) -> None:
         self._affine = affine
-        self._functions: dict[tuple[str, str], Callable[..., Any]] = {}
+        self._compiled: dict[tuple[Any, Any], Callable[..., Any]] = {}
         self._can_compile = True
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_functions": {}}  # what is compiled cannot be copied
+        return {**self.__dict__, "_compiled": {}}  # what is compiled cannot be copied
 
     @property
     def partial(self) -> Kernels:
-        """Without compilation: each set of parameters would need its own."""
+        """Kernels that do not compile: each set of parameters would be compiled anew."""
         return EagerKernels()
 
-    def affine_(self, *lists: Views | None, shapes: Shapes, **coefficients: Coefficient | None) -> None:
-        """See :class:`Kernels`."""
+    def affine_(self, views: Views, *, shapes: Shapes, **coefficients: Coefficient | None) -> None:
+        """See :class:`~lightning_ecopt.kernels.Kernels`."""
         if self._affine:
-            super().affine_(*lists, shapes=shapes, **coefficients)
+            super().affine_(views, shapes=shapes, **coefficients)
         else:
-            EagerKernels().affine_(*lists, shapes=shapes, **coefficients)
+            EagerKernels().affine_(views, shapes=shapes, **coefficients)
 
     @property
     def _piece(self) -> int | None:
+        # Compiled operations keep no results in memory, for which pieces are made.
         return None if self._can_compile else PIECE
 
-    def _in_place(
-        self,
-        function: Callable[..., None],
-        lists: Sequence[Views | None],
-        shapes: Shapes,
-        coefficients: Mapping[str, Coefficient | None],
-    ) -> None:
+    def _prepared(
+        self, coefficients: Mapping[str, Coefficient], lists: Sequence[Views | None]
+    ) -> Mapping[str, Coefficient]:
         # Numbers would become part of the code, which would be compiled again when one changes.
-        kind = next((view.dtype for view in lists[0] or ()), None)
-        tensors = {
-            name: torch.tensor(value, dtype=kind) if isinstance(value, float) else value
+        dtype = next((view.dtype for view in lists[0] or ()), None)
+        return {
+            name: torch.tensor(value, dtype=dtype) if isinstance(value, float) else value
             for name, value in coefficients.items()
         }
-        super()._in_place(function, lists, shapes, tensors)
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """See :class:`Kernels`."""
+        """See :class:`~lightning_ecopt.kernels.Kernels`."""
         if self._can_compile:
-            key = function.__name__, getattr(arguments[0], "__name__", "")
-            if key not in self._functions:  # of its own code, to which torch.compile ties what it has compiled
-                own = FunctionType(function.__code__.replace(), function.__globals__, key[0])
-                self._functions[key] = torch.compile(own, dynamic=False, fullgraph=True)
+            # torch is slow to import its compiler, which those who do not compile should not wait for.
+            from torch._dynamo.exc import TorchDynamoException
+
             try:
-                return self._functions[key](*arguments)
+                return self._compiled_form(function, arguments)(*arguments)
             except TorchDynamoException as error:
                 warnings.warn(CANNOT_COMPILE.format(error=str(error).strip().splitlines()[0]), stacklevel=2)
                 self._can_compile = False
         return function(*arguments)
+
+    def _compiled_form(self, function: Callable[..., Any], arguments: Sequence[Any]) -> Callable[..., Any]:
+        """Return the compiled form of a function; a function that it is given first, an update, is part of it."""
+        key = function, arguments[0] if callable(arguments[0]) else None
+        if key not in self._compiled:
+            # torch.compile ties what it has compiled to a function's code, and limits how often. With code of its
+            # own no pass, and no other optimizer, uses up the limit of this one.
+            own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+            self._compiled[key] = torch.compile(own, dynamic=False, fullgraph=True)
+        return self._compiled[key]

@@ -1,74 +1,36 @@
-"""The passes over weights, gradients and state that a step in the equivalent-class space consists of.
-
-Each takes lists of views, one for each block of rows, and the shapes in which vectors over the P places of all blocks
-broadcast to them. What follows a vector's name in the formulas below is the view that it is applied to, element by
-element. Coefficients are such vectors ``[P]``, numbers, or tensors without axes.
-"""
+"""The passes as sequences of tensor operations, which all other kernels must agree with."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
-from typing import Any, Protocol
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
-Views = Sequence[Tensor]
-Shapes = Sequence[tuple[int, ...]]
-Coefficient = Tensor | float
-#: Elements of a view that are worked on at a time where operations have results of their own. On a CPU these stay in
-#: the cache; an accelerator is given more at a time.
+from lightning_ecopt.kernels.passes import Coefficient, Kernels, Shapes, Views
+
+#: Changes one tensor of each list in place, by coefficients that broadcast to them.
+Update = Callable[..., None]
+#: Elements of a view that are worked on at a time where an operation needs memory for its result. On a CPU a piece
+#: stays in the cache; an accelerator is given ``ACCELERATOR`` times as many, as it waits for the launch of each.
 PIECE = 1 << 18
 ACCELERATOR = 32
-#: Position of the gradients, which are only read, among the lists of a step.
+#: Position of the gradients among the lists of an in-place pass, which changes all lists but this one.
 GRADIENTS = 1
 
 
-class Kernels(Protocol):
-    """One way to run the passes."""
-
-    @property
-    def partial(self) -> Kernels:
-        """The way to run them where only some of the parameters take part."""
-
-    def sums_and_squares(self, views: Views, shapes: Shapes, dtype: torch.dtype) -> Tensor:
-        """Sums of the elements at each place, and of their squares, ``[2, P]``."""
-
-    def products(self, views: Views, others: Views, shapes: Shapes, dtype: torch.dtype) -> Tensor:
-        """Sums of the products of two tensors at each place, ``[1, P]``."""
-
-    def affine_(self, *lists: Views | None, shapes: Shapes, **coefficients: Coefficient | None) -> None:
-        """Of one list, ``times x + plus``."""
-
-    def sgd_(self, *lists: Views | None, shapes: Shapes, **coefficients: Coefficient | None) -> None:
-        """Of weights w, gradients g and momenta m, which may be ``None``.
-
-            m = fade m + gain g + shift + decay w    w = keep w + move m + pull g + push
-
-        What is left out is 1 for ``keep``, and 0 for others.
-        """
-
-    def adam_(self, *lists: Views | None, shapes: Shapes, **coefficients: Coefficient | None) -> None:
-        """Of weights w, gradients g, means m, mean squares v, and the maxima of these, which may be ``None``.
-
-        d = gain g + shift + decay w    m = m + first (d - m)    v = v + second (d^2 - v)
-        w = keep w + move m / (root sqrt(v) + eps)    with the maximum of all v, if these are there, for v
-        """
-
-    def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """The result of a function of vectors."""
-
-
 class EagerKernels:
-    """Operation by operation, in place; what needs memory of its own is done piece by piece.
+    """Runs the passes operation by operation; see :mod:`~lightning_ecopt.kernels.passes` for what they compute.
 
-    The blocks in front that have one element at each place, all biases and gains, are worked on as one vector.
+    Blocks of one element at each place, such as biases and gains, are tiny and many. Those that come first are worked
+    on as one vector: some operations for all of them instead of some for each.
     """
 
     @property
     def partial(self) -> Kernels:
-        """See :class:`Kernels`."""
+        """See :class:`~lightning_ecopt.kernels.Kernels`."""
         return self
 
     @property
@@ -76,95 +38,165 @@ class EagerKernels:
         return PIECE
 
     def sums_and_squares(self, views: Views, shapes: Shapes, dtype: torch.dtype) -> Tensor:
-        """See :class:`Kernels`."""
+        """See :class:`~lightning_ecopt.kernels.Kernels`."""
         few = _num_single(views, shapes)
-        single = [_flat(views[:few], dtype)] if few else []
-        found = [torch.stack([values, values.square()]) for values in single]
+        found = []
+        if few:
+            values = _flat(views[:few], dtype)
+            found.append(torch.stack([values, values.square()]))
         if few < len(views):
             found.append(self.run(_sums_and_squares, views[few:], shapes[few:], dtype))
         return torch.cat(found, 1)
 
     def products(self, views: Views, others: Views, shapes: Shapes, dtype: torch.dtype) -> Tensor:
-        """See :class:`Kernels`."""
+        """See :class:`~lightning_ecopt.kernels.Kernels`."""
         few = _num_single(views, shapes)
         found = [_flat(views[:few], dtype) * _flat(others[:few], dtype)] if few else []
         if few < len(views):
             found.append(self.run(_products, views[few:], others[few:], shapes[few:], dtype, self._piece))
         return torch.cat(found)[None]
 
-    def affine_(self, *lists: Views | None, shapes: Shapes, **coefficients: Coefficient | None) -> None:
-        """See :class:`Kernels`."""
-        self._in_place(_affine_, lists, shapes, coefficients)
+    def affine_(self, views: Views, *, shapes: Shapes, **coefficients: Coefficient | None) -> None:
+        """See :class:`~lightning_ecopt.kernels.Kernels`."""
+        self._in_place(_affine_, [views], shapes, coefficients)
 
-    def sgd_(self, *lists: Views | None, shapes: Shapes, **coefficients: Coefficient | None) -> None:
-        """See :class:`Kernels`."""
-        self._in_place(_sgd_, lists, shapes, coefficients)
+    def sgd_(
+        self,
+        weights: Views,
+        gradients: Views,
+        momenta: Views | None,
+        *,
+        shapes: Shapes,
+        **coefficients: Coefficient | None,
+    ) -> None:
+        """See :class:`~lightning_ecopt.kernels.Kernels`."""
+        self._in_place(_sgd_, [weights, gradients, momenta], shapes, coefficients)
 
-    def adam_(self, *lists: Views | None, shapes: Shapes, **coefficients: Coefficient | None) -> None:
-        """See :class:`Kernels`."""
-        self._in_place(_adam_, lists, shapes, coefficients)
+    def adam_(
+        self,
+        weights: Views,
+        gradients: Views,
+        means: Views,
+        squares: Views,
+        maxima: Views | None,
+        *,
+        shapes: Shapes,
+        **coefficients: Coefficient | None,
+    ) -> None:
+        """See :class:`~lightning_ecopt.kernels.Kernels`."""
+        self._in_place(_adam_, [weights, gradients, means, squares, maxima], shapes, coefficients)
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """See :class:`~lightning_ecopt.kernels.Kernels`."""
+        return function(*arguments)
 
     def _in_place(
         self,
-        function: Callable[..., None],
+        update: Update,
         lists: Sequence[Views | None],
         shapes: Shapes,
         coefficients: Mapping[str, Coefficient | None],
     ) -> None:
-        given = {name: value for name, value in coefficients.items() if value is not None}
-        vectors = {name: value for name, value in given.items() if isinstance(value, Tensor) and value.ndim == 1}
-        numbers = {name: value for name, value in given.items() if name not in vectors}
+        """Make one in-place pass: ``affine_``, ``sgd_`` and ``adam_`` come down to this, however they are run.
+
+        Subclasses override the two steps below, not the pass: :meth:`_prepared` is how they want coefficients, and
+        :meth:`_launch_` works on the blocks that they have kernels for. Tensor operations do the rest.
+
+        Args:
+            update: changes one block.
+            lists: of views, as ``update`` takes them; ``None`` for state that the base optimizer does not have.
+            shapes: of the places.
+            coefficients: by name; those that are ``None`` are left out.
+        """
+        if not shapes:
+            return
+        present = {name: value for name, value in coefficients.items() if value is not None}
+        given = self._prepared(present, lists)
+        left = self._launch_(lists, shapes, given)
+        if left is None:
+            self._operate_(update, lists, shapes, given)
+            return
+        for k, places in left:
+            own = {name: value[places] if _is_vector(value) else value for name, value in given.items()}
+            self._operate_(update, [views and [views[k]] for views in lists], [shapes[k]], own)
+
+    def _prepared(
+        self, coefficients: Mapping[str, Coefficient], lists: Sequence[Views | None]
+    ) -> Mapping[str, Coefficient]:
+        """Return the coefficients in the form in which the kernels take them."""
+        return coefficients
+
+    def _launch_(
+        self, lists: Sequence[Views | None], shapes: Shapes, coefficients: Mapping[str, Coefficient]
+    ) -> Iterable[tuple[int, slice]] | None:
+        """Change the blocks that there are kernels for.
+
+        Returns:
+            The numbers of the other blocks, and where their places are in vectors; ``None`` if there are no kernels.
+        """
+        return None
+
+    def _operate_(
+        self,
+        update: Update,
+        lists: Sequence[Views | None],
+        shapes: Shapes,
+        coefficients: Mapping[str, Coefficient],
+    ) -> None:
+        """Change blocks by tensor operations."""
+        vectors = {name: value for name, value in coefficients.items() if _is_vector(value)}
+        numbers = {name: value for name, value in coefficients.items() if name not in vectors}
         few = _num_single(lists[0] or (), shapes)
         if few:
-            flat = [None if of is None else _flat(of[:few]) for of in lists]
-            sizes = [prod(shape) for shape in shapes[:few]]
-            own = {name: vector[: sum(sizes)] for name, vector in vectors.items()}
-            function(*flat, **own, **numbers)
-            for number, (of, whole) in enumerate(zip(lists, flat, strict=True)):
-                if of is not None and whole is not None and number != GRADIENTS:
-                    parts = [
-                        part if view.ndim == 1 else part.view_as(view)
-                        for part, view in zip(whole.split(sizes), of[:few], strict=True)
-                    ]
-                    torch._foreach_copy_(list(of[:few]), parts)
-            vectors = {name: vector[sum(sizes) :] for name, vector in vectors.items()}
+            places = sum(map(prod, shapes[:few]))
+            own = {name: vector[:places] for name, vector in vectors.items()}
+            _update_as_one_(update, [views and views[:few] for views in lists], {**own, **numbers})
+            vectors = {name: vector[places:] for name, vector in vectors.items()}
         if few < len(shapes):
-            rest = [None if of is None else of[few:] for of in lists]
-            size = self._piece if function is _adam_ else None  # others make nothing but what they change
-            self.run(_each, function, rest, shapes[few:], vectors, numbers, size)
-
-    def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """See :class:`Kernels`."""
-        return function(*arguments)
+            rest = [views and views[few:] for views in lists]
+            # The others make no tensors beside those that they change.
+            size = self._piece if update is _adam_ else None
+            self.run(_update_each_, update, rest, shapes[few:], vectors, numbers, size)
 
 
-def _each(
-    function: Callable[..., None],
+def _is_vector(value: Coefficient) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and value.ndim == 1
+
+
+def _update_as_one_(update: Update, lists: Sequence[Views | None], coefficients: Mapping[str, Coefficient]) -> None:
+    """Change blocks of one element at each place, by coefficients over their elements, as one vector ``[P]``."""
+    flat = [None if views is None else _flat(views) for views in lists]
+    update(*flat, **coefficients)
+    for number, (views, whole) in enumerate(zip(lists, flat, strict=True)):
+        if views is not None and whole is not None and number != GRADIENTS:
+            parts = whole.split([view.numel() for view in views])
+            parts = [part if v.ndim == 1 else part.view_as(v) for part, v in zip(parts, views, strict=True)]
+            torch._foreach_copy_(list(views), parts)
+
+
+def _update_each_(
+    update: Update,
     lists: Sequence[Views | None],
     shapes: Shapes,
     vectors: Mapping[str, Tensor],
     numbers: Mapping[str, Coefficient],
     size: int | None,
 ) -> None:
-    """Call a function for each block, or for pieces of it of at most about ``size`` elements."""
+    """Change block by block, each in pieces of about ``size`` elements."""
     first = lists[0]
     assert first is not None
     counts = [prod(shape) for shape in shapes]
     split = {name: vector.split(counts) for name, vector in vectors.items()}
     for k, (view, shape) in enumerate(zip(first, shapes, strict=True)):
-        tensors = [None if of is None else of[k] for of in lists]
         own = {name: parts[k].view(shape).to(view.dtype) for name, parts in split.items()}
-        length = _length(view, size)
-        if length is None:
-            function(*tensors, **own, **numbers)
-            continue
-        for start in range(0, len(view), length):
-            part = slice(start, start + length)
-            pieces = [None if tensor is None else tensor[part] for tensor in tensors]
-            function(*pieces, **{name: v[part] if shape[0] > 1 else v for name, v in own.items()}, **numbers)
+        for piece in _pieces(view, size):
+            tensors = [None if views is None else _cut(views[k], piece) for views in lists]
+            # A coefficient that broadcasts along the first axis is the same for all pieces.
+            of_piece = {name: _cut(v, piece if shape[0] > 1 else None) for name, v in own.items()}
+            update(*tensors, **of_piece, **numbers)
 
 
-def _num_single(views: Sequence[Tensor], shapes: Shapes) -> int:
+def _num_single(views: Views, shapes: Shapes) -> int:
     """How many views, from the first on, have one element at each place."""
     pairs = enumerate(zip(views, shapes, strict=True))
     return next((k for k, (view, shape) in pairs if view.shape != shape), len(views))
@@ -175,43 +207,48 @@ def _flat(views: Views, dtype: torch.dtype | None = None) -> Tensor:
     return flat if dtype is None else flat.to(dtype)
 
 
-def _length(tensor: Tensor, size: int | None) -> int | None:
-    """How many entries along the first axis make a piece; ``None`` for all."""
-    if size is not None and tensor.device.type != "cpu":
+def _pieces(view: Tensor, size: int | None) -> list[slice | None]:
+    """Slices of the first axis that cut a view into pieces of about ``size`` elements; ``[None]`` leaves it whole."""
+    if size is not None and view.device.type != "cpu":
         size *= ACCELERATOR
-    if size is None or tensor.numel() <= size or len(tensor) == 1:
-        return None
-    return max(1, size * len(tensor) // tensor.numel())
+    if size is None or view.numel() <= size or len(view) == 1:
+        return [None]
+    length = max(1, size * len(view) // view.numel())
+    return [slice(start, start + length) for start in range(0, len(view), length)]
 
 
-def _sums_and_squares(views: Sequence[Tensor], shapes: Shapes, dtype: torch.dtype) -> Tensor:
+def _cut(tensor: Tensor, piece: slice | None) -> Tensor:
+    return tensor if piece is None else tensor[piece]
+
+
+def _sums_and_squares(views: Views, shapes: Shapes, dtype: torch.dtype) -> Tensor:
     sums, squares = [], []
     for view, shape in zip(views, shapes, strict=True):
         axes = _axes(view, shape)
         sums.append((view.sum(axes, dtype=dtype) if axes else view.to(dtype)).reshape(-1))
+        # A norm squared, unlike a sum of squares, needs no memory for the squares.
         norm = torch.linalg.vector_norm(view, dim=axes, dtype=dtype) if axes else view.to(dtype)
         squares.append(norm.square().reshape(-1))
     return torch.cat([*sums, *squares]).view(2, -1)
 
 
-def _products(
-    views: Sequence[Tensor], others: Sequence[Tensor], shapes: Shapes, dtype: torch.dtype, size: int | None
-) -> Tensor:
+def _products(views: Views, others: Views, shapes: Shapes, dtype: torch.dtype, size: int | None) -> Tensor:
     found = []
     for view, other, shape in zip(views, others, shapes, strict=True):
-        length = _length(view, size) or len(view)
         axes = _axes(view, shape)
-        parts = [
-            (one * two).sum(axes, dtype=dtype) if axes else (one * two).to(dtype)
-            for one, two in zip(view.split(length), other.split(length), strict=True)
-        ]
+        parts = []
+        for piece in _pieces(view, size):
+            product = _cut(view, piece) * _cut(other, piece)
+            parts.append(product.sum(axes, dtype=dtype) if axes else product.to(dtype))
+        # Pieces lie along the first axis: they have places of their own, or each has a part of every sum.
         whole = parts[0] if len(parts) == 1 else torch.cat(parts) if shape[0] > 1 else torch.stack(parts).sum(0)
         found.append(whole.reshape(-1))
     return torch.cat(found)
 
 
 def _axes(view: Tensor, shape: tuple[int, ...]) -> list[int]:
-    return [axis for axis, (own, size) in enumerate(zip(shape, view.shape, strict=True)) if own != size]
+    """Axes along which the elements of a block have the same place."""
+    return [axis for axis, (places, size) in enumerate(zip(shape, view.shape, strict=True)) if places != size]
 
 
 def _affine_(x: Tensor, *, times: Coefficient, plus: Coefficient | None = None) -> None:
@@ -234,12 +271,14 @@ def _sgd_(
     pull: Tensor | None = None,
     push: Coefficient | None = None,
 ) -> None:
+    # m = fade m + gain g + shift + decay w
     if m is not None:
         m.mul_(fade)
         _add_product_(m, w, decay)
         _add_product_(m, g, gain)
         if shift is not None:
             m.add_(shift)
+    # w = keep w + move m + pull g + push
     if keep is not None:
         w.mul_(keep)
     if m is not None:
@@ -250,6 +289,7 @@ def _sgd_(
 
 
 def _add_product_(x: Tensor, y: Tensor, factor: Tensor | None) -> None:
+    # A factor that is left out must not become zero: 0 * inf is not 0.
     if factor is not None:
         x.addcmul_(y, factor)
 
@@ -257,9 +297,9 @@ def _add_product_(x: Tensor, y: Tensor, factor: Tensor | None) -> None:
 def _adam_(
     w: Tensor,
     g: Tensor,
-    mean: Tensor,
-    square: Tensor,
-    maximum: Tensor | None,
+    m: Tensor,
+    v: Tensor,
+    largest: Tensor | None,
     *,
     gain: Tensor,
     shift: Coefficient | None = None,
@@ -271,16 +311,19 @@ def _adam_(
     root: Coefficient,
     eps: Coefficient,
 ) -> None:
-    shown = g * gain
+    # d = gain g + shift + decay w, in the only memory that the step needs
+    d = g * gain
     if shift is not None:
-        shown.add_(shift)
-    _add_product_(shown, w, decay)
-    mean.lerp_(shown, first)
-    square.lerp_(shown.mul_(shown), second)
-    if maximum is not None:
-        torch.maximum(maximum, square, out=maximum)
-        square = maximum
+        d.add_(shift)
+    _add_product_(d, w, decay)
+    # m = m + first (d - m);  v = v + second (d^2 - v)
+    m.lerp_(d, first)
+    v.lerp_(d.mul_(d), second)
+    if largest is not None:
+        torch.maximum(largest, v, out=largest)
+        v = largest
+    # w = keep w + move m / (root sqrt(v) + eps); d is not needed any more
     if keep is not None:
         w.mul_(keep)
-    torch.sqrt(square, out=shown)
-    w.add_(shown.mul_(root).add_(eps).reciprocal_().mul_(mean).mul_(move))
+    torch.sqrt(v, out=d)
+    w.add_(d.mul_(root).add_(eps).reciprocal_().mul_(m).mul_(move))

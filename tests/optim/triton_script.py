@@ -25,9 +25,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import interpreter
 
-from lightning_ecopt.kernels import EagerKernels, Kernels
+from lightning_ecopt.kernels import EagerKernels, Kernels, triton_plan
 from lightning_ecopt.kernels import triton as triton_kernels
-from lightning_ecopt.kernels.triton import NAMES, NUMBER, SCALAR, VECTOR, TritonKernels
+from lightning_ecopt.kernels.triton import NAMES, NUMBER, SCALAR, VECTOR
+from lightning_ecopt.kernels.triton_plan import TritonKernels
 
 TOLERANCE = {torch.bfloat16: 0.0, torch.float32: 1e-6, torch.float64: 1e-14}
 SGD = ("fade", "gain", "shift", "decay", "keep", "move", "pull", "push")
@@ -153,11 +154,11 @@ def sums_of(blocks: Blocks, others: Blocks, dtype: torch.dtype) -> Iterator[str]
 
 def items_as_long_as_lines(device: str) -> Iterator[str]:
     """As those of the longest lines are, which are too long for a test."""
-    before, triton_kernels.MOST_PARTS = triton_kernels.MOST_PARTS, (1, 1, 1)
+    before, triton_plan.MOST_PARTS = triton_plan.MOST_PARTS, (1, 1, 1)
     blocks = Blocks(SEVERAL_ITEMS, torch.float32, device)
     yield from sums_of(blocks, Blocks(SEVERAL_ITEMS, torch.float32, device), torch.float32)
     yield from wrong_step("affine_", [blocks], coefficients(("times", "plus"), blocks))
-    triton_kernels.MOST_PARTS = before
+    triton_plan.MOST_PARTS = before
 
 
 def coefficients(names: Iterable[str], blocks: Blocks, kind: str = "vectors") -> dict[str, Tensor | float]:
@@ -330,7 +331,7 @@ def parameters_of_billions_of_elements(device: str) -> Iterator[str]:
     size = 1 << 18, 1 << 14
     big = torch.empty(size, device="meta")
     for shape, is_left in ((size[0], 1), False), ((1, size[1]), False), (size, True), ((1, 1), True):
-        if (triton_kernels._Plan([[big]], [shape], 0).rest != []) != is_left:
+        if (triton_plan._Plan([[big]], [shape], 0).rest != []) != is_left:
             yield f"places {shape}"
 
 
@@ -346,7 +347,7 @@ def counted() -> Iterator[list[str]]:
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., object]:
             return lambda *arguments: launched.append(self.name)
 
-    kernels = [Counted(name) for name in ("_sums", "_sums_of_parts", "_update")]
+    kernels = [Counted(name) for name in ("sums", "sums_of_parts", "update")]
     for one in kernels:
         setattr(triton_kernels, one.name, one)
     try:
@@ -369,7 +370,7 @@ def launches(device: str) -> Iterator[str]:
             for name, (count, names) in STEPS.items():
                 step_(TritonKernels(), name, state(blocks, count), **coefficients(names, blocks))
         found.append(launched)
-    expected = 2 * ["_sums", "_sums_of_parts"] + len(STEPS) * ["_update"]
+    expected = 2 * ["sums", "sums_of_parts"] + len(STEPS) * ["update"]
     if found != [expected, expected]:
         yield f"launched: {found}"
 
@@ -406,18 +407,18 @@ def variants() -> Iterator[tuple[str, dict[str, str], dict[str, object]]]:
     """Names, pointers and constants of kernels; coefficients are numbers, tensors and vectors by turns."""
     tables = {"owner": "*i32", "blocks": "*i64"}
     for wide in ("*fp32", "*fp64"):
-        yield "_sums_of_parts", {**tables, "out": wide}, {}
+        yield "sums_of_parts", {**tables, "out": wide}, {}
     for tensors, dtype, wide in (
         (1, tl.float32, "*fp32"),
         (2, tl.float32, "*fp32"),
         (1, tl.float32, "*fp64"),
         (2, tl.float64, "*fp64"),
     ):
-        yield "_sums", {**tables, "table": "*i64", "out": wide}, {"TENSORS": tensors, "DTYPE": dtype}
+        yield "sums", {**tables, "table": "*i64", "out": wide}, {"TENSORS": tensors, "DTYPE": dtype}
     for tensors, dtype in (*((count, tl.float32) for count in range(1, 6)), (5, tl.float64)):
         kinds = [(NUMBER, SCALAR, VECTOR)[(number + tensors) % 3].value for number in range(len(NAMES))]
         given = sum(kind * 4**number for number, kind in enumerate(kinds))
-        yield "_update", {**tables, "table": "*i64"}, {"GIVEN": given, "TENSORS": tensors, "DTYPE": dtype}
+        yield "update", {**tables, "table": "*i64"}, {"GIVEN": given, "TENSORS": tensors, "DTYPE": dtype}
 
 
 def compiled(capability: str) -> Iterator[str]:
@@ -435,7 +436,7 @@ def compiled(capability: str) -> Iterator[str]:
         layouts = dict(re.findall(r"(#blocked\d*) = .*threadsPerWarp = (\[[\d, ]+\])", found["ttgir"]))
         sizes = "|".join(f"{width}x{size}" for width, size in ((1, 1024), (16, 32), (8, 128)))
         accesses = re.findall(rf"tt\.(?:load|store) .*tensor<(?:{sizes})x!tt.ptr<.*>, (#blocked\d*)>", found["ttgir"])
-        if name != "_sums_of_parts" and (not accesses or {layouts[layout] for layout in accesses} != {"[1, 32]"}):
+        if name != "sums_of_parts" and (not accesses or {layouts[layout] for layout in accesses} != {"[1, 32]"}):
             yield f"{name} {constants}: threads are {[layouts[layout] for layout in accesses]}"
 
 

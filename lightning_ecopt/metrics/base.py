@@ -1,0 +1,58 @@
+"""What all metrics of models have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+from torchmetrics import Metric
+
+#: Of the states. A metric may be moved to any device of the machine, and MPS has no float64.
+_DTYPE = torch.float32 if torch.backends.mps.is_available() else torch.float64
+
+
+class MeanOverUpdates(Metric):
+    """Computes the mean of the numbers that its updates add.
+
+    Args:
+        name: of the number, for the name of the state. A ``MetricCollection`` takes two metrics for the same one if
+            their states have the same names and their first values agree. So no two metrics that may differ later,
+            such as path norms of different exponents, may have the same name.
+        **kwargs: keyword arguments of :class:`torchmetrics.Metric`.
+    """
+
+    is_differentiable = False
+    full_state_update = False
+    count: Tensor
+
+    def __init__(self, name: str, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._sum = f"sum_of_{name}"
+        self.add_state(self._sum, torch.zeros((), dtype=_DTYPE), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+    def _add(self, value: Tensor) -> None:
+        """Add the number of one update."""
+        # ``metric.half()`` and the like change the dtype of states; a sum of many numbers needs all its digits.
+        total: Tensor = getattr(self, self._sum)
+        setattr(self, self._sum, total.to(_DTYPE) + value.to(total.device, _DTYPE))
+        self.count = self.count + 1
+
+    def compute(self) -> Tensor:
+        """The mean of the values of all updates since the last reset, a scalar."""
+        total: Tensor = getattr(self, self._sum)
+        return total / self.count
+
+
+@contextmanager
+def unobserved() -> Iterator[None]:
+    """Compute without gradients, and outside all modes that watch operations.
+
+    A first training step may be traced for its scaling group. A metric that is updated in it must leave no marks there.
+    """
+    with torch.no_grad(), _disable_current_modes():
+        yield
