@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from lightning_ecopt import scaling_group
 from lightning_ecopt.paths import choose_skeleton
-from tests.optim.test_unit_rule import Reference
+from tests.optim.reference import Reference
 from tests.optim.training import loss_of
 from tests.paths.explicit import ExplicitPaths
 
