@@ -23,6 +23,10 @@ from tests.symmetry.zoo import ZOO
 from tests.symmetry.zoo.case import Case
 from tests.symmetry.zoo.tiny import SHARED, TINY
 
+#: Whether sharded modules cannot be called, and why.
+NO_CALLS = not hasattr(torch.cpu.Stream, "record_event")
+WHY = "this version of torch cannot call sharded modules on a CPU"
+
 #: Rows that lead into a unit on one rank and on several, products of units, shared, normalised and frozen weights.
 NAMES = [
     "mlp",

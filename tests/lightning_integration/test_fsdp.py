@@ -25,18 +25,15 @@ from tests.symmetry.zoo.case import Case
 SIZES = (2, 4)
 RUNS = [(case, size) for case in script.CASES for size in SIZES if size == 2 or case.name in script.FEW]
 
-NO_CALLS = not hasattr(torch.cpu.Stream, "record_event")
-WHY = "this version of torch cannot call sharded modules on a CPU"
-
-calls = pytest.mark.skipif(NO_CALLS, reason=WHY)
+calls = pytest.mark.skipif(script.NO_CALLS, reason=script.WHY)
 every_run = pytest.mark.parametrize(("case", "size"), RUNS, ids=[f"{case.name}-{size}" for case, size in RUNS])
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
     """For each number of processes the results of all ranks."""
-    if NO_CALLS:
-        pytest.skip(WHY)
+    if script.NO_CALLS:
+        pytest.skip(script.WHY)
     folder = tmp_path_factory.mktemp("fsdp")
     launch("fsdp_script", folder)
     return {size: [torch.load(folder / f"{size}-{rank}.pt") for rank in range(size)] for size in SIZES}

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from tests.lightning_integration import fsdp_training_script as script
+from tests.lightning_integration.fsdp_script import NO_CALLS, WHY
 from tests.lightning_integration.runs import launch
-from tests.lightning_integration.test_fsdp import NO_CALLS, WHY
 
 pytestmark = pytest.mark.skipif(NO_CALLS, reason=WHY)
 
