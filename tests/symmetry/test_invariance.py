@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ecopt.symmetry import ScalingGroup, scaling_group
-from tests.symmetry.helpers import assert_same, copies, draw_, evaluate, put_, squares
+from tests.symmetry.helpers import assert_same, assert_same_weights, copies, draw_, evaluate, log_scales, put_, squares
 from tests.symmetry.zoo.case import Case
 from tests.symmetry.zoo.tiny import SHARED, TINY
 
@@ -31,17 +31,8 @@ def prepared(case: Case, generator: torch.Generator) -> tuple[nn.Module, tuple[T
     return module, inputs, scaling_group(module, *inputs)
 
 
-def log_scales(group: ScalingGroup, generator: torch.Generator, size: float = 1.0) -> Tensor:
-    return size * torch.randn(group.num_units, generator=generator, dtype=torch.float64)
-
-
 def sum_of_squares(group: ScalingGroup) -> float:
     return sum(float(p.detach().square().sum()) for p in group.parameters.values())
-
-
-def assert_same_weights(first: dict[str, Tensor], second: dict[str, Tensor], tolerance: float = 1e-9) -> None:
-    for name, weight in first.items():
-        torch.testing.assert_close(second[name], weight, rtol=tolerance, atol=0.0, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("case", SHARED, ids=lambda case: case.name)
