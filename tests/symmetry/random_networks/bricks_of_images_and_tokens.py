@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.symmetry.random_networks.descriptions import Brick, Site, activation, brick
-from tests.symmetry.zoo.sequence import Rotary, apply_rotary, causal_mask
+from tests.symmetry.zoo.sequence.bricks import causal_mask
+from tests.symmetry.zoo.sequence.llama import Rotary, apply_rotary
 from tests.symmetry.zoo.tiny import Function
 
 # Bricks for images ----------------------------------------------------------------------------------------------------
