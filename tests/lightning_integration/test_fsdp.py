@@ -20,10 +20,10 @@ from tests.lightning_integration import fsdp_script as script
 from tests.lightning_integration.runs import launch
 from tests.networks import ResidualMLP, mlp, norm_cnn
 from tests.symmetry.helpers import assert_same, evaluate, squares
-from tests.symmetry.zoo.case import Case
+from tests.symmetry.zoo.case import Case, Use
 
 SIZES = (2, 4)
-RUNS = [(case, size) for case in script.CASES for size in SIZES if size == 2 or case.name in script.FEW]
+RUNS = [(case, size) for case in script.CASES for size in SIZES if size == 2 or Use.FOUR_SHARDS in case.good_for]
 
 calls = pytest.mark.skipif(script.NO_CALLS, reason=script.WHY)
 every_run = pytest.mark.parametrize(("case", "size"), RUNS, ids=[f"{case.name}-{size}" for case, size in RUNS])

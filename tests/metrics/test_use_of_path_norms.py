@@ -20,35 +20,17 @@ from tests.lightning_integration.modules import same
 from tests.metrics.cases import CASES, Computed, M, P, distance, imbalance, path_norm, prepared, zeros
 from tests.networks import ResNet, mlp, norm_cnn, plain_cnn
 from tests.symmetry.helpers import flat_output
-from tests.symmetry.zoo.case import Case
+from tests.symmetry.zoo.case import Case, Use
 
-#: The others have a softmax, a sigmoid, a norm of activations or the like.
-COVERED = """
-ResidualMLP; ResNet; DenseNet; mlp; plain_cnn; norm_cnn; prelu mlp; residual mlp; unequal widths; no biases; one wide;
-leaky relu; no activation; conv, batch norm; linear, batch norm; batch norm without gains; conv1d; conv2d; conv3d;
-adaptive average; adaptive maximum; grouped conv; depthwise conv; transposed conv; grouped transposed conv;
-flattened image; concatenation; resnet; option A; siamese, concatenated; siamese, subtracted; written by hand;
-relu in place;
-relu by clamp; channel gains; frozen weight; frozen layer; frozen weight, free bias; frozen first layer; frozen bias;
-frozen grouped conv; skip from the input; layer of its own output; LeNet; AlexNet; VGG with batch norm;
-network in network; CoordConv; ResNet, basic blocks; ResNet, bottlenecks; ResNeXt; pre-activation ResNet; DenseNet-BC;
-SqueezeNet; Inception; Xception; MobileNetV1; ShuffleNetV2; U-Net, bilinear; U-Net, transposed;
-fully convolutional network; DeepLab; feature pyramid; ESPCN; temporal convolutions; rnn with relu;
-recurrent cell with relu; deep sets; n-gram; tied embedding; word language model; tied autoencoder;
-siamese, absolute difference; triplet with a learnt metric; two towers; point net; operator network; euler steps;
-factorisation machine and network; bilinear; concatenated relu; polynomial; hypernetwork; feature-wise modulation;
-residual gains; stacked ensemble; batch ensemble; non-negative weights; spectral norm; weight norm;
-weight norm of convolutions; weight standardisation; pruned
-"""
-NAMES = {name.strip() for name in COVERED.split(";")}
-with_paths = pytest.mark.parametrize("case", [c for c in CASES if c.name in NAMES], ids=lambda case: case.name)
+COVERED = [case for case in CASES if Use.PATHS in case.good_for]
+with_paths = pytest.mark.parametrize("case", COVERED, ids=lambda case: case.name)
 
 # What path norms are good for -----------------------------------------------------------------------------------------
 
 
 def test_the_list_of_networks_with_paths_is_right(generator: torch.Generator) -> None:
-    assert {case.name for case in CASES} >= NAMES
-    others = [case for case in CASES if case.name not in NAMES]
+    assert len(COVERED) == 93
+    others = [case for case in CASES if Use.PATHS not in case.good_for]
     for case in others[::6]:
         with pytest.raises(ValueError, match=r"PathNorm does not cover|has shape"):
             path_norm(*prepared(case, generator))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.networks import mlp
-from tests.symmetry.zoo.case import Case, Sample
+from tests.symmetry.zoo.case import Case, Sample, Use
 from tests.symmetry.zoo.tiny import Function
 
 # Generative -----------------------------------------------------------------------------------------------------------
@@ -394,32 +394,32 @@ class DeepFactorization(nn.Module):
 DATA: list[Case] = [
     # What leads into the code also leads out of it, so its scale is fixed; the decoder's hidden features undo what the
     # encoder's have done.
-    Case("tied autoencoder", lambda: TiedAutoencoder(4, 4, 3), ((10, 4),), 4),
+    Case("tied autoencoder", lambda: TiedAutoencoder(4, 4, 3), ((10, 4),), 4, good_for=Use.PATHS | Use.FAST),
     Case("convolutional autoencoder", _convolutional_autoencoder, ((2, 1, 8, 8),), 3 + 4 + 3),
     Case("variational autoencoder", VariationalAutoencoder, ((8, 5),), 4 + 3),
     Case("generator and discriminator", Adversaries, ((8, 2), (8, 3)), 4 + 5 + 4),
     Case("coupling flow", CouplingFlow, ((10, 4),), 4 * 3),
-    Case("siamese, absolute difference", Siamese, ((8, 3), (8, 3)), 4 + 3),
+    Case("siamese, absolute difference", Siamese, ((8, 3), (8, 3)), 4 + 3, good_for=Use.PATHS),
     # Each axis of the embedding is squared and weighted.
-    Case("triplet with a learnt metric", _triplet, ((20, 3),) * 3, 4 + 3),
+    Case("triplet with a learnt metric", _triplet, ((20, 3),) * 3, 4 + 3, good_for=Use.PATHS),
     # Each axis of one tower against the same of the other, and both of them against the common scale.
-    Case("two towers", TwoTowers, ((5, 3), (6, 2)), 4 + 5 + 3 + 1),
+    Case("two towers", TwoTowers, ((5, 3), (6, 2)), 4 + 5 + 3 + 1, good_for=Use.PATHS | Use.PRODUCTS | Use.FAST),
     # Channels, hidden features, axes of the embedding, trunk, head.
     Case("many inputs, many tasks", ManyTasks, (), 3 + 4 + 2 + 4 + 3, sample=_batch_of_many_tasks),
     Case("dense graph convolution", DenseGraphConvolution, ((6, 3), (6, 6)), 4),
-    Case("graph convolution over edges", Sage, (), 4 + 3, sample=_graph(8, 16, 2)),
+    Case("graph convolution over edges", Sage, (), 4 + 3, sample=_graph(8, 16, 2), good_for=Use.FAST),
     Case("graph attention", GraphAttention, (), 4, sample=_graph(8, 16, 3)),
     # The state is the same in both rounds; behind it the hidden features of the message and the message itself.
     Case("message passing", MessagePassing, (), 3 + 4 + 3, sample=_graph(8, 16, 3, 2)),
     # Both sides of the second matrix, which is nothing but a product of the network's own making.
-    Case("point net", PointNet, ((6, 3, 5),), 4 + 3 + 2 + 3 + 4),
+    Case("point net", PointNet, ((6, 3, 5),), 4 + 3 + 2 + 3 + 4, good_for=Use.PATHS),
     Case("radiance field", RadianceField, ((10, 2), (10, 2)), 4 + 4 + 4 + 3 + 3),
-    Case("operator network", DeepONet, ((6, 4), (7, 1)), 4 + 4 + 3),
-    Case("euler steps", EulerSteps, ((12, 2),), 3 + 4),
+    Case("operator network", DeepONet, ((6, 4), (7, 1)), 4 + 4 + 3, good_for=Use.PATHS),
+    Case("euler steps", EulerSteps, ((12, 2),), 3 + 4, good_for=Use.PATHS),
     # A pair's product is a sum over axes, all of which must scale alike: one scale for each of the three vectors.
     Case("dlrm", Dlrm, (), 4 + 3 + 4, sample=_fields(4, 5, 5, dense=3)),
     # User and item, each axis, in the product and in the network.
     Case("neural collaborative filtering", NeuralFactorization, (), 2 * 3 + 2 * 2 + 4, sample=_fields(4, 5)),
     # The pairs' products go to the output.
-    Case("factorisation machine and network", DeepFactorization, (), 4, sample=_fields(3, 3, 3)),
+    Case("factorisation machine and network", DeepFactorization, (), 4, sample=_fields(3, 3, 3), good_for=Use.PATHS),
 ]

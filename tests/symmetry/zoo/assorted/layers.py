@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from tests.networks import mlp
-from tests.symmetry.zoo.case import Case
+from tests.symmetry.zoo.case import Case, Use
 from tests.symmetry.zoo.tiny import Function
 
 # Layers ---------------------------------------------------------------------------------------------------------------
@@ -264,24 +264,32 @@ def _layers(layer: Callable[[int, int], nn.Module], *widths: int) -> list[nn.Mod
 LAYERS: list[Case] = [
     # One scale for all that compete.
     Case("maxout and group sort", _maxout, ((12, 3),), 4 + 3),
-    Case("bilinear", _bilinear, ((12, 2), (12, 3)), 3 + 4 + 3),
+    Case(
+        "bilinear",
+        _bilinear,
+        ((12, 2), (12, 3)),
+        3 + 4 + 3,
+        good_for=Use.PATHS | Use.PRODUCTS | Use.SHARDS | Use.FOUR_SHARDS | Use.FAST,
+    ),
     Case("highway", Highway, ((12, 3),), 4),
-    Case("concatenated relu", _crelu, ((12, 3),), 3 + 2),
+    Case("concatenated relu", _crelu, ((12, 3),), 3 + 2, good_for=Use.PATHS),
     # Squares, three factors of one product, cubes.
-    Case("polynomial", _polynomial, ((12, 2),), 4 + 3 * 3 + 2),
+    Case("polynomial", _polynomial, ((12, 2),), 4 + 3 * 3 + 2, good_for=Use.PATHS | Use.PRODUCTS),
     # Hidden features of the network that makes the weights, and of the one that has them.
-    Case("hypernetwork", HyperNetwork, ((8, 2), (8, 3, 4)), 3 + 4),
+    Case("hypernetwork", HyperNetwork, ((8, 2), (8, 3, 4)), 3 + 4, good_for=Use.PATHS),
     # Each channel before and after the gain.
-    Case("feature-wise modulation", Film, ((8, 1, 3, 3), (8, 2)), 3 + 4),
+    Case("feature-wise modulation", Film, ((8, 1, 3, 3), (8, 2)), 3 + 4, good_for=Use.PATHS),
     # All axes of the embedding with all centres, against the widths.
     Case("radial basis functions", _rbf, ((12, 3),), 4 + 1),
     # Every edge: the spline against its scale.
-    Case("kan", lambda: nn.Sequential(KanLayer(2, 3), KanLayer(3, 2)), ((20, 2),), 2 * 3 + 3 * 2),
+    Case(
+        "kan", lambda: nn.Sequential(KanLayer(2, 3), KanLayer(3, 2)), ((20, 2),), 2 * 3 + 3 * 2, good_for=Use.PRODUCTS
+    ),
     Case("cosine classifier", CosineClassifier, ((12, 3),), 4),
     # The stream, both blocks, and for each gain what it is multiplied with.
-    Case("residual gains", ReZero, ((12, 3),), 4 + 5 + 3 + 1 + 4),
+    Case("residual gains", ReZero, ((12, 3),), 4 + 5 + 3 + 1 + 4, good_for=Use.PATHS),
     Case("dueling heads and an actor", Dueling, ((12, 3),), 4 + 3 + 4),
-    Case("stacked ensemble", _ensemble, ((10, 2),), 3 * (3 + 2)),
+    Case("stacked ensemble", _ensemble, ((10, 2),), 3 * (3 + 2), good_for=Use.PATHS),
     # Every member has hidden features of its own. In both layers columns of the weight go against the gains of the
     # inputs, rows against those of the outputs, and each member's gains against each other; but all columns and rows
     # together are the same as all gains together.
@@ -290,13 +298,20 @@ LAYERS: list[Case] = [
         lambda: nn.Sequential(*_layers(BatchEnsembleLinear, 2, 3), BatchEnsembleLinear(3, 2)),
         ((2, 10, 2),),
         2 * 3 + (2 + 3 + 2 - 1) + (3 + 2 + 2 - 1),
+        good_for=Use.PATHS | Use.PRODUCTS | Use.FAST,
     ),
-    Case("non-negative weights", _monotone, ((12, 3),), 4 + 3),
+    Case("non-negative weights", _monotone, ((12, 3),), 4 + 3, good_for=Use.PATHS),
     # Either matrix as a whole, for it is divided by its own norm.
-    Case("spectral norm", _spectral, ((12, 3),), 2),
+    Case("spectral norm", _spectral, ((12, 3),), 2, good_for=Use.PATHS),
     # Rows of the directions, divided by their own norms; the second layer's output, and the first one's as a whole.
-    Case("weight norm", _weight_normalised, ((12, 3),), 4 + 5 + 5 + 1),
-    Case("weight norm of convolutions", _weight_normalised_conv, ((8, 2, 5),), 4 + 3 + 3 + 1),
+    Case("weight norm", _weight_normalised, ((12, 3),), 4 + 5 + 5 + 1, good_for=Use.PATHS | Use.PRODUCTS | Use.FAST),
+    Case(
+        "weight norm of convolutions",
+        _weight_normalised_conv,
+        ((8, 2, 5),),
+        4 + 3 + 3 + 1,
+        good_for=Use.PATHS | Use.SHARDS | Use.FOUR_SHARDS,
+    ),
     Case(
         "weight standardisation",
         lambda: nn.Sequential(
@@ -309,8 +324,9 @@ LAYERS: list[Case] = [
         ),
         ((8, 1, 3, 3),),
         1 + 3,  # of the first layer's output only the common scale passes through the second one's filters
+        good_for=Use.PATHS | Use.PRODUCTS,
     ),
-    Case("pruned", _pruned, ((12, 4),), 5 + 4),
+    Case("pruned", _pruned, ((12, 4),), 5 + 4, good_for=Use.PATHS),
     Case(
         "noisy weights",
         lambda: nn.Sequential(*_layers(NoisyLinear, 3, 4, 3), nn.Linear(3, 2)),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.symmetry.zoo.case import Case
+from tests.symmetry.zoo.case import Case, Use
 from tests.symmetry.zoo.sequence.bricks import Residual, RMSNorm, causal_mask, numbers
 from tests.symmetry.zoo.sequence.llama import Rotary, apply_rotary
 
@@ -206,7 +206,13 @@ class LatentAttention(nn.Module):
 # In attention, "queries" are the channels of a head in which queries and keys meet; "values" pass to the output.
 ATTENTION: list[Case] = [
     # norm + queries + values
-    Case("pre-norm self-attention", lambda: Residual(4, SelfAttention()), ((2, 4, 4),), 4 + 4 + 4),
+    Case(
+        "pre-norm self-attention",
+        lambda: Residual(4, SelfAttention()),
+        ((2, 4, 4),),
+        4 + 4 + 4,
+        good_for=Use.PRODUCTS | Use.FAST,
+    ),
     # queries + values
     Case("multi-head self-attention", TorchAttention, (), 4 + 4, sample=numbers((3, 4, 4))),
     # queries + values, with the additional key among the keys and the additional value among the values
@@ -216,6 +222,7 @@ ATTENTION: list[Case] = [
         (),
         4 + 4,
         sample=numbers((3, 3, 4), (3, 4, 3), (3, 4, 5)),
+        good_for=Use.FAST,
     ),
     # norm + queries + values, for the one head of keys and values
     Case("multi-query attention", lambda: Residual(4, MultiQueryAttention()), ((2, 4, 4),), 4 + 3 + 2),
@@ -226,7 +233,13 @@ ATTENTION: list[Case] = [
     # norm + values; elu + 1 is not homogeneous
     Case("linear attention with elu", lambda: Residual(4, LinearAttention()), ((2, 4, 4),), 4 + 4),
     # norm + queries + values; epsilon pins the scale of the normaliser
-    Case("linear attention with relu", lambda: Residual(4, LiteAttention()), ((2, 4, 4),), 4 + 4 + 4),
+    Case(
+        "linear attention with relu",
+        lambda: Residual(4, LiteAttention()),
+        ((2, 4, 4),),
+        4 + 4 + 4,
+        good_for=Use.PRODUCTS,
+    ),
     # norm + gains and offsets of queries against those of keys + all of the attention against the output layer
     Case("gated attention unit", GatedAttentionUnit, (), 4 + 3 + 1, sample=numbers((2, 4, 4))),
     # norm + norm of the narrow projection + queries + pairs that rotate, the same for both heads + values

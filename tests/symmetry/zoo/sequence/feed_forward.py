@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.symmetry.zoo.case import Case
+from tests.symmetry.zoo.case import Case, Use
 from tests.symmetry.zoo.sequence.bricks import Residual, RMSNorm
 from tests.symmetry.zoo.sequence.llama import LlamaMLP
 from tests.symmetry.zoo.sequence.transformers import PositionwiseFeedForward
@@ -145,12 +145,18 @@ LORA_FROZEN = tuple(f"{layer}.{kind}" for layer in ("q.base", "k", "v.base", "o"
 FEED_FORWARD: list[Case] = [
     # norm + both factors
     Case("bilinear gate", _glu(nn.Identity()), ((4, 2, 4),), 4 + 5 + 5),
-    Case("relu gate", _glu(F.relu), ((4, 2, 4),), 4 + 5 + 5),
+    Case("relu gate", _glu(F.relu), ((4, 2, 4),), 4 + 5 + 5, good_for=Use.PRODUCTS | Use.FAST),
     # norm + the factor that does not pass through gelu
     Case("gelu gate", _glu(F.gelu), ((4, 2, 4),), 4 + 5),
     # norm + hidden of three experts
     Case("mixture of all experts", lambda: Residual(4, DenseMoE()), ((4, 3, 4),), 4 + 3 * 3),
-    Case("mixture with one expert a token", lambda: Residual(4, SwitchFeedForward(), RMSNorm), ((4, 5, 4),), 4 + 3 * 3),
+    Case(
+        "mixture with one expert a token",
+        lambda: Residual(4, SwitchFeedForward(), RMSNorm),
+        ((4, 5, 4),),
+        4 + 3 * 3,
+        good_for=Use.FAST,
+    ),
     # norm + up of three experts
     Case("mixture with two experts a token", lambda: Residual(4, SparseMoE(), RMSNorm), ((4, 5, 4),), 4 + 3 * 3),
     # inner channels of either adapter; all else is tied to what is frozen

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.symmetry.zoo.case import Case
+from tests.symmetry.zoo.case import Case, Use
 from tests.symmetry.zoo.sequence.bricks import RMSNorm, causal_mask, tokens
 
 # Llama ----------------------------------------------------------------------------------------------------------------
@@ -265,7 +265,14 @@ LLAMA: list[Case] = [
     # norm + rotating pairs of queries + values (for the one head of keys and values) + norm + up + last norm
     Case("llama", _llama(), (), 4 + 2 + 4 + 4 + 5 + 4, sample=tokens((3, 4))),
     # norm + rotating pairs of queries + values (for two heads of keys and values) + norm + gate + up + last norm
-    Case("llama with relu", _llama(F.relu, kv_heads=2), (), 4 + 4 + 8 + 4 + (5 + 5) + 4, sample=tokens((3, 4))),
+    Case(
+        "llama with relu",
+        _llama(F.relu, kv_heads=2),
+        (),
+        4 + 4 + 8 + 4 + (5 + 5) + 4,
+        sample=tokens((3, 4)),
+        good_for=Use.PRODUCTS | Use.SHARDS | Use.FAST,
+    ),
     # norm + gains of queries against those of keys (pairs, the same for all heads) + values + norm + up + last norm
     Case(
         "llama with norms of queries and keys",

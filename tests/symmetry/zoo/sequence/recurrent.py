@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.symmetry.zoo.case import Case
+from tests.symmetry.zoo.case import Case, Use
 from tests.symmetry.zoo.sequence.bricks import RMSNorm, sentences, tokens
 
 # State spaces, shifts and convolutions --------------------------------------------------------------------------------
@@ -354,11 +354,11 @@ class Seq2Seq(nn.Module):
 RECURRENT: list[Case] = [
     # norm + channels between the layer and the depthwise convolution + inner channel of the step size + states (in
     # against out) + what all states and the skip have in common, against the output layer
-    Case("mamba", Mamba, ((3, 5, 3),), 3 + 4 + 1 + 2 + 1),
+    Case("mamba", Mamba, ((3, 5, 3),), 3 + 4 + 1 + 2 + 1, good_for=Use.FAST),
     # norm + values + norm + hidden
     Case("rwkv", RWKV, ((3, 4, 3),), 3 + 3 + 3 + 4),
     # hidden of the first block + the stream + hidden of the second block
-    Case("temporal convolutions", TCN, ((6, 2, 5),), 3 + 3 + 3),
+    Case("temporal convolutions", TCN, ((6, 2, 5),), 3 + 3 + 3, good_for=Use.PATHS),
     # the stream + the sum of the skips + hidden
     Case("wavenet", WaveNet, ((4, 2, 6),), 2 + 3 + 4),
     # embedding + ungated halves of two layers
@@ -368,9 +368,9 @@ RECURRENT: list[Case] = [
     # hidden of the first layer
     Case("gru", GRURegressor, ((6, 4, 2),), 4),
     # states of two layers
-    Case("rnn with relu", ReLURNN, ((4, 3, 2),), 3 + 3),
+    Case("rnn with relu", ReLURNN, ((4, 3, 2),), 3 + 3, good_for=Use.PATHS | Use.SHARDS | Use.FAST),
     # state
-    Case("recurrent cell with relu", ReLUCell, ((4, 4, 2),), 4),
+    Case("recurrent cell with relu", ReLUCell, ((4, 4, 2),), 4, good_for=Use.PATHS),
     # embedding + projection
     Case("lstm with projection by hand", ProjectedLSTM, (), 3 + 2, sample=tokens((3, 4))),
     # state

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.symmetry.zoo.case import Case
+from tests.symmetry.zoo.case import Case, Use
 from tests.symmetry.zoo.sequence.bricks import Residual, bags, numbers, tokens
 from tests.symmetry.zoo.sequence.feed_forward import GLU
 
@@ -205,15 +205,22 @@ SETS: list[Case] = [
     # induced points + three blocks (queries and values alike, against keys) + seed
     Case("set transformer", SetTransformer, (), 4 + 3 * 4 + 4, sample=numbers((6, 4, 2))),
     # hidden + sum + hidden
-    Case("deep sets", DeepSets, ((6, 4, 2),), 4 + 3 + 5),
+    Case("deep sets", DeepSets, ((6, 4, 2),), 4 + 3 + 5, good_for=Use.PATHS | Use.FAST),
     # embedding + hidden
     Case("continuous bag of words", CBOW, (), 3 + 4, sample=tokens((6, 3))),
-    Case("n-gram", NGram, (), 3 + 4, sample=tokens((6, 2))),
+    Case("n-gram", NGram, (), 3 + 4, sample=tokens((6, 2)), good_for=Use.PATHS),
     Case("embedding bag", TextClassifier, (), 3 + 4, sample=bags),
     # the one embedding against the other
     Case("skip-gram", SkipGram, (), 3, sample=tokens((6,), (6,), (6, 2))),
     # embedding, against what enters and what leaves the network + hidden
-    Case("tied embedding", TiedMLP, (), 3 + 4, sample=tokens((6, 2))),
+    Case(
+        "tied embedding",
+        TiedMLP,
+        (),
+        3 + 4,
+        sample=tokens((6, 2)),
+        good_for=Use.PATHS | Use.PRODUCTS | Use.SHARDS | Use.FOUR_SHARDS | Use.FAST,
+    ),
     # embedding, against state
-    Case("word language model", WordLanguageModel, (), 3, sample=tokens((4, 4))),
+    Case("word language model", WordLanguageModel, (), 3, sample=tokens((4, 4)), good_for=Use.PATHS),
 ]

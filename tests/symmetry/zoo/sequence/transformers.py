@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.symmetry.zoo.case import Case
+from tests.symmetry.zoo.case import Case, Use
 from tests.symmetry.zoo.sequence.bricks import bert_inputs, tokens
 
 # Transformers of torch.nn ---------------------------------------------------------------------------------------------
@@ -402,7 +402,13 @@ TRANSFORMERS: list[Case] = [
     # two layers of queries + values + hidden, and the last norm: the stream passes through each of the others
     Case("transformer encoder, post-norm", lambda: TorchEncoder(False), ((6, 3, 4),), 2 * (4 + 4 + 5) + 4),
     # norm + queries + values of either attention, norm + hidden
-    Case("transformer decoder layer", TorchDecoder, ((4, 2, 4), (3, 2, 4)), 2 * (4 + 4 + 4) + 4 + 4),
+    Case(
+        "transformer decoder layer",
+        TorchDecoder,
+        ((4, 2, 4), (3, 2, 4)),
+        2 * (4 + 4 + 4) + 4 + 4,
+        good_for=Use.PRODUCTS | Use.FAST,
+    ),
     # queries + values + hidden + last norm of the encoder; queries + values, twice, + hidden + last norm of the decoder
     Case(
         "transformer",
@@ -424,7 +430,14 @@ TRANSFORMERS: list[Case] = [
     # two layers of norm + queries + values + norm; the last norm is tied to the embedding, and gelu pins
     Case("gpt", lambda: GPT(2, 8, nn.GELU()), (), 2 * (4 + 4 + 4 + 4), sample=tokens((3, 4))),
     # norm + queries + values + norm + hidden
-    Case("gpt with squared relu", lambda: GPT(1, 16, SquaredReLU(), True), (), 4 * 4 + 16, sample=tokens((3, 4))),
+    Case(
+        "gpt with squared relu",
+        lambda: GPT(1, 16, SquaredReLU(), True),
+        (),
+        4 * 4 + 16,
+        sample=tokens((3, 4)),
+        good_for=Use.PRODUCTS | Use.SHARDS | Use.FAST,
+    ),
     # norm + queries (one pair that rotates, two that do not, in either head) + values + last norm
     Case("gpt-j", GPTJ, (), 4 + 2 * (1 + 2) + 8 + 4, sample=tokens((3, 4))),
 ]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.symmetry.zoo.case import Case
+from tests.symmetry.zoo.case import Case, Use
 from tests.symmetry.zoo.vision.bricks import Classifier, conv_norm
 
 
@@ -237,12 +237,12 @@ def xception() -> Classifier:
 
 BRANCHES: list[Case] = [
     # The norms of each layer and of the transition, the last norm.
-    Case("DenseNet-BC", DenseNet, ((6, 1, 8, 8),), (3 + 4) + (5 + 4) + 7 + 3),
+    Case("DenseNet-BC", DenseNet, ((6, 1, 8, 8),), (3 + 4) + (5 + 4) + 7 + 3, good_for=Use.PATHS | Use.FAST),
     # The last convolution is the output.
-    Case("SqueezeNet", SqueezeNet, ((6, 1, 9, 9),), 3 + (2 + 3 + 2) + (2 + 2 + 3)),
+    Case("SqueezeNet", SqueezeNet, ((6, 1, 9, 9),), 3 + (2 + 3 + 2) + (2 + 2 + 3), good_for=Use.PATHS),
     # The stem, the four branches, the branch that narrows; pools pass on.
-    Case("Inception", inception, ((6, 1, 9, 9),), 2 + 2 + (2 + 1 + 2) + (1 + 2) + 1 + 2),
+    Case("Inception", inception, ((6, 1, 9, 9),), 2 + 2 + (2 + 1 + 2) + (1 + 2) + 1 + 2, good_for=Use.PATHS),
     # The stem; in each block between the halves of its separable convolutions, after the first of these, and its
     # stream; the last separable convolution.
-    Case("Xception", xception, ((6, 1, 7, 7),), 2 + (2 + 3 + 3 + 3) + (3 + 2 + 2 + 2) + (2 + 4)),
+    Case("Xception", xception, ((6, 1, 7, 7),), 2 + (2 + 3 + 3 + 3) + (3 + 2 + 2 + 2) + (2 + 4), good_for=Use.PATHS),
 ]

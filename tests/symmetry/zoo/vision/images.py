@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.symmetry.zoo.case import Case
+from tests.symmetry.zoo.case import Case, Use
 from tests.symmetry.zoo.vision.bricks import conv_norm
 
 
@@ -300,20 +300,28 @@ class SpatialTransformer(nn.Module):
 
 
 IMAGES: list[Case] = [
-    Case("U-Net, bilinear", lambda: UNet(bilinear=True), ((2, 1, 5, 5),), (2 + 2) + (3 + 3) + (2 + 2)),
+    Case(
+        "U-Net, bilinear", lambda: UNet(bilinear=True), ((2, 1, 5, 5),), (2 + 2) + (3 + 3) + (2 + 2), good_for=Use.PATHS
+    ),
     # The channels out of the transposed convolution too.
-    Case("U-Net, transposed", lambda: UNet(bilinear=False), ((2, 1, 5, 5),), (2 + 2) + (3 + 3) + 2 + (2 + 2)),
+    Case(
+        "U-Net, transposed",
+        lambda: UNet(bilinear=False),
+        ((2, 1, 5, 5),),
+        (2 + 2) + (3 + 3) + 2 + (2 + 2),
+        good_for=Use.PATHS | Use.SHARDS | Use.FAST,
+    ),
     # Three convolutions, the first scores, the sum of scores.
-    Case("fully convolutional network", FCN, ((2, 1, 5, 5),), 2 + 3 + 4 + 2 + 2),
+    Case("fully convolutional network", FCN, ((2, 1, 5, 5),), 2 + 3 + 4 + 2 + 2, good_for=Use.PATHS),
     # Two convolutions, three branches, the projection, the last hidden layer.
-    Case("DeepLab", DeepLab, ((2, 1, 6, 6),), 2 + 3 + (2 + 2 + 2) + 2 + 3),
+    Case("DeepLab", DeepLab, ((2, 1, 6, 6),), 2 + 3 + (2 + 2 + 2) + 2 + 3, good_for=Use.PATHS),
     # Three stages, and the channels of the pyramid.
-    Case("feature pyramid", FeaturePyramid, ((1, 1, 12, 12),), 2 + 2 + 3 + 2),
-    Case("ESPCN", ESPCN, ((2, 1, 4, 4),), 3 + 3 + 2),
+    Case("feature pyramid", FeaturePyramid, ((1, 1, 12, 12),), 2 + 2 + 3 + 2, good_for=Use.PATHS),
+    Case("ESPCN", ESPCN, ((2, 1, 4, 4),), 3 + 3 + 2, good_for=Use.PATHS),
     # The stream, within the residual block, the channels after the shuffle.
     Case("SRResNet", SRResNet, ((2, 1, 3, 3),), 2 + 3 + 2),
     # Two norms before the block, that within it, that after it. The biases before the norms never matter.
-    Case("style transfer", StyleTransfer, ((1, 1, 8, 8),), 2 + 3 + 3 + 2),
+    Case("style transfer", StyleTransfer, ((1, 1, 8, 8),), 2 + 3 + 3 + 2, good_for=Use.FAST),
     # The localisation's three layers and the classifier's three.
     Case("spatial transformer", SpatialTransformer, ((6, 1, 8, 8),), (2 + 2 + 3) + (2 + 3 + 4)),
 ]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.symmetry.zoo.case import Case
+from tests.symmetry.zoo.case import Case, Use
 from tests.symmetry.zoo.vision.bricks import Activation, Classifier, DropPath, SqueezeExcitation, conv_norm
 
 
@@ -230,7 +230,7 @@ def ghostnet() -> Classifier:
 
 
 MOBILE: list[Case] = [
-    Case("MobileNetV1", mobilenet_v1, ((6, 1, 6, 6),), 3 + (3 + 4) + (4 + 5)),
+    Case("MobileNetV1", mobilenet_v1, ((6, 1, 6, 6),), 3 + (3 + 4) + (4 + 5), good_for=Use.PATHS),
     # The linear bottlenecks; the residual keeps that of the first.
     Case("MobileNetV2", mobilenet_v2, ((3, 1, 12, 12),), 3 + 2),
     # ReLU and squeezed channels in the first block, ReLU in the second; its bottleneck; squeezed channels in the third.
@@ -238,7 +238,13 @@ MOBILE: list[Case] = [
     # The linear bottlenecks.
     Case("EfficientNet", efficientnet, ((6, 1, 8, 8),), 3 + 2),
     # Each norm's output.
-    Case("ShuffleNetV2", ShuffleNet, ((6, 1, 8, 8),), 2 + (2 + 2 + 3 * 2) + 3 * 2 + 3 * 2 + 5),
+    Case(
+        "ShuffleNetV2",
+        ShuffleNet,
+        ((6, 1, 8, 8),),
+        2 + (2 + 2 + 3 * 2) + 3 * 2 + 3 * 2 + 5,
+        good_for=Use.PATHS | Use.FAST,
+    ),
     # The stem's stream, within the first block; within the second, squeezed, its stream, within its shortcut.
     Case("GhostNet", ghostnet, ((6, 1, 6, 6),), 2 + 4 + (4 + 4 + 2 + 4 + 2)),
 ]

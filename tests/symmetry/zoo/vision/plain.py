@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.symmetry.zoo.case import Case
+from tests.symmetry.zoo.case import Case, Use
 from tests.symmetry.zoo.vision.bricks import Classifier
 
 
@@ -121,13 +121,19 @@ class CoordConv(nn.Module):
 
 PLAIN: list[Case] = [
     # Two convolutions and two hidden layers.
-    Case("LeNet", LeNet, ((6, 1, 14, 14),), 2 + 3 + 4 + 3),
+    Case("LeNet", LeNet, ((6, 1, 14, 14),), 2 + 3 + 4 + 3, good_for=Use.PATHS),
     # Three convolutions and two hidden layers.
-    Case("AlexNet", alexnet, ((6, 1, 16, 16),), 2 + 3 + 2 + 4 + 3),
+    Case("AlexNet", alexnet, ((6, 1, 16, 16),), 2 + 3 + 2 + 4 + 3, good_for=Use.PATHS),
     # The gains of three norms and two hidden layers.
-    Case("VGG with batch norm", lambda: vgg(2, "M", 3, 3, "M"), ((6, 1, 8, 8),), 2 + 3 + 3 + 4 + 3),
+    Case(
+        "VGG with batch norm",
+        lambda: vgg(2, "M", 3, 3, "M"),
+        ((6, 1, 8, 8),),
+        2 + 3 + 3 + 4 + 3,
+        good_for=Use.PATHS | Use.FAST,
+    ),
     # The last convolution is the output.
-    Case("network in network", network_in_network, ((6, 1, 8, 8),), 3 + 2 + 4),
+    Case("network in network", network_in_network, ((6, 1, 8, 8),), 3 + 2 + 4, good_for=Use.PATHS),
     Case(
         "CoordConv",
         lambda: Classifier(
@@ -136,5 +142,6 @@ PLAIN: list[Case] = [
         ),
         ((6, 1, 6, 6),),
         3 + 2,
+        good_for=Use.PATHS,
     ),
 ]

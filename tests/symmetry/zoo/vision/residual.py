@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.symmetry.zoo.case import Case
+from tests.symmetry.zoo.case import Case, Use
 from tests.symmetry.zoo.vision.bricks import Classifier, DropPath, SqueezeExcitation, conv_norm
 
 
@@ -423,12 +423,30 @@ class Yolo(nn.Module):
 
 RESIDUAL: list[Case] = [
     # The stream of the stem, within two blocks, the stream after the projection.
-    Case("ResNet, basic blocks", lambda: ResNet(BasicBlock, (2, 3), (1, 1)), ((6, 1, 8, 8),), 2 + 2 + 3 + 3),
+    Case(
+        "ResNet, basic blocks",
+        lambda: ResNet(BasicBlock, (2, 3), (1, 1)),
+        ((6, 1, 8, 8),),
+        2 + 2 + 3 + 3,
+        good_for=Use.PATHS | Use.FAST,
+    ),
     # The stem, the stream, twice within each of the two blocks.
-    Case("ResNet, bottlenecks", lambda: ResNet(Bottleneck, (2,), (2,)), ((6, 1, 8, 8),), 2 + 4 + (2 + 2) + (2 + 2)),
-    Case("ResNeXt", lambda: ResNet(Bottleneck, (2,), (1,), groups=2), ((6, 1, 8, 8),), 2 + 4 + (4 + 4)),
+    Case(
+        "ResNet, bottlenecks",
+        lambda: ResNet(Bottleneck, (2,), (2,)),
+        ((6, 1, 8, 8),),
+        2 + 4 + (2 + 2) + (2 + 2),
+        good_for=Use.PATHS,
+    ),
+    Case(
+        "ResNeXt",
+        lambda: ResNet(Bottleneck, (2,), (1,), groups=2),
+        ((6, 1, 8, 8),),
+        2 + 4 + (4 + 4),
+        good_for=Use.PATHS,
+    ),
     # The norms at the beginning of the blocks hold the stream; each norm's output is free.
-    Case("pre-activation ResNet", preact_resnet, ((6, 1, 6, 6),), (2 + 2) + (2 + 3) + 3),
+    Case("pre-activation ResNet", preact_resnet, ((6, 1, 6, 6),), (2 + 2) + (2 + 3) + 3, good_for=Use.PATHS),
     # The stem, the stream; two convolutions and the squeezed channels in each block.
     Case("RegNet", regnet, ((6, 1, 8, 8),), 2 + 4 + (4 + 4 + 1) + (4 + 4 + 2)),
     # Mean and maximum over the channels tie those of the stream to each other; within the block and the squeezed.
@@ -445,7 +463,13 @@ RESIDUAL: list[Case] = [
     # Standardised weights cannot follow their inputs one by one, but their gains can follow all of these together: one
     # scale for each of the two streams, and for each block two within it, its last gains against the gain of the whole
     # and the squeezed channels; the gains of the last convolution.
-    Case("normalizer-free ResNet", normalizer_free_resnet, ((6, 1, 6, 6),), 2 + (2 + 1 + 2) + (2 + 1 + 1) + 4),
+    Case(
+        "normalizer-free ResNet",
+        normalizer_free_resnet,
+        ((6, 1, 6, 6),),
+        2 + (2 + 1 + 2) + (2 + 1 + 1) + 4,
+        good_for=Use.FAST,
+    ),
     # One stream through it all.
     Case(
         "highway network",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.symmetry.zoo.case import Case
+from tests.symmetry.zoo.case import Case, Use
 from tests.symmetry.zoo.vision.bricks import Activation, DropPath, LayerScale, Mlp
 
 
@@ -430,14 +430,26 @@ TRANSFORMERS: list[Case] = [
     # For each block the norm's output and layer scale; the last norms of a stage.
     Case("ConvNeXt", lambda: ConvNeXt(nn.GELU), ((6, 1, 8, 8),), (3 + 3) + 3 + (4 + 4) + 4),
     # The hidden layers too.
-    Case("ConvNeXt with ReLU", lambda: ConvNeXt(nn.ReLU), ((6, 1, 8, 8),), (3 + 6 + 3) + 3 + (4 + 5 + 4) + 4),
+    Case(
+        "ConvNeXt with ReLU",
+        lambda: ConvNeXt(nn.ReLU),
+        ((6, 1, 8, 8),),
+        (3 + 6 + 3) + 3 + (4 + 5 + 4) + 4,
+        good_for=Use.FAST,
+    ),
     # For each block the first norm up to its layer scale, the second norm, the layer scale after the MLP; the last
     # norm. The biases of the first norms never matter: the pool of a constant is the constant.
     Case("PoolFormer", PoolFormer, ((6, 1, 6, 6),), (3 + 3 + 5 + 3) + (3 + 3 + 3) + 3),
     # All channels share the weights across patches, so that the first norm of a block has one common scale. The biases
     # after those weights never matter: norms of the channels remove what they add.
     Case("MLP-Mixer", lambda: Mixer(nn.GELU), ((6, 1, 4, 4),), (1 + 4) + (1 + 4) + 4),
-    Case("MLP-Mixer with ReLU", lambda: Mixer(nn.ReLU), ((6, 1, 4, 4),), (1 + 3 + 4 + 5) + (1 + 2 + 4 + 4) + 4),
+    Case(
+        "MLP-Mixer with ReLU",
+        lambda: Mixer(nn.ReLU),
+        ((6, 1, 4, 4),),
+        (1 + 3 + 4 + 5) + (1 + 2 + 4 + 4) + 4,
+        good_for=Use.PRODUCTS,
+    ),
     # For each block two norms, queries with keys, values; the last norm. The biases of the keys never matter.
     Case("vision transformer", VisionTransformer, ((6, 1, 4, 4),), 2 * (4 + 4 + 4 + 4) + 4),
     # Layer scale twice in each block, and a hidden layer with ReLU.
