@@ -28,6 +28,9 @@ class Use(Flag):
     """Of these with four processes."""
 
 
+NOTHING_MORE = Use(0)
+
+
 @dataclass(frozen=True)
 class Case:
     """A network, its inputs, its number of freedoms, and what is frozen in it.
@@ -48,7 +51,7 @@ class Case:
     units: int
     frozen: tuple[str, ...] = ()
     sample: Sample | None = None
-    good_for: Use = Use(0)
+    good_for: Use = NOTHING_MORE
 
     def build(self) -> nn.Module:
         """The network in float64; its epsilons are so large that a freedom which only they break cannot be missed."""
