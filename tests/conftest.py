@@ -7,6 +7,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests import selection
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    selection.choose(config.getoption("markexpr"))
+
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from lightning_ecopt.__main__ import main
+from tests.selection import full
 
 MODELS = '''
 import torch
@@ -155,6 +156,7 @@ def test_inputs_by_place_and_by_name_with_types(inputs: list[str], capsys: pytes
     assert "H = 11 freedoms" in output(capsys, "Tokens", *(word for text in inputs for word in ("--input", text)))
 
 
+@full
 def test_weights_take_no_memory(capsys: pytest.CaptureFixture[str]) -> None:
     said = output(capsys, "Huge", "--input", "1,1000000")
     assert "│ 100000 │ 0:100000 │ up.weight │ down.weight │" in said

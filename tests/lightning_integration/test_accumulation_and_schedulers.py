@@ -36,6 +36,7 @@ from tests.lightning_integration.modules import (
     wrapped,
 )
 from tests.lightning_integration.pipelines import BASES, EXAMPLES, STEPS, plainly
+from tests.selection import few
 
 # Gradient accumulation and clipping -----------------------------------------------------------------------------------
 
@@ -167,7 +168,7 @@ def _stepwise(make: Callable[[Optimizer], Any], base: Optimizer) -> dict[str, An
     return {"optimizer": base, "lr_scheduler": {"scheduler": make(base), "interval": "step"}}
 
 
-@pytest.mark.parametrize("form", ["callback", "ec_sgd"])
+@pytest.mark.parametrize("form", few(["callback", "ec_sgd"], ["callback"]))
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_every_scheduler_sets_the_rates_of_the_steps(name: str, form: str) -> None:
     make, found = SCHEDULERS[name], Rates()

@@ -40,6 +40,7 @@ from tests.lightning_integration.modules import (
     weights,
     wrapped,
 )
+from tests.selection import few
 
 # Averages of weights --------------------------------------------------------------------------------------------------
 
@@ -142,7 +143,9 @@ def test_running_averages_are_those_of_the_weights_of_a_plain_loop(
 
 
 @RULES
-@pytest.mark.parametrize("name", ["StochasticWeightAveraging", "EMAWeightAveraging"])
+@pytest.mark.parametrize(
+    "name", few(["StochasticWeightAveraging", "EMAWeightAveraging"], ["StochasticWeightAveraging"])
+)
 def test_averages_of_two_members_of_a_class_are_one_function(name: str, rule: str) -> None:
     images = digits()[0].double()
 

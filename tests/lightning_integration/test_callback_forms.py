@@ -31,6 +31,7 @@ from tests.lightning_integration.modules import (
     weights,
     wrapped,
 )
+from tests.selection import few
 
 # The forms that Lightning allows --------------------------------------------------------------------------------------
 
@@ -39,8 +40,10 @@ SCHEDULED = {name for name in FORMS if name not in ("optimizer", "list", "tuple"
 
 
 @RULES
-@pytest.mark.parametrize("example", [None, EXAMPLE], ids=["first step", "example"])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("example", few([None, EXAMPLE], [None]), ids=["first step", "example"])
+@pytest.mark.parametrize(
+    "form", few(FORMS, ["optimizer", "two lists", "dictionary with step interval", "plateau config"])
+)
 def test_every_form_of_configure_optimizers_takes_the_steps_of_a_plain_loop(
     form: str, example: Tensor | None, rule: str
 ) -> None:
@@ -169,8 +172,8 @@ def test_two_optimizers_under_manual_optimization_take_the_steps_of_a_plain_loop
 
 
 @RULES
-@pytest.mark.parametrize("example", [None, EXAMPLE], ids=["first step", "example"])
-@pytest.mark.parametrize("network", [mlp, _normalised], ids=["mlp", "batch norm"])
+@pytest.mark.parametrize("example", few([None, EXAMPLE], [None]), ids=["first step", "example"])
+@pytest.mark.parametrize("network", few([mlp, _normalised], [_normalised]), ids=["mlp", "batch norm"])
 def test_two_members_of_a_class_end_in_the_same_function(network: Any, example: Tensor | None, rule: str) -> None:
     images = digits()[0].double()
 

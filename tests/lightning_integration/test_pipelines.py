@@ -20,6 +20,7 @@ from lightning_ecopt import (
     ec_sgd,
 )
 from tests.lightning_integration.modules import (
+    EXAMPLE,
     RULES,
     SETTINGS,
     Batch,
@@ -39,6 +40,7 @@ from tests.lightning_integration.modules import (
     wrapped,
 )
 from tests.lightning_integration.pipelines import EXAMPLES, plainly
+from tests.selection import few
 
 # Options of the Trainer -----------------------------------------------------------------------------------------------
 
@@ -273,7 +275,7 @@ COMPILED = {
 }
 
 
-@EXAMPLES
+@pytest.mark.parametrize("example", few([None, EXAMPLE], [None]), ids=["first step", "example"])
 @pytest.mark.parametrize("form", COMPILED)
 def test_compiled_modules_take_the_steps_of_a_plain_loop(form: str, example: Tensor | None) -> None:
     torch._dynamo.reset()

@@ -39,6 +39,7 @@ from tests.lightning_integration.modules import (
     weights,
     wrapped,
 )
+from tests.selection import few
 
 
 class Tuned(Classifier):
@@ -127,7 +128,7 @@ def _rate(run: Trainer) -> float:
 
 
 @CASES
-@pytest.mark.parametrize("finder", ["tuner", "callback"])
+@pytest.mark.parametrize("finder", few(["tuner", "callback"], ["callback"]))
 @pytest.mark.usefixtures("in_a_folder")
 def test_training_after_the_learning_rate_finder_is_that_of_a_run_with_its_rate(
     finder: str, form: str, example: Tensor | None, rule: str
@@ -157,8 +158,11 @@ class Limited(Tuned):
         return loss
 
 
-@pytest.mark.parametrize(("form", "example", "rule"), [("callback", None, "unit"), ("ec_sgd", EXAMPLE, "path")])
-@pytest.mark.parametrize(("finder", "start"), [("tuner", 32), ("callback", 16)])
+@pytest.mark.parametrize(
+    ("form", "example", "rule"),
+    few([("callback", None, "unit"), ("ec_sgd", EXAMPLE, "path")], [("callback", None, "unit")]),
+)
+@pytest.mark.parametrize(("finder", "start"), few([("tuner", 32), ("callback", 16)], [("tuner", 32)]))
 @pytest.mark.usefixtures("in_a_folder")
 def test_training_after_the_batch_size_finder_is_that_of_a_run_with_its_size(
     finder: str, start: int, form: str, example: Tensor | None, rule: str

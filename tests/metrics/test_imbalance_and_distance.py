@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations
 from lightning_ecopt import ScalingGroup, scaling_group
 from tests.metrics.cases import CASES, distance, imbalance, prepared, zeros
 from tests.networks import ResidualMLP, mlp
+from tests.selection import few
 from tests.symmetry.helpers import copies, directions, draw_
 from tests.symmetry.zoo.case import Case
 
@@ -33,7 +34,7 @@ def rescaled(module: nn.Module, group: ScalingGroup, generator: torch.Generator,
 # Imbalance ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", RESCALED[::4], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", few(RESCALED[::4], 16), ids=lambda case: case.name)
 def test_imbalance_is_the_largest_ratio_of_what_grows_and_what_shrinks_with_a_unit(
     case: Case, generator: torch.Generator
 ) -> None:
@@ -110,7 +111,7 @@ def built_again(case: Case, module: nn.Module) -> nn.Module:
     return other
 
 
-@pytest.mark.parametrize("case", RESCALED[1::5], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", few(RESCALED[1::5], 14), ids=lambda case: case.name)
 def test_the_distance_between_members_of_one_class_is_zero(case: Case, generator: torch.Generator) -> None:
     module, inputs = prepared(case, generator)
     group = scaling_group(module, *inputs)

@@ -19,11 +19,14 @@ from lightning_ecopt.metrics import PathNorm
 from tests.lightning_integration.modules import same
 from tests.metrics.cases import CASES, Computed, M, P, distance, imbalance, path_norm, prepared, zeros
 from tests.networks import ResNet, mlp, norm_cnn, plain_cnn
+from tests.selection import few
 from tests.symmetry.helpers import flat_output
 from tests.symmetry.zoo.case import Case, Use
 
 COVERED = [case for case in CASES if Use.PATHS in case.good_for]
-with_paths = pytest.mark.parametrize("case", COVERED, ids=lambda case: case.name)
+with_paths = pytest.mark.parametrize(
+    "case", few(COVERED, [case for case in COVERED if Use.FAST in case.good_for]), ids=lambda case: case.name
+)
 
 # What path norms are good for -----------------------------------------------------------------------------------------
 

@@ -20,8 +20,11 @@ from tests.optim.training import (
     loss_of,
     weights_of,
 )
+from tests.selection import few
 
-EVERY_BASE = pytest.mark.parametrize("name", BASES)
+#: Of each kind of kernel one base, and one without.
+A_FEW = ["nesterov", "adamw", "lion"]
+EVERY_BASE = pytest.mark.parametrize("name", few(BASES, A_FEW))
 
 
 def problem(base: Base, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[nn.Sequential, Tensor, Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -30,6 +30,7 @@ from tests.optim.training import (
     weights_of,
 )
 from tests.paths.explicit import ExplicitPaths
+from tests.selection import examples, few
 
 Make = Callable[[Iterable[Any]], Optimizer]
 
@@ -101,7 +102,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int, bool]] 
 
 @pytest.mark.parametrize(
     ("name", "base"),
-    [("mlp", "adam"), ("cnn", "amsgrad"), ("residual", "adam_l2"), ("resnet", "adamw")],
+    few([("mlp", "adam"), ("cnn", "amsgrad"), ("residual", "adam_l2"), ("resnet", "adamw")], [("residual", "adam_l2")]),
 )
 def test_a_run_depends_on_the_class_alone(name: str, base: str) -> None:
     torch.manual_seed(3)
@@ -121,7 +122,7 @@ def test_a_run_depends_on_the_class_alone(name: str, base: str) -> None:
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
 
 
-@settings(max_examples=8, deadline=None, derandomize=True, phases=[Phase.generate])
+@examples(8, phases=[Phase.generate])
 @given(
     seed=st.integers(0, 10**6),
     widths=st.lists(st.integers(1, 6), min_size=1, max_size=3),

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_ecopt import EquivalentClassOptimizer, scaling_group
 from lightning_ecopt.optim.state import moments_of
-from tests.optim.base_runs import BOUND, EVERY_BASE, LIMIT, backward, error_of, problem, wrap
+from tests.optim.base_runs import A_FEW, BOUND, EVERY_BASE, LIMIT, backward, error_of, problem, wrap
 from tests.optim.bases import (
     BASES,
     DEFINITIONS,
@@ -37,6 +37,7 @@ from tests.optim.training import (
     train,
     weights_of,
 )
+from tests.selection import few
 
 # The definition -------------------------------------------------------------------------------------------------------
 
@@ -101,7 +102,9 @@ def test_the_matrix_has_every_pair() -> None:
         assert len(set(zip(first, second, strict=True))) == len(set(first)) * len(set(second))
 
 
-@pytest.mark.parametrize(("name", "rule", "dtype", "accumulation", "clipping"), MATRIX)
+@pytest.mark.parametrize(
+    ("name", "rule", "dtype", "accumulation", "clipping"), few(MATRIX, [row for row in MATRIX if row[0] in A_FEW])
+)
 def test_a_run_is_that_of_the_definition(
     name: str, rule: str, dtype: torch.dtype, accumulation: int, clipping: str | None
 ) -> None:

@@ -35,6 +35,7 @@ from tests.optim.training import (
     weights_of,
 )
 from tests.paths.explicit import place_of
+from tests.selection import few
 
 # Options --------------------------------------------------------------------------------------------------------------
 
@@ -80,12 +81,12 @@ def alternating(names: list[str]) -> list[tuple[str, str]]:
 
 
 @pytest.mark.usefixtures("rates_in_float64")
-@pytest.mark.parametrize(("name", "rule"), alternating(with_option("foreach")))
+@pytest.mark.parametrize(("name", "rule"), few(alternating(with_option("foreach")), 3))
 def test_one_tensor_or_many_at_a_time_are_the_same(name: str, rule: str) -> None:
     assert_alike(*(run(BASES[name].make, rule, {"foreach": foreach}) for foreach in (True, False)))
 
 
-@pytest.mark.parametrize(("name", "rule"), alternating(with_option("maximize")))
+@pytest.mark.parametrize(("name", "rule"), few(alternating(with_option("maximize")), 3))
 def test_maximizing_is_minimizing_the_opposite(name: str, rule: str) -> None:
     make, matrices = BASES[name].make, BASES[name].matrices
     opposite = run(make, rule, {"maximize": True}, sign=-1.0, matrices=matrices)

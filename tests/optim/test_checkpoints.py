@@ -27,6 +27,7 @@ from tests.optim.training import (
     weights_of,
 )
 from tests.paths.explicit import ExplicitPaths
+from tests.selection import few, pairwise
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "mlp": (lambda: mlp(4, 6, 5, 3), (4,), 3),
@@ -46,11 +47,10 @@ def fresh(
     return module, EquivalentClassOptimizer(base, group, rule=rule, refresh_interval=interval)
 
 
-@RULES
-@pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("pending", [False, True])
-@pytest.mark.parametrize("interval", [1, 5, None])
-@pytest.mark.parametrize("stop", [0, 5, 13])
+@pytest.mark.parametrize(
+    ("stop", "interval", "pending", "name", "rule"),
+    few(pairwise([0, 5, 13], [1, 5, None], [False, True], NETWORKS, ["unit", "path"]), 8),
+)
 def test_a_resumed_run_has_the_same_bits(name: str, pending: bool, interval: int | None, stop: int, rule: str) -> None:
     torch.manual_seed(0)
     dtype = torch.float32 if stop == 13 else torch.float64

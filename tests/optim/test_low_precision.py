@@ -27,6 +27,7 @@ from tests.optim.training import (
     train,
     weights_of,
 )
+from tests.selection import few
 
 # Low precision --------------------------------------------------------------------------------------------------------
 
@@ -41,9 +42,9 @@ QUIET: dict[str, Make] = {
 }
 
 
-@LOW
+@pytest.mark.parametrize("dtype", few([torch.bfloat16, torch.float16], [torch.bfloat16]))
 @RULES
-@pytest.mark.parametrize("name", QUIET)
+@pytest.mark.parametrize("name", few(QUIET, ["sgd", "adamw"]))
 def test_weights_of_half_precision_do_not_drift_where_gradients_are_zero(
     name: str, rule: str, dtype: torch.dtype
 ) -> None:

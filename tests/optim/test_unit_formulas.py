@@ -24,15 +24,23 @@ from tests.optim.training import (
     train,
 )
 from tests.optim.unit_rule import BASES, EXAMPLES, data, example, run_both, saved, unit
+from tests.selection import few
 
 # The formulas, in loops -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("name", "base"),
-    [("mlp", base) for base in BASES if base != "nesterov"]
-    + [(name, "nesterov") for name in EXAMPLES]
-    + [(name, "amsgrad") for name in ("one_input", "slope", "norms", "transposed", "grouped_transposed")],
+    few(
+        [("mlp", base) for base in BASES if base != "nesterov"]
+        + [(name, "nesterov") for name in EXAMPLES]
+        + [(name, "amsgrad") for name in ("one_input", "slope", "norms", "transposed", "grouped_transposed")],
+        [
+            *[("mlp", base) for base in ("sgd", "dampening", "adam_l2", "adamw")],
+            *[(name, "nesterov") for name in ("cnn", "residual")],
+            *[(name, "amsgrad") for name in ("norms", "grouped_transposed")],
+        ],
+    ),
 )
 def test_steps_are_those_of_the_formulas(name: str, base: str) -> None:
     module, x, y, reference = example(name)

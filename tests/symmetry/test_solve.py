@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_ecopt.symmetry import solve as solver
 from lightning_ecopt.symmetry.labels import GROUND
 from lightning_ecopt.symmetry.solve import NO_UNIT, solve
 from lightning_ecopt.symmetry.tracer import Operation, Tracer, Use
+from tests.selection import examples
 
 SCALES = 12
 
@@ -60,7 +61,7 @@ def null_space(matrix: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("worth_it", [1, 2, solver.WORTH_IT])
-@settings(max_examples=250, deadline=None, derandomize=True)
+@examples(250)
 @given(system=systems())
 def test_units_span_the_solutions_as_far_as_parameters_show_them(
     worth_it: int, system: tuple[Tracer, np.ndarray]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import HealthCheck, assume, given
 from hypothesis import strategies as st
 
 from lightning_ecopt.symmetry import scaling_group
+from tests.selection import examples
 from tests.symmetry.helpers import (
     assert_complete,
     assert_same,
@@ -20,7 +21,9 @@ from tests.symmetry.helpers import (
     put_,
 )
 from tests.symmetry.random_networks.descriptions import BUILDERS, EVERYWHERE, Brick, Network
-from tests.symmetry.random_networks.networks import OWN, Composed, every_kind_of_data, many, networks, seeds
+from tests.symmetry.random_networks.networks import OWN, Composed, every_kind_of_data, networks, seeds
+
+CHECKS = [HealthCheck.filter_too_much, HealthCheck.too_slow]
 
 
 def assert_exact(network: Network, seed: int) -> None:
@@ -93,14 +96,14 @@ def test_networks_that_once_failed(network: Network) -> None:
 
 
 @every_kind_of_data
-@many(70)
+@examples(70, suppress_health_check=CHECKS)
 @given(draw=st.data(), seed=seeds)
 def test_random_networks_compute_the_same_after_acting_and_balancing(data: str, draw: st.DataObject, seed: int) -> None:
     assert_exact(draw.draw(networks(data), label="network"), seed)
 
 
 @every_kind_of_data
-@many(50)
+@examples(50, suppress_health_check=CHECKS)
 @given(draw=st.data(), seed=seeds, training=st.booleans())
 def test_random_networks_have_no_freedoms_but_those_found(
     data: str, draw: st.DataObject, seed: int, training: bool
