@@ -167,6 +167,7 @@ def test_a_model_that_needs_values_is_built_for_real(model: str, capsys: pytest.
     assert "H = 3 freedoms" in output(capsys, model, "--input", "1,2", "--real")
 
 
+@full
 def test_the_command_finds_modules_in_the_current_directory(models: Path) -> None:
     command = [sys.executable, "-m", "lightning_ecopt", "models_of_the_tests:Net", "--input=1,1,4,4", "--unit=0"]
     result = subprocess.run(command, cwd=models, capture_output=True, text=True, timeout=300)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from lightning_ecopt import EquivalentClassOptimizer, scaling_group
 from tests.networks import DenseNet, ResidualMLP, ResNet, mlp, plain_cnn
+from tests.optim.bases import WITH_FORMULAS
 from tests.optim.training import (
     distance,
     only_refresh,
@@ -21,7 +22,7 @@ from tests.optim.training import (
     rescaled,
     train,
 )
-from tests.optim.unit_rule import BASES, data, unit
+from tests.optim.unit_rule import data, unit
 from tests.selection import examples, few
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int, bool]] = {
@@ -120,7 +121,7 @@ class Stack(nn.Module):
     sizes=st.lists(st.tuples(st.integers(1, 6), st.integers(0, 4)), min_size=1, max_size=3),
     bias=st.booleans(),
     slope=st.sampled_from([0.0, 0.2]),
-    base=st.sampled_from(sorted(BASES)),
+    base=st.sampled_from(sorted(WITH_FORMULAS)),
     refresh_interval=st.sampled_from([2, 5, None]),
 )
 def test_a_run_of_any_stack_depends_on_the_class_alone(
@@ -171,7 +172,7 @@ def test_a_gradient_that_is_rounding_alone_moves_nothing(base: str) -> None:
     other = rescaled(module, x)
     before = module.conv.bias.detach().clone()
     for one in (module, other):
-        plain = BASES[base](one.parameters())
+        plain = WITH_FORMULAS[base](one.parameters())
         for options in plain.param_groups:
             options["weight_decay"] = 0.0
         train(one, EquivalentClassOptimizer(plain, scaling_group(one, x), rule="unit"), x, y, range(32))

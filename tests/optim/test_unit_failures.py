@@ -14,6 +14,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from lightning_ecopt import EquivalentClassOptimizer, scaling_group
 from tests.networks import ResidualMLP, mlp
+from tests.optim.bases import WITH_FORMULAS
 from tests.optim.training import (
     batches,
     loss_of,
@@ -23,7 +24,7 @@ from tests.optim.training import (
     train,
     weights_of,
 )
-from tests.optim.unit_rule import BASES, Make, agree, data, example, finite, run_both, saved, unit
+from tests.optim.unit_rule import Make, agree, data, example, finite, run_both, saved, unit
 from tests.selection import few
 
 
@@ -371,7 +372,7 @@ def test_frozen_parameters_stay(base: str, late: bool) -> None:
     else:
         module[2].requires_grad_(False)
         optimizer = unit(
-            module, x, lambda params: BASES[base]([p for p in params if p.requires_grad]), refresh_interval=5
+            module, x, lambda params: WITH_FORMULAS[base]([p for p in params if p.requires_grad]), refresh_interval=5
         )
     before = weights_of(module)
     losses = train(module, optimizer, x, y, range(4, 44))

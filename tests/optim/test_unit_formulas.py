@@ -14,6 +14,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from lightning_ecopt import EquivalentClassOptimizer, scaling_group
 from tests.networks import mlp
+from tests.optim.bases import WITH_FORMULAS
 from tests.optim.reference import Reference
 from tests.optim.training import (
     batches,
@@ -23,7 +24,7 @@ from tests.optim.training import (
     same_bits,
     train,
 )
-from tests.optim.unit_rule import BASES, EXAMPLES, data, example, run_both, saved, unit
+from tests.optim.unit_rule import EXAMPLES, data, example, run_both, saved, unit
 from tests.selection import few
 
 # The formulas, in loops -----------------------------------------------------------------------------------------------
@@ -32,7 +33,7 @@ from tests.selection import few
 @pytest.mark.parametrize(
     ("name", "base"),
     few(
-        [("mlp", base) for base in BASES if base != "nesterov"]
+        [("mlp", base) for base in WITH_FORMULAS if base != "nesterov"]
         + [(name, "nesterov") for name in EXAMPLES]
         + [(name, "amsgrad") for name in ("one_input", "slope", "norms", "transposed", "grouped_transposed")],
         [
@@ -144,7 +145,7 @@ def test_a_schedule_may_change_rate_and_momentum() -> None:
     widths=st.lists(st.integers(1, 7), min_size=2, max_size=4),
     outputs=st.integers(1, 3),
     bias=st.booleans(),
-    base=st.sampled_from(sorted(BASES)),
+    base=st.sampled_from(sorted(WITH_FORMULAS)),
     refresh_interval=st.sampled_from([1, 3, None]),
 )
 def test_steps_of_any_perceptron_are_those_of_the_formulas(
@@ -209,7 +210,7 @@ def test_the_size_of_the_loss_does_not_matter(base: str, factor: float) -> None:
     other = copy.deepcopy(module)
     pair = []
     for one in (module, other):
-        plain = BASES[base](one.parameters())
+        plain = WITH_FORMULAS[base](one.parameters())
         for options in plain.param_groups:
             options["weight_decay"] = 0.0
             if "eps" in options:

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import Optimizer
 
 from lightning_ecopt import EquivalentClassOptimizer, scaling_group
 from tests.networks import DenseNet, ResidualMLP, mlp, plain_cnn
+from tests.optim.bases import WITH_FORMULAS
 from tests.optim.reference import Reference
 from tests.optim.training import (
     batches,
@@ -21,22 +22,10 @@ from tests.optim.training import (
 
 Make = Callable[[Iterable[Any]], Optimizer]
 
-BASES: dict[str, Make] = {
-    "sgd": lambda params: SGD(params, lr=0.05),
-    "decay": lambda params: SGD(params, lr=0.05, weight_decay=1e-2),
-    "momentum": lambda params: SGD(params, lr=0.05, momentum=0.9, weight_decay=1e-3),
-    "nesterov": lambda params: SGD(params, lr=0.05, momentum=0.8, nesterov=True, weight_decay=1e-3),
-    "dampening": lambda params: SGD(params, lr=0.05, momentum=0.9, dampening=0.4, weight_decay=1e-3),
-    "adam": lambda params: Adam(params, lr=0.01),
-    "adam_l2": lambda params: Adam(params, lr=0.01, weight_decay=1e-2, amsgrad=True),
-    "adamw": lambda params: AdamW(params, lr=0.01, weight_decay=0.1),
-    "amsgrad": lambda params: AdamW(params, lr=0.01, weight_decay=0.1, amsgrad=True),
-}
-
 
 def unit(module: nn.Module, x: Tensor, base: str | Make, **wrapper: Any) -> EquivalentClassOptimizer:
     """A base optimizer with steps relative to units."""
-    make = BASES[base] if isinstance(base, str) else base
+    make = WITH_FORMULAS[base] if isinstance(base, str) else base
     return EquivalentClassOptimizer(make(module.parameters()), scaling_group(module, x), rule="unit", **wrapper)
 
 
