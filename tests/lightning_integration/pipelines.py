@@ -33,7 +33,8 @@ def plainly(rule: str = "unit", data: Sequence[Batch] | None = None, **loop: Any
 STEPS = 12
 
 
-BASES: dict[str, Callable[[nn.Module], Optimizer]] = {
+#: What ``configure_optimizers`` makes of a module's network, by its kind of momentum.
+OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
     "sgd": sgd,
     "adamw": lambda net: AdamW(net.parameters(), lr=0.1, betas=(0.9, 0.99)),
 }

@@ -35,7 +35,7 @@ from tests.lightning_integration.modules import (
     weights,
     wrapped,
 )
-from tests.lightning_integration.pipelines import BASES, EXAMPLES, STEPS, plainly
+from tests.lightning_integration.pipelines import EXAMPLES, OPTIMIZERS, STEPS, plainly
 from tests.selection import few
 
 # Gradient accumulation and clipping -----------------------------------------------------------------------------------
@@ -205,18 +205,18 @@ CYCLES: dict[str, Callable[[Optimizer], Any]] = {
 
 
 @RULES
-@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("base", OPTIMIZERS)
 @pytest.mark.parametrize("name", CYCLES)
 def test_schedulers_that_cycle_momentum_move_that_of_the_steps(name: str, base: str, rule: str) -> None:
     make, momenta, rates = CYCLES[name], Momenta(), Rates()
-    ours = Classifier(mlp(), lambda m: _stepwise(make, BASES[base](m)))
+    ours = Classifier(mlp(), lambda m: _stepwise(make, OPTIMIZERS[base](m)))
     fit(ours, quiet(rule=rule), momenta, rates, max_epochs=3)
     assert len(set(momenta.steps)) > 3
 
     # No scheduler, but the numbers written where torch keeps them, ahead of each step.
     def loop(momenta: Sequence[Any]) -> list[Tensor]:
         net = mlp()
-        optimizer, waiting = wrapped(net, BASES[base](net), rule=rule), iter(momenta)
+        optimizer, waiting = wrapped(net, OPTIMIZERS[base](net), rule=rule), iter(momenta)
 
         def write() -> None:
             optimizer.optimizer.param_groups[0]["betas" if base == "adamw" else "momentum"] = next(waiting)

@@ -34,7 +34,7 @@ from tests.lightning_integration.modules import (
     weights,
     wrapped,
 )
-from tests.lightning_integration.pipelines import BASES, STEPS, plainly
+from tests.lightning_integration.pipelines import OPTIMIZERS, STEPS, plainly
 
 # Hooks ----------------------------------------------------------------------------------------------------------------
 
@@ -225,7 +225,7 @@ class Unchanged(Unmoved):
 def test_a_step_that_a_loss_scaler_skips_changes_nothing(
     at: set[int], example: Tensor | None, base: str, rule: str
 ) -> None:
-    ours, unchanged = Overflows(at, BASES[base], example), Unchanged()
+    ours, unchanged = Overflows(at, OPTIMIZERS[base], example), Unchanged()
     scaling = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=1024.0))
     fit(ours, EquivalentClassOptimization(rule=rule), unchanged, plugins=scaling, max_epochs=3)
     assert unchanged.batches == [step in at for step in range(STEPS)]
@@ -235,7 +235,7 @@ def test_a_step_that_a_loss_scaler_skips_changes_nothing(
     # As if there had been no such batches.
     net, scaler, step = mlp(), torch.amp.GradScaler("cpu", init_scale=1024.0), 0
     scaler.scale(torch.ones(1))  # so that it knows its device
-    optimizer = wrapped(net, BASES[base](net), rule=rule)
+    optimizer = wrapped(net, OPTIMIZERS[base](net), rule=rule)
     for epoch in range(3):
         if epoch:
             optimizer.refresh()

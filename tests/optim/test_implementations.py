@@ -36,6 +36,7 @@ def grouped(kind: Callable[..., Optimizer], *options: dict[str, Any], **common: 
     return make
 
 
+#: Options of which fused kernels know; rates so small that 500 steps along given gradients stay near the start.
 FUSED: dict[str, Make] = {
     "plain": lambda params: SGD(params, lr=1e-3),
     "decay": lambda params: SGD(params, lr=1e-3, weight_decay=1e-2),
