@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.lightning_integration.modules import (
-    EXAMPLE,
-)
-
-EXAMPLES = pytest.mark.parametrize("example", [None, EXAMPLE], ids=["first step", "example"])
-
+from tests.lightning_integration.modules import EXAMPLE
 
 #: Every pair of form, way of finding the freedoms and rule.
 CASES = pytest.mark.parametrize(

@@ -10,12 +10,7 @@ from torch.nn import functional as F
 from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, ReduceLROnPlateau, StepLR
 
-from tests.lightning_integration.modules import (
-    EXAMPLE,
-    Batch,
-    Classifier,
-    sgd,
-)
+from tests.lightning_integration.modules import EXAMPLE, Batch, Classifier, sgd
 
 
 def _normalised() -> nn.Sequential:

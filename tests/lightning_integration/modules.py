@@ -25,6 +25,9 @@ EXAMPLE = torch.zeros(1, 64)
 #: For what does not depend on how a step is taken; the tests of the optimizer alone run both rules always.
 RULES = pytest.mark.parametrize("rule", few(["unit", "path"], ["unit"]))
 
+#: How the freedoms are found.
+EXAMPLES = pytest.mark.parametrize("example", [None, EXAMPLE], ids=["first step", "example"])
+
 #: Both rules and both ways of finding the freedoms, for what should depend on neither.
 SETTINGS = pytest.mark.parametrize(
     ("example", "rule"), [(None, "unit"), (EXAMPLE, "path")], ids=["first step-unit", "example-path"]

@@ -5,22 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import pytest
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from tests.lightning_integration.modules import (
-    EXAMPLE,
-    Batch,
-    batches,
-    mlp,
-    sgd,
-    train_plainly,
-    weights,
-    wrapped,
-)
-
-EXAMPLES = pytest.mark.parametrize("example", [None, EXAMPLE], ids=["first step", "example"])
+from tests.lightning_integration.modules import Batch, batches, mlp, sgd, train_plainly, weights, wrapped
 
 
 def plainly(rule: str = "unit", data: Sequence[Batch] | None = None, **loop: Any) -> list[Tensor]:

@@ -14,11 +14,9 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim import lr_scheduler as schedulers
 
-from lightning_ecopt import (
-    EquivalentClassOptimization,
-    ec_sgd,
-)
+from lightning_ecopt import EquivalentClassOptimization, ec_sgd
 from tests.lightning_integration.modules import (
+    EXAMPLES,
     RULES,
     SETTINGS,
     Batch,
@@ -35,7 +33,7 @@ from tests.lightning_integration.modules import (
     weights,
     wrapped,
 )
-from tests.lightning_integration.pipelines import EXAMPLES, OPTIMIZERS, STEPS, plainly
+from tests.lightning_integration.pipelines import OPTIMIZERS, STEPS, plainly
 from tests.selection import few
 
 # Gradient accumulation and clipping -----------------------------------------------------------------------------------

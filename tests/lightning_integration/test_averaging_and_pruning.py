@@ -9,17 +9,12 @@ import lightning.pytorch.callbacks as lightning_callbacks
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import (
-    ModelPruning,
-    StochasticWeightAveraging,
-)
+from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, update_bn
 
-from lightning_ecopt import (
-    scaling_group,
-)
+from lightning_ecopt import scaling_group
 from tests.lightning_integration.modules import (
     EXAMPLE,
     RULES,

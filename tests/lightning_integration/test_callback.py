@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from lightning_ecopt import EquivalentClassOptimization
 from tests.lightning_integration.modules import (
-    EXAMPLE,
+    EXAMPLES,
     RULES,
     Batch,
     Classifier,
@@ -109,7 +109,7 @@ def test_one_trainer_fits_the_same_module_again(rule: str) -> None:
 
 
 @RULES
-@pytest.mark.parametrize("example", [None, EXAMPLE], ids=["first step", "example"])
+@EXAMPLES
 def test_a_fast_dev_run_takes_its_one_step(example: Tensor | None, rule: str) -> None:
     module, net = Classifier(mlp(), example=example), mlp()
     fit(module, quiet(rule=rule), fast_dev_run=True)
@@ -141,7 +141,7 @@ class Raises(Classifier):
         raise ArithmeticError("the user's own")
 
 
-@pytest.mark.parametrize("example", [None, EXAMPLE], ids=["first step", "example"])
+@EXAMPLES
 def test_a_training_step_that_raises_leaves_the_module_clean(example: Tensor | None) -> None:
     module, before = Raises(mlp(), example=example), weights(mlp())
     with pytest.raises(ArithmeticError, match="the user's own"):

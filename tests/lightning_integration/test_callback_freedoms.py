@@ -18,6 +18,7 @@ from lightning_ecopt import EquivalentClassOptimization, ScalingGroup
 from tests.lightning_integration.callback_runs import FORMS, Level, TwoOptimizers, _normalised
 from tests.lightning_integration.modules import (
     EXAMPLE,
+    EXAMPLES,
     RULES,
     Batch,
     Classifier,
@@ -94,7 +95,7 @@ class Counting(Classifier):
         return super().training_step(batch, batch_idx)
 
 
-@pytest.mark.parametrize("example", [None, EXAMPLE], ids=["first step", "example"])
+@EXAMPLES
 def test_no_batch_forward_pass_or_random_number_is_spent(example: Tensor | None) -> None:
     def run(*callbacks: Any) -> tuple[Calls, Tensor]:
         module = Counting(example)
@@ -127,7 +128,7 @@ def test_the_group_can_be_reached_and_the_module_is_clean_after_fit() -> None:
 
 @RULES
 @pytest.mark.parametrize(("refresh", "steps"), [("epoch", [0, 4, 8]), (3, [0, 3, 6, 9]), (4, [0, 4, 8]), (None, [0])])
-@pytest.mark.parametrize("example", [None, EXAMPLE], ids=["first step", "example"])
+@EXAMPLES
 def test_refreshes_come_when_they_are_due(
     monkeypatch: pytest.MonkeyPatch, refresh: Any, steps: list[int], example: Tensor | None, rule: str
 ) -> None:
@@ -210,7 +211,7 @@ def test_the_report_is_printed_once_and_names_what_cost_freedoms(
 
 
 @RULES
-@pytest.mark.parametrize("example", [None, EXAMPLE], ids=["first step", "example"])
+@EXAMPLES
 def test_the_report_counts_the_units_that_are_dormant_when_training_starts(
     capsys: pytest.CaptureFixture[str], example: Tensor | None, rule: str
 ) -> None:
@@ -249,7 +250,7 @@ def _logged(path: Path) -> list[dict[str, str]]:
 
 
 @RULES
-@pytest.mark.parametrize("example", [None, EXAMPLE], ids=["first step", "example"])
+@EXAMPLES
 def test_scalars_are_logged_with_the_logger_and_kept_as_metrics(
     tmp_path: Path, example: Tensor | None, rule: str
 ) -> None:

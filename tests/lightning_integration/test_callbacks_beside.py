@@ -28,14 +28,10 @@ from torch.nn import functional as F
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 
-from lightning_ecopt import (
-    ECSGD,
-    EquivalentClassOptimization,
-    ec_adamw,
-    ec_sgd,
-)
-from tests.lightning_integration.beside import CASES, EXAMPLES
+from lightning_ecopt import ECSGD, EquivalentClassOptimization, ec_adamw, ec_sgd
+from tests.lightning_integration.beside import CASES
 from tests.lightning_integration.modules import (
+    EXAMPLES,
     RULES,
     SETTINGS,
     Batch,

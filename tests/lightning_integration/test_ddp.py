@@ -11,17 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ecopt import EquivalentClassOptimization, EquivalentClassOptimizer, scaling_group
-from tests.lightning_integration.ddp_script import (
-    APPROXIMATE,
-    FORKED,
-    RESUMED,
-    SPAWNED,
-    WRONG,
-    Resumed,
-    cases,
-    normed,
-)
-from tests.lightning_integration.modules import EXAMPLE, RULES, Classifier, fit, mlp, same, sgd, weights
+from tests.lightning_integration.ddp_script import APPROXIMATE, FORKED, RESUMED, SPAWNED, WRONG, Resumed, cases, normed
+from tests.lightning_integration.modules import EXAMPLE, EXAMPLES, RULES, Classifier, fit, mlp, same, sgd, weights
 from tests.lightning_integration.runs import differences, launch
 from tests.selection import everything, few, full
 
@@ -200,7 +191,7 @@ def test_spawned_processes_end_where_one_does(started: Path, name: str, rule: st
 
 
 @RULES
-@pytest.mark.parametrize("example", [None, EXAMPLE], ids=["first step", "example"])
+@EXAMPLES
 def test_a_callback_that_has_trained_can_be_sent_to_other_processes(example: Tensor | None, rule: str) -> None:
     callback = EquivalentClassOptimization(rule=rule, verbose=False)
     module = Classifier(mlp(), example=example)

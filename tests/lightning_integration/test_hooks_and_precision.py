@@ -15,10 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from lightning_ecopt import (
-    EquivalentClassOptimization,
-    EquivalentClassOptimizer,
-)
+from lightning_ecopt import EquivalentClassOptimization, EquivalentClassOptimizer
 from tests.lightning_integration.modules import (
     EXAMPLE,
     SETTINGS,

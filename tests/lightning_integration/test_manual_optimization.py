@@ -14,12 +14,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ExponentialLR
 
-from lightning_ecopt import (
-    EquivalentClassOptimization,
-    EquivalentClassOptimizer,
-    ec_sgd,
-    scaling_group,
-)
+from lightning_ecopt import EquivalentClassOptimization, EquivalentClassOptimizer, ec_sgd, scaling_group
 from tests.lightning_integration.modules import (
     EXAMPLE,
     RULES,

@@ -13,14 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lightning_ecopt import (
-    ECSGD,
-    EquivalentClassOptimizer,
-    ScalingGroup,
-    ec_sgd,
-)
+from lightning_ecopt import ECSGD, EquivalentClassOptimizer, ScalingGroup, ec_sgd
 from tests.lightning_integration.modules import (
     EXAMPLE,
+    EXAMPLES,
     RULES,
     SETTINGS,
     Batch,
@@ -39,7 +35,7 @@ from tests.lightning_integration.modules import (
     weights,
     wrapped,
 )
-from tests.lightning_integration.pipelines import EXAMPLES, plainly
+from tests.lightning_integration.pipelines import plainly
 from tests.selection import few
 
 # Options of the Trainer -----------------------------------------------------------------------------------------------

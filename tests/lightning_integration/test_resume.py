@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import ExponentialLR
 from lightning_ecopt import EquivalentClassOptimization, ScalingGroup, ec_sgd, scaling_group
 from tests.lightning_integration.modules import (
     EXAMPLE,
+    EXAMPLES,
     RULES,
     Batch,
     Classifier,
@@ -226,7 +227,7 @@ def _loss(module: Classifier) -> float:
 
 
 @RULES
-@pytest.mark.parametrize("example", [None, EXAMPLE], ids=["first step", "example"])
+@EXAMPLES
 @pytest.mark.parametrize("step", [3, 10])
 def test_a_run_of_plain_sgd_goes_on_with_the_callback(
     tmp_path: Path, step: int, example: Tensor | None, rule: str

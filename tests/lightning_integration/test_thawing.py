@@ -8,23 +8,15 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import (
-    BackboneFinetuning,
-    BaseFinetuning,
-    ModelCheckpoint,
-)
+from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning, ModelCheckpoint
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from lightning_ecopt import (
-    ECSGD,
-    EquivalentClassOptimizer,
-    ec_sgd,
-    scaling_group,
-)
-from tests.lightning_integration.beside import CASES, EXAMPLES
+from lightning_ecopt import ECSGD, EquivalentClassOptimizer, ec_sgd, scaling_group
+from tests.lightning_integration.beside import CASES
 from tests.lightning_integration.modules import (
     EXAMPLE,
+    EXAMPLES,
     RULES,
     SETTINGS,
     Batch,

@@ -9,20 +9,13 @@ from typing import Any
 
 import pytest
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import (
-    BatchSizeFinder,
-    LearningRateFinder,
-)
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.tuner import Tuner
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from lightning_ecopt import (
-    ECSGD,
-    EquivalentClassOptimizer,
-    ec_sgd,
-)
+from lightning_ecopt import ECSGD, EquivalentClassOptimizer, ec_sgd
 from tests.lightning_integration.beside import CASES
 from tests.lightning_integration.modules import (
     EXAMPLE,

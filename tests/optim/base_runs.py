@@ -11,15 +11,8 @@ from torch import Tensor, nn
 
 from lightning_ecopt import EquivalentClassOptimizer, scaling_group
 from tests.networks import mlp
-from tests.optim.bases import (
-    BASES,
-    Base,
-    Definition,
-)
-from tests.optim.training import (
-    loss_of,
-    weights_of,
-)
+from tests.optim.bases import BASES, Base, Definition
+from tests.optim.training import loss_of, weights_of
 from tests.selection import few
 
 #: Of each kind of kernel one base, and one without.

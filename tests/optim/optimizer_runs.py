@@ -10,11 +10,7 @@ from torch import Tensor, nn
 
 from lightning_ecopt import EquivalentClassOptimizer, scaling_group
 from lightning_ecopt.paths import choose_skeleton
-from tests.optim.training import (
-    ec_sgd,
-    loss_of,
-    weights_of,
-)
+from tests.optim.training import ec_sgd, loss_of, weights_of
 from tests.paths.explicit import ExplicitPaths
 
 SGD = torch.optim.SGD

@@ -27,16 +27,7 @@ from tests.optim.bases import (
     Orthogonal,
     ScheduleFree,
 )
-from tests.optim.training import (
-    RULES,
-    batches,
-    distance,
-    loss_of,
-    same_bits,
-    through_a_file,
-    train,
-    weights_of,
-)
+from tests.optim.training import RULES, batches, distance, loss_of, same_bits, through_a_file, train, weights_of
 from tests.selection import few
 
 # The definition -------------------------------------------------------------------------------------------------------

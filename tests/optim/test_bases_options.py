@@ -15,14 +15,7 @@ from torch.optim import Optimizer
 from lightning_ecopt import EquivalentClassOptimizer, ScalingGroup, scaling_group
 from lightning_ecopt.paths import Skeleton
 from tests.optim.base_runs import EVERY_BASE, backward, error_of, problem, wrap
-from tests.optim.bases import (
-    BASES,
-    DEFINITIONS,
-    Base,
-    Make,
-    UsersSGD,
-    entries_of,
-)
+from tests.optim.bases import BASES, DEFINITIONS, Base, Make, UsersSGD, entries_of
 from tests.optim.training import (
     RULES,
     batches,

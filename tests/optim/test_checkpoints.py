@@ -16,16 +16,7 @@ from lightning_ecopt import EquivalentClassOptimizer, scaling_group
 from lightning_ecopt.symmetry import PendingGroup
 from tests.networks import ResidualMLP, mlp, norm_cnn
 from tests.optim.optimizer_runs import SGD, balanced, gradients_of, path_sgd, paths_of
-from tests.optim.training import (
-    RULES,
-    ec_sgd,
-    loss_of,
-    problem,
-    same_bits,
-    through_a_file,
-    train,
-    weights_of,
-)
+from tests.optim.training import RULES, ec_sgd, loss_of, problem, same_bits, through_a_file, train, weights_of
 from tests.paths.explicit import ExplicitPaths
 from tests.selection import few, pairwise
 

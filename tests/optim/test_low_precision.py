@@ -13,20 +13,8 @@ from torch.optim import Optimizer
 from lightning_ecopt import EquivalentClassOptimizer, scaling_group
 from tests.networks import mlp
 from tests.optim.base_runs import BOUND, error_of, problem, wrap
-from tests.optim.bases import (
-    BASES,
-    DEFINITIONS,
-    Base,
-    Make,
-)
-from tests.optim.training import (
-    RULES,
-    batches,
-    loss_of,
-    same_bits,
-    train,
-    weights_of,
-)
+from tests.optim.bases import BASES, DEFINITIONS, Base, Make
+from tests.optim.training import RULES, batches, loss_of, same_bits, train, weights_of
 from tests.selection import few
 
 # Low precision --------------------------------------------------------------------------------------------------------

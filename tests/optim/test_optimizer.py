@@ -16,16 +16,7 @@ from lightning_ecopt import EquivalentClassOptimizer, scaling_group
 from lightning_ecopt.symmetry import PendingGroup
 from tests.networks import mlp
 from tests.optim.optimizer_runs import SGD, balanced, coordinates_of, paths_of
-from tests.optim.training import (
-    RULES,
-    distance,
-    ec_sgd,
-    loss_of,
-    problem,
-    same_bits,
-    train,
-    weights_of,
-)
+from tests.optim.training import RULES, distance, ec_sgd, loss_of, problem, same_bits, train, weights_of
 from tests.paths.explicit import ends
 
 # What is shared with the base optimizer -------------------------------------------------------------------------------

@@ -15,13 +15,7 @@ from torch.nn import functional as F
 from lightning_ecopt import EquivalentClassOptimizer, scaling_group
 from tests.networks import DenseNet, ResidualMLP, ResNet, mlp, plain_cnn
 from tests.optim.bases import WITH_FORMULAS
-from tests.optim.training import (
-    distance,
-    only_refresh,
-    problem,
-    rescaled,
-    train,
-)
+from tests.optim.training import distance, only_refresh, problem, rescaled, train
 from tests.optim.unit_rule import data, unit
 from tests.selection import examples, few
 

@@ -15,15 +15,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from lightning_ecopt import EquivalentClassOptimizer, scaling_group
 from tests.networks import ResidualMLP, mlp
 from tests.optim.bases import WITH_FORMULAS
-from tests.optim.training import (
-    batches,
-    loss_of,
-    only_refresh,
-    problem,
-    put_back,
-    train,
-    weights_of,
-)
+from tests.optim.training import batches, loss_of, only_refresh, problem, put_back, train, weights_of
 from tests.optim.unit_rule import Make, agree, data, example, finite, run_both, saved, unit
 from tests.selection import few
 

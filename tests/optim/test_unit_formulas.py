@@ -16,14 +16,7 @@ from lightning_ecopt import EquivalentClassOptimizer, scaling_group
 from tests.networks import mlp
 from tests.optim.bases import WITH_FORMULAS
 from tests.optim.reference import Reference
-from tests.optim.training import (
-    batches,
-    loss_of,
-    only_refresh,
-    problem,
-    same_bits,
-    train,
-)
+from tests.optim.training import batches, loss_of, only_refresh, problem, same_bits, train
 from tests.optim.unit_rule import EXAMPLES, data, example, run_both, saved, unit
 from tests.selection import few
 

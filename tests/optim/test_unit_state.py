@@ -11,16 +11,7 @@ from torch.optim import SGD, AdamW
 
 from lightning_ecopt import EquivalentClassOptimizer, scaling_group
 from tests.networks import ResidualMLP
-from tests.optim.training import (
-    batches,
-    loss_of,
-    only_refresh,
-    problem,
-    same_bits,
-    through_a_file,
-    train,
-    weights_of,
-)
+from tests.optim.training import batches, loss_of, only_refresh, problem, same_bits, through_a_file, train, weights_of
 from tests.optim.unit_rule import POWERS, Make, finite, saved, unit
 from tests.selection import few
 

@@ -15,10 +15,7 @@ from lightning_ecopt import EquivalentClassOptimizer, scaling_group
 from tests.networks import DenseNet, ResidualMLP, mlp, plain_cnn
 from tests.optim.bases import WITH_FORMULAS
 from tests.optim.reference import Reference
-from tests.optim.training import (
-    batches,
-    loss_of,
-)
+from tests.optim.training import batches, loss_of
 
 Make = Callable[[Iterable[Any]], Optimizer]
 
