@@ -16,6 +16,7 @@ from lightning_ecopt import EquivalentClassOptimizer, scaling_group
 from tests.lightning_integration.callback_runs import FORMS, Level, TwoOptimizers, _config, _normalised
 from tests.lightning_integration.modules import (
     EXAMPLE,
+    EXAMPLES,
     RULES,
     Classifier,
     Rates,
@@ -40,7 +41,7 @@ SCHEDULED = {name for name in FORMS if name not in ("optimizer", "list", "tuple"
 
 
 @RULES
-@pytest.mark.parametrize("example", few([None, EXAMPLE], [None]), ids=["first step", "example"])
+@EXAMPLES
 @pytest.mark.parametrize(
     "form", few(FORMS, ["optimizer", "two lists", "dictionary with step interval", "plateau config"])
 )
@@ -172,7 +173,7 @@ def test_two_optimizers_under_manual_optimization_take_the_steps_of_a_plain_loop
 
 
 @RULES
-@pytest.mark.parametrize("example", few([None, EXAMPLE], [None]), ids=["first step", "example"])
+@EXAMPLES
 @pytest.mark.parametrize("network", few([mlp, _normalised], [_normalised]), ids=["mlp", "batch norm"])
 def test_two_members_of_a_class_end_in_the_same_function(network: Any, example: Tensor | None, rule: str) -> None:
     images = digits()[0].double()

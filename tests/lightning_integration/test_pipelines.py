@@ -15,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_ecopt import ECSGD, EquivalentClassOptimizer, ScalingGroup, ec_sgd
 from tests.lightning_integration.modules import (
-    EXAMPLE,
     EXAMPLES,
     RULES,
     SETTINGS,
@@ -36,7 +35,6 @@ from tests.lightning_integration.modules import (
     wrapped,
 )
 from tests.lightning_integration.pipelines import plainly
-from tests.selection import few
 
 # Options of the Trainer -----------------------------------------------------------------------------------------------
 
@@ -271,7 +269,7 @@ COMPILED = {
 }
 
 
-@pytest.mark.parametrize("example", few([None, EXAMPLE], [None]), ids=["first step", "example"])
+@EXAMPLES
 @pytest.mark.parametrize("form", COMPILED)
 def test_compiled_modules_take_the_steps_of_a_plain_loop(form: str, example: Tensor | None) -> None:
     torch._dynamo.reset()

@@ -101,7 +101,7 @@ WHEN = {
 
 
 @RULES
-@pytest.mark.parametrize("example", few([None, EXAMPLE], [None]), ids=["first step", "example"])
+@EXAMPLES
 @pytest.mark.parametrize("refresh", few(["epoch", 7, None], [7]), ids=str)
 @pytest.mark.parametrize("when", few(WHEN, ["epoch end", "every 3 steps"]))
 def test_a_resumed_run_is_bit_identical(

@@ -32,7 +32,7 @@ from tests.lightning_integration.modules import (
     weights,
     wrapped,
 )
-from tests.selection import few
+from tests.selection import few, full
 
 
 class Tuned(Classifier):
@@ -151,11 +151,9 @@ class Limited(Tuned):
         return loss
 
 
-@pytest.mark.parametrize(
-    ("form", "example", "rule"),
-    few([("callback", None, "unit"), ("ec_sgd", EXAMPLE, "path")], [("callback", None, "unit")]),
-)
-@pytest.mark.parametrize(("finder", "start"), few([("tuner", 32), ("callback", 16)], [("tuner", 32)]))
+@full
+@pytest.mark.parametrize(("form", "example", "rule"), [("callback", None, "unit"), ("ec_sgd", EXAMPLE, "path")])
+@pytest.mark.parametrize(("finder", "start"), [("tuner", 32), ("callback", 16)])
 @pytest.mark.usefixtures("in_a_folder")
 def test_training_after_the_batch_size_finder_is_that_of_a_run_with_its_size(
     finder: str, start: int, form: str, example: Tensor | None, rule: str

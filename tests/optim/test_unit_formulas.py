@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import pytest
 import torch
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, given
 from hypothesis import strategies as st
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
@@ -18,7 +18,7 @@ from tests.optim.bases import WITH_FORMULAS
 from tests.optim.reference import Reference
 from tests.optim.training import batches, loss_of, only_refresh, problem, same_bits, train
 from tests.optim.unit_rule import EXAMPLES, data, example, run_both, saved, unit
-from tests.selection import few
+from tests.selection import examples, few
 
 # The formulas, in loops -----------------------------------------------------------------------------------------------
 
@@ -132,7 +132,7 @@ def test_a_schedule_may_change_rate_and_momentum() -> None:
     assert len(seen) == 10
 
 
-@settings(max_examples=10, deadline=None, derandomize=True, phases=[Phase.generate])
+@examples(10, phases=[Phase.generate])
 @given(
     seed=st.integers(0, 10**6),
     widths=st.lists(st.integers(1, 7), min_size=2, max_size=4),

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, assume, given
 from hypothesis import strategies as st
 
 from lightning_ecopt.symmetry import scaling_group
-from tests.selection import examples
+from tests.selection import examples, few
 from tests.symmetry.helpers import (
     assert_complete,
     assert_same,
@@ -23,6 +23,8 @@ from tests.symmetry.helpers import (
 from tests.symmetry.random_networks.descriptions import BUILDERS, EVERYWHERE, Brick, Network
 from tests.symmetry.random_networks.networks import OWN, Composed, every_kind_of_data, networks, seeds
 
+#: Bricks for all data with vectors, the others with what they are for.
+EVERY_BRICK = [(data, kind) for data in EVERYWHERE for kind in (BUILDERS if data == "vectors" else OWN)[data]]
 CHECKS = [HealthCheck.filter_too_much, HealthCheck.too_slow]
 
 
@@ -73,7 +75,7 @@ def is_countable(module: Composed, seed: int) -> bool:
 
 @pytest.mark.parametrize(
     ("data", "kind"),
-    [(data, kind) for data in EVERYWHERE for kind in (BUILDERS if data == "vectors" else OWN)[data]],
+    few(EVERY_BRICK, EVERY_BRICK[::2]),
 )
 def test_every_brick(data: str, kind: str) -> None:
     network = Network(data, 2, bricks=[Brick("layer", 2), Brick(kind, 2)])
