@@ -9,6 +9,11 @@ import torch
 
 from tests import selection
 
+# A failed assertion of a helper shows its values, as that of a test does.
+pytest.register_assert_rewrite(
+    *(f"tests.{name}" for name in ("benchmarks", "lightning_integration", "metrics", "optim", "paths", "symmetry"))
+)
+
 
 def pytest_configure(config: pytest.Config) -> None:
     selection.choose(config.getoption("markexpr"))
