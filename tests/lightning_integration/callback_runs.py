@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, ReduceLRO
 from tests.lightning_integration.modules import EXAMPLE, Batch, Classifier, sgd
 
 
-def _normalised() -> nn.Sequential:
+def normalised() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(64, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 10))
 
@@ -22,7 +22,7 @@ def _two_schedulers(base: SGD) -> Any:
     return [base], [StepLR(base, 1, 0.5), {"scheduler": ExponentialLR(base, 0.9), "interval": "step"}]
 
 
-def _config(base: SGD, scheduler: Any, **config: Any) -> dict[str, Any]:
+def with_scheduler(base: SGD, scheduler: Any, **config: Any) -> dict[str, Any]:
     return {"optimizer": base, "lr_scheduler": {"scheduler": scheduler, **config}}
 
 
@@ -34,17 +34,17 @@ FORMS = {
     "two lists with config dictionary": _two_schedulers,
     "dictionary": lambda base: {"optimizer": base},
     "dictionary with scheduler": lambda base: {"optimizer": base, "lr_scheduler": StepLR(base, 1, 0.5)},
-    "dictionary with step interval": lambda base: _config(base, ExponentialLR(base, 0.8), interval="step"),
-    "dictionary with frequency": lambda base: _config(base, StepLR(base, 1, 0.5), interval="step", frequency=3),
+    "dictionary with step interval": lambda base: with_scheduler(base, ExponentialLR(base, 0.8), interval="step"),
+    "dictionary with frequency": lambda base: with_scheduler(base, StepLR(base, 1, 0.5), interval="step", frequency=3),
     "plateau": lambda base: {
         "optimizer": base,
         "lr_scheduler": ReduceLROnPlateau(base, factor=0.5, patience=0),
         "monitor": "level",
     },
-    "plateau config": lambda base: _config(
+    "plateau config": lambda base: with_scheduler(
         base, ReduceLROnPlateau(base, factor=0.5, patience=0), monitor="level", interval="epoch"
     ),
-    "tuple of dictionaries": lambda base: (_config(base, StepLR(base, 1, 0.5)),),
+    "tuple of dictionaries": lambda base: (with_scheduler(base, StepLR(base, 1, 0.5)),),
 }
 
 

@@ -13,7 +13,7 @@ from torch.optim import SGD, Adam, AdamW
 from torch.optim.lr_scheduler import StepLR
 
 from lightning_ecopt import EquivalentClassOptimizer, scaling_group
-from tests.lightning_integration.callback_runs import FORMS, Level, TwoOptimizers, _config, _normalised
+from tests.lightning_integration.callback_runs import FORMS, Level, TwoOptimizers, normalised, with_scheduler
 from tests.lightning_integration.modules import (
     EXAMPLE,
     EXAMPLES,
@@ -129,7 +129,7 @@ def test_parameter_groups_keep_their_own_rates_and_decay(rule: str) -> None:
 
 class TwoDictionaries(TwoOptimizers):
     def configure_optimizers(self) -> Any:
-        return tuple(_config(base, StepLR(base, 1, 0.5)) for base in self.bases())
+        return tuple(with_scheduler(base, StepLR(base, 1, 0.5)) for base in self.bases())
 
 
 class TwoLists(TwoOptimizers):
@@ -174,7 +174,7 @@ def test_two_optimizers_under_manual_optimization_take_the_steps_of_a_plain_loop
 
 @RULES
 @EXAMPLES
-@pytest.mark.parametrize("network", few([mlp, _normalised], [_normalised]), ids=["mlp", "batch norm"])
+@pytest.mark.parametrize("network", few([mlp, normalised], [normalised]), ids=["mlp", "batch norm"])
 def test_two_members_of_a_class_end_in_the_same_function(network: Any, example: Tensor | None, rule: str) -> None:
     images = digits()[0].double()
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from lightning_ecopt import EquivalentClassOptimization, ScalingGroup
-from tests.lightning_integration.callback_runs import FORMS, Level, TwoOptimizers, _normalised
+from tests.lightning_integration.callback_runs import FORMS, Level, TwoOptimizers, normalised
 from tests.lightning_integration.modules import (
     EXAMPLE,
     EXAMPLES,
@@ -61,7 +61,7 @@ def test_every_kind_of_example_and_the_first_step_give_the_same_weights(example:
 def test_an_example_of_one_row_is_enough_for_batch_norm() -> None:
     # Lightning runs examples in evaluation mode, for its summary, where this works: in training mode a single row has
     # no variance, and the module refuses.
-    callback, module, reference = quiet(), Classifier(_normalised(), example=EXAMPLE), Classifier(_normalised())
+    callback, module, reference = quiet(), Classifier(normalised(), example=EXAMPLE), Classifier(normalised())
     fit(module, callback)
     fit(reference, quiet())
     assert callback.group is not None
@@ -198,7 +198,7 @@ def _said(capsys: pytest.CaptureFixture[str]) -> str:
 def test_the_report_is_printed_once_and_names_what_cost_freedoms(
     capsys: pytest.CaptureFixture[str], example: Tensor | None
 ) -> None:
-    net = _normalised()
+    net = normalised()
     fit(Classifier(net, example=example), EquivalentClassOptimization())
     said = _said(capsys)
     size = sum(p.numel() for p in net.parameters())
