@@ -7,6 +7,17 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests import selection
+
+# A failed assertion of a helper shows its values, as that of a test does.
+pytest.register_assert_rewrite(
+    *(f"tests.{name}" for name in ("benchmarks", "lightning_integration", "metrics", "optim", "paths", "symmetry"))
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    selection.choose(config.getoption("markexpr"))
+
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:

@@ -13,6 +13,10 @@ from typing import Any
 import pytest
 import torch
 
+from tests.selection import full
+
+pytestmark = full
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 

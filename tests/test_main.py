@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from lightning_ecopt.__main__ import main
+from tests.selection import full
 
 MODELS = '''
 import torch
@@ -155,6 +156,7 @@ def test_inputs_by_place_and_by_name_with_types(inputs: list[str], capsys: pytes
     assert "H = 11 freedoms" in output(capsys, "Tokens", *(word for text in inputs for word in ("--input", text)))
 
 
+@full
 def test_weights_take_no_memory(capsys: pytest.CaptureFixture[str]) -> None:
     said = output(capsys, "Huge", "--input", "1,1000000")
     assert "│ 100000 │ 0:100000 │ up.weight │ down.weight │" in said
@@ -165,6 +167,7 @@ def test_a_model_that_needs_values_is_built_for_real(model: str, capsys: pytest.
     assert "H = 3 freedoms" in output(capsys, model, "--input", "1,2", "--real")
 
 
+@full
 def test_the_command_finds_modules_in_the_current_directory(models: Path) -> None:
     command = [sys.executable, "-m", "lightning_ecopt", "models_of_the_tests:Net", "--input=1,1,4,4", "--unit=0"]
     result = subprocess.run(command, cwd=models, capture_output=True, text=True, timeout=300)

@@ -20,8 +20,9 @@ from lightning_ecopt.symmetry.group import Coupling
 from lightning_ecopt.symmetry.report import print_report
 from tests.lightning_integration.modules import EXAMPLE, Classifier, fit
 from tests.networks import DenseNet, ResidualMLP, ResNet, mlp, norm_cnn, plain_cnn
+from tests.selection import few
 from tests.symmetry.helpers import draw_
-from tests.symmetry.zoo import ZOO
+from tests.symmetry.zoo import FAST, ZOO
 from tests.symmetry.zoo.case import Case
 
 
@@ -191,7 +192,7 @@ def test_the_description_of_a_unit_is_what_acting_does(name: str) -> None:
     assert_described(group)
 
 
-@pytest.mark.parametrize("case", ZOO, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", few(ZOO, FAST[::2]), ids=lambda case: case.name)
 def test_the_descriptions_of_the_zoo_are_what_acting_does(case: Case) -> None:
     generator = torch.Generator().manual_seed(0)
     module = case.build().eval()

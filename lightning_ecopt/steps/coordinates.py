@@ -15,8 +15,8 @@ v_f = c beta_h, where h is the unit that it leaves and c its value at the start.
     R_f = v_f' / v_f     R_h = R_root(h)     beta_h' = beta_h R_h
     ordinary: w_e' = v_e' / beta_h'          free f into unit j:  w_f' = w_f R_f / R_j
 
-(weight allocation). Dictionaries of tensors have parameter names as keys. Vectors over units are ``[H]``. They are
-``[H + 1]`` where an entry is appended for what belongs to no unit, so that the index ``NO_UNIT``, which is -1, finds it.
+(weight allocation). Dictionaries of tensors have parameter names as keys. Vectors over units are ``[H]``, or
+``[H + 1]`` where an entry is appended for what belongs to no unit: the index ``NO_UNIT``, which is -1, finds it.
 
 Example, a network w_2 relu(w_1 x) of one hidden unit h: w_1 is its fixed skeleton weight, f = w_2 its free one, v_f the
 only coordinate, and r_h = 0, because nothing else leads into h. A step that doubles v_f doubles beta_h and w_2.

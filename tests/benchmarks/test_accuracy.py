@@ -11,12 +11,16 @@ import pytest
 import torch
 from torch import nn
 
+from tests.selection import full
+
 BENCHMARKS = Path(__file__).parents[2] / "examples" / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import accuracy  # noqa: E402
 import report  # noqa: E402
 import tasks  # noqa: E402
+
+pytestmark = full
 
 GRID = """
 rates: [0.001, 0.01, 0.1, 1.0]

@@ -18,6 +18,9 @@ from torch.nn import functional as F
 
 from lightning_ecopt import ScalingGroup, scaling_group
 from tests.networks import DenseNet, ResidualMLP, mlp, norm_cnn, plain_cnn
+from tests.selection import full
+
+pytestmark = full
 
 FILE = Path(__file__).parents[2] / "examples" / "benchmarks" / "peers.py"
 

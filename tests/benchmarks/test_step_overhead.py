@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ecopt import EquivalentClassOptimizer, scaling_group
+from tests.selection import full
 
 BENCHMARKS = Path(__file__).parents[2] / "examples" / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -21,6 +22,8 @@ import step_overhead  # noqa: E402
 import step_tables  # noqa: E402
 import tasks  # noqa: E402
 from step_cases import Case, Extras, Result  # noqa: E402
+
+pytestmark = full
 
 CPU = torch.device("cpu")
 PARAMETERS = {

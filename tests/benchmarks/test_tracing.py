@@ -8,12 +8,15 @@ import pytest
 import torch
 
 from lightning_ecopt import scaling_group
+from tests.selection import full
 
 BENCHMARKS = Path(__file__).parents[2] / "examples" / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import architectures  # noqa: E402
 import tracing  # noqa: E402
+
+pytestmark = full
 
 PARAMETERS = {
     "resnet50": 25_557_032,

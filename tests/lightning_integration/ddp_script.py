@@ -435,10 +435,13 @@ RESUMED = {
 # Running them ---------------------------------------------------------------------------------------------------------
 
 
-def launched(folder: Path) -> None:
+def launched(folder: Path, *names: str) -> None:
+    """All cases with both rules, and what is resumed; or some cases with the first rule."""
     rank = int(os.environ.get("LOCAL_RANK", "0"))
-    for rule in RULES:
+    for rule in RULES[:1] if names else RULES:
         for name, case in cases(rule).items():
+            if names and name not in names:
+                continue
             if name == "used by one rank":  # while that waits for the other
                 continue
             path = folder / f"{name}, {rule}"
@@ -446,7 +449,7 @@ def launched(folder: Path) -> None:
                 case.train(2, "popen", path)
             except Exception as error:
                 Record.failed(path, error, rank)
-    for name, resumed in RESUMED.items():
+    for name, resumed in RESUMED.items() if not names else ():
         record = Record(folder / f"resumed, {name}")
         record.result = resumed.train(folder / name)
         record.leave(rank)
@@ -465,4 +468,4 @@ def started(folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    {"launched": launched, "started": started}[sys.argv[1]](Path(sys.argv[2]))
+    {"launched": launched, "started": started}[sys.argv[1]](Path(sys.argv[2]), *sys.argv[3:])

@@ -20,27 +20,14 @@ from lightning_ecopt.symmetry import ScalingGroup, scaling_group
 from tests.networks import mlp
 from tests.symmetry.helpers import draw_, evaluate, flat_output
 from tests.symmetry.zoo import ZOO
-from tests.symmetry.zoo.case import Case
+from tests.symmetry.zoo.case import Case, Use
 from tests.symmetry.zoo.tiny import SHARED, TINY
 
-#: Rows that lead into a unit on one rank and on several, products of units, shared, normalised and frozen weights.
-NAMES = [
-    "mlp",
-    "frozen first layer",
-    "layer of its own output",
-    "grouped transposed conv",
-    "ResNet",
-    "U-Net, transposed",
-    "gpt with squared relu",
-    "llama with relu",
-    "rnn with relu",
-    "tied embedding",
-    "weight norm of convolutions",
-    "bilinear",
-]
-CASES = [next(case for case in [*TINY, *SHARED, *ZOO] if case.name == name) for name in NAMES]
-#: Of these with four processes.
-FEW = ["mlp", "grouped transposed conv", "tied embedding", "weight norm of convolutions", "bilinear"]
+#: Whether sharded modules cannot be called, and why.
+NO_CALLS = not hasattr(torch.cpu.Stream, "record_event")
+WHY = "this version of torch cannot call sharded modules on a CPU"
+
+CASES = [case for case in [*TINY, *SHARED, *ZOO] if Use.SHARDS in case.good_for]
 DAMAGES = ["zero row", "zero column", "infinite", "undefined"]
 REGIONS = [
     (10, slice(0, 10, 1)),
@@ -214,7 +201,7 @@ def main(rank: int, size: int, folder: Path) -> None:
     mesh = init_device_mesh("cpu", (size,))
     found: dict[str, Any] = {"cases": {}, "damages": {}}
     for case in CASES:
-        if size > 2 and case.name not in FEW:
+        if size > 2 and Use.FOUR_SHARDS not in case.good_for:
             continue
         module, inputs = build(case)
         found["cases"][case.name] = results(shard(module, mesh), inputs)

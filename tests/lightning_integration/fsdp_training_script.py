@@ -21,13 +21,14 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
-from torch.optim import ASGD, SGD, AdamW, Optimizer, RMSprop
+from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import ExponentialLR
 
 from lightning_ecopt import ECSGD, EquivalentClassOptimizer, ScalingGroup, ec_sgd, scaling_group
 from tests.lightning_integration.fsdp_script import shard, whole
 from tests.lightning_integration.modules import Batch, Classifier, digits, quiet
 from tests.lightning_integration.modules import trainer as training
+from tests.optim.bases import BASES
 
 STEPS = 5
 STOP = 3  # where a resumed run is taken up
@@ -88,14 +89,6 @@ def perceptron() -> nn.Module:
     return net
 
 
-BASES: dict[str, Callable[[Any], Optimizer]] = {
-    "SGD": lambda p: SGD(p, lr=0.05, momentum=0.9, weight_decay=0.01),
-    "AdamW": lambda p: AdamW(p, lr=0.01, amsgrad=True),
-    "RMSprop": lambda p: RMSprop(p, lr=0.01, momentum=0.5, centered=True),
-    "ASGD": lambda p: ASGD(p, lr=0.05, t0=2),
-}
-
-
 @dataclass(frozen=True)
 class Case:
     """A network, trained with several bases.
@@ -103,7 +96,7 @@ class Case:
     Args:
         build: the network.
         shape: of its inputs, without the batch.
-        bases: names.
+        bases: names in ``BASES``; of each form of state one.
         outputs: of the network.
         layout: how it is sharded: ``"layers"``, ``"whole"``, ``"beside"`` a plain layer, ``"traced before"``.
         warm: whether the first step has a learning rate of zero.
@@ -118,16 +111,16 @@ class Case:
 
 
 CASES = {
-    "convolutions": Case(convolutions, (2, 4, 4), ("SGD", "AdamW", "ASGD"), 3),
-    "norms": Case(norms, (2, 4), ("SGD",), 2, "traced before", warm=True),
-    "products": Case(Gated, (3,), ("ASGD",), 2, "whole"),
-    "perceptron": Case(perceptron, (3,), ("RMSprop",), 2, "beside"),
+    "convolutions": Case(convolutions, (2, 4, 4), ("nesterov", "adamw", "asgd"), 3),
+    "norms": Case(norms, (2, 4), ("nesterov",), 2, "traced before", warm=True),
+    "products": Case(Gated, (3,), ("asgd",), 2, "whole"),
+    "perceptron": Case(perceptron, (3,), ("rmsprop_centered",), 2, "beside"),
 }
 RUNS = [(case, base) for case in CASES for base in CASES[case].bases]
 #: Of these with four processes.
-FEW = [("convolutions", "SGD"), ("perceptron", "RMSprop")]
+FEW = [("convolutions", "nesterov"), ("perceptron", "rmsprop_centered")]
 #: Also taken up from a checkpoint.
-TAKEN_UP = [("convolutions", "ASGD"), ("norms", "SGD"), ("perceptron", "RMSprop")]
+TAKEN_UP = [("convolutions", "asgd"), ("norms", "nesterov"), ("perceptron", "rmsprop_centered")]
 
 
 def start(case: Case) -> tuple[nn.Module, Tensor, Tensor]:
@@ -185,7 +178,7 @@ def trained(name: str, base: str, mesh: DeviceMesh | None = None) -> dict[str, A
         # Two groups of parameters, the first with a rate of its own.
         own = list(net.parameters())
         groups = [{"params": own[2:]}, {"params": own[:2]}]
-        made = BASES[base](groups)
+        made = BASES[base].make(groups)
         made.param_groups[0]["lr"] *= 0.7
         optimizer = EquivalentClassOptimizer(made, group, refresh_interval=REFRESH)
         return net, optimizer, (x[rank::size], y[rank::size]), plain

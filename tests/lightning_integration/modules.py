@@ -17,12 +17,16 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ecopt import EquivalentClassOptimization, EquivalentClassOptimizer, scaling_group
+from tests.selection import few
 
 Batch = tuple[Tensor, Tensor]
 EXAMPLE = torch.zeros(1, 64)
 
-#: For what does not depend on how a step is taken.
-RULES = pytest.mark.parametrize("rule", ["unit", "path"])
+#: For what does not depend on how a step is taken; the tests of the optimizer alone run both rules always.
+RULES = pytest.mark.parametrize("rule", few(["unit", "path"], ["unit"]))
+
+#: How the freedoms are found; the default run has the other way in SETTINGS.
+EXAMPLES = pytest.mark.parametrize("example", few([None, EXAMPLE], [None]), ids=["first step", "example"])
 
 #: Both rules and both ways of finding the freedoms, for what should depend on neither.
 SETTINGS = pytest.mark.parametrize(

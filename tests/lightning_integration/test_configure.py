@@ -22,6 +22,7 @@ from lightning_ecopt import (
 )
 from tests.lightning_integration.modules import (
     EXAMPLE,
+    EXAMPLES,
     RULES,
     Classifier,
     Rates,
@@ -47,7 +48,7 @@ ALL_OPTIONS = {
 
 
 @RULES
-@pytest.mark.parametrize("example", [None, EXAMPLE], ids=["first step", "example"])
+@EXAMPLES
 @pytest.mark.parametrize("refresh", [3, 500, None], ids=str)
 def test_ec_sgd_and_the_callback_take_the_same_steps(refresh: int | None, example: Tensor | None, rule: str) -> None:
     def configure(module: nn.Module) -> EquivalentClassOptimizer:
@@ -103,7 +104,7 @@ def test_every_option_of_the_rules_is_handed_on(make: Callable[..., EquivalentCl
 
 @RULES
 @pytest.mark.parametrize("held", ["returned", "base"])
-@pytest.mark.parametrize("example", [None, EXAMPLE], ids=["first step", "example"])
+@EXAMPLES
 def test_schedulers_work_with_ec_sgd(held: str, example: Tensor | None, rule: str) -> None:
     def configure(module: nn.Module) -> Any:
         optimizer = ec_sgd(module, lr=0.1, momentum=0.9, rule=rule)
@@ -138,7 +139,7 @@ def test_schedulers_work_with_ec_sgd(held: str, example: Tensor | None, rule: st
 
 
 @RULES
-@pytest.mark.parametrize("example", [None, EXAMPLE], ids=["first step", "example"])
+@EXAMPLES
 def test_parameter_groups_have_their_own_options(example: Tensor | None, rule: str) -> None:
     def groups(net: nn.Module) -> list[dict[str, Any]]:
         return [

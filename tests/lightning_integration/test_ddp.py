@@ -11,20 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ecopt import EquivalentClassOptimization, EquivalentClassOptimizer, scaling_group
-from tests.lightning_integration.ddp_script import (
-    APPROXIMATE,
-    FORKED,
-    RESUMED,
-    SPAWNED,
-    WRONG,
-    Resumed,
-    cases,
-    normed,
-)
-from tests.lightning_integration.modules import EXAMPLE, RULES, Classifier, fit, mlp, same, sgd, weights
+from tests.lightning_integration.ddp_script import APPROXIMATE, FORKED, RESUMED, SPAWNED, WRONG, Resumed, cases, normed
+from tests.lightning_integration.modules import EXAMPLE, EXAMPLES, RULES, Classifier, fit, mlp, same, sgd, weights
 from tests.lightning_integration.runs import differences, launch
+from tests.selection import everything, few, full
 
 NAMES = ["first step", "example"]
+#: What the one launch of the default run trains.
+ALWAYS = ["first step"]
 TRAINED = [name for name in cases("unit") if name not in WRONG]
 
 Result = dict[str, Any]
@@ -34,7 +28,7 @@ Result = dict[str, Any]
 def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder with the results of two processes, each of which runs the script, and what they print."""
     folder = tmp_path_factory.mktemp("launched")
-    return folder, launch("ddp_script", "launched", folder)
+    return folder, launch("ddp_script", "launched", folder, *([] if everything() else ALWAYS))
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +68,7 @@ def agrees(ranks: list[Result], alone: Result, exact: bool) -> None:
 
 
 @RULES
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", few(TRAINED, ALWAYS))
 def test_ranks_that_start_apart_end_bit_identical(two: Path, name: str, rule: str) -> None:
     first, second = results(two, f"{name}, {rule}", 2)
     assert not same(first["start"], second["start"])
@@ -84,14 +78,14 @@ def test_ranks_that_start_apart_end_bit_identical(two: Path, name: str, rule: st
 
 
 @RULES
-@pytest.mark.parametrize("name", [name for name in TRAINED if name not in APPROXIMATE])
+@pytest.mark.parametrize("name", few([name for name in TRAINED if name not in APPROXIMATE], ALWAYS))
 def test_two_processes_end_where_one_does(two: Path, name: str, rule: str) -> None:
     case = cases(rule)[name]
     agrees(results(two, f"{name}, {rule}", 2), case.train(2), case.exact)
 
 
 @RULES
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", few(NAMES, ALWAYS))
 def test_the_freedoms_are_used_in_two_processes(two: Path, name: str, rule: str) -> None:
     ranks = results(two, f"{name}, {rule}", 2)
     assert [rank["units"] for rank in ranks] == [{32}, {32}]
@@ -100,16 +94,19 @@ def test_the_freedoms_are_used_in_two_processes(two: Path, name: str, rule: str)
     assert distance(weights(plain), ranks[0]["weights"]) > 1e-3
 
 
+@full
 @RULES
 def test_both_ways_of_finding_the_group_give_the_same_weights(two: Path, rule: str) -> None:
     first, other = (results(two, f"{name}, {rule}", 2)[0] for name in NAMES)
     assert same(first["weights"], other["weights"])
 
 
+@full
 def test_one_of_two_processes_prints_the_report(launched: tuple[Path, str]) -> None:
     assert launched[1].count("H = 32 freedoms, m - H = 1,450 path coordinates") == 2  # once for each rule
 
 
+@full
 @RULES
 def test_the_step_takes_the_gradients_of_a_communication_hook(two: Path, rule: str) -> None:
     ranks = results(two, f"low rank, {rule}", 2)
@@ -130,17 +127,20 @@ def test_the_step_takes_the_gradients_of_a_communication_hook(two: Path, rule: s
     assert same(weights(net), ranks[0]["weights"])
 
 
+@full
 @RULES
 def test_a_parameter_that_no_rank_used_at_first_is_named_by_all(two: Path, rule: str) -> None:
     match = "The traced call never used these parameters of the optimizer: second.0.weight, second.0.bias"
     assert all(match in rank["error"] for rank in results(two, f"never used, {rule}", 2))
 
 
+@full
 def test_a_parameter_that_one_rank_did_not_use_at_first_ends_all_of_them(started: Path) -> None:
     (only,) = results(started, "used by one rank", 1)
     assert "second.0.weight" in only["error"]
 
 
+@full
 @RULES
 @pytest.mark.parametrize("name", ["other first steps", "other first calls", "other examples"])
 def test_ranks_that_find_other_freedoms_do_not_drift_apart(two: Path, name: str, rule: str) -> None:
@@ -164,6 +164,7 @@ def test_a_synchronised_batch_norm_has_the_freedoms_of_a_batch_norm(training: bo
     ]
 
 
+@full
 @RULES
 @pytest.mark.parametrize("name", ["SyncBatchNorm", "SyncBatchNorm, example"])
 def test_a_batch_norm_that_is_synchronised_across_processes_keeps_its_freedoms(two: Path, name: str, rule: str) -> None:
@@ -175,12 +176,14 @@ def test_a_batch_norm_that_is_synchronised_across_processes_keeps_its_freedoms(t
 # Processes started in other ways --------------------------------------------------------------------------------------
 
 
+@full
 @pytest.mark.parametrize(("name", "rule"), FORKED)
 def test_four_forked_processes_end_where_one_does(started: Path, name: str, rule: str) -> None:
     case = cases(rule)[name]
     agrees(results(started, f"{name}, {rule}", 4), case.train(4), case.exact)
 
 
+@full
 @pytest.mark.parametrize(("name", "rule"), SPAWNED)
 def test_spawned_processes_end_where_one_does(started: Path, name: str, rule: str) -> None:
     case = cases(rule)[name]
@@ -188,7 +191,7 @@ def test_spawned_processes_end_where_one_does(started: Path, name: str, rule: st
 
 
 @RULES
-@pytest.mark.parametrize("example", [None, EXAMPLE], ids=["first step", "example"])
+@EXAMPLES
 def test_a_callback_that_has_trained_can_be_sent_to_other_processes(example: Tensor | None, rule: str) -> None:
     callback = EquivalentClassOptimization(rule=rule, verbose=False)
     module = Classifier(mlp(), example=example)
@@ -203,6 +206,7 @@ def test_a_callback_that_has_trained_can_be_sent_to_other_processes(example: Ten
 # Resuming -------------------------------------------------------------------------------------------------------------
 
 
+@full
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("name", RESUMED)
 def test_two_processes_are_resumed_bit_identical(two: Path, name: str, rank: int) -> None:
@@ -212,6 +216,7 @@ def test_two_processes_are_resumed_bit_identical(two: Path, name: str, rank: int
         assert differences(ends[checkpoint], ends["whole"]) == [], checkpoint
 
 
+@full
 @pytest.mark.parametrize("name", RESUMED)
 def test_two_processes_that_are_resumed_end_with_the_same_bits(two: Path, name: str) -> None:
     first, second = results(two, f"resumed, {name}", 2)

@@ -19,6 +19,7 @@ from torch.optim import LBFGS, SGD
 from lightning_ecopt import EquivalentClassOptimizer, ec_sgd, scaling_group
 from tests.lightning_integration.modules import (
     EXAMPLE,
+    EXAMPLES,
     RULES,
     Batch,
     Classifier,
@@ -32,8 +33,6 @@ from tests.lightning_integration.modules import (
     trainer,
     weights,
 )
-
-EXAMPLES = pytest.mark.parametrize("example", [None, EXAMPLE], ids=["first step", "example"])
 
 
 def refuses(module: Classifier, match: str, error: type[Exception] = MisconfigurationException) -> None:

@@ -19,24 +19,22 @@ from lightning_ecopt.symmetry import GroupFromNextCall
 from tests.lightning_integration import fsdp_script as script
 from tests.lightning_integration.runs import launch
 from tests.networks import ResidualMLP, mlp, norm_cnn
+from tests.selection import full
 from tests.symmetry.helpers import assert_same, evaluate, squares
-from tests.symmetry.zoo.case import Case
+from tests.symmetry.zoo.case import Case, Use
 
 SIZES = (2, 4)
-RUNS = [(case, size) for case in script.CASES for size in SIZES if size == 2 or case.name in script.FEW]
+RUNS = [(case, size) for case in script.CASES for size in SIZES if size == 2 or Use.FOUR_SHARDS in case.good_for]
 
-NO_CALLS = not hasattr(torch.cpu.Stream, "record_event")
-WHY = "this version of torch cannot call sharded modules on a CPU"
-
-calls = pytest.mark.skipif(NO_CALLS, reason=WHY)
+calls = pytest.mark.skipif(script.NO_CALLS, reason=script.WHY)
 every_run = pytest.mark.parametrize(("case", "size"), RUNS, ids=[f"{case.name}-{size}" for case, size in RUNS])
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
     """For each number of processes the results of all ranks."""
-    if NO_CALLS:
-        pytest.skip(WHY)
+    if script.NO_CALLS:
+        pytest.skip(script.WHY)
     folder = tmp_path_factory.mktemp("fsdp")
     launch("fsdp_script", folder)
     return {size: [torch.load(folder / f"{size}-{rank}.pt") for rank in range(size)] for size in SIZES}
@@ -56,6 +54,7 @@ def _assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], tolera
         assert float((actual[name] - tensor).abs().max()) <= tolerance * largest, name
 
 
+@full
 @every_run
 def test_the_group_is_that_of_the_whole_network(found: Any, alone: Any, case: Case, size: int) -> None:
     for rank in range(size):
@@ -63,6 +62,7 @@ def test_the_group_is_that_of_the_whole_network(found: Any, alone: Any, case: Ca
     assert alone[case.name]["group"]["units"] == case.units
 
 
+@full
 @every_run
 def test_acting_changes_weights_as_in_one_process_and_no_output(found: Any, alone: Any, case: Case, size: int) -> None:
     result = found[size][-1]["cases"][case.name]
@@ -71,12 +71,14 @@ def test_acting_changes_weights_as_in_one_process_and_no_output(found: Any, alon
         assert_same(outputs, alone[case.name]["outputs"][0])
 
 
+@full
 @every_run
 def test_gradients_are_rescaled_as_in_one_process(found: Any, alone: Any, case: Case, size: int) -> None:
     for rank in range(size):
         _assert_close(found[size][rank]["cases"][case.name]["gradients"], alone[case.name]["gradients"])
 
 
+@full
 @every_run
 def test_the_balance_is_that_of_one_process(found: Any, alone: Any, case: Case, size: int) -> None:
     result, expected = found[size][0]["cases"][case.name], alone[case.name]
@@ -86,6 +88,7 @@ def test_the_balance_is_that_of_one_process(found: Any, alone: Any, case: Case, 
     assert float(expected["log_scale"].abs().max()) > 0.1
 
 
+@full
 @every_run
 def test_all_ranks_find_the_same_balance_bit_for_bit(found: Any, case: Case, size: int) -> None:
     first, *others = (found[size][rank]["cases"][case.name] for rank in range(size))
@@ -94,6 +97,7 @@ def test_all_ranks_find_the_same_balance_bit_for_bit(found: Any, case: Case, siz
         assert all(torch.equal(other["balanced"][name], tensor) for name, tensor in first["balanced"].items())
 
 
+@full
 @pytest.mark.parametrize("damage", script.DAMAGES)
 @pytest.mark.parametrize("size", SIZES)
 def test_units_are_dormant_wherever_their_weights_are(found: Any, size: int, damage: str) -> None:
@@ -107,6 +111,7 @@ def test_units_are_dormant_wherever_their_weights_are(found: Any, size: int, dam
         assert float((result["log_scale"] - expected["log_scale"]).abs().max()) <= 1e-12
 
 
+@full
 @pytest.mark.parametrize("number", range(len(script.REGIONS)), ids=map(str, script.REGIONS))
 @pytest.mark.parametrize("size", SIZES)
 def test_the_parts_of_a_region_are_the_region(found: Any, size: int, number: int) -> None:
@@ -118,6 +123,7 @@ def test_the_parts_of_a_region_are_the_region(found: Any, size: int, number: int
     assert torch.equal(torch.cat([part["viewed"] for part in parts]), whole[region, 1:])
 
 
+@full
 @pytest.mark.parametrize(
     "layout", ["one module", "together", "two replicas", "beside a plain layer", "traced before", "copies"]
 )
@@ -130,10 +136,12 @@ def test_the_balance_does_not_depend_on_the_layout(found: Any, layout: str) -> N
     assert all(torch.equal(other["log_scale"], first["log_scale"]) for other in others)
 
 
+@full
 def test_parameters_over_different_ranks_are_refused_by_name(found: Any) -> None:
     assert found[4][0]["refusal"].startswith("2.weight is sharded over the ranks [0, 1] and 0.weight over [0, 2]")
 
 
+@full
 @pytest.mark.parametrize("size", SIZES)
 def test_a_trace_does_not_communicate(found: Any, size: int) -> None:
     for rank in range(size):

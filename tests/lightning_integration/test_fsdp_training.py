@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from tests.lightning_integration import fsdp_training_script as script
+from tests.lightning_integration.fsdp_script import NO_CALLS, WHY
 from tests.lightning_integration.runs import launch
-from tests.lightning_integration.test_fsdp import NO_CALLS, WHY
+from tests.selection import full
 
-pytestmark = pytest.mark.skipif(NO_CALLS, reason=WHY)
+pytestmark = [full, pytest.mark.skipif(NO_CALLS, reason=WHY)]
 
 SIZES = (2, 4)
 RUNS = [(*run, size) for size in SIZES for run in (script.RUNS if size == 2 else script.FEW)]

@@ -11,6 +11,9 @@ import torch
 
 from tests.lightning_integration.kill_script import EPOCHS, KILLED_AT, RUNS, SAVED_EVERY
 from tests.lightning_integration.runs import TakenUp, differences, launch
+from tests.selection import full
+
+pytestmark = full
 
 LAST = KILLED_AT - KILLED_AT % SAVED_EVERY
 END = f"step={EPOCHS * TakenUp.STEPS_PER_EPOCH}.ckpt"

@@ -8,6 +8,10 @@ import sys
 
 import pytest
 
+from tests.selection import full
+
+pytestmark = full
+
 pytest.importorskip("pytorch_lightning")
 
 FIT = """

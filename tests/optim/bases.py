@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from lightning_ecopt import scaling_group
 from lightning_ecopt.steps.skeleton import choose_skeleton
-from tests.optim.test_unit_rule import Reference
+from tests.optim.reference import Reference
 from tests.optim.training import loss_of
 from tests.paths.explicit import ExplicitPaths
 
@@ -188,6 +188,19 @@ BASES: dict[str, Base] = {
 }
 if hasattr(optim, "Muon"):
     BASES["muon"] = Base(lambda params: optim.Muon(params, lr=0.02), {"momentum_buffer": 1}, matrices=True)
+
+#: SGD and Adam with the options that their formulas have, which the tests of the rules write out.
+WITH_FORMULAS: dict[str, Make] = {
+    "sgd": lambda params: optim.SGD(params, lr=0.05),
+    "decay": lambda params: optim.SGD(params, lr=0.05, weight_decay=1e-2),
+    "momentum": lambda params: optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=1e-3),
+    "nesterov": lambda params: optim.SGD(params, lr=0.05, momentum=0.8, nesterov=True, weight_decay=1e-3),
+    "dampening": lambda params: optim.SGD(params, lr=0.05, momentum=0.9, dampening=0.4, weight_decay=1e-3),
+    "adam": lambda params: optim.Adam(params, lr=0.01),
+    "adam_l2": lambda params: optim.Adam(params, lr=0.01, weight_decay=0.03, amsgrad=True),
+    "adamw": lambda params: optim.AdamW(params, lr=0.01, weight_decay=0.3),
+    "amsgrad": lambda params: optim.AdamW(params, lr=0.01, weight_decay=0.3, amsgrad=True, betas=(0.8, 0.9)),
+}
 
 
 def entries_of(base: Base, optimizer: Optimizer, p: Tensor) -> dict[str, tuple[int, Tensor]]:

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_ecopt import EquivalentClassOptimizer, scaling_group
 from tests.networks import DenseNet, ResidualMLP, ResNet, mlp, plain_cnn
 from tests.optim.training import RULES, distance, ec_sgd, rescaled, train
+from tests.selection import examples, few
 
 BUILD: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int, float]] = {
     "mlp": (lambda: mlp(6, 8, 8, 3, activation=nn.PReLU), (6,), 3, 0.02),
@@ -38,17 +39,20 @@ def fell(losses: list[float]) -> bool:
 
 @pytest.mark.parametrize(
     ("name", "regression", "options"),
-    [
-        ("mlp", False, {}),
-        ("mlp", True, {}),
-        ("mlp", False, {"nesterov": True}),
-        ("mlp", False, {"dampening": 0.3}),
-        ("cnn", False, {}),
-        ("residual", True, {}),
-        ("residual", False, {}),
-        ("resnet", False, {}),
-        ("dense", False, {}),
-    ],
+    few(
+        [
+            ("mlp", False, {}),
+            ("mlp", True, {}),
+            ("mlp", False, {"nesterov": True}),
+            ("mlp", False, {"dampening": 0.3}),
+            ("cnn", False, {}),
+            ("residual", True, {}),
+            ("residual", False, {}),
+            ("resnet", False, {}),
+            ("dense", False, {}),
+        ],
+        [("mlp", False, {"nesterov": True}), ("residual", True, {})],
+    ),
 )
 @RULES
 def test_training_depends_on_the_class_alone(rule: str, name: str, regression: bool, options: dict[str, Any]) -> None:
@@ -91,7 +95,7 @@ def test_training_depends_on_the_class_alone_when_it_is_rescaled_on_the_way(name
     assert distance(module, other, x) < 1e-9
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@examples(40)
 @given(
     seed=st.integers(0, 10**6),
     widths=st.lists(st.integers(1, 7), min_size=1, max_size=3),

@@ -11,6 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.selection import full
+
+pytestmark = full
+
 pytest.importorskip("triton")
 
 SCRIPT = Path(__file__).with_name("triton_script.py")

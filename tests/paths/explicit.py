@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lightning_ecopt import ScalingGroup
 from lightning_ecopt.steps.skeleton import Skeleton
+from lightning_ecopt.symmetry.coupling import NO_UNIT
 
-FIXED = -1
 Place = tuple[str, tuple[int, ...]]
 Tensors = Mapping[str, Tensor]
 
@@ -32,16 +32,16 @@ def place_of(group: ScalingGroup, number: int, flat: int) -> Place:
 
 def ends(group: ScalingGroup, active: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """For every element of every parameter the active unit into which it leads, and that from which it comes."""
-    into = {name: torch.full(p.shape, FIXED) for name, p in group.parameters.items()}
-    from_ = {name: torch.full(p.shape, FIXED) for name, p in group.parameters.items()}
+    into = {name: torch.full(p.shape, NO_UNIT) for name, p in group.parameters.items()}
+    from_ = {name: torch.full(p.shape, NO_UNIT) for name, p in group.parameters.items()}
     for coupling in group.couplings:
         for table, units in ((into, coupling.incoming), (from_, coupling.outgoing)):
             table[coupling.parameter][coupling.region] = units
     for table in (into, from_):
         for units in table.values():
             for unit in units.unique().tolist():
-                if unit != FIXED and not active[unit]:
-                    units[units == unit] = FIXED
+                if unit != NO_UNIT and not active[unit]:
+                    units[units == unit] = NO_UNIT
     return into, from_
 
 
@@ -79,7 +79,7 @@ class ExplicitPaths:
         for unit in self.free:
             name, index = self.out[unit]
             target = int(self.into[name][index])
-            self.start[name][index] *= (1.0 if target == FIXED else now[target]) / now[unit]
+            self.start[name][index] *= (1.0 if target == NO_UNIT else now[target]) / now[unit]
         self.v = {name: weight.clone() for name, weight in weights.items()}
         for name, value in self.v.items():
             for unit in self.units:
@@ -93,7 +93,7 @@ class ExplicitPaths:
     def _leads_through_fixed(self, unit: int) -> bool:
         name, index = self.out[unit]
         target = int(self.into[name][index])
-        return target != FIXED and self.fixed[target] == self.out[unit]
+        return target != NO_UNIT and self.fixed[target] == self.out[unit]
 
     def _beta(self, v: Tensors) -> list[Tensor]:
         """Values of the paths out of all units relative to the start, and that of ground."""
@@ -126,12 +126,12 @@ class ExplicitPaths:
         inward, outward = [one] * (self.num_units + 1), [one] * (self.num_units + 1)
         for unit in self.units:
             at = unit
-            while at != FIXED:
+            while at != NO_UNIT:
                 name, index = self.fixed[at]
                 inward[unit] = inward[unit] * (weights[name][index] / self.start[name][index])
                 at = int(self.from_[name][index])
             at = unit
-            while at != FIXED:
+            while at != NO_UNIT:
                 name, index = self.out[at]
                 outward[unit] = outward[unit] * (weights[name][index] / self.start[name][index])
                 at = int(self.into[name][index])

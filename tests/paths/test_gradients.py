@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.paths.cases import NETWORKS, Point, point
+from tests.selection import few
 
 STEP = 1e-6
 
@@ -37,7 +38,7 @@ def places(at: Point, number: int) -> list[tuple[str, tuple[int, ...]]]:
 
 @pytest.mark.parametrize("some_inactive", [False, True])
 @pytest.mark.parametrize("random_beta", [False, True])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", few(NETWORKS, ["mlp", "residual", "dense"]))
 def test_path_gradients_are_those_of_finite_differences(name: str, random_beta: bool, some_inactive: bool) -> None:
     at = point(name, random_beta=random_beta, some_inactive=some_inactive, free_start=1.5)
     gradients = at.path_gradients()

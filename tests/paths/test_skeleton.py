@@ -10,9 +10,10 @@ from torch import nn
 from lightning_ecopt import ScalingGroup, scaling_group
 from lightning_ecopt.steps.coordinates import PathCoordinates
 from lightning_ecopt.steps.skeleton import Skeleton, choose_skeleton
+from lightning_ecopt.symmetry.coupling import NO_UNIT
 from tests.networks import ResidualMLP, mlp, norm_cnn, plain_cnn
 from tests.paths.cases import NETWORKS, make, point
-from tests.paths.explicit import FIXED, Place, ends, place_of
+from tests.paths.explicit import Place, ends, place_of
 
 
 def choose(module: nn.Module, group: ScalingGroup, rule: str = "max") -> Skeleton:
@@ -54,7 +55,7 @@ def grown_by_hand(module: nn.Module, group: ScalingGroup, active: torch.Tensor, 
                 continue
             ends_at = int(near[name][index]), int(far[name][index])
             edges.append((ends_at, abs(float(parameter.detach()[index])), name in biases, (name, index)))
-    reached, found = {FIXED}, {}
+    reached, found = {NO_UNIT}, {}
     while True:
         for allowed in (False, True):
             level: dict[int, tuple[float, Place]] = {}
@@ -72,19 +73,22 @@ def grown_by_hand(module: nn.Module, group: ScalingGroup, active: torch.Tensor, 
 
 @pytest.mark.parametrize("some_inactive", [False, True])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_both_choices_are_forests_rooted_in_ground(name: str, some_inactive: bool) -> None:
+def test_both_choices_are_forests(name: str, some_inactive: bool) -> None:
     at = point(name, some_inactive=some_inactive)
     skeleton = at.skeleton
     into, from_ = ends(at.group, skeleton.active)
-    sides = (("fixed", "source", "fixed_depth", into, from_), ("out", "target", "out_depth", from_, into))
-    for side, other_end, depths, own_ends, other_ends in sides:
-        other, depth = getattr(skeleton, other_end), getattr(skeleton, depths)
+    for side, own_ends, other_ends in (("fixed", into, from_), ("out", from_, into)):
+        other = torch.full_like(skeleton.target, NO_UNIT)
         for unit, (name_, index) in chosen_places(at.group, skeleton, side).items():
             assert int(own_ends[name_][index]) == unit
-            assert int(other_ends[name_][index]) == int(other[unit])
-            below = 0 if other[unit] == FIXED else int(depth[other[unit]])
-            assert int(depth[unit]) == below + 1
-        assert bool((other[~skeleton.active] == FIXED).all())
+            other[unit] = int(other_ends[name_][index])
+        if side == "out":
+            assert torch.equal(other, skeleton.target)
+        for unit in skeleton.active.nonzero()[:, 0].tolist():
+            length = 0
+            while unit != NO_UNIT:  # on from unit to unit, until a root is met
+                unit, length = int(other[unit]), length + 1
+                assert length <= skeleton.num_units
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -206,7 +210,7 @@ def test_units_before_a_zero_initialised_layer_are_dormant() -> None:
     skeleton = choose(module, group)
     assert group.num_units == 11
     assert not bool(skeleton.active.any())
-    for field in (skeleton.fixed_coupling, skeleton.out_coupling, skeleton.source, skeleton.target, skeleton.root):
+    for field in (skeleton.fixed_coupling, skeleton.out_coupling, skeleton.target, skeleton.root):
         assert bool((field == -1).all())
 
 

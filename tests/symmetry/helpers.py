@@ -136,3 +136,12 @@ def copies(group: ScalingGroup) -> dict[str, Tensor]:
 def put_(group: ScalingGroup, weights: dict[str, Tensor]) -> None:
     for name, parameter in group.parameters.items():
         parameter.copy_(weights[name])
+
+
+def log_scales(group: ScalingGroup, generator: torch.Generator, size: float = 1.0) -> Tensor:
+    return size * torch.randn(group.num_units, generator=generator, dtype=torch.float64)
+
+
+def assert_same_weights(first: dict[str, Tensor], second: dict[str, Tensor], tolerance: float = 1e-9) -> None:
+    for name, weight in first.items():
+        torch.testing.assert_close(second[name], weight, rtol=tolerance, atol=0.0, msg=lambda m, n=name: f"{n}: {m}")

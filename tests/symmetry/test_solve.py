@@ -1,4 +1,4 @@
-"""The elimination against plain linear algebra."""
+"""The solver against plain linear algebra."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_ecopt.symmetry import elimination
-from lightning_ecopt.symmetry.coupling import NO_UNIT
 from lightning_ecopt.symmetry.equations import Equations, Operation, Use
 from lightning_ecopt.symmetry.labels import FIXED
-from lightning_ecopt.symmetry.solve import solve
+from lightning_ecopt.symmetry.solve import NO_UNIT, solve
+from tests.selection import examples
 
 SCALES = 12
 
@@ -61,7 +61,7 @@ def null_space(matrix: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("worth_it", [1, 2, elimination.WORTH_IT])
-@settings(max_examples=250, deadline=None, derandomize=True)
+@examples(250)
 @given(system=systems())
 def test_units_span_the_solutions_as_far_as_parameters_show_them(
     worth_it: int, system: tuple[Equations, np.ndarray]

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from lightning_ecopt.symmetry import ScalingGroup, scaling_group
+from tests.selection import few
 from tests.symmetry.helpers import assert_complete, assert_same, copies, draw_, evaluate, put_
-from tests.symmetry.zoo import ZOO
+from tests.symmetry.zoo import FAST, ZOO
 from tests.symmetry.zoo.case import Case
 
-every_case = pytest.mark.parametrize("case", ZOO, ids=lambda case: case.name)
+every_case = pytest.mark.parametrize("case", few(ZOO, FAST), ids=lambda case: case.name)
 
 
 def test_the_zoo_is_large_and_its_names_are_unique() -> None:
@@ -42,7 +43,7 @@ def test_as_many_units_as_a_count_that_knows_nothing_of_layers(case: Case) -> No
     assert_complete(module, case.inputs)
 
 
-@pytest.mark.parametrize("case", [case for case in ZOO if case.units], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", few([case for case in ZOO if case.units], FAST), ids=lambda case: case.name)
 def test_the_balanced_member_depends_on_the_class_alone(case: Case) -> None:
     generator = torch.Generator().manual_seed(2)
     module = case.build().eval()

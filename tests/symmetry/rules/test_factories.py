@@ -86,8 +86,8 @@ OPS = [
     Op("linspace", lambda m, h: torch.linspace(h.sum(), 1.0, 8), 0),
     Op("linspace", lambda m, h: h + torch.linspace(1, 2, 4), 0),
     Op("linspace", lambda m, h: h * torch.linspace(1, 2, 4).new_ones(4)),
-    Op("eye", lambda m, h: h @ torch.eye(4, dtype=h.dtype), 1, complete=False),  # likewise
-    Op("eye", lambda m, h: h + torch.eye(4, dtype=h.dtype)[0], 0, complete=False),  # likewise
+    Op("eye", lambda m, h: h @ torch.eye(4, dtype=h.dtype), 1, complete=False),  # its zeros could be known
+    Op("eye", lambda m, h: h + torch.eye(4, dtype=h.dtype)[0], 0, complete=False),  # its zeros could be known
     Op("eye", lambda m, h: h * torch.eye(8, 4, dtype=h.dtype)),
 ]  # fmt: skip
 

@@ -102,7 +102,7 @@ OPS = [
         rows(16), m.w, torch.arange(0, 17, 2), include_last_offset=True), 4, 0, TABLE),
     Op("_embedding_bag", lambda m, h: h + F.embedding_bag(rows(8, 3), m.w, padding_idx=0), 4, 0, TABLE),
     Op("_embedding_bag", lambda m, h: h + F.embedding_bag(
-        rows(8, 3), m.w, sparse=traced()), 0, 0, TABLE, complete=False),  # as above
+        rows(8, 3), m.w, sparse=traced()), 0, 0, TABLE, complete=False),  # sparse gradients
     Op("_embedding_bag", lambda m, h: h + F.embedding_bag(
         rows(8, 3), m.w.clone(), max_norm=1.0), 0, 0, TABLE),
     Op("_embedding_bag", lambda m, h: h + F.embedding_bag(
@@ -169,11 +169,12 @@ OPS = [
     Op("gather", lambda m, h: h.gather(-1, four(8, 4, 2)), spatial=1),
     Op("gather", lambda m, h: h.gather(2, four(8, 3, 2)) + h[:, 1:, :2], 1, 1),
     Op("gather", lambda m, h: h.gather(0, four(8, 3)) + h[:, :3]),
-    Op("gather", lambda m, h: h.gather(1, four(), sparse_grad=traced()), 0, complete=False),  # likewise
+    Op("gather", lambda m, h: h.gather(1, four(), sparse_grad=traced()), 0, complete=False),  # a sparse gradient
     Op("gather", lambda m, h: h * m.w.gather(0, rows(8, 4)), 8, 0, TABLE),
     Op("gather", lambda m, h: h * m.w.gather(1, rows(8, 4)), 4 + 1, 0, {"w": (8, 5)}),
     Op("gather", lambda m, h: h * m.g.gather(0, order()), 4 + 1, 0, GAIN),
-    Op("gather", lambda m, h: h * m.g.gather(0, order(), sparse_grad=traced()), 4, 0, GAIN, complete=False),  # likewise
+    # A sparse gradient
+    Op("gather", lambda m, h: h * m.g.gather(0, order(), sparse_grad=traced()), 4, 0, GAIN, complete=False),
     Op("gather", lambda m, h: out_of(torch.gather)(h, 1, four()), 1),
     Op("take_along_dim", lambda m, h: h.take_along_dim(four(), 1), 1, inference=True),
     Op("take_along_dim", lambda m, h: h.take_along_dim(four(8, 1, 2), 2), spatial=1, inference=True),
@@ -189,8 +190,8 @@ OPS = [
     Op("index_put", lambda m, h: _put(h, (order(8)[:3],), h[1].relu(), accumulate=True)),
     Op("index_put", lambda m, h: _put(h, (order(8)[:3], order()[:3]), h[:3, 0]), 1),
     Op("index_put", lambda m, h: _put(
-        h, (order(8)[:3], order()[:3]), torch.tensor(0.0, dtype=h.dtype)), 0, complete=False),  # likewise
-    # Likewise
+        h, (order(8)[:3], order()[:3]), torch.tensor(0.0, dtype=h.dtype)), 0, complete=False),  # a zero fits all labels
+    # Not all places are known
     Op("index_put", lambda m, h: _put(h, (torch.tensor([1, 0]), torch.tensor([3, 2])), m.known[:2]), 0, complete=False),
     Op("index_put", lambda m, h: _assigned(h, (slice(None), order()[:2]), h[:, :1]), 1),
     Op("index_put", lambda m, h: _assigned(h, (slice(None), slice(None), order()[:2]), h[:, :, 1:3]), spatial=1),
@@ -205,7 +206,7 @@ OPS = [
     Op("index_put", lambda m, h: _assigned(h, (order(8)[:, None], slice(None), distinct(8, 2)), h[..., :2].mT), 4, 1),
     Op("index_put", lambda m, h: _assigned(torch.zeros_like(h), (slice(None), slice(None), order()), h), 4, 1),
     Op("index_put", lambda m, h: _assigned(torch.zeros_like(h), (order(8)), h)),
-    Op("index_put", lambda m, h: _assigned(h, mask(8, 4), 0.0), 0, complete=False),  # likewise
+    Op("index_put", lambda m, h: _assigned(h, mask(8, 4), 0.0), 0, complete=False),  # a zero fits all labels
     Op("index_put", lambda m, h: _assigned(h, mask(8, 4), 1.0), 0),
     Op("index_put", lambda m, h: _assigned(h, mask(8, 4), m.b), 1, 0, {"b": (1,)}),
     Op("index_put", lambda m, h: _assigned(h, mask(8), h.roll(1, 1)[:1]), 1),
@@ -229,8 +230,8 @@ OPS = [
     Op("scatter", lambda m, h: h.scatter(1, four(8, 2), 0.5), 0),
     Op("scatter", lambda m, h: h.scatter(2, four(8, 4, 2), 0.0), 4, 1),
     Op("scatter", lambda m, h: h.scatter(1, four(8, 2), h[:, :2], reduce="add"), 1, counted=False),  # no gradient
-    Op("scatter", lambda m, h: h.scatter(1, four(8, 2), h[:, :2], reduce="multiply"), 0, counted=False),  # likewise
-    Op("scatter", lambda m, h: h.scatter(1, four(8, 2), 2.0, reduce="multiply"), 0, counted=False),  # likewise
+    Op("scatter", lambda m, h: h.scatter(1, four(8, 2), h[:, :2], reduce="multiply"), 0, counted=False),  # no gradient
+    Op("scatter", lambda m, h: h.scatter(1, four(8, 2), 2.0, reduce="multiply"), 0, counted=False),  # no gradient
     Op("scatter", lambda m, h: out_of(torch.scatter)(h, 1, distinct(8, 2), larger(h.relu(), 8, 2)), 1),
     Op("scatter_add", lambda m, h: h.scatter_add(1, four(), h), 1),
     Op("scatter_add", lambda m, h: h.new_zeros(8, 3, 4).scatter_add(1, torch.randint(3, (8, 4, 4)), h).sum(1), 1, 1),

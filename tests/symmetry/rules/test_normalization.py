@@ -39,14 +39,15 @@ OPS = [
     Op("native_batch_norm", lambda m, h: F.batch_norm(
         m.known.expand(8, 4), m.known, h.square().mean(0).detach(), m.w, m.b, eps=EPS), 4, 0, GAIN, counted=False),
     Op("native_batch_norm", lambda m, h: F.instance_norm(h, weight=m.w, bias=m.b, eps=EPS), 4, 2, GAIN),
-    Op("batch_norm", lambda m, h: _batch_norm(m, h, m.w, m.b, False), 4, 0, GAIN, True, complete=False),  # likewise
+    # As in training
+    Op("batch_norm", lambda m, h: _batch_norm(m, h, m.w, m.b, False), 4, 0, GAIN, True, complete=False),
     Op("batch_norm", lambda m, h: _batch_norm(m, h, m.w, m.b), 4, 0, GAIN, True),
     Op("_native_batch_norm_legit", lambda m, h: ops._native_batch_norm_legit(
         h, m.w, m.b, m.known * 0, m.known * 1, True, 0.1, EPS)[0], 4, 1, GAIN),
     Op("_native_batch_norm_legit", lambda m, h: ops._native_batch_norm_legit(
         h, m.w, m.b, True, 0.1, EPS)[0], 4, 1, GAIN),
     Op("_native_batch_norm_legit_no_training", lambda m, h: ops._native_batch_norm_legit_no_training(
-        h, m.w, m.b, m.known * 0, m.known, 0.1, EPS)[0], 4, 1, GAIN, complete=False),  # likewise
+        h, m.w, m.b, m.known * 0, m.known, 0.1, EPS)[0], 4, 1, GAIN, complete=False),  # as in training
     Op("_native_batch_norm_legit_functional", lambda m, h: ops._native_batch_norm_legit_functional(
         h, m.w, m.b, m.known * 0, m.known, True, 0.1, EPS)[0], 4, 1, GAIN),
     Op("_batch_norm_with_update", lambda m, h: ops._batch_norm_with_update(
@@ -54,7 +55,7 @@ OPS = [
     Op("_batch_norm_with_update_functional", lambda m, h: ops._batch_norm_with_update_functional(
         h, m.w, m.b, m.known * 0, m.known, 0.1, EPS)[0], 4, 1, GAIN),
     Op("_batch_norm_no_update", lambda m, h: ops._batch_norm_no_update(
-        h, m.w, m.b, m.known * 0, m.known, 0.1, EPS)[0], 4, 1, GAIN, complete=False),  # likewise
+        h, m.w, m.b, m.known * 0, m.known, 0.1, EPS)[0], 4, 1, GAIN, complete=False),  # as in training
     Op("native_layer_norm", lambda m, h: F.layer_norm(h, (4,), m.w, m.b, EPS), 4, 0, GAIN),
     Op("native_layer_norm", lambda m, h: F.layer_norm(h, (4, 4), eps=EPS), 0, 1),
     Op("native_layer_norm", lambda m, h: F.layer_norm(h, (4, 4), m.w, eps=EPS), 16, 1, {"w": (4, 4)}),

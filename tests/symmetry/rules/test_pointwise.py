@@ -427,14 +427,14 @@ OPS = [
     Op("pow", lambda m, h: h.abs().pow(m.w), 0, 0, {"w": (4,)}),
     Op("pow", lambda m, h: h + m.known.pow(m.known), 0),
     Op("pow", lambda m, h: h.abs().pow(1e-9), 0, complete=False),  # so are exponents that are no simple fractions
-    Op("pow", lambda m, h: h.abs().pow(2**0.5), 0, complete=False),  # likewise
+    Op("pow", lambda m, h: h.abs().pow(2**0.5), 0, complete=False),  # no simple fraction
     Op("pow", lambda m, h: torch.zeros_like(h).pow(2) + h),
     Op("pow", lambda m, h: torch.zeros_like(h).pow(0) + h, 0),
     Op("pow", lambda m, h: F.linear(h, m.w.pow(2)), 4 + 5, 0, WIDE),
     Op("pow", lambda m, h: h * m.g.pow(3), 8, 0, GAIN),
     Op("float_power", lambda m, h: h.float_power(2) + h * h.abs(), inference=True),
     Op("float_power", lambda m, h: h.float_power(2) + h, 0, inference=True),
-    Op("float_power", lambda m, h: h.abs().float_power(m.known), 0, inference=True, complete=False),  # likewise
+    Op("float_power", lambda m, h: h.abs().float_power(m.known), 0, inference=True, complete=False),  # data
     Op("pow", lambda m, h: h.square().sum(1), 1),
     Op("pow", lambda m, h: h.square_() + h),
     Op("square", lambda m, h: h.square() + h, 0, inference=True),
@@ -483,7 +483,7 @@ OPS = [
     Op("copy", _halves_added, 2),
     Op("copy", _parameter_written, 0, 0, GAIN, complete=False),  # parameters in a part of the memory
     Op("copy", _parameter_everywhere, 8, 0, GAIN),
-    Op("copy", _weight_assembled, 1, 0, WIDE, complete=False),  # likewise
+    Op("copy", _weight_assembled, 1, 0, WIDE, complete=False),  # parameters in a part of the memory
     Op("copy", _changed_while_seen, 2),
     Op("copy", _into_a_diagonal, 0, complete=False),  # no box of the memory
     Op("copy", lambda m, h: F.pad(h, (1, 2), "circular"), spatial=1),

@@ -134,7 +134,7 @@ OPS = [
     Op("prod", lambda m, h: h.prod(2, keepdim=True) + h.square().square(), spatial=1),
     Op("prod", lambda m, h: h.prod(2, keepdim=True) + h, 0, 1),
     Op("prod", lambda m, h: h.view(8, 2, 2).prod(2), 2, complete=False),  # all factors have one label
-    Op("prod", lambda m, h: h.prod() + 0 * h[:, :1], 1, complete=False),  # likewise
+    Op("prod", lambda m, h: h.prod() + 0 * h[:, :1], 1, complete=False),  # all factors have one label
     Op("prod", lambda m, h: h.mean(2).prod(1, keepdim=True) + h.mean(2).square().square(), 1, 1),
 ]  # fmt: skip
 

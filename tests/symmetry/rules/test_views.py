@@ -71,7 +71,7 @@ OPS = [
     Op("positive", lambda m, h: +h, inference=True),
     Op("lift_fresh", lambda m, h: ops.lift_fresh(h)),
     Op("lift_fresh_copy", lambda m, h: ops.lift_fresh_copy(h)),
-    Op("detach_copy", lambda m, h: ops.detach_copy(h), counted=False),  # likewise
+    Op("detach_copy", lambda m, h: ops.detach_copy(h), counted=False),  # has no gradient
     Op("_conj", lambda m, h: torch.complex(h, h.relu()).conj().abs()),
     Op("_conj", lambda m, h: torch.complex(h, h.relu()).conj().imag + h.roll(1, 1), 0, complete=False),  # seen negated
     Op("_conj", lambda m, h: torch.complex(h, h.relu()).mH.real.T, inference=True),
@@ -82,7 +82,7 @@ OPS = [
         h, h.relu()).conj().resolve_conj().imag + h.roll(1, 1), 1, inference=True),
     Op("resolve_conj", lambda m, h: torch.resolve_conj(h), inference=True),
     Op("resolve_neg", lambda m, h: torch.complex(
-        h, h.relu()).conj().imag.resolve_neg(), 0, inference=True, complete=False),  # likewise
+        h, h.relu()).conj().imag.resolve_neg(), 0, inference=True, complete=False),  # seen negated
     Op("resolve_neg", lambda m, h: torch.resolve_neg(h) + h.roll(1, 1), 1, inference=True),
     Op("tril", lambda m, h: F.linear(h, m.w.tril()), 8, 0, SQUARE),
     Op("tril", lambda m, h: h.view(8, 2, 2).tril(-1)),
@@ -268,7 +268,7 @@ OPS = [
     Op("replication_pad1d", lambda m, h: F.pad(h, (1, 1), "replicate"), spatial=1),
     Op("replication_pad1d", lambda m, h: F.pad(h.mT, (1, 1), "replicate").mean(2), 1, 1),
     Op("replication_pad2d", lambda m, h: F.pad(h, (1, 1, 1, 0), "replicate"), spatial=2),
-    # Likewise
+    # Channels among the pixels
     Op("replication_pad2d", lambda m, h: F.pad(h.transpose(1, 3), (1, 1, 1, 0), "replicate"), 1, 2, complete=False),
     Op("replication_pad2d", lambda m, h: F.pad(h.transpose(1, 3), (1, 1, 1, 0), "replicate").mean(3), 1, 2),
     Op("replication_pad3d", lambda m, h: F.pad(h, (1, 1, 1, 0, 1, 1), "replicate"), spatial=3),

@@ -4,12 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Flag, auto
 from typing import Any
 
 import torch
 from torch import nn
 
 Sample = Callable[[torch.Generator, float], tuple[Any, ...]]
+
+
+class Use(Flag):
+    """What a case is good for, besides being one of many."""
+
+    FAST = auto()
+    """The default run has it: few cases stand for all of their family."""
+    PATHS = auto()
+    """Outputs are sums over paths; the others have a softmax, a sigmoid, a norm of activations or the like."""
+    PRODUCTS = auto()
+    """Monomials are products of units: attention, gates, powers, tied weights, norms."""
+    SHARDS = auto()
+    """Rows lead into a unit on one rank or on several, or weights are shared, normalised or frozen."""
+    FOUR_SHARDS = auto()
+    """Of these with four processes."""
+
+
+NOTHING_MORE = Use(0)
 
 
 @dataclass(frozen=True)
@@ -23,6 +42,7 @@ class Case:
         units: how many freedoms there are.
         frozen: names of parameters that require no gradient.
         sample: draws the inputs, if they are something else: from a generator and the size of what is drawn.
+        good_for: which tests take it.
     """
 
     name: str
@@ -31,6 +51,7 @@ class Case:
     units: int
     frozen: tuple[str, ...] = ()
     sample: Sample | None = None
+    good_for: Use = NOTHING_MORE
 
     def build(self) -> nn.Module:
         """The network in float64; its epsilons are so large that a freedom which only they break cannot be missed."""

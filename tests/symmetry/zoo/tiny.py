@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.networks import DenseNet, ResidualMLP, ResNet, mlp, norm_cnn, plain_cnn
-from tests.symmetry.zoo.case import Case
+from tests.symmetry.zoo.case import Case, Use
 
 
 class Function(nn.Module):
@@ -103,15 +103,15 @@ def _dense() -> Function:
 
 
 TINY = [
-    Case("prelu mlp", lambda: mlp(6, 7, 9, 4, activation=nn.PReLU), ((4, 6),), 16),
-    Case("residual mlp", ResidualMLP, ((8, 3),), 9),
-    Case("unequal widths", lambda: mlp(3, 6, 2, 5, 2), ((8, 3),), 13),
-    Case("no biases", lambda: mlp(3, 4, 5, 2, bias=False), ((8, 3),), 9),
-    Case("one wide", lambda: mlp(2, 1, 1, 1), ((8, 2),), 2),
-    Case("leaky relu", lambda: mlp(3, 5, 4, 2, activation=nn.LeakyReLU), ((8, 3),), 9),
+    Case("prelu mlp", lambda: mlp(6, 7, 9, 4, activation=nn.PReLU), ((4, 6),), 16, good_for=Use.PATHS),
+    Case("residual mlp", ResidualMLP, ((8, 3),), 9, good_for=Use.PATHS),
+    Case("unequal widths", lambda: mlp(3, 6, 2, 5, 2), ((8, 3),), 13, good_for=Use.PATHS),
+    Case("no biases", lambda: mlp(3, 4, 5, 2, bias=False), ((8, 3),), 9, good_for=Use.PATHS),
+    Case("one wide", lambda: mlp(2, 1, 1, 1), ((8, 2),), 2, good_for=Use.PATHS),
+    Case("leaky relu", lambda: mlp(3, 5, 4, 2, activation=nn.LeakyReLU), ((8, 3),), 9, good_for=Use.PATHS),
     Case("relu squeezed between tanh", lambda: nn.Sequential(*mlp(3, 4, 4), nn.Tanh(), *mlp(4, 3, 2)), ((8, 3),), 7),
     Case("gelu", lambda: mlp(3, 5, 2, activation=nn.GELU), ((8, 3),), 0),
-    Case("no activation", lambda: mlp(3, 4, 2, activation=nn.Identity), ((8, 3),), 4),
+    Case("no activation", lambda: mlp(3, 4, 2, activation=nn.Identity), ((8, 3),), 4, good_for=Use.PATHS),
     Case(
         "conv, batch norm",
         lambda: nn.Sequential(
@@ -119,18 +119,21 @@ TINY = [
         ),
         ((6, 1, 4, 4),),
         4,
+        good_for=Use.PATHS,
     ),
     Case(
         "linear, batch norm",
         lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2)),
         ((8, 3),),
         4,
+        good_for=Use.PATHS,
     ),
     Case(
         "batch norm without gains",
         lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, affine=False), nn.ReLU(), nn.Linear(4, 2)),
         ((8, 3),),
         0,
+        good_for=Use.PATHS,
     ),
     Case(
         "layer norm",
@@ -146,18 +149,19 @@ TINY = [
         ((8, 2, 3),),
         4,
     ),
-    Case("conv1d", lambda: _conv_net(1, nn.MaxPool1d(2)), ((8, 2, 5),), 6),
-    Case("conv2d", lambda: _conv_net(2, nn.AvgPool2d(2, padding=1)), ((6, 2, 4, 4),), 6),
-    Case("conv3d", lambda: _conv_net(3, nn.MaxPool3d(2)), ((6, 2, 3, 3, 3),), 6),
-    Case("adaptive average", lambda: _conv_net(2, nn.AdaptiveAvgPool2d(2)), ((6, 2, 4, 4),), 6),
-    Case("adaptive maximum", lambda: _conv_net(1, nn.AdaptiveMaxPool1d(2)), ((8, 2, 5),), 6),
-    Case("grouped conv", lambda: _conv_net(1, nn.Identity(), groups=2), ((8, 2, 4),), 8),
-    Case("depthwise conv", lambda: _conv_net(1, nn.Identity(), groups=4), ((8, 2, 4),), 12),
+    Case("conv1d", lambda: _conv_net(1, nn.MaxPool1d(2)), ((8, 2, 5),), 6, good_for=Use.PATHS),
+    Case("conv2d", lambda: _conv_net(2, nn.AvgPool2d(2, padding=1)), ((6, 2, 4, 4),), 6, good_for=Use.PATHS),
+    Case("conv3d", lambda: _conv_net(3, nn.MaxPool3d(2)), ((6, 2, 3, 3, 3),), 6, good_for=Use.PATHS),
+    Case("adaptive average", lambda: _conv_net(2, nn.AdaptiveAvgPool2d(2)), ((6, 2, 4, 4),), 6, good_for=Use.PATHS),
+    Case("adaptive maximum", lambda: _conv_net(1, nn.AdaptiveMaxPool1d(2)), ((8, 2, 5),), 6, good_for=Use.PATHS),
+    Case("grouped conv", lambda: _conv_net(1, nn.Identity(), groups=2), ((8, 2, 4),), 8, good_for=Use.PATHS),
+    Case("depthwise conv", lambda: _conv_net(1, nn.Identity(), groups=4), ((8, 2, 4),), 12, good_for=Use.PATHS),
     Case(
         "transposed conv",
         lambda: nn.Sequential(nn.ConvTranspose1d(2, 3, 2), nn.ReLU(), nn.ConvTranspose1d(3, 2, 2, stride=2)),
         ((6, 2, 3),),
         3,
+        good_for=Use.PATHS,
     ),
     Case(
         "grouped transposed conv",
@@ -170,18 +174,26 @@ TINY = [
         ),
         ((8, 1, 3),),
         10,
+        good_for=Use.PATHS | Use.SHARDS | Use.FOUR_SHARDS,
     ),
     Case(
         "flattened image",
         lambda: nn.Sequential(nn.Conv2d(1, 3, 2), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(12, 2)),
         ((6, 1, 5, 5),),
         3,
+        good_for=Use.PATHS,
     ),
-    Case("concatenation", _dense, ((8, 2),), 7),
-    Case("resnet", SmallResNet, ((4, 1, 3, 3),), 2 + 3 + 2 + 3),
-    Case("option A", OptionA, ((6, 1, 4, 4),), 2 + 3 + 2),
-    Case("siamese, concatenated", lambda: _siamese(lambda a, b: torch.cat([a, b], 1), 8), ((8, 3), (8, 3)), 4),
-    Case("siamese, subtracted", lambda: _siamese(torch.sub, 4), ((8, 3), (8, 3)), 4),
+    Case("concatenation", _dense, ((8, 2),), 7, good_for=Use.PATHS),
+    Case("resnet", SmallResNet, ((4, 1, 3, 3),), 2 + 3 + 2 + 3, good_for=Use.PATHS),
+    Case("option A", OptionA, ((6, 1, 4, 4),), 2 + 3 + 2, good_for=Use.PATHS),
+    Case(
+        "siamese, concatenated",
+        lambda: _siamese(lambda a, b: torch.cat([a, b], 1), 8),
+        ((8, 3), (8, 3)),
+        4,
+        good_for=Use.PATHS,
+    ),
+    Case("siamese, subtracted", lambda: _siamese(torch.sub, 4), ((8, 3), (8, 3)), 4, good_for=Use.PATHS),
     Case(
         "written by hand",
         lambda: Function(
@@ -193,10 +205,11 @@ TINY = [
         ),
         ((8, 3),),
         4,
+        good_for=Use.PATHS,
     ),
-    Case("relu in place", lambda: _between(F.relu_), ((8, 3),), 4),
+    Case("relu in place", lambda: _between(F.relu_), ((8, 3),), 4, good_for=Use.PATHS),
     Case("leaky relu by where", lambda: _between(lambda x: torch.where(x > 0, x, 0.1 * x)), ((8, 3),), 4),
-    Case("relu by clamp", lambda: _between(lambda x: x.clamp(min=0)), ((8, 3),), 4),
+    Case("relu by clamp", lambda: _between(lambda x: x.clamp(min=0)), ((8, 3),), 4, good_for=Use.PATHS),
     Case("relu6", lambda: _between(F.relu6), ((8, 3),), 0),
     Case("glu by halves", lambda: _between(lambda x: torch.cat([x[:, :2] * x[:, 2:].sigmoid()] * 2, 1)), ((8, 3),), 2),
     Case(
@@ -220,13 +233,21 @@ TINY = [
         ),
         ((8, 3),),
         8,
+        good_for=Use.PATHS,
     ),
     # The frozen matrix mixes all channels, so that on either side only one common scale is left, and it passes through.
-    Case("frozen weight", lambda: mlp(3, 4, 5, 2, bias=False), ((8, 3),), 1, ("2.weight",)),
-    Case("frozen layer", lambda: mlp(3, 4, 5, 2), ((8, 3),), 0, ("2.weight", "2.bias")),
-    Case("frozen weight, free bias", lambda: mlp(3, 4, 5, 2), ((8, 3),), 1, ("2.weight",)),
-    Case("frozen first layer", lambda: mlp(3, 4, 5, 2), ((8, 3),), 5, ("0.weight", "0.bias")),
-    Case("frozen bias", lambda: mlp(3, 4, 5, 2), ((8, 3),), 4, ("2.bias",)),
+    Case("frozen weight", lambda: mlp(3, 4, 5, 2, bias=False), ((8, 3),), 1, ("2.weight",), good_for=Use.PATHS),
+    Case("frozen layer", lambda: mlp(3, 4, 5, 2), ((8, 3),), 0, ("2.weight", "2.bias"), good_for=Use.PATHS),
+    Case("frozen weight, free bias", lambda: mlp(3, 4, 5, 2), ((8, 3),), 1, ("2.weight",), good_for=Use.PATHS),
+    Case(
+        "frozen first layer",
+        lambda: mlp(3, 4, 5, 2),
+        ((8, 3),),
+        5,
+        ("0.weight", "0.bias"),
+        good_for=Use.PATHS | Use.SHARDS,
+    ),
+    Case("frozen bias", lambda: mlp(3, 4, 5, 2), ((8, 3),), 4, ("2.bias",), good_for=Use.PATHS),
     Case(
         "frozen grouped conv",
         lambda: nn.Sequential(
@@ -235,6 +256,7 @@ TINY = [
         ((8, 1, 4),),
         2,
         ("2.weight",),
+        good_for=Use.PATHS,
     ),
     Case(
         "skip from the input",
@@ -246,6 +268,7 @@ TINY = [
         ),
         ((8, 3),),
         5,
+        good_for=Use.PATHS,
     ),
     Case(
         "layer of its own output",
@@ -257,14 +280,15 @@ TINY = [
         ),
         ((8, 2),),
         3,
+        good_for=Use.PATHS | Use.SHARDS,
     ),
 ]
 
 SHARED = [
-    Case("ResidualMLP", ResidualMLP, ((8, 3),), 9),
-    Case("ResNet", ResNet, ((3, 1, 6, 6),), 3 + 3 + 4 + 4),
-    Case("DenseNet", DenseNet, ((3, 1, 5, 5),), 7),
-    Case("mlp", lambda: mlp(3, 5, 4, 2), ((8, 3),), 9),
-    Case("plain_cnn", plain_cnn, ((3, 1, 8, 8),), 10),
-    Case("norm_cnn", norm_cnn, ((4, 1, 8, 8),), 9),
+    Case("ResidualMLP", ResidualMLP, ((8, 3),), 9, good_for=Use.FAST | Use.PATHS),
+    Case("ResNet", ResNet, ((3, 1, 6, 6),), 3 + 3 + 4 + 4, good_for=Use.FAST | Use.PATHS | Use.SHARDS),
+    Case("DenseNet", DenseNet, ((3, 1, 5, 5),), 7, good_for=Use.FAST | Use.PATHS),
+    Case("mlp", lambda: mlp(3, 5, 4, 2), ((8, 3),), 9, good_for=Use.FAST | Use.PATHS | Use.SHARDS | Use.FOUR_SHARDS),
+    Case("plain_cnn", plain_cnn, ((3, 1, 8, 8),), 10, good_for=Use.FAST | Use.PATHS),
+    Case("norm_cnn", norm_cnn, ((4, 1, 8, 8),), 9, good_for=Use.FAST | Use.PATHS),
 ]

@@ -1,0 +1,177 @@
+"""What these tests run under."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+
+from lightning_ecopt import scaling_group
+
+
+@dataclass(frozen=True)
+class Row:
+    """The elements of one parameter that lead into one value; ``unit`` is None if that is held fixed."""
+
+    name: str
+    index: tuple[Any, ...]
+    unit: tuple[str, int] | None
+    added: bool
+
+
+def rows_of(module: nn.Module, streams: Mapping[str, str | None]) -> list[Row]:
+    """The rows of all layers. ``streams`` says, by layer, whose units its outputs are."""
+    rows = []
+    for name, stream in streams.items():
+        layer = module.get_submodule(name)
+        if isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d):
+            per_group, inputs = layer.out_channels // layer.groups, layer.in_channels // layer.groups
+            indices: list[tuple[Any, ...]] = [
+                (slice(group * inputs, (group + 1) * inputs), channel)
+                for group in range(layer.groups)
+                for channel in range(per_group)
+            ]
+        else:
+            indices = [(channel,) for channel in range(len(next(layer.parameters())))]
+        for channel, index in enumerate(indices):
+            into = None if stream is None else (stream, channel)
+            if hasattr(layer, "weight"):
+                rows.append(Row(f"{name}.weight", index, into, False))
+            if getattr(layer, "bias", None) is not None:
+                rows.append(Row(f"{name}.bias", (channel,), into, True))
+    return rows
+
+
+class Reference:
+    """Takes the steps of the rule "unit" as its documentation has them, one row after the other.
+
+    Only the balanced member is the package's.
+    """
+
+    def __init__(self, module: nn.Module, x: Tensor, streams: Mapping[str, str | None]) -> None:
+        self.module, self.x = module, x
+        self.rows = rows_of(module, streams)
+        self.parameters = dict(module.named_parameters())
+        covered = {name: torch.zeros(p.shape, dtype=torch.int64) for name, p in self.parameters.items()}
+        for row in self.rows:
+            covered[row.name][row.index] += 1
+        assert all(bool((count == 1).all()) for count in covered.values())
+        self.second = [0.0] * len(self.rows)  # running mean of |g|^2 / n
+        self.seen = [0.0] * len(self.rows)  # sum of its weights
+        self.rho: list[float] = []  # from the first refresh on
+        self.mean = math.nan
+        self.state: dict[str, dict[str, Any]] = {name: {"step": 0} for name in self.parameters}
+
+    def refresh(self) -> None:
+        """To the balanced member."""
+        group = scaling_group(self.module, self.x)
+        factors = {name: torch.ones_like(p) for name, p in self.parameters.items()}
+        group.rescale_(factors, group.balance_())
+        for name, p in self.parameters.items():
+            factor = factors[name]
+            if p.grad is not None:
+                p.grad /= factor
+            for entry, power in (("momentum_buffer", 1), ("exp_avg", 1), ("exp_avg_sq", 2), ("max_exp_avg_sq", 2)):
+                if entry in self.state[name]:
+                    self.state[name][entry] /= factor**power
+        if not self.rho:
+            self.magnitudes()
+
+    def magnitudes(self) -> None:
+        """rho of all rows."""
+        squares = [float(self.parameters[row.name].detach()[row.index].square().sum()) for row in self.rows]
+        sizes = [self.parameters[row.name][row.index].numel() for row in self.rows]
+        proper = [k for k, row in enumerate(self.rows) if sizes[k] > 1 and not row.added]
+        self.mean = math.sqrt(sum(squares[k] for k in proper) / sum(sizes[k] for k in proper))
+        mean_norm = math.sqrt(sum(squares[k] for k in proper) / len(proper))
+
+        def bounded(own: float, usual: float) -> float:
+            return max(own, 0.1 * usual) if own > 0 else usual
+
+        for k, row in enumerate(self.rows):
+            if k in proper:
+                self.rho.append(bounded(math.sqrt(squares[k] / sizes[k]), self.mean))
+            elif not row.added:
+                self.rho.append(0.1 * bounded(math.sqrt(squares[k]), mean_norm))
+            elif row.unit is None:
+                self.rho.append(0.1 * mean_norm)
+            else:
+                into = [j for j, one in enumerate(self.rows) if one.unit == row.unit and not one.added]
+                self.rho.append(0.1 * bounded(math.sqrt(sum(squares[j] for j in into)), mean_norm))
+
+    def step(self, base: Optimizer, options: Mapping[str, dict[str, Any]]) -> None:
+        """One step with the options of each parameter."""
+        for name, p in self.parameters.items():
+            if p.grad is not None:
+                self.state[name]["step"] += 1
+        gradients: dict[int, Tensor] = {}
+        for k, row in enumerate(self.rows):
+            gradient = self.parameters[row.name].grad
+            if gradient is None:
+                continue
+            g = gradients[k] = gradient[row.index].clone()
+            n = g.numel()
+            if n > 1 and not row.added:
+                g -= 0.9 * g.mean()
+            square = float(g.square().sum()) / n
+            self.second[k] = 0.99 * self.second[k] + 0.01 * square
+            self.seen[k] = 0.99 * self.seen[k] + 0.01
+            v = self.second[k] / self.seen[k]
+            if square > v:
+                g *= math.sqrt(v / square)
+        relative = [
+            rho**2 * second / seen if seen else 0.0
+            for rho, second, seen in zip(self.rho, self.second, self.seen, strict=True)
+        ]
+        faint = 1e-5 * math.sqrt(sum(relative) / len(relative))
+        for k, g in gradients.items():
+            row = self.rows[k]
+            p = self.parameters[row.name]
+            chosen, state, rho = options[row.name], self.state[row.name], self.rho[k]
+            w = p.detach()[row.index].clone()
+            v = self.second[k] / self.seen[k]
+            if isinstance(base, SGD):
+                momentum, dampening = chosen["momentum"], chosen["dampening"]
+                rate = (1 - momentum) / (1 - dampening) if momentum else 1.0
+                s = rate * rho / max(math.sqrt(v), faint / rho)
+                direction = self._sgd(g + chosen["weight_decay"] * w / s, row, chosen, state)
+            else:
+                s = rho / self.mean
+                if isinstance(base, AdamW):
+                    w *= 1 - chosen["lr"] * chosen["weight_decay"]
+                else:
+                    g += chosen["weight_decay"] * w / s
+                direction = self._adam(g, row, chosen, state)
+            with torch.no_grad():
+                p[row.index] = w - chosen["lr"] * s * direction
+
+    def _held(self, state: dict[str, Any], row: Row, entry: str) -> Tensor:
+        if entry not in state:
+            state[entry] = torch.zeros_like(self.parameters[row.name].detach())
+        held: Tensor = state[entry]
+        return held
+
+    def _sgd(self, g: Tensor, row: Row, chosen: dict[str, Any], state: dict[str, Any]) -> Tensor:
+        momentum = chosen["momentum"]
+        if not momentum:
+            return g
+        buffer = self._held(state, row, "momentum_buffer")
+        first = state["step"] == 1
+        buffer[row.index] = g if first else momentum * buffer[row.index] + (1 - chosen["dampening"]) * g
+        return g + momentum * buffer[row.index] if chosen["nesterov"] else buffer[row.index].clone()
+
+    def _adam(self, g: Tensor, row: Row, chosen: dict[str, Any], state: dict[str, Any]) -> Tensor:
+        (beta1, beta2), step = chosen["betas"], state["step"]
+        mean, square = self._held(state, row, "exp_avg"), self._held(state, row, "exp_avg_sq")
+        mean[row.index] = beta1 * mean[row.index] + (1 - beta1) * g
+        square[row.index] = beta2 * square[row.index] + (1 - beta2) * g * g
+        if chosen["amsgrad"]:
+            largest = self._held(state, row, "max_exp_avg_sq")
+            largest[row.index] = torch.maximum(largest[row.index], square[row.index])
+            square = largest
+        return (mean[row.index] / (1 - beta1**step)) / ((square[row.index] / (1 - beta2**step)).sqrt() + chosen["eps"])

@@ -1,0 +1,239 @@
+"""The rule "unit": what belongs to the user and to the base, checkpoints, and statistics."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, AdamW
+
+from lightning_ecopt import EquivalentClassOptimizer, scaling_group
+from tests.networks import ResidualMLP
+from tests.optim.training import batches, loss_of, only_refresh, problem, same_bits, through_a_file, train, weights_of
+from tests.optim.unit_rule import POWERS, Make, finite, saved, unit
+from tests.selection import few
+
+# What belongs to the user and to the base -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base", ["momentum", "amsgrad"])
+def test_gradients_are_the_users_again_after_a_step(base: str) -> None:
+    module, x, y = problem(4, 6, 5, 3)
+    optimizer = unit(module, x, base)
+    train(module, optimizer, x, y, range(3))
+    optimizer.zero_grad()
+    loss_of(module, x, y).backward()
+    tensors = {name: p.grad for name, p in module.named_parameters()}
+    values = {name: gradient.clone() for name, gradient in tensors.items() if gradient is not None}
+    optimizer.step()
+    for name, p in module.named_parameters():
+        assert p.grad is tensors[name]
+        assert torch.equal(p.grad, values[name])
+
+
+KINDS: dict[str, Make] = {
+    "sgd": lambda params: SGD(params, lr=0.02, momentum=0.9, weight_decay=1e-3),
+    "adamw": lambda params: AdamW(params, lr=0.01, amsgrad=True),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_plain_base_goes_on_from_a_saved_state(kind: str) -> None:
+    module, x, y = problem(4, 6, 5, 3)
+    optimizer = unit(module, x, KINDS[kind])
+    train(module, optimizer, x, y, range(5))
+    plain = KINDS[kind](module.parameters())
+    plain.load_state_dict(through_a_file(optimizer.state_dict()))
+    for p in module.parameters():
+        assert plain.state[p].keys() == optimizer.state[p].keys()
+        for entry, value in plain.state[p].items():
+            assert torch.equal(value, optimizer.state[p][entry])
+    losses = train(module, plain, x, y, range(5, 45))
+    assert sum(losses[-4:]) < sum(losses[:4])
+
+
+def test_the_saved_momentum_of_one_gradient_is_that_gradient_centred() -> None:
+    module, x, y = problem(4, 6, 5, 3)
+    start = copy.deepcopy(module)
+    scaling_group(start, x).balance_()
+    loss_of(start, *batches(x, y, 0)).backward()
+    optimizer = unit(module, x, lambda params: SGD(params, lr=0.05, momentum=0.9))
+    train(module, optimizer, x, y, range(1))
+    plain = SGD(module.parameters(), lr=0.05, momentum=0.9)
+    plain.load_state_dict(optimizer.state_dict())
+    for name, p in module.named_parameters():
+        g = start.get_parameter(name).grad
+        expected = g - 0.9 * g.mean(1, keepdim=True) if g.ndim == 2 else g
+        torch.testing.assert_close(plain.state[p]["momentum_buffer"], expected, rtol=1e-11, atol=1e-14)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_state_of_the_plain_base_is_taken_over(kind: str) -> None:
+    module, x, y = problem(4, 6, 5, 3)
+    plain = KINDS[kind](module.parameters())
+    train(module, plain, x, y, range(5))
+    before = weights_of(module)
+    optimizer = unit(module, x, KINDS[kind])
+    optimizer.load_state_dict(through_a_file(plain.state_dict()))
+    only_refresh(optimizer)
+    for entry, power in POWERS.items():
+        for name, p in module.named_parameters():
+            if entry in plain.state[p]:
+                expected = plain.state[p][entry] * (before[name] / p.detach()) ** power
+                torch.testing.assert_close(optimizer.state[p][entry], expected, rtol=1e-9, atol=1e-15)
+    losses = train(module, optimizer, x, y, range(5, 45))
+    assert sum(losses[-4:]) < sum(losses[:4])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("first", "second"), [("path", "unit"), ("unit", "path")])
+def test_a_checkpoint_of_the_other_rule_starts_anew(kind: str, first: str, second: str) -> None:
+    module, x, y = problem(4, 6, 5, 3)
+    optimizer = EquivalentClassOptimizer(KINDS[kind](module.parameters()), scaling_group(module, x), rule=first)
+    train(module, optimizer, x, y, range(5))
+    state = through_a_file(optimizer.state_dict())
+    assert state["equivalent_class"]["rule"] == first
+    twin = copy.deepcopy(module)
+    other = EquivalentClassOptimizer(KINDS[kind](twin.parameters()), scaling_group(twin, x), rule=second)
+    other.load_state_dict(copy.deepcopy(state))  # a torch optimizer goes on with the tensors that it is given
+    losses = train(twin, other, x, y, range(5, 35))
+    assert finite(twin)
+    assert sum(losses[-4:]) < sum(losses[:4])
+    assert other.state_dict()["equivalent_class"]["rule"] == second
+
+    # As if the plain base had been saved.
+    third = EquivalentClassOptimizer(KINDS[kind](module.parameters()), scaling_group(module, x), rule=second)
+    third.load_state_dict({key: value for key, value in state.items() if key != "equivalent_class"})
+    assert train(module, third, x, y, range(5, 35)) == losses
+    assert same_bits(module, twin)
+
+
+# Checkpoints ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("base", "stop"),
+    few(
+        [("momentum", stop) for stop in (0, 1, 6, 7, 8)] + [("amsgrad", 1), ("amsgrad", 7)],
+        [("momentum", 7), ("amsgrad", 1)],
+    ),
+)
+def test_a_resumed_run_has_the_same_bits(base: str, stop: int) -> None:
+    def fresh() -> tuple[nn.Module, EquivalentClassOptimizer]:
+        torch.manual_seed(1)
+        module = ResidualMLP()
+        return module, unit(module, x, base, refresh_interval=7)
+
+    torch.manual_seed(0)
+    x, y = torch.randn(32, 3), torch.randn(32, 2)
+    reference, optimizer = fresh()
+    losses = train(reference, optimizer, x, y, range(15))
+
+    module, optimizer = fresh()
+    assert train(module, optimizer, x, y, range(stop)) == losses[:stop]
+    state = through_a_file({"module": module.state_dict(), "optimizer": optimizer.state_dict()})
+    train(module, optimizer, x, y, range(stop, 15))  # goes on after it was saved
+    assert same_bits(module, reference)
+
+    again, optimizer = fresh()
+    again.load_state_dict(state["module"])
+    optimizer.load_state_dict(state["optimizer"])
+    assert train(again, optimizer, x, y, range(stop, 15)) == losses[stop:]
+    assert same_bits(again, reference)
+
+
+def test_a_saved_state_does_not_move_on_with_the_run() -> None:
+    module, x, y = problem(4, 6, 5, 3)
+    optimizer = unit(module, x, "sgd")
+    train(module, optimizer, x, y, range(3))
+    state = optimizer.state_dict()["equivalent_class"]
+    frozen = copy.deepcopy(state)
+    train(module, optimizer, x, y, range(3, 6))
+    for key in ("rho", "reference", "second", "weight"):
+        assert torch.equal(state[key], frozen[key])
+    assert not torch.equal(saved(optimizer)["second"], frozen["second"])
+
+
+@pytest.mark.parametrize(
+    ("widths", "message"),
+    [
+        ((4, 7, 3), "made with 6 units, this network has 7"),
+        ((4, 6, 2), r"made with 18 rows of weights, this optimizer has 16: load it into the network"),
+    ],
+)
+def test_a_checkpoint_of_a_network_with_other_rows_is_an_error(widths: tuple[int, ...], message: str) -> None:
+    module, x, y = problem(4, 6, 3)
+    optimizer = unit(module, x, "sgd")
+    train(module, optimizer, x, y, range(2))
+    other, x, y = problem(*widths)
+    wrapped = unit(other, x, "sgd")
+
+    def load_and_go_on() -> None:
+        wrapped.load_state_dict(through_a_file(optimizer.state_dict()))
+        train(other, wrapped, x, y, range(1))
+
+    with pytest.raises(ValueError, match=message):
+        load_and_go_on()
+
+
+# Statistics -----------------------------------------------------------------------------------------------------------
+
+
+def constant_gradients(module: nn.Module, factor: float = 1.0) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for p in module.parameters():
+        p.grad = factor * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_nothing_is_clipped_under_constant_gradients(dtype: torch.dtype) -> None:
+    module, x, _ = problem(4, 6, 5, 3, dtype=dtype)
+    scaling_group(module, x).balance_()  # so that the first refresh changes no gradient
+    optimizer = unit(module, x, "sgd")
+    assert optimizer.statistics() is None
+    for _ in range(20):
+        constant_gradients(module)
+        optimizer.step()
+        assert optimizer.statistics().clipped == 0.0
+    assert optimizer.statistics().dormant_units == 0
+
+
+def test_the_clipped_share_is_that_of_rows_and_steps() -> None:
+    module, x, _ = problem(4, 6, 5, 3)
+    optimizer = unit(module, x, "sgd", refresh_interval=None)
+    for factor in (4.0, 2.0, 1.0, 10.0):  # at first each is less than the mean so far
+        constant_gradients(module, factor)
+        optimizer.step()
+    assert optimizer.statistics().clipped == pytest.approx(1 / 4)
+    constant_gradients(module, 100.0)
+    module[2].weight.grad *= 1e-6
+    optimizer.step()
+    rows, small = 6 + 6 + 5 + 5 + 3 + 3, 5
+    assert optimizer.statistics().clipped == pytest.approx((2 * rows - small) / (5 * rows))
+    optimizer.refresh()  # the running means go on, and so does the count
+    constant_gradients(module, 1e-3)
+    optimizer.step()
+    assert optimizer.statistics().clipped == pytest.approx((2 * rows - small) / (6 * rows))
+
+
+def test_the_clipped_share_of_a_run_is_a_share() -> None:
+    module, x, y = problem(4, 6, 5, 3)
+    optimizer = unit(module, x, "momentum", refresh_interval=30)
+    for step in range(40):
+        train(module, optimizer, x, y, range(step, step + 1))
+        assert 0.0 <= optimizer.statistics().clipped <= 1.0
+    assert optimizer.statistics().clipped > 0.0
+
+
+def test_dormant_units_are_counted() -> None:
+    module, x, y = problem(4, 6, 5, 3)
+    with torch.no_grad():
+        module[2].weight[:, :2] = 0
+    optimizer = unit(module, x, "sgd")
+    train(module, optimizer, x, y, range(1))
+    assert optimizer.statistics().dormant_units == 2
+    optimizer.refresh()  # the gradient has brought them to life
+    train(module, optimizer, x, y, range(1, 2))
+    assert optimizer.statistics().dormant_units == 0
