@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_ecopt.common.tensors import rows_at_a_time
+from lightning_ecopt.common.tensors import piece_length
 from lightning_ecopt.symmetry import Coupling
 
 NONE = -1
@@ -176,7 +176,7 @@ def _largest(
     kept = [k for k, size in enumerate(target.shape) if size > 1]
     order = [*kept, *(k for k in range(weight.ndim) if k not in kept)]
     shape = [weight.shape[k] for k in order]
-    step = rows_at_a_time(weight, prod(shape[1:])) if kept else weight.numel()
+    step = piece_length(weight.permute(order), "refresh") if kept else weight.numel()
     sides = (side.to(weight.device).expand(weight.shape) for side in (open_, wanted))
     pieces = (tensor.permute(order).split(step) for tensor in (weight, *sides))
     largest, columns = [], []
