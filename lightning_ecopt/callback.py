@@ -22,7 +22,6 @@ from lightning_ecopt.kernels.choose import Implementation
 from lightning_ecopt.optim import EquivalentClassOptimizer
 from lightning_ecopt.optim.optimizer import check_base, check_options
 from lightning_ecopt.symmetry import DeferredGroup, ScalingGroup
-from lightning_ecopt.symmetry.report import print_report
 
 UNSUPPORTED_STRATEGIES = ("FSDPStrategy", "DeepSpeedStrategy", "XLAFSDPStrategy")
 
@@ -223,7 +222,7 @@ class EquivalentClassOptimization(Callback):
                 for optimizer in self._optimizers:
                     if optimizer.group is group:
                         usable |= optimizer.usable_units()
-                rank_zero_only(print_report)(group, usable=usable, rule=self._options["rule"])
+                rank_zero_only(group.summary)(usable=usable, rule=self._options["rule"])
 
 
 class _Finder:
