@@ -86,7 +86,7 @@ def _without_undefined(squares: list[SquaredWeights], broken: Tensor) -> list[Sq
 
 
 def _set(marks: Tensor, places: Tensor, chosen: Tensor) -> None:
-    """Mark the chosen ones of ``places``; for the others the last mark is set, that of what is fixed, which is set."""
+    """Mark the chosen ones of ``places``. The others set the last mark, for fixed values, once more."""
     marks[places.where(chosen, -1)] = True
 
 

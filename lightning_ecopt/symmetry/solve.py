@@ -30,8 +30,8 @@ class Solution:
     Args:
         couplings: how each region of a parameter scales.
         monomials: the scales that the couplings refer to.
-        costs: for each operation that fixed scales the number of freedoms lost to it. What two operations would have
-            cost is charged to the first.
+        costs: for each operation that fixed scales the number of freedoms lost to it. If two operations fix the same
+            scale, the first is charged.
     """
 
     couplings: list[Coupling]
@@ -71,7 +71,7 @@ def solve(equations: Equations) -> Solution:
 
 
 def _merge_equalities(unknowns: Unknowns, equations: Equations) -> None:
-    """Make scales that are equal one unknown, and fix that of ``FIXED``."""
+    """Make scales that are equal one unknown, and fix the unknown of the scale ``FIXED``."""
     pairs = np.concatenate(equations.equalities) if equations.equalities else np.empty((0, 2), np.int64)
     unknowns.merge(pairs[:, 0], pairs[:, 1], np.ones(len(pairs), np.int64))
     unknowns.fixed[unknowns.number[FIXED]] = True
