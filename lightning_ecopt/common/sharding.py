@@ -3,8 +3,7 @@
 Code that is written for whole tensors works for sharded ones after three changes. None of them costs anything where
 nothing is sharded.
 
-- Read and change the :func:`local` tensors, in the regions of the couplings that are cut to this rank
-  (:func:`lightning_ecopt.symmetry.coupling.couplings_here`).
+- Read and change the :func:`local` tensors, in the regions that are on this rank: :class:`Part`.
 - Add up sums over units with :meth:`Ranks.sum_`, which gives all ranks the same bits. An unsharded parameter is whole
   on every rank, and enters such a sum on one of them only: ask :meth:`Ranks.counts`.
 - Call :meth:`Ranks.sum_` on all ranks in the same order, even on a rank that has nothing to add; otherwise the ranks
