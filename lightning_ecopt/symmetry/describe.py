@@ -53,6 +53,7 @@ def sort_units(couplings: Iterable[Coupling], monomials: Monomials) -> list[Unit
     for coupling in couplings if monomials.num_units else ():
         number = names.setdefault(coupling.parameter, len(names))
         for unit, exponents in _exponents_of_units(coupling, table):
+            # Negated, so that sorting by parameter and number puts c before 1/c.
             powers[unit].update((number, -exponent) for exponent in exponents if exponent)
     members: dict[tuple[tuple[int, float], ...], list[int]] = defaultdict(list)
     for unit, found in enumerate(powers):
@@ -81,9 +82,11 @@ def _exponents_of_units(coupling: Coupling, table: csr_array) -> Iterator[tuple[
         coupling: any coupling.
         table: exponents of the units in the monomials, ``[S + 1, H]``.
     """
-    incoming, outgoing = (ids.numpy() % table.shape[0] for ids in (coupling.incoming, coupling.outgoing))
+    size = table.shape[0]
+    # In 64 bits: a pair of numbers is written as one below.
+    incoming, outgoing = (ids.numpy().astype(np.int64) % size for ids in (coupling.incoming, coupling.outgoing))
     if _share_axes(incoming, outgoing):
-        first, second = np.divmod(np.unique(incoming * table.shape[0] + outgoing), table.shape[0])
+        first, second = np.divmod(np.unique(incoming * size + outgoing), size)
         yield from _by_unit(table[first] - table[second]).items()
         return
     into, out_of = (_by_unit(table[np.unique(ids)]) for ids in (incoming, outgoing))  # all pairs of them occur
