@@ -1,4 +1,4 @@
-"""``python -m lightning_ecopt``: the freedoms of any model that can be imported, without its weights."""
+"""``python -m lightning_ecopt`` prints the freedoms of any model that can be imported; it needs no weights."""
 
 from __future__ import annotations
 
@@ -28,7 +28,16 @@ examples:
 
 @dataclass(frozen=True)
 class Input:
-    """One argument of the call: a tensor of this shape and type, and the name if it is given by keyword."""
+    """One tensor that the model is called with.
+
+    Args:
+        text: what the user typed.
+        name: of the argument, ``None`` if it is given by position.
+        shape: of the tensor.
+        dtype: of the tensor.
+
+    Example: ``tokens=1,16:int64`` gives the name ``"tokens"``, the shape ``(1, 16)`` and ``torch.int64``.
+    """
 
     text: str
     name: str | None
@@ -48,14 +57,14 @@ class Input:
         return cls(text, name or None, tuple(int(size) for size in sizes.split(",")), found)
 
     def make(self, device: torch.device) -> Tensor:
-        """Normally distributed numbers, or zeros if the type is one of integers."""
+        """Make a tensor of normally distributed numbers, or of zeros if the type is not a floating point type."""
         floating = self.dtype.is_floating_point or self.dtype.is_complex
         return (torch.randn if floating else torch.zeros)(self.shape, dtype=self.dtype, device=device)
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong in one line."""
+        """Exit with code 2 and one line that says what is wrong; argparse would print the usage, too."""
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
@@ -92,6 +101,7 @@ def _parser() -> _Parser:
 
 
 def _keywords(text: str) -> dict[str, Any]:
+    """Read the JSON object of ``--args``."""
     try:
         keywords = json.loads(text)
     except json.JSONDecodeError as error:
@@ -102,7 +112,10 @@ def _keywords(text: str) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line, by default that of the process.
+    """Run the command line.
+
+    Args:
+        arguments: by default those that the process was started with.
 
     Raises:
         SystemExit: with code 2 and one line on standard error, if there is no such model, it cannot be built, it
@@ -140,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _find(parser: _Parser, model: str) -> Any:
-    """Import what ``MODULE:FACTORY`` names."""
+    """Import the object that ``MODULE:FACTORY`` names, or exit and suggest similar names."""
     name, _, path = model.partition(":")
     if not name or not path:
         parser.error(f"{model!r} is not of the form MODULE:FACTORY, such as torchvision.models:resnet18")
@@ -163,6 +176,7 @@ def _find(parser: _Parser, model: str) -> Any:
 
 
 def _build(parser: _Parser, options: argparse.Namespace, found: Any, on_meta: bool) -> nn.Module:
+    """Call the factory with ``--args``; a module is taken as it is."""
     if isinstance(found, nn.Module):
         if options.args is not None:
             parser.error(f"{options.model} is a module already: leave --args out, or name the class")
@@ -179,12 +193,13 @@ def _build(parser: _Parser, options: argparse.Namespace, found: Any, on_meta: bo
 
 
 def _line(error: Exception) -> str:
-    """The type and the first line of what an exception says."""
+    """Write the type of an exception and the first line of its message."""
     lines = str(error).strip().splitlines()
     return ": ".join([type(error).__name__, *lines[:1]])
 
 
 def _article(value: Any) -> str:
+    """Write the type of a value with its article: ``an int``, ``a Tensor``."""
     name = type(value).__name__
     return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
 

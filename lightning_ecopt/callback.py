@@ -23,7 +23,6 @@ from lightning_ecopt.optim import EquivalentClassOptimizer
 from lightning_ecopt.optim.optimizer import check_base
 from lightning_ecopt.optim.options import Options, Representative, RuleName, SkeletonChoice
 from lightning_ecopt.symmetry import DeferredGroup, ScalingGroup
-from lightning_ecopt.symmetry.report import print_report
 
 UNSUPPORTED_STRATEGIES = ("FSDPStrategy", "DeepSpeedStrategy", "XLAFSDPStrategy")
 
@@ -215,7 +214,7 @@ class EquivalentClassOptimization(Callback):
                 for optimizer in self._optimizers:
                     if optimizer.group is group:
                         usable |= optimizer.usable_units()
-                rank_zero_only(print_report)(group, usable=usable, rule=self._options.rule)
+                rank_zero_only(group.summary)(usable=usable, rule=self._options.rule)
 
 
 class _Finder:

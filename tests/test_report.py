@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from lightning_ecopt import EquivalentClassOptimization, ScalingGroup, scaling_group
 from lightning_ecopt.symmetry.describe import _boxes, _elements, power, runs
 from lightning_ecopt.symmetry.group import Coupling
-from lightning_ecopt.symmetry.report import print_report
 from tests.lightning_integration.modules import EXAMPLE, Classifier, fit
 from tests.networks import DenseNet, ResidualMLP, ResNet, mlp, norm_cnn, plain_cnn
 from tests.selection import few
@@ -316,7 +315,7 @@ def words(text: str) -> list[str]:
 def said(group: ScalingGroup, **options: Any) -> list[str]:
     """The lines of the report."""
     console = Console(file=io.StringIO(), width=200)
-    print_report(group, console, **options)
+    group.summary(console, **options)
     assert isinstance(console.file, io.StringIO)
     return words(console.file.getvalue())
 

@@ -1,1 +1,1 @@
-"""What every room of the package may use; it knows nothing of scaling groups."""
+"""Helpers that every other package may use; they know nothing of scaling groups."""

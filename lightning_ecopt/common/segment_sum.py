@@ -5,18 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_ecopt.common.tensors import padded
+
+#: How many entries one gather adds up. Eight keeps both the number of levels and the padding small.
 WIDTH = 8
 
 
 class SegmentSum:
-    """Add up the entries of a vector that belong together.
+    """Add up the entries of a vector that belong to the same group.
 
     ``index_add_`` adds in an order that changes from run to run on accelerators, so that data-parallel ranks would
-    drift apart; here the order is fixed by padded gathers, level upon level, ``WIDTH`` entries at a time.
+    drift apart. Here the order is fixed: entries are gathered into rows of ``WIDTH``, padded with zeros, and the rows
+    are added up; this is repeated with the sums of the rows until each group has one entry left.
 
     Args:
-        groups: ``int[S]``, the group of each entry; what is not below ``num_groups`` is left out.
-        num_groups: number of groups.
+        groups: ``int[E]``, the group of each entry; entries whose group is not below ``num_groups`` are left out.
+        num_groups: number of groups K.
 
     Example::
 
@@ -28,7 +32,7 @@ class SegmentSum:
         device = groups.device
         groups = groups.cpu()
         entries = (groups < num_groups).nonzero()[:, 0]
-        groups, end = groups[entries], len(groups)  # one past the end is a zero
+        groups, end = groups[entries], len(groups)  # index `end` is the zero that pads the entries
         order = groups.argsort(stable=True)
         groups, entries = groups[order], entries[order]
         self._levels: list[Tensor] = []
@@ -47,8 +51,7 @@ class SegmentSum:
         self._last = last.to(device, torch.int32)
 
     def __call__(self, values: Tensor) -> Tensor:
-        """Sums ``[num_groups]`` of ``values [S]``."""
-        zero = values.new_zeros(1)
+        """Add up ``values [E]`` group by group: ``[K]``."""
         for index in self._levels:
-            values = torch.cat([values, zero])[index].sum(1)
-        return torch.cat([values, zero])[self._last]
+            values = padded(values, 0)[index].sum(1)
+        return padded(values, 0)[self._last]

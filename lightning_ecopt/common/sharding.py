@@ -1,15 +1,21 @@
 """Parameters of which each rank holds a part only, as ``torch.distributed.fsdp.fully_shard`` (FSDP2) leaves them.
 
-What is written for whole tensors fits them with three changes, none of which does anything where nothing is sharded:
+Code that is written for whole tensors works for sharded ones after three changes. None of them costs anything where
+nothing is sharded.
 
-- read and change :func:`local` tensors, through the couplings of what is here, ``coupling.of_shard(parameter)``;
-- add sums over units, and whatever else several ranks hold parts of, up with :meth:`Ranks.sum_`: the result is the same
-  on all ranks, bit for bit; what of unsharded parameters goes into such sums is left to one rank, :meth:`Ranks.counts`;
-- do so on all ranks alike, in the same order, whether or not a rank has something to add.
+- Read and change the :func:`local` tensors, in the regions that are on this rank: :class:`Part`.
+- Add up sums over units with :meth:`Ranks.sum_`, which gives all ranks the same bits. An unsharded parameter is whole
+  on every rank, and enters such a sum on one of them only: ask :meth:`Ranks.counts`.
+- Call :meth:`Ranks.sum_` on all ranks in the same order, even on a rank that has nothing to add; otherwise the ranks
+  wait for each other forever.
+
+``torch.distributed.fsdp`` takes half a second to import, so that nothing here does it: a tensor can only be a
+``DTensor``, and a module an ``FSDPModule``, if somebody else has.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MethodType
@@ -18,23 +24,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-if torch.distributed.is_available():
-    from torch.distributed.fsdp import FSDPModule
-    from torch.distributed.tensor import DTensor, Replicate, Shard
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
+#: Prefix of the modules whose hooks and wrapped methods gather parameters.
 GATHERING = "torch.distributed.fsdp._fully_shard"
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether ranks share the tensor (a ``DTensor``): each of them holds a part of it, or a copy."""
-    if type(tensor) is Tensor or type(tensor) is nn.Parameter:  # as nearly always
+    """Return whether the tensor is a ``DTensor``, of which each rank holds a part, or a copy."""
+    if type(tensor) is Tensor or type(tensor) is nn.Parameter:  # nearly always so; the look-up below costs more
         return False
-    return torch.distributed.is_available() and isinstance(tensor, DTensor)
+    loaded = sys.modules.get("torch.distributed.tensor")
+    return loaded is not None and isinstance(tensor, loaded.DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor, in the same memory; all of it, if the tensor is not sharded."""
+    """Return what this rank holds of a tensor, in the same memory: all of it, if the tensor is not sharded."""
     if not is_sharded(tensor):
         return tensor
     sharded: Any = tensor
@@ -47,8 +50,11 @@ class Part:
     """What this rank holds of a box-shaped region of a parameter.
 
     Args:
-        region: slices of the local tensor.
-        rows: which positions of the region these are, along its first axis.
+        region: one slice for each axis of the local tensor.
+        rows: the positions that this is along the first axis of the region.
+
+    Example: of a parameter of shape ``[8, 3]`` that two ranks share, the second one holds rows 4 to 7. Of the region
+    ``[2:6, :]`` it has ``region=[0:2, :]`` of its local tensor, which are ``rows=2:4`` of the region.
     """
 
     region: tuple[slice, ...]
@@ -56,16 +62,18 @@ class Part:
 
     @classmethod
     def of(cls, region: tuple[slice, ...], parameter: Tensor) -> Part | None:
-        """What of a region is here, ``None`` if nothing is.
+        """Return what this rank holds of a region of ``parameter``; ``None`` if that is nothing.
 
         Args:
             region: slices of the whole parameter, with a start, a stop and a positive step.
-            parameter: whose layout it is; gradients and the like have the same.
+            parameter: the parameter, or another tensor that is sharded like it.
         """
         first, *others = region
         places = range(first.start, first.stop, first.step)
         if _cut_axis(parameter) is None:
             return cls(region, slice(0, len(places)))
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
         sharded: Any = parameter
         (length, *_), (start, *_) = compute_local_shape_and_global_offset(
             sharded.shape, sharded.device_mesh, sharded.placements
@@ -79,18 +87,19 @@ class Part:
         return cls((inside, *others), slice(low, high))
 
     def cut(self, values: Tensor) -> Tensor:
-        """What of ``values``, which broadcast to the whole region, broadcasts to what is here."""
+        """Cut ``values``, which broadcast to the whole region, to what broadcasts to the part of this rank."""
         return values[self.rows] if values.ndim == len(self.region) and len(values) > 1 else values
 
 
 class Ranks:
-    """The ranks among which parameters are sharded, to add up what each of them finds in its parts.
+    """Adds up what the ranks find, each in its parts of the sharded parameters.
 
     Args:
-        parameters: by name; none of them has to be sharded.
+        parameters: all parameters by name; if none of them is sharded, there is nothing to add up.
 
     Raises:
-        ValueError: if one is sharded in another way than :class:`Part` knows, or over other ranks than the others.
+        ValueError: if a parameter is cut along another axis than its first, or more than once, or is sharded over other
+            ranks than the other parameters.
 
     Example::
 
@@ -128,29 +137,34 @@ class Ranks:
                 )
 
     def counts(self, tensor: Tensor) -> bool:
-        """Whether what is here of a tensor goes into sums: what every rank holds all of does so on one of them."""
+        """Return whether this rank's part of a tensor enters sums.
+
+        A sharded tensor does so on every rank, one that every rank holds as a whole on the first rank only.
+        """
         return self._group is None or _cut_axis(tensor) is not None or torch.distributed.get_rank(self._group) == 0
 
     def sum_(self, values: Tensor) -> Tensor:
-        """Add up over the ranks, in place; the same bits on all of them. Nothing to do where nothing is sharded."""
+        """Add up ``values`` over the ranks, in place, to the same bits on all of them; returns ``values``."""
         if self._group is not None:
-            there = values.to(self._device)  # the parameters may be offloaded, and GPUs only talk to each other
+            there = values.to(self._device)  # parameters may be offloaded to the CPU, where NCCL cannot reach them
             torch.distributed.all_reduce(there, group=self._group)
             if there is not values:
                 values.copy_(there)
         return values
 
     def any_(self, values: Tensor) -> Tensor:
-        """Set what is set on one of the ranks, in place."""
+        """Set each entry of a ``bool`` tensor that is set on one of the ranks, in place; returns ``values``."""
         if self._group is not None:
             values.copy_(self.sum_(values.to(torch.int32)) > 0)
         return values
 
 
 def _cut_axis(tensor: Tensor) -> int | None:
-    """The axis of the mesh along which a tensor is cut, ``None`` if this rank holds all of it."""
+    """Return the axis of the device mesh along which a tensor is cut; ``None`` if this rank holds all of it."""
     if not is_sharded(tensor):
         return None
+    from torch.distributed.tensor import Replicate, Shard
+
     sharded: Any = tensor
     cut = [axis for axis, placement in enumerate(sharded.placements) if type(placement) is not Replicate]
     if not cut:
@@ -162,30 +176,32 @@ def _cut_axis(tensor: Tensor) -> int | None:
 
 
 def _numbers(group: Any) -> list[int]:
+    """Return the global numbers of the ranks of a process group."""
     return torch.distributed.get_process_group_ranks(group)
 
 
 def gathering_modules(module: nn.Module) -> list[Any]:
-    """The modules in ``module`` that gather sharded parameters for their calls."""
-    if not torch.distributed.is_available():
+    """Return the modules in ``module`` that gather sharded parameters before their calls (``FSDPModule``)."""
+    loaded = sys.modules.get("torch.distributed.fsdp")
+    if loaded is None:
         return []
-    return [part for part in module.modules() if isinstance(part, FSDPModule)]
+    return [part for part in module.modules() if isinstance(part, loaded.FSDPModule)]
 
 
 def release(modules: Iterable[Any]) -> None:
-    """Give up gathered parameters, which the next call would use; the sharded ones are the module's again."""
+    """Make the sharded parameters those of the modules again, in place of gathered copies, which may be out of date."""
     for module in modules:
         module.reshard()
 
 
 def stop_gathering_(module: nn.Module) -> None:
-    """Take away what gathers parameters when a module is called; to be put back by the caller."""
+    """Remove what gathers parameters when the module is called: hooks and wrapped methods. The caller puts it back."""
     for part in module.modules():
         for hooks in (part._forward_pre_hooks, part._forward_hooks):
             for number, hook in list(hooks.items()):
                 if str(getattr(hook, "__module__", "")).startswith(GATHERING):
                     del hooks[number]
-        for name, method in list(vars(part).items()):  # of register_fsdp_forward_method
+        for name, method in list(vars(part).items()):  # register_fsdp_forward_method leaves them
             function = method.__func__ if isinstance(method, MethodType) else None
             if str(getattr(function, "__globals__", {}).get("__name__")).startswith(GATHERING):
                 vars(part)[name] = function.__wrapped__  # type: ignore[union-attr]

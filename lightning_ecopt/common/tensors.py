@@ -1,49 +1,109 @@
-"""See the functions below."""
+"""Small helpers for tensors: regions, padding, pieces that fit the cache, devices and types."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-
-def listing(names: Sequence[str], limit: int = 5) -> str:
-    """The first of many names, and how many more there are."""
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
-
-
-def widest(device: torch.device) -> torch.dtype:
-    """The most exact floating point type that the device has."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-#: Elements that are looked at together: on a CPU few enough for its caches, elsewhere enough to be worth the calls.
-CPU_PIECE, PIECE = 2**17, 2**22
-
-
-def rows_at_a_time(weight: Tensor, width: int) -> int:
-    """How many rows of ``width`` elements make up a piece."""
-    return max(1, (CPU_PIECE if weight.device.type == "cpu" else PIECE) // max(width, 1))
-
-
+#: Tensors by the name of the parameter that they belong to: weights, gradients, or one entry of the optimizer state.
 Tensors = Mapping[str, Tensor]
 
 
+def listing(names: Sequence[str], limit: int = 5) -> str:
+    """Join names for a message, the first ``limit`` of them: ``a, b and 7 more``."""
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+# Regions and padding --------------------------------------------------------------------------------------------------
+
+
+def region_of(tensor: Tensor, region: tuple[slice, ...] | None) -> Tensor:
+    """Return a box-shaped region of a tensor as a view.
+
+    Args:
+        tensor: any tensor; a scalar counts as a vector of one element.
+        region: one slice for each axis; ``None`` for the whole tensor.
+    """
+    if region is None:
+        return tensor
+    return tensor.view(1)[region] if tensor.ndim == 0 else tensor[region]
+
+
+def padded(values: Tensor, fill: float) -> Tensor:
+    """Append ``fill`` to a vector ``[N]``, so that index -1, which stands for "none", picks it: ``[N + 1]``.
+
+    Example::
+
+        padded(factors, 1)[coupling.incoming]  # 1 where the coupling has NO_UNIT
+    """
+    return torch.cat([values, values.new_full((1,), fill)])
+
+
+# Pieces ---------------------------------------------------------------------------------------------------------------
+
+
+class PieceSize(NamedTuple):
+    """How many elements to work on at a time, where the work needs memory of the size of its operands.
+
+    On a CPU a piece must stay in the cache; on an accelerator it must be worth the launch of a kernel.
+    """
+
+    cpu: int
+    accelerator: int
+
+
+Work = Literal["refresh", "step"]
+#: A refresh takes squares in float64, twice as wide as what a step works on.
+PIECE_SIZES: dict[Work, PieceSize] = {"refresh": PieceSize(2**17, 2**22), "step": PieceSize(2**18, 2**23)}
+
+
+def piece_length(tensor: Tensor, work: Work, axis: int = 0) -> int:
+    """Return how many positions along ``axis`` make a piece, at least one; possibly more than there are.
+
+    Example::
+
+        weight = torch.zeros(1000, 4096)
+        piece_length(weight, "step")  # 64 rows, which are 2**18 elements
+    """
+    elements = PIECE_SIZES[work].cpu if tensor.device.type == "cpu" else PIECE_SIZES[work].accelerator
+    width = tensor.numel() // max(tensor.shape[axis], 1)
+    return max(1, elements // max(width, 1))
+
+
+def pieces(tensor: Tensor, work: Work, axis: int = 0) -> Iterator[slice]:
+    """Yield the slices that cut ``axis`` into pieces; the last one may be shorter.
+
+    Example::
+
+        for rows in pieces(weight, "refresh"):
+            weight[rows].mul_(factor[rows])
+    """
+    length, end = piece_length(tensor, work, axis), tensor.shape[axis]
+    for start in range(0, end, length):
+        yield slice(start, min(start + length, end))
+
+
+# Devices and types ----------------------------------------------------------------------------------------------------
+
+
 def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """A small tensor of the CPU on another device, without waiting for it."""
+    """Copy a small tensor to a device; from the CPU to a GPU without waiting for the copy."""
     from_host = values.device.type == "cpu" and device.type == "cuda"
     return values.pin_memory().to(device, non_blocking=True) if from_host else values.to(device)
 
 
-def updates_by_difference(tensor: Tensor) -> bool:
-    """Whether steps are taken as differences, so that to scale a weight there and back does not round it.
+def widest(device: torch.device) -> torch.dtype:
+    """Return the most exact floating point type of a device: float64, or float32 on MPS, which has no other."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
-    In sixteen bits a rounding is 0.2 per cent of a weight, and would add up over the steps.
+
+def updates_by_difference(tensor: Tensor) -> bool:
+    """Return whether a step is added to a weight as a difference, instead of scaling the weight there and back.
+
+    This is so for types of sixteen bits: there a rounding is 0.2 per cent of the weight, and the roundings of scaling
+    there and back would add up over the steps.
     """
     return torch.finfo(tensor.dtype).bits < 32
-
-
-def region_of(tensor: Tensor, region: tuple[slice, ...]) -> Tensor:
-    """A view of a box-shaped region; a scalar counts as a vector of one element."""
-    return tensor.view(1)[region] if tensor.ndim == 0 else tensor[region]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lightning_ecopt.kernels.eager import PIECE, EagerKernels
+from lightning_ecopt.kernels.eager import EagerKernels
 from lightning_ecopt.kernels.passes import Coefficient, Kernels, Shapes, Views
 
 CANNOT_COMPILE = (
@@ -50,9 +50,9 @@ class CompiledKernels(EagerKernels):
             EagerKernels().affine_(views, shapes=shapes, **coefficients)
 
     @property
-    def _piece(self) -> int | None:
+    def _cuts(self) -> bool:
         # Compiled operations keep no results in memory, for which pieces are made.
-        return None if self._can_compile else PIECE
+        return not self._can_compile
 
     def _prepared(
         self, coefficients: Mapping[str, Coefficient], lists: Sequence[Views | None]

@@ -9,14 +9,11 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
+from lightning_ecopt.common.tensors import piece_length, pieces
 from lightning_ecopt.kernels.passes import Coefficient, Kernels, Shapes, Views
 
 #: Changes one tensor of each list in place, by coefficients that broadcast to them.
 Update = Callable[..., None]
-#: Elements of a view that are worked on at a time where an operation needs memory for its result. On a CPU a piece
-#: stays in the cache; an accelerator is given ``ACCELERATOR`` times as many, as it waits for the launch of each.
-PIECE = 1 << 18
-ACCELERATOR = 32
 #: Position of the gradients among the lists of an in-place pass, which changes all lists but this one.
 GRADIENTS = 1
 
@@ -34,8 +31,9 @@ class EagerKernels:
         return self
 
     @property
-    def _piece(self) -> int | None:
-        return PIECE
+    def _cuts(self) -> bool:
+        """Whether views are worked on in pieces where an operation needs memory for its result."""
+        return True
 
     def sums_and_squares(self, views: Views, shapes: Shapes, dtype: torch.dtype) -> Tensor:
         """See :class:`~lightning_ecopt.kernels.Kernels`."""
@@ -53,7 +51,7 @@ class EagerKernels:
         few = _num_single(views, shapes)
         found = [_flat(views[:few], dtype) * _flat(others[:few], dtype)] if few else []
         if few < len(views):
-            found.append(self.run(_products, views[few:], others[few:], shapes[few:], dtype, self._piece))
+            found.append(self.run(_products, views[few:], others[few:], shapes[few:], dtype, self._cuts))
         return torch.cat(found)[None]
 
     def affine_(self, views: Views, *, shapes: Shapes, **coefficients: Coefficient | None) -> None:
@@ -155,8 +153,8 @@ class EagerKernels:
         if few < len(shapes):
             rest = [views and views[few:] for views in lists]
             # The others make no tensors beside those that they change.
-            size = self._piece if update is _adam_ else None
-            self.run(_update_each_, update, rest, shapes[few:], vectors, numbers, size)
+            in_pieces = self._cuts and update is _adam_
+            self.run(_update_each_, update, rest, shapes[few:], vectors, numbers, in_pieces)
 
 
 def _is_vector(value: Coefficient) -> TypeGuard[Tensor]:
@@ -180,16 +178,16 @@ def _update_each_(
     shapes: Shapes,
     vectors: Mapping[str, Tensor],
     numbers: Mapping[str, Coefficient],
-    size: int | None,
+    in_pieces: bool,
 ) -> None:
-    """Change block by block, each in pieces of about ``size`` elements."""
+    """Change block by block, each as a whole or in pieces."""
     first = lists[0]
     assert first is not None
     counts = [prod(shape) for shape in shapes]
     split = {name: vector.split(counts) for name, vector in vectors.items()}
     for k, (view, shape) in enumerate(zip(first, shapes, strict=True)):
         own = {name: parts[k].view(shape).to(view.dtype) for name, parts in split.items()}
-        for piece in _pieces(view, size):
+        for piece in _pieces(view, in_pieces):
             tensors = [None if views is None else _cut(views[k], piece) for views in lists]
             # A coefficient that broadcasts along the first axis is the same for all pieces.
             of_piece = {name: _cut(v, piece if shape[0] > 1 else None) for name, v in own.items()}
@@ -207,14 +205,11 @@ def _flat(views: Views, dtype: torch.dtype | None = None) -> Tensor:
     return flat if dtype is None else flat.to(dtype)
 
 
-def _pieces(view: Tensor, size: int | None) -> list[slice | None]:
-    """Slices of the first axis that cut a view into pieces of about ``size`` elements; ``[None]`` leaves it whole."""
-    if size is not None and view.device.type != "cpu":
-        size *= ACCELERATOR
-    if size is None or view.numel() <= size or len(view) == 1:
+def _pieces(view: Tensor, in_pieces: bool) -> list[slice] | list[None]:
+    """Slices of the first axis that cut a view into pieces; ``[None]`` leaves it whole."""
+    if not in_pieces or piece_length(view, "step") >= len(view):
         return [None]
-    length = max(1, size * len(view) // view.numel())
-    return [slice(start, start + length) for start in range(0, len(view), length)]
+    return list(pieces(view, "step"))
 
 
 def _cut(tensor: Tensor, piece: slice | None) -> Tensor:
@@ -232,12 +227,12 @@ def _sums_and_squares(views: Views, shapes: Shapes, dtype: torch.dtype) -> Tenso
     return torch.cat([*sums, *squares]).view(2, -1)
 
 
-def _products(views: Views, others: Views, shapes: Shapes, dtype: torch.dtype, size: int | None) -> Tensor:
+def _products(views: Views, others: Views, shapes: Shapes, dtype: torch.dtype, in_pieces: bool) -> Tensor:
     found = []
     for view, other, shape in zip(views, others, shapes, strict=True):
         axes = _axes(view, shape)
         parts = []
-        for piece in _pieces(view, size):
+        for piece in _pieces(view, in_pieces):
             product = _cut(view, piece) * _cut(other, piece)
             parts.append(product.sum(axes, dtype=dtype) if axes else product.to(dtype))
         # Pieces lie along the first axis: they have places of their own, or each has a part of every sum.

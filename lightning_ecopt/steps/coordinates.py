@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from lightning_ecopt.common.segment_sum import SegmentSum
-from lightning_ecopt.common.tensors import Tensors, updates_by_difference
+from lightning_ecopt.common.tensors import Tensors, padded, updates_by_difference
 from lightning_ecopt.kernels import EagerKernels, Kernels
 from lightning_ecopt.steps.rows import Rows
 from lightning_ecopt.steps.skeleton import Skeleton
@@ -157,7 +157,7 @@ class PathCoordinates:
         self.free_start = free_start
         self.kernels = kernels or EagerKernels()
         self._is_free = skeleton.free.to(device)
-        self._root = torch.cat([skeleton.root, skeleton.root.new_full((1,), NO_UNIT)]).to(device)
+        self._root = padded(skeleton.root, NO_UNIT).to(device)
         self._target = skeleton.target.to(device)
         self.rows = Rows([coupling.restricted(skeleton.active) for coupling in couplings], parameters)
         self.beta = torch.ones(skeleton.num_units + 1, dtype=self.rows.dtype, device=device)
@@ -265,7 +265,7 @@ class PathCoordinates:
         allowed = torch.where(moved.isfinite() & (allowed != 0), allowed, 1.0)
         # A weight that the optimizer has spoilt is spoilt, but no beta, and by it no other weight.
         moved_itself = torch.where(moved.isfinite(), allowed, moved)
-        ratio = torch.cat([allowed, allowed.new_ones(1)])[self._root]  # [H + 1], R_h = R_root(h)
+        ratio = padded(allowed, 1)[self._root]  # [H + 1], R_h = R_root(h)
         self.beta.mul_(ratio)
         at_fixed, at_free = skeleton_weights
 

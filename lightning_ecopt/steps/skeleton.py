@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_ecopt.common.tensors import Tensors, rows_at_a_time
+from lightning_ecopt.common.tensors import Tensors, padded, piece_length
 from lightning_ecopt.symmetry import Coupling
 from lightning_ecopt.symmetry.coupling import NO_UNIT
 
@@ -159,7 +159,7 @@ def _grow(edges: Sequence[Edges], active: Tensor) -> _Forest:
     coupling, index, other = (np.full(num_units, NO_UNIT) for _ in range(3))
     reached = torch.zeros(num_units + 1, dtype=torch.bool)
     reached[NO_UNIT] = True
-    wanted = torch.cat([active, active.new_zeros(1)])
+    wanted = padded(active, False)
     while bool(wanted.any()):
         best = np.zeros(num_units)
         for biases in (False, True):
@@ -189,7 +189,7 @@ def _largest(
     kept = [k for k, size in enumerate(target.shape) if size > 1]
     order = [*kept, *(k for k in range(weight.ndim) if k not in kept)]
     shape = [weight.shape[k] for k in order]
-    step = rows_at_a_time(weight, prod(shape[1:])) if kept else weight.numel()
+    step = piece_length(weight.permute(order), "refresh") if kept else weight.numel()
     sides = (side.to(weight.device).expand(weight.shape) for side in (open_, wanted))
     pieces = (tensor.permute(order).split(step) for tensor in (weight, *sides))
     largest, columns = [], []

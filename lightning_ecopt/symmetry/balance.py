@@ -1,14 +1,19 @@
 """The member of least sum of squares in an equivalent class.
 
-With ``a`` the squares of the elements from unit ``u`` to unit ``h``, the log-scales ``s`` minimise the convex function
+With ``a_e`` the square of an element ``e`` from unit ``u`` to unit ``h``, the log-scales ``s`` minimise the convex
+function
 
-    F(s) = sum_e a_e exp(2 (s_h - s_u)),        s = 0 for ground,
+    F(s) = sum_e a_e exp(2 (s_h - s_u)),        s = 0 for what is fixed.
 
-where for every unit the incoming and the outgoing squares are equal. (The same problem as balancing a matrix by a
-diagonal similarity: E. E. Osborne, "On pre-conditioning of matrices", J. ACM 7 (1960).) Where scales are products of
-powers of units, s_h and s_u are linear in the units; F is convex all the same.
+At the minimum the incoming and the outgoing squares of every unit are equal. (The same problem as balancing a matrix by
+a diagonal similarity: E. E. Osborne, "On pre-conditioning of matrices", J. ACM 7 (1960).) Where an element is scaled by
+a product of powers of units, s_h or s_u is a linear function of the units' log-scales, and F is convex all the same.
 
-Where the parameters are sharded each rank holds its own part of ``a``, and sums over it are added up over the ranks.
+Where parameters are sharded, each rank holds its own part of the ``a_e``, and sums over them are added up over the
+ranks.
+
+Letters: H units; S scales, that is monomials, of which the first H are the units; I and O count the entries of
+``incoming`` (G x A each) and of ``outgoing`` (G x B each) of all squares.
 """
 
 from __future__ import annotations
@@ -21,43 +26,46 @@ from torch import Tensor
 
 from lightning_ecopt.common.segment_sum import SegmentSum
 from lightning_ecopt.common.sharding import Ranks
+from lightning_ecopt.common.tensors import padded
 from lightning_ecopt.symmetry.monomials import Monomials
 from lightning_ecopt.symmetry.squares import SquaredWeights, are_finite, joined
 
+#: Most steps of each kind; they end when the balance is good enough, which takes far fewer.
 COARSE_SWEEPS = 40
 NEWTON_STEPS = 50
 CONJUGATE_GRADIENT_STEPS = 1000
+#: Coarse sweeps end when no log-scale moves by more: there Newton's method converges quadratically.
+NEAR = 0.1
 
 
-def alive_units(flows: Sequence[SquaredWeights], monomials: Monomials, ranks: Ranks) -> Tensor:
-    """Units that non-zero elements keep from growing and from shrinking without end, ``bool[H]``.
+# Which units can be balanced ------------------------------------------------------------------------------------------
 
-    In a plain network they are those which non-zero elements connect to ground on both sides. A unit with an infinite
-    or undefined element, as after a step that diverged, is not alive.
+
+def alive_units(squares: Sequence[SquaredWeights], monomials: Monomials, ranks: Ranks) -> Tensor:
+    """Find the units that non-zero elements keep from growing and from shrinking without end, ``bool[H]``.
+
+    In a network without products these are the units that non-zero elements connect to fixed values on both sides: to
+    the inputs and to the outputs. A unit with an infinite or undefined element, as after a step that diverged, is not
+    alive.
     """
-    device = flows[0].roots.device if flows else torch.device("cpu")
+    device = squares[0].roots.device if squares else torch.device("cpu")
     monomials = monomials.to(device)
-    flows = joined(flows, monomials.num_scales)
     broken = torch.zeros(monomials.num_scales + 1, dtype=torch.bool, device=device)
-    for number, finite in enumerate(are_finite(flows)):
-        if not finite:
-            undefined = flows[number].undefined()
-            broken[flows[number].incoming[undefined.any(2)]] = True
-            broken[flows[number].outgoing[undefined.any(1)]] = True
-            flows[number] = flows[number].without(undefined)
+    squares = _without_undefined(joined(squares, monomials.num_scales), broken)
     ranks.any_(broken)
     sound = ~monomials.in_(broken[:-1])
     above, below = torch.zeros_like(sound), torch.zeros_like(sound)
     before, found, most = -1, 0, 2 * int(sound.sum())
+    # While F stays below a constant, s_h - s_u is bounded above for every non-zero element from u to h. So s_h is
+    # bounded above if s_u is, and s_u below if s_h is: start from what is fixed, and spread until nothing is added.
     while before < found < most:
-        caps, floors = (torch.cat([side, side.new_ones(1)]) for side in monomials.bounded(above, below))
-        # What non-zero elements connect to something bounded is bounded itself.
-        for flow in flows:
-            open_ = flow.into(caps[flow.outgoing].to(flow.dtype)) > 0
-            _set(caps, flow.incoming, open_ & ~broken[flow.incoming])
-        for flow in reversed(flows):
-            open_ = flow.out_of(floors[flow.incoming].to(flow.dtype)) > 0
-            _set(floors, flow.outgoing, open_ & ~broken[flow.outgoing])
+        caps, floors = (padded(side, True) for side in monomials.bounded(above, below))
+        for each in squares:
+            open_ = each.into(caps[each.outgoing].to(each.dtype)) > 0
+            _set(caps, each.incoming, open_ & ~broken[each.incoming])
+        for each in reversed(squares):
+            open_ = each.out_of(floors[each.incoming].to(each.dtype)) > 0
+            _set(floors, each.outgoing, open_ & ~broken[each.outgoing])
         caps, floors = ranks.any_(torch.stack([caps, floors]))
         monomials.bound_units(above, below, caps[:-1], floors[:-1])
         above &= sound
@@ -66,59 +74,82 @@ def alive_units(flows: Sequence[SquaredWeights], monomials: Monomials, ranks: Ra
     return above & below
 
 
+def _without_undefined(squares: list[SquaredWeights], broken: Tensor) -> list[SquaredWeights]:
+    """Set squares that are not finite to zero, and mark their scales in ``broken``, ``bool[S + 1]``."""
+    for number, finite in enumerate(are_finite(squares)):
+        if not finite:
+            undefined = squares[number].undefined()
+            broken[squares[number].incoming[undefined.any(2)]] = True
+            broken[squares[number].outgoing[undefined.any(1)]] = True
+            squares[number] = squares[number].without(undefined)
+    return squares
+
+
 def _set(marks: Tensor, places: Tensor, chosen: Tensor) -> None:
-    """Mark the chosen ones of ``places``; the last of ``marks``, which is ground, is marked already."""
+    """Mark the chosen ones of ``places``. The others set the last mark, for fixed values, once more."""
     marks[places.where(chosen, -1)] = True
 
 
-def mean_square(flows: Sequence[SquaredWeights], monomials: Monomials, ranks: Ranks) -> Tensor:
-    """Sums of squares of the rows that lead into each unit, divided by the number of rows, ``[H]``."""
-    incoming = torch.cat([flow.incoming.reshape(-1) % (monomials.num_scales + 1) for flow in flows])
-    squares = torch.cat([flow.into(torch.ones_like(flow.outgoing, dtype=flow.dtype)).reshape(-1) for flow in flows])
-    rows = torch.cat([squares.new_full((flow.incoming.numel(),), flow.rows) for flow in flows])
+# Sums of squares ------------------------------------------------------------------------------------------------------
+
+
+def mean_square(squares: Sequence[SquaredWeights], monomials: Monomials, ranks: Ranks) -> Tensor:
+    """Sum the squares of the rows that lead into each unit, and divide by the number of these rows: ``[H]``."""
+    incoming = torch.cat([each.incoming.reshape(-1) % (monomials.num_scales + 1) for each in squares])
+    sums = torch.cat([each.total().reshape(-1) for each in squares])
+    rows = torch.cat([sums.new_full((each.incoming.numel(),), each.rows) for each in squares])
     total = SegmentSum(incoming, monomials.num_scales + 1)
-    squares, rows = ranks.sum_(torch.stack([total(squares), total(rows)]))
-    return (squares / rows)[: monomials.num_units]
+    sums, rows = ranks.sum_(torch.stack([total(sums), total(rows)]))
+    return (sums / rows)[: monomials.num_units]
 
 
-def sums_of_squares(flows: Sequence[SquaredWeights], monomials: Monomials, ranks: Ranks) -> tuple[Tensor, Tensor]:
-    """Sums of squares that grow and that shrink with each unit, ``[H]`` both; equal at the balanced member."""
+def sums_of_squares(squares: Sequence[SquaredWeights], monomials: Monomials, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """Sum the squares that grow and those that shrink with each unit, ``[H]`` both; equal at the balanced member."""
     active = torch.ones(monomials.num_units, dtype=torch.bool)
-    here = _Problem(flows, monomials, active, ranks).start()
+    here = _Problem(squares, monomials, active, ranks).start()
     return here.incoming, here.outgoing
 
 
-def balancing_scale(
-    flows: Sequence[SquaredWeights], monomials: Monomials, active: Tensor, resolution: float, ranks: Ranks
-) -> Tensor:
-    """The log-scales ``[H]`` that balance the ``active`` units (``bool[H]``, all alive); zero for the others.
+# The minimum ----------------------------------------------------------------------------------------------------------
 
-    Coarse sweeps, each of which can only lower F however the units hang together, then Newton steps to rounding.
+
+def balancing_scale(
+    squares: Sequence[SquaredWeights], monomials: Monomials, active: Tensor, resolution: float, ranks: Ranks
+) -> Tensor:
+    """Find the log-scales ``[H]`` that balance the active units; zero for the others.
 
     Args:
-        flows: the squares.
-        monomials: that the flows refer to.
-        active: the units to move.
-        resolution: of the type in which the weights are kept; a balance well below is good enough.
-        ranks: that hold the parts of the weights; all of them get the same result.
+        squares: of all regions, on this rank.
+        monomials: the scales that the squares refer to.
+        active: ``bool[H]``, the units to move, all of them alive.
+        resolution: relative rounding error of the type in which the weights are kept; a balance well below is good
+            enough.
+        ranks: the ranks that hold parts of the weights; all of them get the same result.
     """
-    problem = _Problem(flows, monomials, active, ranks)
-    active, here = problem.active, problem.start()
+    problem = _Problem(squares, monomials, active, ranks)
+    here = problem.start()
     tolerance = max(64 * torch.finfo(here.scale.dtype).eps, resolution / 64)
+    return _newton(problem, _coarse(problem, here), tolerance).scale
 
+
+def _coarse(problem: _Problem, here: _Point) -> _Point:
+    """Sweep over all units at once, with steps that can only lower F however the units hang together."""
     reach = problem.monomials.reach
     for _ in range(COARSE_SWEEPS):
-        # exp(2 (a - b)) <= (exp(4 a) + exp(-4 b)) / 2 separates the units; the bound is least where
-        # exp(8 a) = out / in. So for more terms, with the sum of their exponents for 2.
-        step = torch.where(active, (here.outgoing.log() - here.incoming.log()) / (8 * reach), 0.0)
-        if float(step.abs().max()) < 0.1:
+        # exp(2 (a - b)) <= (exp(4 a) + exp(-4 b)) / 2 bounds F by a sum with one term per unit, which is least where
+        # exp(8 a) = out / in. With products the 2 becomes the largest sum of exponents, 2 * reach.
+        step = torch.where(problem.active, (here.outgoing.log() - here.incoming.log()) / (8 * reach), 0.0)
+        if float(step.abs().max()) < NEAR:
             break
         here = problem.at(here.scale + step)
+    return here
 
+
+def _newton(problem: _Problem, here: _Point, tolerance: float) -> _Point:
+    """Take Newton steps, halved until F does not rise, to a relative imbalance below ``tolerance``."""
     for _ in range(NEWTON_STEPS):
-        error = float(
-            torch.where(active, (here.incoming - here.outgoing) / (here.incoming + here.outgoing), 0.0).abs().max()
-        )
+        imbalance = (here.incoming - here.outgoing) / (here.incoming + here.outgoing)
+        error = float(torch.where(problem.active, imbalance, 0.0).abs().max())
         if error < tolerance:
             break
         step = problem.newton_step(here, min(0.1, max(error, 1e-4)))
@@ -128,22 +159,22 @@ def balancing_scale(
             step /= 2
             there = problem.at(here.scale + step)
         here = there
-    return here.scale
+    return here
 
 
 @dataclass(frozen=True, eq=False)
 class _Point:
-    """F and its derivatives at some log-scales, N and M counting the incoming and the outgoing scales of all flows.
+    """F and its derivatives at some log-scales.
 
     Args:
-        scale: the log-scales of the units, ``[H]``.
-        value: of F.
-        rises: what the incoming sides multiply squares by, ``[N]``.
-        falls: what the outgoing sides multiply them by, ``[M]``.
-        into: sums of squares for each incoming scale, ``[N]``.
-        out: sums of squares for each outgoing scale, ``[M]``.
-        incoming: sums of squares that grow with each unit, ``[H]``.
-        outgoing: sums of squares that shrink with each unit, ``[H]``.
+        scale: ``[H]``, the log-scales of the units.
+        value: F.
+        rises: ``[I]``, the factors exp(2 s_h) of the squares by their incoming scales.
+        falls: ``[O]``, the factors exp(-2 s_u) of the squares by their outgoing scales.
+        into: ``[I]``, sums of the rescaled squares for each incoming scale.
+        out: ``[O]``, sums of the rescaled squares for each outgoing scale.
+        incoming: ``[H]``, sums of the squares that grow with each unit.
+        outgoing: ``[H]``, sums of the squares that shrink with each unit.
     """
 
     scale: Tensor
@@ -159,34 +190,34 @@ class _Point:
 class _Problem:
     """F, its gradient and its Hessian."""
 
-    def __init__(self, flows: Sequence[SquaredWeights], monomials: Monomials, active: Tensor, ranks: Ranks) -> None:
-        device, ground = flows[0].roots.device, monomials.num_scales
+    def __init__(self, squares: Sequence[SquaredWeights], monomials: Monomials, active: Tensor, ranks: Ranks) -> None:
+        device, fixed = squares[0].roots.device, monomials.num_scales
         self.monomials, self.active, self.ranks = monomials.to(device), active.to(device), ranks
-        self.flows = self._prepared(joined(flows, ground), ground)
-        self.above = torch.cat([flow.incoming.reshape(-1) for flow in self.flows])
-        self.below = torch.cat([flow.outgoing.reshape(-1) for flow in self.flows])
-        self._incoming, self._outgoing = SegmentSum(self.above, ground), SegmentSum(self.below, ground)
+        self.squares = self._prepared(joined(squares, fixed), fixed)
+        self.above = torch.cat([each.incoming.reshape(-1) for each in self.squares])  # [I]
+        self.below = torch.cat([each.outgoing.reshape(-1) for each in self.squares])  # [O]
+        self._incoming, self._outgoing = SegmentSum(self.above, fixed), SegmentSum(self.below, fixed)
 
     @staticmethod
-    def _prepared(flows: list[SquaredWeights], ground: int) -> list[SquaredWeights]:
-        """Without what does not change and what is not finite, which joins no units."""
-        finite = are_finite(flows)
-        shared = [torch.isin(flow.incoming.where(flow.incoming != ground, -1), flow.outgoing).any() for flow in flows]
+    def _prepared(squares: list[SquaredWeights], fixed: int) -> list[SquaredWeights]:
+        """Leave out elements that are not finite, and those with one scale on both sides, which never change."""
+        finite = are_finite(squares)
+        shared = [torch.isin(each.incoming.where(each.incoming != fixed, -1), each.outgoing).any() for each in squares]
         for number, joins in enumerate(torch.stack(shared).tolist()):
             if not finite[number]:
-                flows[number] = flows[number].without(flows[number].undefined())
+                squares[number] = squares[number].without(squares[number].undefined())
             if joins:
-                same = flows[number].incoming[:, :, None] == flows[number].outgoing[:, None]
-                flows[number] = flows[number].without(same)
-        return flows
+                same = squares[number].incoming[:, :, None] == squares[number].outgoing[:, None]
+                squares[number] = squares[number].without(same)
+        return squares
 
     def start(self) -> _Point:
-        """The weights as they are."""
-        return self.at(torch.zeros(len(self.active), dtype=self.flows[0].dtype, device=self.active.device))
+        """Evaluate F at the weights as they are."""
+        return self.at(torch.zeros(len(self.active), dtype=self.squares[0].dtype, device=self.active.device))
 
     def at(self, scale: Tensor) -> _Point:
-        """The weights rescaled by ``scale``, ``[H]``."""
-        factors = torch.cat([2 * self.monomials.of(scale), scale.new_zeros(1)]).exp()
+        """Evaluate F at the weights rescaled by the log-scales ``scale``, ``[H]``."""
+        factors = padded(2 * self.monomials.of(scale), 0).exp()  # [S + 1]
         rises, falls = factors[self.above], 1 / factors[self.below]
         into, out = self._sums(falls, rises)
         into, out = rises * into, falls * out
@@ -194,20 +225,20 @@ class _Problem:
         return _Point(scale, value, rises, falls, into, out, *self.monomials.collect_parts(*self._collect(into, out)))
 
     def _sums(self, right: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
-        """Sums over squares times ``right [M]`` for each incoming scale, and times ``left [N]`` for each outgoing."""
-        rights = right.split([flow.outgoing.numel() for flow in self.flows])
-        lefts = left.split([flow.incoming.numel() for flow in self.flows])
+        """Multiply the squares by ``right [O]`` from the right, giving ``[I]``, and by ``left [I]``, giving ``[O]``."""
+        rights = right.split([each.outgoing.numel() for each in self.squares])
+        lefts = left.split([each.incoming.numel() for each in self.squares])
         into, out = zip(
             *(
-                flow.both_ways(values.view_as(flow.outgoing), others.view_as(flow.incoming))
-                for flow, values, others in zip(self.flows, rights, lefts, strict=True)
+                each.both_ways(values.view_as(each.outgoing), others.view_as(each.incoming))
+                for each, values, others in zip(self.squares, rights, lefts, strict=True)
             ),
             strict=True,
         )
         return torch.cat([sums.reshape(-1) for sums in into]), torch.cat([sums.reshape(-1) for sums in out])
 
     def _collect(self, into: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-        """Sums ``[S]`` of what leads into, and of what comes out of, each scale."""
+        """Add up ``into [I]`` and ``out [O]`` for each scale, over all ranks: ``[S]`` both."""
         rising, falling = self.ranks.sum_(torch.stack([self._incoming(into), self._outgoing(out)]))
         return rising, falling
 
@@ -218,8 +249,8 @@ class _Problem:
         """
 
         def apply(z: Tensor) -> Tensor:
-            padded = torch.cat([self.monomials.of(z), z.new_zeros(1)])
-            above, below = padded[self.above], padded[self.below]
+            scales = padded(self.monomials.of(z), 0)  # [S + 1]
+            above, below = scales[self.above], scales[self.below]
             into, out = self._sums(here.falls * below, here.rises * above)
             rising, falling = self._collect(above * here.into - here.rises * into, here.falls * out - below * here.out)
             return torch.where(self.active, self.monomials.collect(rising - falling), 0.0)

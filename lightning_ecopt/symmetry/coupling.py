@@ -1,28 +1,39 @@
-"""See the functions below."""
+"""How the elements of parameters scale with the units: the one form in which all further code reads it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lightning_ecopt.common.sharding import Part
+from lightning_ecopt.common.tensors import padded, region_of
+
+#: Stands in a coupling for "no unit": these elements are not multiplied. As an index it picks the last entry, see
+#: :func:`~lightning_ecopt.common.tensors.padded`.
+NO_UNIT = -1
 
 
 @dataclass(frozen=True, eq=False)
 class Coupling:
     """How a box-shaped region of one parameter scales.
 
-    Rescaling unit ``u`` by ``c`` multiplies the elements where ``incoming == u`` by ``c`` and those where
-    ``outgoing == u`` by ``1 / c``. Numbers from H on stand for products of powers of units, see :class:`Monomials`.
+    Rescaling unit ``u`` by ``c`` multiplies the elements where ``incoming == u`` by ``c``, and divides those where
+    ``outgoing == u`` by ``c``. Numbers from H on stand for products of powers of units, see
+    :class:`~lightning_ecopt.symmetry.monomials.Monomials`; ``NO_UNIT`` stands for a factor of one.
 
     Args:
-        parameter: name of the parameter in the module.
-        region: slices of the parameter.
-        incoming: scale of what each element leads into, ``-1`` for none; integers that broadcast to the region.
-        outgoing: scale of what each element comes from, ``-1`` for none; likewise.
+        parameter: name of the parameter.
+        region: slices of the parameter, with a start, a stop and a positive step.
+        incoming: ``int32``, units that the elements lead into; broadcasts to the region.
+        outgoing: ``int32``, units that the elements come out of; broadcasts to the region.
         additive: whether the elements are added (a bias) rather than multiplied with data.
+
+    Example: the hidden layer of ``Linear(3, 2), ReLU(), Linear(2, 1)`` has two units. Its weight ``[2, 3]`` has
+    ``incoming=[[0], [1]], outgoing=[[-1]]``, its bias ``[2]`` has ``incoming=[0, 1], outgoing=[-1]``, and the weight
+    ``[1, 2]`` of the output layer has ``incoming=[[-1]], outgoing=[[0, 1]]``.
     """
 
     parameter: str
@@ -31,14 +42,19 @@ class Coupling:
     outgoing: Tensor
     additive: bool
 
+    @property
+    def is_fixed(self) -> bool:
+        """Whether no unit scales any element of the region."""
+        return all(bool((side == NO_UNIT).all()) for side in (self.incoming, self.outgoing))
+
     def view(self, tensor: Tensor) -> Tensor:
-        """The region of ``tensor``, which has the parameter's shape, as a view."""
-        return tensor.view(1)[self.region] if tensor.ndim == 0 else tensor[self.region]
+        """Return the region of ``tensor``, which has the parameter's shape, as a view."""
+        return region_of(tensor, self.region)
 
     def of_shard(self, parameter: Tensor) -> Coupling | None:
-        """The same coupling for what this rank holds of the parameter, ``None`` if nothing of the region is here.
+        """Cut the coupling to what this rank holds of the parameter; ``None`` if nothing of the region is here.
 
-        Its :meth:`view` is one of the :func:`~lightning_ecopt.common.sharding.local` tensor.
+        :meth:`view` of the result takes the :func:`~lightning_ecopt.common.sharding.local` tensor.
         """
         part = Part.of(self.region, parameter)
         if part is None:
@@ -46,16 +62,24 @@ class Coupling:
         return replace(self, region=part.region, incoming=part.cut(self.incoming), outgoing=part.cut(self.outgoing))
 
     def to(self, device: torch.device) -> Coupling:
-        """The same coupling with its unit numbers on ``device``."""
-        incoming, outgoing = self.incoming.to(device), self.outgoing.to(device)
-        return Coupling(self.parameter, self.region, incoming, outgoing, self.additive)
+        """Return the same coupling with its unit numbers on ``device``."""
+        return replace(self, incoming=self.incoming.to(device), outgoing=self.outgoing.to(device))
 
     def restricted(self, active: Tensor) -> Coupling:
-        """The same coupling with the units that are not ``active`` (``bool[H]``), and all products, held still."""
-        padded = torch.cat([active, active.new_zeros(1)])  # index -1 is the last
-        incoming = self.incoming.where(padded[self.incoming.clamp(max=len(active))], NO_UNIT)
-        outgoing = self.outgoing.where(padded[self.outgoing.clamp(max=len(active))], NO_UNIT)
-        return Coupling(self.parameter, self.region, incoming, outgoing, self.additive)
+        """Return the coupling with ``NO_UNIT`` for all products, and for the units that are not ``active``, ``[H]``."""
+        kept = padded(active, False)  # for NO_UNIT, and also for products
+        incoming, outgoing = (
+            side.where(kept[side.clamp(max=len(active))], NO_UNIT) for side in (self.incoming, self.outgoing)
+        )
+        return replace(self, incoming=incoming, outgoing=outgoing)
 
 
-NO_UNIT = -1
+def couplings_here(couplings: Iterable[Coupling], parameters: Mapping[str, Tensor]) -> list[Coupling]:
+    """Cut couplings to what this rank holds of the parameters; those of which it holds nothing are left out.
+
+    Args:
+        couplings: of whole parameters.
+        parameters: by name, sharded or not.
+    """
+    here = (coupling.of_shard(parameters[coupling.parameter]) for coupling in couplings)
+    return [coupling for coupling in here if coupling is not None]

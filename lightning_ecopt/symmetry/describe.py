@@ -12,18 +12,22 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from scipy.sparse import csr_array
 from torch import Tensor
 
+from lightning_ecopt.symmetry.coupling import Coupling
 from lightning_ecopt.symmetry.labels import IntArray
 from lightning_ecopt.symmetry.monomials import Monomials
 
 if TYPE_CHECKING:
-    from lightning_ecopt.symmetry.coupling import Coupling
+    from scipy.sparse import csr_array
 
+#: Most numbers that are listed in an index; further ones are left out.
 LONGEST_LIST = 8
+#: A longer list of numbers is written as slices if these are at most so many.
 MOST_RUNS = 4
+#: Most index expressions for one parameter.
 MOST_EXPRESSIONS = 8
+#: Exponents are compared after rounding to so many decimals.
 DECIMALS = 9
 
 
@@ -42,13 +46,14 @@ class UnitSet:
 
 
 def sort_units(couplings: Iterable[Coupling], monomials: Monomials) -> list[UnitSet]:
-    """The units, sorted into sets that couple the same parameters in the same way."""
+    """Sort the units into sets that couple the same parameters in the same way, in the order of their first units."""
     table = _exponents(monomials)
     powers: list[set[tuple[int, float]]] = [set() for _ in range(monomials.num_units)]
     names: dict[str, int] = {}
     for coupling in couplings if monomials.num_units else ():
         number = names.setdefault(coupling.parameter, len(names))
         for unit, exponents in _exponents_of_units(coupling, table):
+            # Negated, so that sorting by parameter and number puts c before 1/c.
             powers[unit].update((number, -exponent) for exponent in exponents if exponent)
     members: dict[tuple[tuple[int, float], ...], list[int]] = defaultdict(list)
     for unit, found in enumerate(powers):
@@ -61,7 +66,9 @@ def sort_units(couplings: Iterable[Coupling], monomials: Monomials) -> list[Unit
 
 
 def _exponents(monomials: Monomials) -> csr_array:
-    """Exponents of the units in the monomials, ``[S + 1, H]``; the last row is that of what has no scale."""
+    """Tabulate the exponents of the units in the monomials, ``[S + 1, H]``; the last row, of zeros, is for NO_UNIT."""
+    from scipy.sparse import csr_array
+
     own = np.arange(monomials.num_units)
     rows, columns = np.concatenate([own, monomials.products.numpy()]), np.concatenate([own, monomials.units.numpy()])
     values = np.concatenate([np.ones(monomials.num_units), monomials.exponents.numpy()])
@@ -69,10 +76,17 @@ def _exponents(monomials: Monomials) -> csr_array:
 
 
 def _exponents_of_units(coupling: Coupling, table: csr_array) -> Iterator[tuple[int, set[float]]]:
-    """For each unit in a coupling the exponents with which it multiplies elements."""
-    incoming, outgoing = (ids.numpy() % table.shape[0] for ids in (coupling.incoming, coupling.outgoing))
+    """Yield each unit in a coupling with the exponents with which it multiplies elements.
+
+    Args:
+        coupling: any coupling.
+        table: exponents of the units in the monomials, ``[S + 1, H]``.
+    """
+    size = table.shape[0]
+    # In 64 bits: a pair of numbers is written as one below.
+    incoming, outgoing = (ids.numpy().astype(np.int64) % size for ids in (coupling.incoming, coupling.outgoing))
     if _share_axes(incoming, outgoing):
-        first, second = np.divmod(np.unique(incoming * table.shape[0] + outgoing), table.shape[0])
+        first, second = np.divmod(np.unique(incoming * size + outgoing), size)
         yield from _by_unit(table[first] - table[second]).items()
         return
     into, out_of = (_by_unit(table[np.unique(ids)]) for ids in (incoming, outgoing))  # all pairs of them occur
@@ -82,7 +96,7 @@ def _exponents_of_units(coupling: Coupling, table: csr_array) -> Iterator[tuple[
 
 
 def _by_unit(exponents: csr_array) -> dict[int, set[float]]:
-    """The exponents in each column that has some, zero among them if a row of the column has none."""
+    """List the exponents in each column that has some; zero is one of them if some row of the column has none."""
     entries = exponents.tocoo()
     result: dict[int, set[float]] = defaultdict(set)
     for unit, exponent in zip(entries.col.tolist(), entries.data.round(DECIMALS).tolist(), strict=True):
@@ -94,15 +108,22 @@ def _by_unit(exponents: csr_array) -> dict[int, set[float]]:
 
 
 def _share_axes(first: np.ndarray, second: np.ndarray) -> bool:
-    """Whether there is an axis along which both have more than one entry."""
+    """Return whether there is an axis along which both have more than one entry."""
     return any(a > 1 and b > 1 for a, b in zip(first.shape[::-1], second.shape[::-1], strict=False))
 
 
 def describe_unit(
     unit: int, couplings: Iterable[Coupling], monomials: Monomials, shapes: Mapping[str, Sequence[int]]
 ) -> str:
-    """In words what one unit multiplies; ``shapes`` are those of the parameters."""
-    exponents = _exponents(monomials)[:, [unit]].toarray().ravel()  # index -1 is the last
+    """Say in words what one unit multiplies.
+
+    Args:
+        unit: its number.
+        couplings: of the group.
+        monomials: that the couplings refer to.
+        shapes: of the parameters, by name.
+    """
+    exponents = _exponents(monomials)[:, [unit]].toarray().ravel()  # the last one, for NO_UNIT, is zero
     found: dict[float, list[str]] = defaultdict(list)
     for coupling in couplings:
         for part in _parts(exponents[coupling.incoming.numpy()], exponents[coupling.outgoing.numpy()]):
@@ -114,7 +135,7 @@ def describe_unit(
 
 
 def power(exponent: float) -> str:
-    """``c`` to the ``exponent``, as text: ``c``, ``1/c``, ``c^2``, ``c^(1/2)``."""
+    """Write ``c`` to the ``exponent`` as text: ``c``, ``1/c``, ``c^2``, ``c^(1/2)``."""
     if abs(exponent) == 1:
         return "c" if exponent > 0 else "1/c"
     fraction = Fraction(exponent).limit_denominator(1000)
@@ -122,9 +143,10 @@ def power(exponent: float) -> str:
 
 
 def _parts(incoming: np.ndarray, outgoing: np.ndarray) -> list[np.ndarray]:
-    """Exponents by which elements are multiplied, one array after the other.
+    """Split the exponents ``incoming - outgoing`` into arrays that are described one after the other.
 
-    Where a row and a column are multiplied this says so; what cancels everywhere is left out.
+    If they change along different axes, a row and a column are described, not each element; a constant that both have
+    is left out, as it cancels.
     """
     if _share_axes(incoming, outgoing):
         return [incoming - outgoing]
@@ -134,7 +156,7 @@ def _parts(incoming: np.ndarray, outgoing: np.ndarray) -> list[np.ndarray]:
 
 
 def _elements(coupling: Coupling, chosen: np.ndarray, shape: Sequence[int]) -> list[str]:
-    """Index expressions of the elements that ``chosen``, which broadcasts to the coupling's region, marks."""
+    """Write index expressions for the elements that ``chosen`` marks, which broadcasts to the coupling's region."""
     if not shape:
         return [coupling.parameter]
     found = []
@@ -154,7 +176,7 @@ def _elements(coupling: Coupling, chosen: np.ndarray, shape: Sequence[int]) -> l
 
 
 def _boxes(chosen: np.ndarray) -> Iterator[list[IntArray]]:
-    """Split what is marked into boxes, each given by its positions along every axis."""
+    """Split the marked elements into boxes, and yield for each its positions along every axis."""
     if not chosen.any():
         return
     box = [np.unique(places) for places in np.nonzero(chosen)]
@@ -166,14 +188,20 @@ def _boxes(chosen: np.ndarray) -> Iterator[list[IntArray]]:
         _, first, kind = np.unique(slices, axis=0, return_index=True, return_inverse=True)
         if len(first) > 1:
             for number in np.argsort(first):
-                own = np.zeros((chosen.shape[axis], *(1,) * (chosen.ndim - axis - 1)), dtype=bool)
-                own[places[kind.reshape(-1) == number]] = True
-                yield from _boxes(chosen & own)
+                alike = np.zeros((chosen.shape[axis], *(1,) * (chosen.ndim - axis - 1)), dtype=bool)
+                alike[places[kind.reshape(-1) == number]] = True
+                yield from _boxes(chosen & alike)
             return
 
 
 def _index(numbers: IntArray, size: int, *, split: bool) -> list[str]:
-    """How to index an axis of ``size`` to get these: with one expression, or with several if that is shorter."""
+    """Write how to index an axis of ``size`` to get these numbers: as one expression, or as several if that is shorter.
+
+    Args:
+        numbers: ascending.
+        size: of the axis.
+        split: write several expressions rather than a list.
+    """
     if len(numbers) == size:
         return [":"]
     found = runs(numbers.tolist())
@@ -184,7 +212,7 @@ def _index(numbers: IntArray, size: int, *, split: bool) -> list[str]:
 
 
 def runs(numbers: Sequence[int]) -> list[str]:
-    """Ascending numbers as single ones and slices: ``[0, 1, 2, 7, 10, 20, 30]`` gives ``0:3``, ``7``, ``10:31:10``."""
+    """Write ascending numbers singly and as slices: ``[0, 1, 2, 7, 10, 20, 30]`` gives ``0:3``, ``7``, ``10:31:10``."""
     found, start = [], 0
     while start < len(numbers):
         stop = start + 1

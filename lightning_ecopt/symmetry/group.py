@@ -1,10 +1,25 @@
-"""The rescalings that leave a network's function unchanged."""
+"""The rescalings that leave a network's function unchanged.
+
+Masks of units, ``bool[H]``, that this package and the optimizer speak of:
+
+===============  ======================================  ===============================================================
+mask             who makes it                            which units are set
+===============  ======================================  ===============================================================
+alive            :meth:`ScalingGroup.alive`              those on a path of non-zero elements, from inputs to outputs
+dormant          the reverse of alive                    those with all weights of one side zero: no balance, no path
+simple           :attr:`Monomials.simple`                those in no product or power of units
+scale-invariant  :attr:`ScalingGroup.scale_invariant`    those whose weights may have any length, as v in ``g v / |v|``
+exclusive        the optimizer, when it is bound         those with all their parameters in this optimizer
+active           the optimizer, at a refresh             alive and exclusive: they are balanced
+usable           ``optimizer.usable_units()``            active; for the rule ``path`` also simple, not scale-invariant
+===============  ======================================  ===============================================================
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -13,12 +28,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ecopt.common.sharding import Ranks, gathering_modules, local, release
-from lightning_ecopt.common.tensors import widest
+from lightning_ecopt.common.tensors import padded, widest
 from lightning_ecopt.symmetry.balance import alive_units, balancing_scale, mean_square, sums_of_squares
-from lightning_ecopt.symmetry.coupling import NO_UNIT, Coupling
+from lightning_ecopt.symmetry.coupling import NO_UNIT, Coupling, couplings_here
 from lightning_ecopt.symmetry.describe import UnitSet, describe_unit, sort_units
 from lightning_ecopt.symmetry.equations import Operation
 from lightning_ecopt.symmetry.monomials import Monomials
+from lightning_ecopt.symmetry.report import Overview, print_report
 from lightning_ecopt.symmetry.solve import Solution
 from lightning_ecopt.symmetry.squares import SquaredWeights, are_finite, multiply_
 
@@ -31,16 +47,21 @@ class ScalingGroup:
     """All rescalings of hidden units that leave the function of a module unchanged.
 
     Made by :func:`lightning_ecopt.scaling_group`. A *unit* is one freedom: everything that must be rescaled together
-    by one positive factor. Formulas: positive scaling, equivalent class and the dimension m - H are those of
-    Meng et al., arXiv:1802.03713, for arbitrary networks.
+    by one positive factor. Positive scaling, equivalent class and the dimension m - H are defined as in Meng et al.,
+    arXiv:1802.03713, here for arbitrary networks.
 
     Args:
         parameters: the parameters that may be rescaled, by name.
         couplings: how they scale.
         monomials: the scales that the couplings refer to, as products of powers of units.
-        costs: for each operation that fixed scales which would otherwise have been free, how many.
+        costs: for each operation that fixed scales, how many of them would otherwise have been free.
         unseen: names of parameters that the traced call did not use.
         gathering: modules that gather sharded parameters for their calls.
+
+    Example::
+
+        group = scaling_group(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(1, 4))
+        group.num_units, group.num_parameters, group.dimension  # (8, 58, 50)
     """
 
     parameters: Mapping[str, nn.Parameter]
@@ -54,25 +75,8 @@ class ScalingGroup:
     def from_solution(
         cls, parameters: Mapping[str, nn.Parameter], solution: Solution, unseen: tuple[str, ...]
     ) -> ScalingGroup:
-        """Put the result of a trace into tensors."""
-        couplings = [
-            Coupling(
-                use.parameter,
-                use.region,
-                torch.from_numpy(use.incoming).to(torch.int32),
-                torch.from_numpy(use.outgoing).to(torch.int32),
-                use.additive,
-            )
-            for use in solution.uses
-        ]
-        monomials = Monomials(
-            solution.num_units,
-            solution.num_scales,
-            torch.from_numpy(solution.scales),
-            torch.from_numpy(solution.units),
-            torch.from_numpy(solution.exponents),
-        )
-        return cls(parameters, couplings, monomials, Counter(solution.costs), unseen)
+        """Make the group of ``parameters`` from the solution of a trace."""
+        return cls(parameters, solution.couplings, solution.monomials, Counter(solution.costs), unseen)
 
     @property
     def num_units(self) -> int:
@@ -94,10 +98,10 @@ class ScalingGroup:
         return f"{type(self).__name__}({sizes})"
 
     def of(self, module: nn.Module) -> ScalingGroup:
-        """The same group for the parameters that a module has under the same names, as after ``fully_shard``.
+        """Return the same group for the parameters of ``module`` with the same names, as after ``fully_shard``.
 
         Args:
-            module: the one that was traced, or another of the same structure.
+            module: the module that was traced, or another of the same structure.
 
         Raises:
             ValueError: if a parameter is missing, has another shape, or is sharded in a way that is not supported.
@@ -119,11 +123,11 @@ class ScalingGroup:
                     f"{type(module).__name__} has {found}: trace it with scaling_group."
                 )
         parameters = {name: own[name] for name in self.parameters}
-        Ranks(parameters)  # of a layout that is not supported it says so now
+        Ranks(parameters)  # raises if the layout is not supported
         return replace(self, parameters=parameters, gathering=gathering)
 
     def fingerprint(self) -> str:
-        """Equal for two groups of one network that were found from the same operations, on two ranks for instance."""
+        """Return a hash that is equal for groups found from the same operations, on two ranks for instance."""
         arrays = [self.monomials.products, self.monomials.units, self.monomials.exponents]
         uses = []
         for coupling in self.couplings:
@@ -136,27 +140,33 @@ class ScalingGroup:
         return digest.hexdigest()
 
     def unit_sets(self) -> list[UnitSet]:
-        """The units, sorted into sets that couple the same parameters in the same way."""
+        """Sort the units into sets that couple the same parameters in the same way."""
         return sort_units(self.couplings, self.monomials)
 
-    def summary(self, console: Console | None = None) -> None:
+    def summary(self, console: Console | None = None, *, usable: Tensor | None = None, rule: str = "unit") -> None:
         """Print what the freedoms are: the units, set by set, the dimensions, and which operations cost freedoms.
 
         Args:
             console: where to print; by default standard output.
+            usable: ``bool[H]``, units whose freedom training uses; the others are reported as dormant. The rows of the
+                table are limited then.
+            rule: the rule of training; with ``"path"``, unused units in products or powers are not called dormant, but
+                without paths.
 
         Example::
 
             scaling_group(model, x).summary()
         """
-        from lightning_ecopt.symmetry.report import print_report  # which imports this module
-
-        print_report(self, console)
+        used = None if usable is None else usable.cpu()
+        unused = torch.zeros(self.num_units, dtype=torch.bool) if used is None else ~used
+        pathless = unused & ~self.monomials.simple & (rule == "path")
+        overview = Overview(self.num_parameters, self.unit_sets(), self.costs, self.unseen, used, pathless)
+        print_report(overview, console)
 
     def describe(self, unit: int) -> str:
-        """In words what one unit is: which elements it multiplies, as index expressions, and by which power of ``c``.
+        """Describe one unit in words: the elements that it multiplies, as index expressions, and the power of ``c``.
 
-        Where an element is named twice, as in the row and in the column of one weight, both factors apply.
+        If an element is named twice, in a row and in a column of one weight, both factors apply.
 
         Args:
             unit: its number, from 0 to H - 1.
@@ -182,8 +192,8 @@ class ScalingGroup:
         """Rescale the module's own parameters in place: unit ``u`` by ``exp(log_scale[u])``.
 
         The module's outputs do not change, to rounding, in training and in evaluation mode. Buffers need no change:
-        what a normalisation layer keeps statistics of is never rescaled. If parameters are sharded, call it on all
-        ranks, with the same factors.
+        the inputs of normalisation layers, which keep statistics of them, are never rescaled. If parameters are
+        sharded, call it on all ranks, with the same factors.
 
         Args:
             log_scale: ``[H]``, natural logarithms of the factors.
@@ -208,8 +218,8 @@ class ScalingGroup:
     def rescale_(self, tensors: Mapping[str, Tensor | None], log_scale: Tensor, *, power: int = 1) -> None:
         """Multiply tensors that belong to the parameters by their factors to the ``power``.
 
-        Weights have power 1, covectors such as gradients and momentum -1. Of sharded tensors each rank rescales what it
-        holds.
+        Weights have power 1, covectors such as gradients and momentum have power -1. If tensors are sharded, each rank
+        rescales its own part.
 
         Args:
             tensors: by parameter name, sharded like the parameters; ``None`` and missing ones are passed over.
@@ -217,23 +227,27 @@ class ScalingGroup:
             power: exponent of the factors.
         """
         log_scale = power * self.monomials.to(log_scale.device).of(log_scale.to(widest(log_scale.device)))
-        factors = torch.cat([log_scale, log_scale.new_zeros(1)]).exp()  # index -1 is the last
-        for coupling in self.couplings:
+        factors = padded(log_scale, 0).exp()  # [S + 1], one for NO_UNIT
+        for coupling in self._couplings_here:
             tensor = tensors.get(coupling.parameter)
-            here = None if tensor is None else coupling.of_shard(tensor)
-            if tensor is not None and here is not None:
-                here = here.to(factors.device)
+            if tensor is not None:
+                here = coupling.to(factors.device)
                 multiply_(here.view(local(tensor)), factors[here.incoming], 1 / factors[here.outgoing])
 
     @cached_property
-    def scale_invariant(self) -> Tensor:
-        """Units of weights whose length does not matter, such as v of ``g * v / |v|``, ``bool[H]``.
+    def _couplings_here(self) -> list[Coupling]:
+        """The couplings that scale something, cut to what this rank holds of the parameters."""
+        return couplings_here([coupling for coupling in self.couplings if not coupling.is_fixed], self.parameters)
 
-        Nothing is divided by them and nothing else scales their weights. Without a balance between two sides, their
-        representative is the one whose rows have a mean square of one over their number of elements.
+    @cached_property
+    def scale_invariant(self) -> Tensor:
+        """Units of weights whose length does not matter, such as v in ``g * v / |v|``, ``bool[H]``.
+
+        Such a unit divides nothing, and nothing else scales its weights: with one side only, it has no balance.
+        Balancing gives its rows a mean sum of squares of one.
         """
-        alone = torch.zeros(self.monomials.num_scales, dtype=torch.bool)
-        others = torch.zeros_like(alone)
+        alone = torch.zeros(self.monomials.num_scales, dtype=torch.bool)  # scales that some element has alone
+        others = torch.zeros_like(alone)  # scales that divide, or multiply together with another
         for coupling in self.couplings:
             incoming, outgoing = coupling.incoming, coupling.outgoing
             alone[incoming[(incoming != NO_UNIT) & _any_beside(outgoing == NO_UNIT, incoming)]] = True
@@ -243,29 +257,29 @@ class ScalingGroup:
 
     @torch.no_grad()
     def alive(self) -> Tensor:
-        """Which units lie on a path of non-zero elements through the network, ``bool[H]``.
+        """Find the units on a path of non-zero elements through the network, ``bool[H]``.
 
-        The others (all weights of one side zero, as in a zero-initialised layer) are *dormant*: they have no balanced
-        scale and no path. Scale-invariant weights are alive unless all are zero. If parameters are sharded, call it on
-        all ranks.
+        The others are *dormant*: all weights of one side are zero, as in a zero-initialised layer, so that they have no
+        balanced scale and no path. A scale-invariant unit is alive unless all its weights are zero. If parameters are
+        sharded, call it on all ranks.
         """
         ranks = Ranks(self.parameters)
-        return self._alive(list(self._flows(ranks)), ranks)
+        return self._alive(self._squares(ranks), ranks)
 
-    def _alive(self, flows: list[SquaredWeights], ranks: Ranks) -> Tensor:
-        alive = alive_units(flows, self.monomials, ranks)
+    def _alive(self, squares: list[SquaredWeights], ranks: Ranks) -> Tensor:
+        alive = alive_units(squares, self.monomials, ranks)
         if not bool(self.scale_invariant.any()):
             return alive
-        excess = mean_square(flows, self.monomials, ranks)
+        excess = mean_square(squares, self.monomials, ranks)
         return torch.where(self.scale_invariant.to(excess.device), (excess > 0) & excess.isfinite(), alive)
 
     @torch.no_grad()
     def balance_(self, active: Tensor | None = None) -> Tensor:
         """Move the parameters to the balanced member of their class, the one of least sum of squares.
 
-        There the squares of the incoming and of the outgoing elements of every unit add up to the same. It depends on
-        the class alone; outputs do not change. If parameters are sharded, call it on all ranks; weights stay where they
-        are, and sums over units are added up.
+        There, for every unit, the squares of its incoming and of its outgoing elements have the same sum. The balanced
+        member depends on the class alone, and outputs do not change. If parameters are sharded, call it on all ranks;
+        only sums over units are exchanged.
 
         Args:
             active: ``bool[H]``, the units to move; by default all that are :meth:`alive`.
@@ -274,62 +288,63 @@ class ScalingGroup:
             The log-scales ``[H]`` that were applied, zero for units that were not moved.
         """
         ranks = Ranks(self.parameters)
-        flows = list(self._flows(ranks))
+        squares = self._squares(ranks)
         if active is None:
-            active = self._alive(flows, ranks)
+            active = self._alive(squares, ranks)
         log_scale = torch.zeros(0, dtype=torch.double)
-        if flows:
-            active = active.to(flows[0].roots.device)
+        if squares:
+            active = active.to(squares[0].roots.device)
             invariant = active & self.scale_invariant.to(active.device)
             resolution = max(torch.finfo(parameter.dtype).eps for parameter in self.parameters.values())
-            log_scale = balancing_scale(flows, self.monomials, active & ~invariant, resolution, ranks)
+            log_scale = balancing_scale(squares, self.monomials, active & ~invariant, resolution, ranks)
             if bool(invariant.any()):
-                log_scale -= torch.where(invariant, mean_square(flows, self.monomials, ranks).log() / 2, 0.0)
+                log_scale -= torch.where(invariant, mean_square(squares, self.monomials, ranks).log() / 2, 0.0)
         release(self.gathering)
         self.rescale_(self.parameters, log_scale)
         return log_scale
 
     @torch.no_grad()
     def imbalance(self) -> Tensor:
-        """How far the parameters are from the balanced member, a scalar: see :class:`lightning_ecopt.UnitImbalance`.
+        """Measure how far the parameters are from the balanced member: a scalar, 1 there.
 
-        If parameters are sharded, call it on all ranks.
+        The formula is that of :class:`lightning_ecopt.UnitImbalance`. If parameters are sharded, call it on all ranks.
         """
         ranks = Ranks(self.parameters)
-        flows = list(self._flows(ranks))
-        if not flows:
+        squares = self._squares(ranks)
+        if not squares:
             return torch.ones(())
-        incoming, outgoing = sums_of_squares(flows, self.monomials, ranks)
+        incoming, outgoing = sums_of_squares(squares, self.monomials, ranks)
         invariant = self.scale_invariant.to(incoming.device)
-        ratio = torch.where(invariant, mean_square(flows, self.monomials, ranks), incoming / outgoing)
-        ratio = torch.where(self._alive(flows, ranks), ratio, 1.0)
-        undefined = ranks.any_(torch.tensor(not all(are_finite(flows)), device=ratio.device))
+        ratio = torch.where(invariant, mean_square(squares, self.monomials, ranks), incoming / outgoing)
+        ratio = torch.where(self._alive(squares, ranks), ratio, 1.0)
+        undefined = ranks.any_(torch.tensor(not all(are_finite(squares)), device=ratio.device))
         return torch.where(undefined, torch.nan, torch.maximum(ratio, 1 / ratio).amax().sqrt())
 
-    def _flows(self, ranks: Ranks) -> Iterator[SquaredWeights]:
-        """Sums of squares of each coupling, one per pair of units, of what this rank is to add up."""
+    def _squares(self, ranks: Ranks) -> list[SquaredWeights]:
+        """Take the squares of all regions that this rank adds up; empty on all ranks if nothing scales."""
         empty = [name for name, parameter in self.parameters.items() if parameter.is_meta]
         if empty:
             raise RuntimeError(
                 f"{len(empty)} parameters, {empty[0]} first, are on the meta device and have no values: materialise "
                 "the module (module.to_empty(device=...) and its initialisation) and trace it again."
             )
-        for coupling in self.couplings:
-            if all(bool((side == NO_UNIT).all()) for side in (coupling.incoming, coupling.outgoing)):
-                continue
+        squares = []
+        for coupling in self._couplings_here:
             parameter = self.parameters[coupling.parameter]
-            weight = local(parameter.detach())
-            dtype = widest(weight.device)
-            here = coupling.of_shard(parameter) if ranks.counts(parameter) else None
-            if here is None:
-                yield SquaredWeights.nothing(dtype, weight.device)
-                continue
-            here = here.to(weight.device)
-            yield SquaredWeights.of(here.view(weight), here.incoming, here.outgoing, dtype)
+            if ranks.counts(parameter):
+                weight = local(parameter.detach())
+                here = coupling.to(weight.device)
+                squares.append(
+                    SquaredWeights.of(here.view(weight), here.incoming, here.outgoing, widest(weight.device))
+                )
+        if not squares and not all(coupling.is_fixed for coupling in self.couplings):  # other ranks wait for this one
+            device = local(next(iter(self.parameters.values()))).device
+            squares.append(SquaredWeights.nothing(widest(device), device))
+        return squares
 
 
 def _any_beside(marks: Tensor, numbers: Tensor) -> Tensor:
-    """For each of the ``numbers``, whether one of the marks is set that are broadcast together with it."""
+    """Return for each of the ``numbers`` whether one of the marks that broadcasting pairs it with is set."""
     for axis, size in enumerate(numbers.shape):
         if size == 1:
             marks = marks.any(axis, keepdim=True)

@@ -1,4 +1,4 @@
-"""The scales by which weights are multiplied, as products of powers of the units."""
+"""Monomials in the scales of the units: the factors by which weights are multiplied."""
 
 from __future__ import annotations
 
@@ -14,17 +14,28 @@ from lightning_ecopt.common.tensors import widest
 
 @dataclass(frozen=True, eq=False)
 class Monomials:
-    """Monomials 0 to ``num_units - 1`` are the units themselves, all further ones products of powers of units.
+    """The factors by which weights are multiplied, as products of powers of the units' scales.
 
-    In logarithms a scale is a linear combination of units. Where activations are multiplied by each other it is a sum,
-    where attention makes keys shrink as queries grow its coefficient is -1, behind a square it is 2.
+    Monomials 0 to H - 1 are the scales of the units themselves, ``c_0 .. c_(H-1)``; monomials H to S - 1 are proper
+    products. Each has one or more *terms*: term t says that monomial ``products[t]`` has the factor
+    ``c_units[t] ** exponents[t]``. In logarithms all this is linear.
+
+    Products arise where activations are multiplied by each other. An exponent of 2 arises behind a square, one of -1
+    where keys must shrink as queries grow.
 
     Args:
         num_units: number of units H.
-        num_scales: number of scales S.
-        products: ``int[T]``, for each term of a product the scale that it belongs to.
-        units: ``int[T]``, its unit.
-        exponents: ``float64[T]``, the exponent of the unit.
+        num_scales: number of monomials S, the units included.
+        products: ``int[T]``, the monomial that each term belongs to, at least H.
+        units: ``int[T]``, the unit of each term.
+        exponents: ``float64[T]``, the exponent of each term.
+
+    Example: a network computes ``head(relu(a(x)) * relu(b(x)))`` with one channel. Unit 0 scales ``a`` by ``c_0``, unit
+    1 scales ``b`` by ``c_1``, and ``head.weight`` must be divided by ``c_0 * c_1``, which is monomial 2::
+
+        monomials = Monomials(2, 3, torch.tensor([2, 2]), torch.tensor([0, 1]), torch.ones(2, dtype=torch.float64))
+        monomials.of(torch.tensor([0.1, 0.2]))  # tensor([0.1, 0.2, 0.3]), the logarithms of c_0, c_1 and c_0 * c_1
+        monomials.collect(torch.tensor([5.0, 7.0, 1.0]))  # tensor([6., 8.]), the transpose
     """
 
     num_units: int
@@ -35,7 +46,7 @@ class Monomials:
     _copies: dict[torch.device, Monomials] = field(default_factory=dict, init=False, repr=False)
 
     def to(self, device: torch.device) -> Monomials:
-        """The same on ``device``."""
+        """Return the same monomials on ``device``; the copy is kept for the next call."""
         if self.products.device == device:
             return self
         if device not in self._copies:
@@ -51,76 +62,107 @@ class Monomials:
     def _to_units(self) -> SegmentSum:
         return SegmentSum(self.units, self.num_units)
 
+    @property
+    def _has_products(self) -> bool:
+        return self.num_scales > self.num_units
+
+    # Sums -------------------------------------------------------------------------------------------------------------
+
     def of(self, values: Tensor) -> Tensor:
-        """Logarithms of the scales ``[S]`` from those of the units ``[H]``."""
-        if self.num_scales == self.num_units:
+        """Compute the logarithms of the monomials, ``[S]``, from those of the units' scales, ``[H]``."""
+        if not self._has_products:
             return values
         return torch.cat([values, self._to_products(self.exponents.to(values) * values[self.units])])
 
     def collect(self, values: Tensor) -> Tensor:
-        """The transpose of :meth:`of`: from values of the scales ``[S]`` to sums for the units ``[H]``."""
+        """Apply the transpose of :meth:`of`: turn derivatives by monomials, ``[S]``, into ones by units, ``[H]``."""
         return self._sum(values, self.exponents)
 
     def collect_parts(self, rising: Tensor, falling: Tensor) -> tuple[Tensor, Tensor]:
-        """Values of the scales, ``[S]``, where these count as positive and where as negative, for the units ``[H]``."""
+        """Apply :meth:`collect` to ``rising - falling``, with positive and negative parts kept apart.
+
+        Args:
+            rising: ``[S]``, what grows with each monomial.
+            falling: ``[S]``, what shrinks with it.
+
+        Returns:
+            What grows and what shrinks with each unit, ``[H]`` both. A negative exponent turns one into the other.
+        """
         positive, negative = self.exponents.clamp(min=0), (-self.exponents).clamp(min=0)
-        both = self._sum(rising, positive), self._sum(falling, positive)
-        if self.num_scales == self.num_units:
-            return both
-        turned = torch.zeros(self.num_units).to(rising)
-        other = [torch.cat([turned, values[self.num_units :]]) for values in (falling, rising)]
-        return both[0] + self._sum(other[0], negative), both[1] + self._sum(other[1], negative)
+        grows, shrinks = self._sum(rising, positive), self._sum(falling, positive)
+        if not self._has_products:
+            return grows, shrinks
+        own = torch.zeros(self.num_units).to(rising)  # the units themselves have an exponent of one
+        falling, rising = (torch.cat([own, values[self.num_units :]]) for values in (falling, rising))
+        return grows + self._sum(falling, negative), shrinks + self._sum(rising, negative)
 
     def _sum(self, values: Tensor, exponents: Tensor) -> Tensor:
         own = values[: self.num_units]
-        if self.num_scales == self.num_units:
+        if not self._has_products:
             return own
         return own + self._to_units(exponents.to(values) * values[self.products])
 
     @property
     def reach(self) -> float:
-        """The largest sum of absolute exponents of one scale."""
-        if self.num_scales == self.num_units:
+        """The largest sum of absolute exponents of one monomial, at least one."""
+        if not self._has_products:
             return 1.0
         return max(1.0, float(self._to_products(self.exponents.abs()).max()))
 
+    # Bounds -----------------------------------------------------------------------------------------------------------
+
     def bounded(self, above: Tensor, below: Tensor) -> tuple[Tensor, Tensor]:
-        """Which scales (``[S]``) are bounded above and below, from those units (``[H]``) that are."""
-        if self.num_scales == self.num_units:
+        """Find which monomials are bounded above and below, ``bool[S]``, given which units are, ``bool[H]``.
+
+        A monomial is bounded above if all its terms are; a term with a negative exponent is if its unit is bounded
+        below.
+        """
+        if not self._has_products:
             return above, below
-        first, second = self._open_terms(above, below)
-        return torch.cat([above, self._to_products(first) == 0]), torch.cat([below, self._to_products(second) == 0])
+        open_above, open_below = self._open_terms(above, below)
+        caps, floors = (self._to_products(terms) == 0 for terms in (open_above, open_below))
+        return torch.cat([above, caps]), torch.cat([below, floors])
 
     def _open_terms(self, above: Tensor, below: Tensor) -> tuple[Tensor, Tensor]:
-        """Terms that are not known to be bounded above, and below; one or zero, ``[T]``."""
+        """Mark with one the terms that are not known to be bounded above, and below; zero for the others, ``[T]``."""
         rises = self.exponents > 0
         above, below = above[self.units], below[self.units]
-        first, second = torch.where(rises, above, below), torch.where(rises, below, above)
-        return (~first).to(self.exponents), (~second).to(self.exponents)
+        caps, floors = torch.where(rises, above, below), torch.where(rises, below, above)
+        return (~caps).to(self.exponents), (~floors).to(self.exponents)
 
     def bound_units(self, above: Tensor, below: Tensor, scales_above: Tensor, scales_below: Tensor) -> None:
-        """Draw conclusions for the units, in place: a bounded product bounds a factor if the others are bounded."""
+        """Find which units are bounded because a monomial is; the inverse of :meth:`bounded`.
+
+        Args:
+            above: ``bool[H]``, units that are known to be bounded above; more are marked in place.
+            below: ``bool[H]``, the same from below.
+            scales_above: ``bool[S]``, monomials that are bounded above.
+            scales_below: ``bool[S]``, monomials that are bounded below.
+        """
         above |= scales_above[: self.num_units]
         below |= scales_below[: self.num_units]
-        if self.num_scales == self.num_units:
+        if not self._has_products:
             return
         rises, numbers = self.exponents > 0, self.products - self.num_units
         open_above, open_below = self._open_terms(above, below)
-        # A product bounded above bounds a term above if all others are bounded below.
+        # If a product is bounded above and its other terms are bounded below, this term is bounded above: then no term
+        # but this one is open, and the sum of what is open is this term's own entry.
         caps = scales_above[self.products] & (self._to_products(open_below)[numbers] == open_below)
         floors = scales_below[self.products] & (self._to_products(open_above)[numbers] == open_above)
         above[self.units[(caps & rises) | (floors & ~rises)]] = True
         below[self.units[(floors & rises) | (caps & ~rises)]] = True
 
+    # Masks of units ---------------------------------------------------------------------------------------------------
+
     def in_(self, scales: Tensor) -> Tensor:
-        """Which units are in one of the ``scales`` (``bool[S]``), ``bool[H]``."""
+        """Find the units that one of the marked monomials (``bool[S]``) depends on, ``bool[H]``."""
         found = scales[: self.num_units].clone()
         found[self.units[scales[self.products]]] = True
         return found
 
     @property
     def simple(self) -> Tensor:
-        """Units that are in no product, ``bool[H]``: what they scale is multiplied or divided by them alone."""
+        """Units that are in no product, ``bool[H]``: they multiply or divide whatever they scale by themselves."""
         simple = torch.ones(self.num_units, dtype=torch.bool, device=self.units.device)
         simple[self.units] = False
         return simple

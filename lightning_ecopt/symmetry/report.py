@@ -1,64 +1,105 @@
-"""What a person is told about the freedoms of a network."""
+"""The tables that tell a person what the freedoms of a network are.
+
+``rich`` is imported only when something is printed: training needs none of it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from rich.console import Console, Group, RenderableType
-from rich.table import Table
-from rich.text import Text
 from torch import Tensor
 
-from lightning_ecopt.symmetry import ScalingGroup, UnitSet
-from lightning_ecopt.symmetry.describe import power, runs
+from lightning_ecopt.symmetry.describe import UnitSet, power, runs
 from lightning_ecopt.symmetry.equations import Operation
 
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.table import Table
+
+#: Most rows of the table of units when training starts; ``group.summary()`` shows all.
 MAX_ROWS = 24
+#: Most names in one cell.
 MAX_NAMES = 4
 
 
-def print_report(
-    group: ScalingGroup, console: Console | None = None, *, usable: Tensor | None = None, rule: str = "unit"
-) -> None:
+@dataclass(frozen=True, eq=False)
+class Overview:
+    """What a report says of a scaling group.
+
+    Args:
+        num_parameters: number of scalar parameters m.
+        sets: the units, sorted into sets.
+        costs: for each operation that fixed scales, how many of them would otherwise have been free.
+        unseen: names of parameters that the traced call did not use.
+        usable: ``bool[H]``, units whose freedom training uses; ``None`` if the report is not about training.
+        pathless: ``bool[H]``, other units, in products or powers, that have no paths; the rest are dormant.
+    """
+
+    num_parameters: int
+    sets: Sequence[UnitSet]
+    costs: Mapping[Operation, int]
+    unseen: Sequence[str]
+    usable: Tensor | None
+    pathless: Tensor
+
+    @property
+    def num_units(self) -> int:
+        """Number of freedoms H."""
+        return len(self.pathless)
+
+    @property
+    def dormant(self) -> Tensor | None:
+        """Units that training does not use although they are no products, ``bool[H]``."""
+        return None if self.usable is None else ~self.usable & ~self.pathless
+
+
+def print_report(overview: Overview, console: Console | None = None) -> None:
     """Print the units of a network, the dimensions of its equivalent-class space and what cost freedoms.
 
     Args:
-        group: the scaling group.
+        overview: what to say.
         console: where to print; by default standard output.
-        usable: ``bool[H]``, when training starts: units whose freedom is used; the others are dormant, or shared by
-            optimizers. The rows of the table are limited then.
-        rule: the rule of training; ``"path"`` has no paths for units in products or powers.
     """
-    (console or Console()).print(render_report(group, usable, rule))
+    from rich import console as rich_console
+
+    (console or rich_console.Console()).print(rich_console.Group(*_parts(overview)))
 
 
-def render_report(group: ScalingGroup, usable: Tensor | None = None, rule: str = "unit") -> RenderableType:
-    """The report as something that rich can print."""
-    dormant = None if usable is None else ~usable.cpu()
-    dimensions = (
-        f"m = {group.num_parameters:,} parameters, H = {group.num_units:,} freedoms, m - H = {group.dimension:,} path "
-        "coordinates"
-    )
-    if dormant is not None:
-        share = f"{1 - dormant.double().mean():.1%}" if group.num_units else "none"
-        pathless = dormant & ~group.monomials.simple & (rule == "path")
-        dormant &= ~pathless
-        dimensions += f"; {share} of the freedoms used, {int(dormant.sum()):,} units dormant"
-        if pathless.any():
-            dimensions += (
-                f"; {int(pathless.sum()):,} units in products or powers have no paths and are optimised in weight space"
-            )
-    parts: list[RenderableType] = [Text(dimensions)]
-    if group.num_units:
-        parts.insert(0, _units_table(group.unit_sets(), dormant))
-    if group.unseen:
-        parts.append(Text(f"Parameters that the traced call never used: {_shortened(group.unseen, ', ')}"))
-    if group.costs:
-        parts.append(_costs_table(group.costs))
-    return Group(*parts)
+def _parts(overview: Overview) -> list[RenderableType]:
+    """Make the parts of the report, from top to bottom."""
+    from rich.text import Text
+
+    parts: list[RenderableType] = [Text(_dimensions(overview))]
+    if overview.num_units:
+        parts.insert(0, _units_table(overview.sets, overview.dormant))
+    if overview.unseen:
+        parts.append(Text(f"Parameters that the traced call never used: {_shortened(overview.unseen, ', ')}"))
+    if overview.costs:
+        parts.append(_costs_table(overview.costs))
+    return parts
+
+
+def _dimensions(overview: Overview) -> str:
+    """Say in one line how many parameters, freedoms and path coordinates there are, and how many freedoms are used."""
+    m, num_units = overview.num_parameters, overview.num_units
+    text = f"m = {m:,} parameters, H = {num_units:,} freedoms, m - H = {m - num_units:,} path coordinates"
+    if overview.usable is None or overview.dormant is None:
+        return text
+    share = f"{1 - (~overview.usable).double().mean():.1%}" if num_units else "none"
+    text += f"; {share} of the freedoms used, {int(overview.dormant.sum()):,} units dormant"
+    if overview.pathless.any():
+        count = int(overview.pathless.sum())
+        text += f"; {count:,} units in products or powers have no paths and are optimised in weight space"
+    return text
 
 
 def _units_table(sets: Sequence[UnitSet], dormant: Tensor | None) -> Table:
+    """Make the table of units, one row for each set; limited to ``MAX_ROWS`` when training starts."""
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(title="Freedoms of the network", title_justify="left")
     table.add_column("units", justify="right")
     table.add_column("numbers", overflow="fold")
@@ -71,7 +112,7 @@ def _units_table(sets: Sequence[UnitSet], dormant: Tensor | None) -> Table:
         row = [str(len(units.units)), _shortened(runs(units.units.tolist())), _side(units, 1), _side(units, -1)]
         if dormant is not None:
             row.append(str(int(dormant[units.units].sum()) or ""))
-        table.add_row(*(Text(cell) for cell in row))  # not as markup: a name may have brackets
+        table.add_row(*(Text(cell) for cell in row))  # plain text: in markup, brackets in names would be tags
     rest = sets[len(shown) :]
     if rest:
         table.add_row(str(sum(len(units.units) for units in rest)), "", f"{len(rest)} more sets: group.summary()")
@@ -79,7 +120,7 @@ def _units_table(sets: Sequence[UnitSet], dormant: Tensor | None) -> Table:
 
 
 def _side(units: UnitSet, sign: int) -> str:
-    """What is multiplied by ``c`` (1) or by ``1/c`` (-1), or by other powers of the same sign."""
+    """List the parameters that are multiplied by ``c`` (sign 1) or ``1/c`` (sign -1), or other powers of that sign."""
     powers: dict[str, list[float]] = {}
     for name, exponent in units.powers:
         if exponent * sign > 0:
@@ -88,6 +129,10 @@ def _side(units: UnitSet, sign: int) -> str:
 
 
 def _costs_table(costs: Mapping[Operation, int]) -> Table:
+    """Make the table of operations that fix scales, one row for each ATen name."""
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(title="Operations that fix scales", title_justify="left")
     table.add_column("operation", overflow="fold")
     table.add_column("module", overflow="fold")

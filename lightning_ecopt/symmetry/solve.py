@@ -1,8 +1,7 @@
 """From the equations of a traced call to the units: the scales that remain free.
 
-Nearly all equations are ``a = b``, ``a = -b`` or ``a = 0`` (in logarithms): connected components, with signs. What is
-left, the products, is solved by elimination, exactly: first the scales that no parameter has, many at a time, then the
-few others one by one.
+Nearly all equations are ``a = b``, ``a = 1/b`` or ``a = 1``; these make scales one *unknown* or fix them. The others,
+products, are solved by elimination, exactly. The unknowns that remain free are the units.
 """
 
 from __future__ import annotations
@@ -12,133 +11,178 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from lightning_ecopt.symmetry.coupling import NO_UNIT
-from lightning_ecopt.symmetry.elimination import SparseEquations, Unknowns, eliminate, simplify
+from lightning_ecopt.symmetry.coupling import NO_UNIT, Coupling
+from lightning_ecopt.symmetry.elimination import BoolArray, Powers, SparseEquations, Unknowns, eliminate, simplify
 from lightning_ecopt.symmetry.equations import Equations, Operation, Use
 from lightning_ecopt.symmetry.labels import FIXED, ZERO, IntArray
-
-
-@dataclass(frozen=True, eq=False)
-class SolvedUse:
-    """A :class:`~lightning_ecopt.symmetry.equations.Use` with the scales numbered anew, ``NO_UNIT`` for ground."""
-
-    parameter: str
-    region: tuple[slice, ...]
-    incoming: IntArray
-    outgoing: IntArray
-    additive: bool
+from lightning_ecopt.symmetry.monomials import Monomials
 
 
 @dataclass(frozen=True, eq=False)
 class Solution:
-    """Units 0 to ``num_units - 1``, numbered in the order in which the parameters first meet them.
+    """The units of a network, and how its parameters scale with them.
 
-    The scales with these numbers are the units themselves; further ones, to ``num_scales - 1``, are products of powers
-    of units: scale ``scales[t]`` has ``units[t]`` with the exponent ``exponents[t]``. ``costs`` counts, for every
-    operation that is_fixed something, the freedoms that were lost to it (operations that come first are charged first).
+    Units are numbered in the order in which the parameters first meet them, and so are the products of powers of them.
+
+    Args:
+        couplings: how each region of a parameter scales.
+        monomials: the scales that the couplings refer to.
+        costs: for each operation that fixed scales the number of freedoms lost to it. If two operations fix the same
+            scale, the first is charged.
     """
 
-    num_units: int
-    num_scales: int
-    scales: IntArray
-    units: IntArray
-    exponents: np.ndarray
-    uses: list[SolvedUse]
+    couplings: list[Coupling]
+    monomials: Monomials
     costs: Counter[Operation]
 
 
 def solve(equations: Equations) -> Solution:
-    """Solve the equations of a traced call."""
+    """Solve the equations of a traced call.
+
+    Example: ``Linear(3, 2), ReLU(), Linear(2, 1)``. The trace has the scales 1 and 2 for the outputs of the first
+    layer and 3 for the output of the second. The ReLU adds no equation, and that the output must not change fixes scale
+    3. So 1 and 2 become the units 0 and 1::
+
+        scaling_group(net, x).couplings[0].incoming  # of 0.weight: tensor([[0], [1]])
+    """
     unknowns = Unknowns(equations.num_scales)
+    _merge_equalities(unknowns, equations)
+    costs = _charge_fixings(unknowns, equations)
+    uses = _used_regions(equations)
+    labels = [np.where(ids == ZERO, FIXED, ids) for _, use in uses for ids in (use.incoming, use.outgoing)]
+    visible = np.unique(np.concatenate([ids.ravel() for ids in labels])) if labels else np.empty(0, np.int64)
+    powers = _eliminate_products(unknowns, equations, visible)
+
+    # A parameter has an unknown as it is (an even code) or inverted (an odd one).
+    codes = [2 * unknowns.number[ids] + (unknowns.sign[ids] < 0) for ids in labels]
+    met = _in_order_of_appearance(codes, np.repeat(unknowns.among(visible), 2))
+    number, monomials = _number_scales(met, powers, 2 * equations.num_scales)
+    couplings = [
+        Coupling(name, use.region, _unit_numbers(number[incoming]), _unit_numbers(number[outgoing]), use.additive)
+        for (name, use), incoming, outgoing in zip(uses, codes[::2], codes[1::2], strict=True)
+    ]
+    return Solution(couplings, monomials, costs)
+
+
+# From scales to unknowns ----------------------------------------------------------------------------------------------
+
+
+def _merge_equalities(unknowns: Unknowns, equations: Equations) -> None:
+    """Make scales that are equal one unknown, and fix the unknown of the scale ``FIXED``."""
     pairs = np.concatenate(equations.equalities) if equations.equalities else np.empty((0, 2), np.int64)
     unknowns.merge(pairs[:, 0], pairs[:, 1], np.ones(len(pairs), np.int64))
-    unknowns.ground[unknowns.of[FIXED]] = True
+    unknowns.fixed[unknowns.number[FIXED]] = True
+
+
+def _charge_fixings(unknowns: Unknowns, equations: Equations) -> Counter[Operation]:
+    """Fix what operations hold fixed, in the order of the call, and count for each what was still free before."""
     costs: Counter[Operation] = Counter()
     for operation, ids in equations.fixings:
-        lost = np.unique(unknowns.of[ids[ids > FIXED]])
-        lost = lost[~unknowns.ground[lost]]
-        unknowns.ground[lost] = True
+        lost = np.unique(unknowns.number[ids[ids > FIXED]])
+        lost = lost[~unknowns.fixed[lost]]
+        unknowns.fixed[lost] = True
         if len(lost):
             costs[operation] += len(lost)
+    return costs
 
-    uses = [
+
+def _eliminate_products(unknowns: Unknowns, equations: Equations, visible: IntArray) -> dict[int, Powers]:
+    """Solve the remaining equations; returns each unknown that is not free as powers of free ones."""
+    rows, solved = simplify(SparseEquations.of(equations), unknowns, visible)
+    return eliminate(rows, solved, unknowns.among(visible))
+
+
+# Regions of parameters ------------------------------------------------------------------------------------------------
+
+
+def _used_regions(equations: Equations) -> list[tuple[str, Use]]:
+    """List all uses with the name of their parameter, in the module's order."""
+    return [
         (name, use)
         for name, shape in equations.shapes.items()
         for use in _completed(equations.uses.get(name, []), shape)
     ]
-    labels = [np.where(ids == ZERO, FIXED, ids) for _, use in uses for ids in (use.incoming, use.outgoing)]
-    had = np.unique(np.concatenate([ids.ravel() for ids in labels])) if labels else np.empty(0, np.int64)
-    rows, expressed = simplify(SparseEquations.of(equations), unknowns, had)
-    powers = eliminate(rows, expressed, unknowns.met(had))
-
-    # Each unknown is met as it is or inverted; a unit is the way in which the parameters meet it first.
-    codes = [2 * unknowns.of[ids] + (unknowns.sign[ids] < 0) for ids in labels]
-    order = [divmod(code, 2) for code in _in_order(codes, np.repeat(unknowns.met(had), 2))]
-    units: dict[int, int] = {}
-    turned: dict[int, int] = {}
-    for unknown, inverted in order:
-        if unknown not in powers and unknown not in units:
-            units[unknown], turned[unknown] = len(units), -1 if inverted else 1
-    number = np.full(2 * equations.num_scales, NO_UNIT, dtype=np.int64)  # by code
-    terms: list[tuple[int, int, float]] = []
-    count = len(units)
-    for unknown, inverted in order:
-        if not powers.get(unknown, True):
-            continue  # ground after all
-        sign = -1 if inverted else 1
-        if turned.get(unknown) == sign:
-            number[2 * unknown + inverted] = units[unknown]
-            continue
-        number[2 * unknown + inverted] = count
-        for unit, power in powers.get(unknown, {unknown: 1}).items():
-            terms.append((count, units[unit], float(sign * turned[unit] * power)))
-        count += 1
-    solved = [
-        SolvedUse(name, use.region, _shortened(number[incoming]), _shortened(number[outgoing]), use.additive)
-        for (name, use), incoming, outgoing in zip(uses, codes[::2], codes[1::2], strict=True)
-    ]
-    scales, of, exponents = zip(*terms, strict=True) if terms else ((), (), ())
-    return Solution(
-        len(units),
-        count,
-        np.array(scales, np.int64),
-        np.array(of, np.int64),
-        np.array(exponents, np.float64),
-        solved,
-        costs,
-    )
 
 
 def _completed(uses: list[Use], shape: tuple[int, ...]) -> list[Use]:
-    """Let the rest of a parameter of one use go along, on axes on which its scales do not change.
+    """Extend the only use of a parameter to all of it, along axes on which its scales do not change.
 
-    So that it fits a longer input, of which the example needs the first positions only.
+    So a table of positions is rescaled as a whole, although the example may be short and use its first rows only.
     """
     if len(uses) != 1:
         return uses
     (use,) = uses
     alike = [use.incoming.shape[axis] == use.outgoing.shape[axis] == 1 for axis in range(len(shape))]
-    region = tuple(slice(0, size, 1) if same else own for size, same, own in zip(shape, alike, use.region, strict=True))
+    region = tuple(
+        slice(0, size, 1) if same else part for size, same, part in zip(shape, alike, use.region, strict=True)
+    )
     return [replace(use, region=region)]
 
 
-def _shortened(numbers: IntArray) -> IntArray:
-    """A matrix of scales none of which is free need not be written out; one row for each element of the first axis."""
-    if sum(size > 1 for size in numbers.shape) > 1 and (numbers == NO_UNIT).all():
-        first = [slice(None)] + [slice(1)] * (numbers.ndim - 1)
-        return numbers[tuple(first)]
-    return numbers
+# From unknowns to units -----------------------------------------------------------------------------------------------
 
 
-def _in_order(labels: Sequence[IntArray], met: np.ndarray) -> list[int]:
-    """The components that are met, in the order in which they are."""
-    seen = np.zeros_like(met)
+def _in_order_of_appearance(codes: Sequence[IntArray], wanted: BoolArray) -> list[int]:
+    """List the wanted codes, each once, in the order in which the arrays have them."""
+    seen = np.zeros_like(wanted)
     order = []
-    for members in labels:
+    for members in codes:
         found, first = np.unique(members, return_index=True)
         found = found[np.argsort(first)]
-        found = found[met[found] & ~seen[found]]
+        found = found[wanted[found] & ~seen[found]]
         seen[found] = True
         order += found.tolist()
     return order
+
+
+def _number_scales(met: Sequence[int], powers: dict[int, Powers], num_codes: int) -> tuple[IntArray, Monomials]:
+    """Number the units, then the products of powers of them.
+
+    A unit is the unknown, or the inverse of it, whichever parameters meet first. If they meet the other as well, that
+    is a product with the exponent -1.
+
+    Args:
+        met: codes of unknowns in the order in which parameters meet them.
+        powers: unknowns that are not free as powers of free ones.
+        num_codes: number of codes.
+
+    Returns:
+        By code the number of the scale, ``NO_UNIT`` for what is fixed; and the scales.
+    """
+    order = [(code // 2, -1 if code % 2 else 1) for code in met]
+    units: dict[int, int] = {}
+    directions: dict[int, int] = {}
+    for unknown, sign in order:
+        if unknown not in powers and unknown not in units:
+            units[unknown], directions[unknown] = len(units), sign
+    number = np.full(num_codes, NO_UNIT, dtype=np.int64)
+    products: list[int] = []
+    factors: list[int] = []
+    exponents: list[float] = []
+    count = len(units)
+    for code, (unknown, sign) in zip(met, order, strict=True):
+        if directions.get(unknown) == sign:
+            number[code] = units[unknown]
+            continue
+        terms = powers.get(unknown, {unknown: 1})
+        if not terms:
+            continue  # the elimination has found it fixed
+        number[code] = count
+        products += [count] * len(terms)
+        factors += [units[free] for free in terms]
+        exponents += [float(sign * directions[free] * power) for free, power in terms.items()]
+        count += 1
+    columns = np.array(products, np.int64), np.array(factors, np.int64), np.array(exponents, np.float64)
+    # Not torch.tensor: a user may have set another default device, such as "meta".
+    return number, Monomials(len(units), count, *map(torch.from_numpy, columns))
+
+
+def _unit_numbers(numbers: IntArray) -> Tensor:
+    """Turn the numbers of scales into a tensor; a matrix without any free scale is not written out."""
+    if sum(size > 1 for size in numbers.shape) > 1 and (numbers == NO_UNIT).all():
+        first = [slice(None)] + [slice(1)] * (numbers.ndim - 1)
+        numbers = numbers[tuple(first)]
+    return torch.from_numpy(numbers).to(torch.int32)

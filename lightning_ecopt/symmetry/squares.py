@@ -1,6 +1,8 @@
-"""Squares of weights between scales, of which only products with vectors are ever needed.
+"""Sums of squared weights between scales, of which only products with vectors are ever needed.
 
-They are taken from the weights piece by piece, so that no memory of the size of the weights is used.
+The squares are taken from the weights piece by piece, so that no memory of the size of the weights is used.
+
+Letters: G, A, B are the axes of one :class:`SquaredWeights`, S is the number of scales (monomials in the units).
 """
 
 from __future__ import annotations
@@ -12,20 +14,28 @@ from math import prod
 import torch
 from torch import Tensor
 
-from lightning_ecopt.common.tensors import rows_at_a_time
+from lightning_ecopt.common.tensors import piece_length, pieces
+from lightning_ecopt.symmetry.coupling import NO_UNIT
 
 
 @dataclass(frozen=True, eq=False)
 class SquaredWeights:
-    """Squares between scales, as a batch of matrices, so that sums over them are products of matrices and vectors.
+    """Sums of squares of one region, for each pair of an incoming and an outgoing scale, as a batch of matrices.
+
+    Sums over elements of the weight are then products of these matrices with vectors. Elements with the same pair of
+    scales, such as those of one convolution kernel, are added up beforehand.
 
     Args:
-        roots: their square roots, ``[G, A, B]``: the weights themselves where no two of them have both scales in
-            common. G counts what changes with both sides, as the groups of a convolution.
-        incoming: scales ``[G, A]``, -1 for ground.
-        outgoing: scales ``[G, B]``, likewise.
-        dtype: in which squares are taken and added up.
-        rows: how many rows of the weights belong to each entry of ``incoming``.
+        roots: ``[G, A, B]``, square roots of the sums; the weights themselves where no two of them share both scales. A
+            counts incoming scales and B outgoing ones; G counts the axes along which both change, as over the groups of
+            a convolution.
+        incoming: ``[G, A]``, the scales that the elements are multiplied by, ``NO_UNIT`` for none.
+        outgoing: ``[G, B]``, the scales that they are divided by, ``NO_UNIT`` for none.
+        dtype: the type in which squares are taken and added up.
+        rows: how many rows of the weight belong to each entry of ``incoming``.
+
+    Example: a weight ``[64, 32, 3, 3]`` of a convolution between units has ``roots [1, 64, 32]``; with 8 groups, a
+    weight ``[64, 4, 3, 3]`` has ``roots [64, 1, 4]``, since its output and its inputs change along one axis.
     """
 
     roots: Tensor
@@ -36,45 +46,45 @@ class SquaredWeights:
 
     @classmethod
     def of(cls, weight: Tensor, incoming: Tensor, outgoing: Tensor, dtype: torch.dtype) -> SquaredWeights:
-        """The squares of a weight that leads from ``outgoing`` to ``incoming``, scales that broadcast to it."""
+        """Take the squares of a weight, whose scales ``incoming`` and ``outgoing`` broadcast to it."""
         shapes = incoming.shape, outgoing.shape
         roots = _norms(weight, torch.broadcast_shapes(*shapes), dtype)
         varies = [[size > 1 for size in shape] for shape in shapes]
         both = [k for k in range(roots.ndim) if varies[0][k] and varies[1][k]]
-        first, second = ([k for k in range(roots.ndim) if own[k] and k not in both] for own in varies)
+        first, second = ([k for k in range(roots.ndim) if side[k] and k not in both] for side in varies)
         rest = [k for k in range(roots.ndim) if not varies[0][k] and not varies[1][k]]
-        count = prod(roots.shape[k] for k in both)
-        sizes = (count, prod(roots.shape[k] for k in first), prod(roots.shape[k] for k in second))
+        order = (*both, *first, *second, *rest)
+        count, rows, columns = (prod(roots.shape[k] for k in axes) for axes in (both, first, second))
         return cls(
-            roots.permute(*both, *first, *second, *rest).reshape(sizes),
-            incoming.permute(*both, *first, *second, *rest).reshape(count, -1),
-            outgoing.permute(*both, *first, *second, *rest).reshape(count, -1),
+            roots.permute(order).reshape(count, rows, columns),
+            incoming.permute(order).reshape(count, -1),
+            outgoing.permute(order).reshape(count, -1),
             dtype,
             len(weight) / incoming.numel(),
         )
 
     @classmethod
     def nothing(cls, dtype: torch.dtype, device: torch.device) -> SquaredWeights:
-        """Of a weight that other ranks hold."""
+        """Return the empty squares, for a rank that holds no part of any weight."""
         none = torch.zeros(1, 0, dtype=torch.int64, device=device)
         return cls(torch.zeros(1, 0, 0, dtype=dtype, device=device), none, none, dtype)
 
     def into(self, values: Tensor) -> Tensor:
-        """Sums ``[G, A]`` of squares times values of the outgoing side, ``[G, B]``."""
+        """Sum squares times ``values [G, B]`` over the outgoing side: ``[G, A]``."""
         sums = torch.empty_like(self.incoming, dtype=self.dtype)
         for rows, squares in self._squares():
             sums[:, rows] = _times(squares, values)
         return sums
 
     def out_of(self, values: Tensor) -> Tensor:
-        """Sums ``[G, B]`` of squares times values of the incoming side, ``[G, A]``."""
+        """Sum squares times ``values [G, A]`` over the incoming side: ``[G, B]``."""
         sums = torch.zeros_like(self.outgoing, dtype=self.dtype)
         for rows, squares in self._squares():
             sums += _times(squares.mT, values[:, rows])
         return sums
 
     def both_ways(self, outgoing: Tensor, incoming: Tensor) -> tuple[Tensor, Tensor]:
-        """``into(outgoing)`` and ``out_of(incoming)``, with weights squared once."""
+        """Return ``into(outgoing)`` and ``out_of(incoming)``; the weights are squared once for both."""
         into = torch.empty_like(self.incoming, dtype=self.dtype)
         out = torch.zeros_like(self.outgoing, dtype=self.dtype)
         for rows, squares in self._squares():
@@ -82,63 +92,64 @@ class SquaredWeights:
             out += _times(squares.mT, incoming[:, rows])
         return into, out
 
+    def total(self) -> Tensor:
+        """Sum the squares for each incoming scale: ``[G, A]``."""
+        return self.into(torch.ones_like(self.outgoing, dtype=self.dtype))
+
     def _squares(self) -> Iterator[tuple[slice, Tensor]]:
-        """Pieces along A; each is overwritten by the next."""
+        """Yield pieces along A with their squares; each overwrites the memory of the one before."""
         count, size, width = self.roots.shape
-        step = rows_at_a_time(self.roots, count * width)
-        memory = self.roots.new_empty(count, min(step, size), width, dtype=self.dtype)
-        for start in range(0, size, step):
-            rows = slice(start, min(start + step, size))
-            yield rows, memory[:, : rows.stop - start].copy_(self.roots[:, rows]).square_()
+        length = min(piece_length(self.roots, "refresh", axis=1), size)
+        memory = self.roots.new_empty(count, length, width, dtype=self.dtype)
+        for rows in pieces(self.roots, "refresh", axis=1):
+            yield rows, memory[:, : rows.stop - rows.start].copy_(self.roots[:, rows]).square_()
 
     def undefined(self) -> Tensor:
-        """Which squares are not finite, ``bool[G, A, B]``."""
+        """Find the squares that are not finite, ``bool[G, A, B]``."""
         return ~self.roots.to(self.dtype).square().isfinite()
 
     def without(self, elements: Tensor) -> SquaredWeights:
-        """The same with zeros for ``elements``, ``bool[G, A, B]``."""
+        """Return the same squares with zeros for the marked ``elements``, ``bool[G, A, B]``."""
         return replace(self, roots=self.roots.masked_fill(elements, 0.0))
 
 
 def _times(matrices: Tensor, vectors: Tensor) -> Tensor:
-    """Products ``[G, A]`` of ``[G, A, B]`` and ``[G, B]``."""
+    """Multiply ``[G, A, B]`` by ``[G, B]``: ``[G, A]``."""
     if matrices.shape[2] == 1:
         return matrices[:, :, 0] * vectors
     return torch.bmm(matrices, vectors[..., None])[..., 0]
 
 
 def _norms(weight: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Roots of the sums of squares over the axes that ``shape`` lacks; the weight itself if it lacks none."""
+    """Take the roots of sums of squares over the axes where ``shape`` has size 1; without any, the weight itself."""
     if weight.shape == torch.Size(shape):
         return weight
-    pieces = weight.split(rows_at_a_time(weight, prod(weight.shape[1:])))
-    sums = [piece.to(dtype).square().sum_to_size(min(len(piece), shape[0]), *shape[1:]) for piece in pieces]
+    parts = weight.split(piece_length(weight, "refresh"))
+    sums = [part.to(dtype).square().sum_to_size(min(len(part), shape[0]), *shape[1:]) for part in parts]
     return (torch.cat(sums) if shape[0] > 1 else torch.stack(sums).sum(0)).sqrt()
 
 
 def multiply_(tensor: Tensor, first: Tensor, second: Tensor) -> None:
-    """Multiply in place by two tensors that broadcast to it, rounding once; no more memory than for a piece."""
-    step = rows_at_a_time(tensor, prod(tensor.shape[1:]))
-    for start in range(0, len(tensor), step):
-        rows = slice(start, start + step)
+    """Multiply a tensor in place by two others that broadcast to it: rounded once, in memory for one piece."""
+    for rows in pieces(tensor, "refresh"):
         factor, other = (each[rows] if len(each) > 1 else each for each in (first, second))
         tensor[rows].mul_((factor * other).to(tensor))
 
 
-def joined(flows: Sequence[SquaredWeights], ground: int) -> list[SquaredWeights]:
-    """The same from fewer flows: all that lead from or to a single scale become one, of 1 x 1 matrices.
+def joined(squares: Sequence[SquaredWeights], fixed: int) -> list[SquaredWeights]:
+    """Join all squares that lead from or to a single scale, such as those of biases, to one batch of 1 x 1 matrices.
 
     Args:
-        flows: with -1 for ground.
-        ground: the scale that takes its place.
+        squares: of all regions, with ``NO_UNIT``.
+        fixed: the number that takes the place of ``NO_UNIT``, one past the last scale.
     """
     matrices, roots, sides = [], [], []
-    for flow in flows:
-        incoming, outgoing = flow.incoming % (ground + 1), flow.outgoing % (ground + 1)
-        if min(flow.roots.shape[1:]) > 1:
-            matrices.append(replace(flow, incoming=incoming, outgoing=outgoing))
+    for each in squares:
+        incoming, outgoing = (side.where(side != NO_UNIT, fixed) for side in (each.incoming, each.outgoing))
+        if min(each.roots.shape[1:]) > 1:
+            matrices.append(replace(each, incoming=incoming, outgoing=outgoing))
         else:
-            roots.append(flow.roots.reshape(-1).to(flow.dtype))
+            roots.append(each.roots.reshape(-1).to(each.dtype))
             sides.append(torch.stack(torch.broadcast_tensors(incoming[:, :, None], outgoing[:, None])).reshape(2, -1))
     if not roots:
         return matrices
@@ -146,7 +157,7 @@ def joined(flows: Sequence[SquaredWeights], ground: int) -> list[SquaredWeights]
     return [SquaredWeights(elements[:, None, None], incoming[:, None], outgoing[:, None], elements.dtype), *matrices]
 
 
-def are_finite(flows: Sequence[SquaredWeights]) -> list[bool]:
-    """Of each flow, whether all its squares are finite, and their sum; with one look at the device."""
-    sums = [flow.into(torch.ones_like(flow.outgoing, dtype=flow.dtype)).sum() for flow in flows]
+def are_finite(squares: Sequence[SquaredWeights]) -> list[bool]:
+    """Return for each region whether its squares and their sum are finite; waits for the device once."""
+    sums = [each.total().sum() for each in squares]
     return torch.stack(sums).isfinite().tolist() if sums else []

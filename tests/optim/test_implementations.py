@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_ecopt import EquivalentClassOptimizer, scaling_group
-from lightning_ecopt.kernels import EagerKernels, choose, choose_kernels, eager
+from lightning_ecopt.common.tensors import PIECE_SIZES, PieceSize
+from lightning_ecopt.kernels import EagerKernels, choose, choose_kernels
 from lightning_ecopt.kernels.compiled import CompiledKernels
 from tests.networks import mlp, norm_cnn
 from tests.optim.training import problem, put_back, train, weights_of
@@ -251,7 +252,7 @@ class Largest(TorchDispatchMode):
 def test_no_operation_of_a_step_makes_a_tensor_of_the_size_of_the_weights(
     base: str, kind: str, rule: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(eager, "PIECE", 1 << 10)
+    monkeypatch.setitem(PIECE_SIZES, "step", PieceSize(1 << 10, 1 << 10))
     module, x, _ = problem(40, 100, 100, 3)
     make = {
         "momentum": lambda params: SGD(params, lr=0.01, momentum=0.9, weight_decay=0.1, fused=True),

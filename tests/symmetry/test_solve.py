@@ -20,7 +20,7 @@ SCALES = 12
 
 @st.composite
 def systems(draw: Any) -> tuple[Equations, np.ndarray]:
-    """Random equations between a few scales, as a equations has them and as the rows of a matrix."""
+    """Random equations between a few scales, as a trace has them and as the rows of a matrix."""
     equations = Equations({"w": (SCALES,)})
     equations.fresh((SCALES,))
     numbers = st.integers(1, SCALES)
@@ -71,14 +71,14 @@ def test_units_span_the_solutions_as_far_as_parameters_show_them(
         patch.setattr(elimination, "WORTH_IT", worth_it)
         solution = solve(equations)
     (use,) = equations.uses["w"]
-    (solved,) = solution.uses
-    scales = np.zeros((solution.num_scales + 1, solution.num_units))  # the last is ground
-    scales[: solution.num_units] = np.eye(solution.num_units)
-    np.add.at(scales, (solution.scales, solution.units), solution.exponents)
-    found = scales[np.broadcast_to(solved.incoming, use.incoming.shape)]
+    (coupling,), monomials = solution.couplings, solution.monomials
+    scales = np.zeros((monomials.num_scales + 1, monomials.num_units))  # the last is for NO_UNIT
+    scales[: monomials.num_units] = np.eye(monomials.num_units)
+    np.add.at(scales, (monomials.products.numpy(), monomials.units.numpy()), monomials.exponents.numpy())
+    found = scales[np.broadcast_to(coupling.incoming.numpy(), use.incoming.shape)]
     expected = null_space(matrix)[use.incoming - 1]
     rank = int(np.linalg.matrix_rank(expected, tol=1e-9))
-    assert solution.num_units == rank
+    assert monomials.num_units == rank
     assert np.linalg.matrix_rank(found, tol=1e-9) == rank
     assert np.linalg.matrix_rank(np.hstack([expected, found]), tol=1e-9) == rank
 
@@ -91,11 +91,12 @@ def test_units_come_in_the_order_and_direction_in_which_parameters_meet_them() -
     equations.uses["a"] = [Use((slice(0, 2, 1),), second[::-1], ground, additive=False)]
     equations.uses["b"] = [Use((slice(0, 2, 1),), first, ground, additive=False)]
     solution = solve(equations)
-    assert solution.num_units == 2
-    assert solution.uses[0].incoming.tolist() == [0, 1]
-    assert solution.uses[1].incoming.tolist() == [2, 3]
-    assert (solution.scales.tolist(), solution.units.tolist()) == ([2, 3], [1, 0])
-    assert solution.exponents.tolist() == [-1, -1]
+    couplings, monomials = solution.couplings, solution.monomials
+    assert monomials.num_units == 2
+    assert couplings[0].incoming.tolist() == [0, 1]
+    assert couplings[1].incoming.tolist() == [2, 3]
+    assert (monomials.products.tolist(), monomials.units.tolist()) == ([2, 3], [1, 0])
+    assert monomials.exponents.tolist() == [-1, -1]
 
 
 def test_a_scale_that_is_its_own_inverse_is_ground() -> None:
@@ -106,5 +107,5 @@ def test_a_scale_that_is_its_own_inverse_is_ground() -> None:
     equations.equate(scale, other)
     equations.uses["w"] = [Use((slice(0, 1, 1),), scale, np.zeros(1, np.int64), additive=False)]
     solution = solve(equations)
-    assert solution.num_units == 0
-    assert solution.uses[0].incoming.tolist() == [NO_UNIT]
+    assert solution.monomials.num_units == 0
+    assert solution.couplings[0].incoming.tolist() == [NO_UNIT]

@@ -1,0 +1,45 @@
+"""The helpers for tensors that the other packages share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lightning_ecopt.common.tensors import PIECE_SIZES, PieceSize, padded, piece_length, pieces, region_of
+
+
+def test_a_region_is_a_view_and_a_scalar_counts_as_a_vector() -> None:
+    weight, scalar = torch.zeros(4, 3), torch.zeros(())
+    region_of(weight, (slice(1, 4, 2), slice(0, 2, 1))).fill_(1.0)
+    assert weight.sum(1).tolist() == [0.0, 2.0, 0.0, 2.0]
+    region_of(scalar, (slice(0, 1, 1),)).fill_(2.0)
+    assert scalar.item() == 2.0
+    assert region_of(weight, None) is weight
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float64])
+def test_index_minus_one_picks_what_a_vector_is_padded_with(dtype: torch.dtype) -> None:
+    values = padded(torch.zeros(3, dtype=dtype), 1)
+    assert values.dtype == dtype
+    assert values[torch.tensor([0, -1, 2])].tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "expected"),
+    [
+        ((7, 5), 0, [(0, 2), (2, 4), (4, 6), (6, 7)]),  # two rows of five
+        ((3, 6, 2), 1, [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5), (5, 6)]),
+        ((3, 100), 0, [(0, 1), (1, 2), (2, 3)]),  # at least one
+        ((4,), 0, [(0, 4)]),
+        ((0, 5), 0, []),
+        ((2, 0), 0, [(0, 2)]),
+    ],
+)
+def test_pieces_cover_an_axis(
+    shape: tuple[int, ...], axis: int, expected: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PIECE_SIZES, "step", PieceSize(10, 1))
+    tensor = torch.zeros(shape)
+    found = [(part.start, part.stop) for part in pieces(tensor, "step", axis)]
+    assert found == expected
+    assert piece_length(tensor, "step", axis) >= 1
