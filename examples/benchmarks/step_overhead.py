@@ -47,7 +47,7 @@ from accuracy import conditions  # noqa: E402
 from step_cases import IMPLEMENTATIONS, NETWORKS, OPTIMIZERS, RULES, Base, Case, Extras, Result, read_results  # noqa: E402
 from step_tables import Figures, device_tables, spread, target_table, write_report  # noqa: E402
 
-from lightning_ecopt import EquivalentClassOptimizer, scaling_group
+from lightning_ecopt import EquivalentClassOptimizer, scaling_group  # noqa: E402
 
 SPREAD = 0.1  # of the logarithms of scales before a refresh
 WARM_UP = 3

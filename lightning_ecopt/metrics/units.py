@@ -188,7 +188,7 @@ def _remove_dormant_(group: ScalingGroup) -> None:
     dormant = paired & ~alone.alive().cpu()
     if not bool(dormant.any()):
         return
-    dormant = torch.cat([dormant, dormant.new_zeros(1)])  # index -1 is the last
+    dormant = padded(dormant, False)
     for coupling in alone.couplings:
         region = coupling.view(group.parameters[coupling.parameter])
         region.masked_fill_((dormant[coupling.incoming] | dormant[coupling.outgoing]).to(region.device), 0.0)
