@@ -18,10 +18,10 @@ _PLAIN = str | bytes | int | float | complex | type | types.ModuleType | torch.d
 
 def tensors_in(structure: Any, *, objects: bool = False) -> list[Tensor]:
     """All tensors in nested mappings, sequences, sets and data classes; in the attributes of other ``objects`` too."""
-    return [item for item in _walk(structure, objects) if isinstance(item, Tensor)]
+    return [item for item in walk(structure, objects) if isinstance(item, Tensor)]
 
 
-def _walk(structure: Any, objects: bool) -> Iterator[Any]:
+def walk(structure: Any, objects: bool) -> Iterator[Any]:
     seen: set[int] = set()
     waiting = [structure]
     while waiting:

@@ -6,7 +6,7 @@ from lightning_ecopt.symmetry.coupling import Coupling
 from lightning_ecopt.symmetry.describe import UnitSet
 from lightning_ecopt.symmetry.group import ScalingGroup
 from lightning_ecopt.symmetry.monomials import Monomials
-from lightning_ecopt.symmetry.pending import DeferredGroup, GroupFromModuleCalls, GroupFromNextCall
+from lightning_ecopt.symmetry.pending import DeferredGroup, GroupFromModuleCalls, GroupFromNextCall, KnownGroup
 from lightning_ecopt.symmetry.trace import scaling_group
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "DeferredGroup",
     "GroupFromModuleCalls",
     "GroupFromNextCall",
+    "KnownGroup",
     "Monomials",
     "ScalingGroup",
     "UnitSet",

@@ -112,14 +112,14 @@ class Memory:
         found = None if storage is None else self.storages.get(storage._cdata)
         return found is not None and not found.external
 
-    def write(self, tensor: Tensor, value: Value, *, left_out: bool = False) -> None:
+    def write(self, tensor: Tensor, value: Value, *, always_empty: bool = False) -> None:
         """Set the label of the output of an operation.
 
-        A tensor without elements fits any label. But if it is one because the inputs were, as in an empty batch, others
-        will have elements; ``left_out`` says that it is not.
+        An empty tensor fits any label, but only if it would be empty for every batch. ``always_empty=True`` says so;
+        with an empty example batch it is false, and the label is held fixed.
         """
         found = self._find(tensor) if is_ordinary(tensor) else None
-        if found is None or not is_inexact(tensor) or (tensor.numel() == 0 and not left_out):
+        if found is None or not is_inexact(tensor) or (tensor.numel() == 0 and not always_empty):
             self.equations.hold_fixed(value)
             value = constant(FIXED, tensor.dim())
         if tensor.numel() == 0:
