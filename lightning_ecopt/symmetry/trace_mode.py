@@ -159,7 +159,7 @@ class TraceMode(TorchDispatchMode):
     def _apply(self, rule: Rule, func: Any, call: Call) -> bool:
         """Label what an operation has made, and say whether its rule was able to."""
         try:
-            labels = rule(call)
+            labels: Any = rule(call)
             self._write(labels if isinstance(labels, list | tuple) else [labels], func, call)
         except Exception as error:  # a form of the operation that the rule does not know must not stop training
             name = self.equations.operation.name
