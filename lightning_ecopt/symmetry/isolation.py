@@ -7,26 +7,24 @@ dispatch modes and function modes                         thread   every trace, 
 fast path of attention, ``torch.backends.mha``            process  every trace, :func:`traced`
 stance of ``torch.compile``: eager                        process  every trace, :func:`traced`
 ``threading.Thread.start``                                process  every trace, :func:`traced`
-``torch.nn.Module.__call__``                              process  every trace, :func:`traced`, and as long as
-                                                                   somebody waits, :func:`wait_for_calls`
+``torch.nn.Module.__call__``                              process  every trace, :func:`traced`, and while
+                                                                   anyone waits, :func:`wait_for_calls`
 cuDNN: off                                                process  fake traces, :func:`fake_tensors`
 where ``torch.tensor`` makes its tensors                  process  fake traces, :func:`fake_tensors`
 the mode of fake tensors, gradients: on                   thread   fake traces, :func:`fake_tensors`
-random numbers of Python and NumPy                        process  all but watched calls, :func:`attributes_kept`
+random numbers of Python and NumPy                        process  all but awaited calls, :func:`attributes_kept`
 random numbers of torch                                   process  real traces, :func:`values_kept`
-attributes of the module; lists, dictionaries, arrays     module   all but watched calls, :func:`attributes_kept`
+attributes of the module; lists, dictionaries, arrays     module   all but awaited calls, :func:`attributes_kept`
 and generators in them; hooks by which FSDP gathers
 values of parameters, gradients and buffers               module   real traces, :func:`values_kept`
-values and contents of the inputs                         inputs   all but watched calls, :func:`inputs_kept`
+values and contents of the inputs                         inputs   all but awaited calls, :func:`inputs_kept`
 ========================================================  =======  =======================================
 
-A *fake* trace calls the module with fake tensors, a *real* trace with its own. A *watched call* is one that the user
-makes, and what that changes is meant to stay. The method that a :class:`~.pending.GroupFromNextCall` stands for is its
-own affair.
+A *fake* trace calls the module with fake tensors, a *real* trace with its own. An *awaited call* is one that the user
+makes, and what that changes is meant to stay.
 
-Everything is put back whatever ends the call, ``KeyboardInterrupt`` and the like included. What belongs to the process
-is :class:`Shared`, as several threads may trace at once; and what is switched for the process does nothing on threads
-that neither trace nor were started by a trace.
+All of it is put back whatever ends the call, ``KeyboardInterrupt`` included. What belongs to the process is
+:class:`Shared`, as several threads may trace at once. Replaced methods do nothing on threads that no trace is on.
 """
 
 from __future__ import annotations
@@ -59,17 +57,11 @@ from lightning_ecopt.common.nested import walk
 class Shared:
     """A change of the process that several threads may need at once.
 
-    The first one in makes it, the last one out takes it back. The lock protects the number of users alone: it is not
-    held while they are inside. It is reentrant, because a garbage collection while it is held may call :meth:`leave`.
+    The first one in makes it, the last one out undoes it. The lock protects the number of users alone; it is not held
+    while they are inside. It is reentrant, because a garbage collection while it is held may call :meth:`leave`.
 
     Args:
-        change: makes a context manager that makes the change and takes it back.
-
-    Example::
-
-        EAGER = Shared(lambda: torch.compiler.set_stance("force_eager"))
-        with EAGER():
-            model(x)
+        change: returns a context manager that makes the change and undoes it.
     """
 
     def __init__(self, change: Callable[[], AbstractContextManager[Any]]) -> None:
@@ -142,10 +134,6 @@ def _random_numbers_of_python_and_numpy() -> Iterator[None]:
         np.random.set_state(numpy)
 
 
-def _random_numbers_of_torch() -> AbstractContextManager[None]:
-    return torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ())
-
-
 def _lifting() -> AbstractContextManager[None]:
     # Fake modes set this where there is no GPU, and each puts back what it has found, another one's setting perhaps.
     read, write = torch._C._only_lift_cpu_tensors, torch._C._set_only_lift_cpu_tensors
@@ -163,7 +151,9 @@ _LIFTING = Shared(_lifting)
 _THREAD_STARTS = Shared(lambda: _replaced(threading.Thread, "start", _starting_traced))
 _MODULE_CALLS = Shared(lambda: _replaced(nn.Module, "__call__", _calling_traced))
 _PYTHON_RANDOMNESS = Shared(_random_numbers_of_python_and_numpy)
-_TORCH_RANDOMNESS = Shared(_random_numbers_of_torch)
+_TORCH_RANDOMNESS = Shared(
+    lambda: torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ())
+)
 
 
 # Traces, on the threads that they concern -----------------------------------------------------------------------------
@@ -261,8 +251,8 @@ class Waiting(Protocol):
 
 
 _numbers = itertools.count()
-_waiting: dict[int, weakref.ref[Waiting]] = {}
-_awaited: dict[int, frozenset[int]] = {}  # for each that waits the ``id`` of its parameters
+_waiting: dict[int, weakref.ref[Waiting]] = {}  # in the order in which they began to wait
+_awaited: dict[int, frozenset[int]] = {}  # for each of them the ``id`` of its parameters
 
 
 def wait_for_calls(waiting: Waiting, parameters: Collection[Tensor]) -> Callable[[], object]:
@@ -311,11 +301,7 @@ def _calling_traced(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _is_awaited(module: nn.Module) -> bool:
     """Whether somebody waits for one of the module's parameters; in words that torch.compile understands."""
-    for parameter in module.parameters():
-        for own in _awaited.values():
-            if id(parameter) in own:
-                return True
-    return False
+    return any(id(parameter) in own for parameter in module.parameters() for own in _awaited.values())
 
 
 def _run_module(original: Callable[..., Any], module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
@@ -334,7 +320,7 @@ def _run_module(original: Callable[..., Any], module: nn.Module, /, *args: Any, 
 
 @contextmanager
 def fake_tensors() -> Iterator[FakeTensorMode]:
-    """Compute with fake tensors on this thread: shapes only, no values."""
+    """Compute shapes only, no values, on this thread."""
     with _NO_CUDNN(), _LIFTING(), FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.enable_grad():
         yield mode
 
@@ -344,11 +330,11 @@ def fake_tensors() -> Iterator[FakeTensorMode]:
 
 @contextmanager
 def attributes_kept(module: nn.Module, replaced: Mapping[int, Tensor]) -> Iterator[None]:
-    """Put all attributes back, what lists, dictionaries and the like among them hold, and all sources of randomness.
+    """Put back the attributes of a module and its submodules, the contents of containers in them, and randomness.
 
     Args:
-        module: whose attributes, with those of its submodules; parameters and buffers are among them.
-        replaced: tensors that stand for others in the meantime, by ``id`` of these.
+        module: the module; its parameters and buffers are among the attributes.
+        replaced: tensors that stand for others in the meantime, by ``id`` of the others.
     """
     held = _held(module)
     containers = [item for item in held if isinstance(item, _CONTAINERS)]
@@ -387,7 +373,7 @@ _KINDS = (dict, OrderedDict, defaultdict, Counter, list, set, deque)
 
 
 def _held(module: nn.Module) -> list[Any]:
-    """What a module and its submodules keep: containers, arrays, generators and tensors."""
+    """Find the containers, arrays, generators and tensors in the attributes of a module and its submodules."""
     found: dict[int, Any] = {}
     waiting: list[Any] = [vars(part) for part in module.modules()]
     while waiting:
@@ -430,7 +416,7 @@ def _generators_kept(held: list[Any]) -> Iterator[None]:
 
 @contextmanager
 def inputs_kept(inputs: Any) -> Iterator[None]:
-    """Put what the inputs of a call hold back: values of tensors, contents of containers and attributes of objects."""
+    """Put back what the inputs of a call hold: values of tensors, contents of containers, attributes of objects."""
     parts = [part for item in walk(inputs, objects=True) for part in (item, getattr(item, "__dict__", None))]
     containers = [part for part in parts if isinstance(part, _CONTAINERS)]
     with _contents_kept(containers), _tensors_kept([part for part in parts if isinstance(part, Tensor)]):
@@ -439,7 +425,7 @@ def inputs_kept(inputs: Any) -> Iterator[None]:
 
 @contextmanager
 def values_kept(module: nn.Module) -> Iterator[None]:
-    """Put what a module holds back: values of parameters, gradients, buffers and attributes, and what is random."""
+    """Put back the values of parameters, gradients, buffers and attributes of a module, and randomness."""
     tensors = [item for item in _held(module) if isinstance(item, Tensor)]
     tensors += [p.grad for p in module.parameters() if p.grad is not None]
     gradients = [(p, p.requires_grad, p.grad) for p in module.parameters()]
