@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -236,8 +237,9 @@ class GroupFromModuleCalls(DeferredGroup):
         self._own = {id(p): cast(nn.Parameter, p) for p in parameters if p.requires_grad}
         self._named: dict[str, nn.Parameter] = {}  # the same, once a module gives them names
         self._mode: TraceMode | None = None  # takes down all traced calls; there from the first one on
-        self._running = 0  # traced calls that have begun and not ended
+        self._running: list[nn.Module] = []  # whose traced calls have begun and not ended, on all threads
         self._group: ScalingGroup | None = None  # of all calls that have ended, once somebody has asked
+        self._lock = threading.Lock()  # two threads may make the first call
         self._stop_waiting = wait_for_calls(self, self._own.values())
 
     def __reduce__(self) -> tuple[Any, ...]:  # a copy, or what is unpickled, waits for calls of its own parameters
@@ -267,7 +269,7 @@ class GroupFromModuleCalls(DeferredGroup):
         self._stop_waiting()
 
     def wants(self, module: nn.Module) -> bool:
-        """Whether a call that begins is an outermost one, with gradients, of a module with any of the parameters."""
+        """Whether a call that begins is outermost, has gradients enabled, and its module any of the parameters."""
         if self._mode is not None and is_traced_by(self._mode):
             return False
         in_backward = torch._C._current_graph_task_id() != _NO_TASK  # a checkpoint computes again what has been seen
@@ -277,27 +279,31 @@ class GroupFromModuleCalls(DeferredGroup):
 
     def trace_call(self, module: nn.Module, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Return ``call(*args, **kwargs)``, a call of the module, and trace it."""
-        mode = self._mode = self._mode or self._begin(module)
+        mode = self._begin(module)
         if isinstance(module, DistributedDataParallel) and self._check is None:
             name = f"first call of {type(module.module).__name__}"
             self._check = partial(check_ranks_agree, call=name, process_group=module.process_group)
         mode.register_inputs(tensors_in((args, kwargs), objects=True))
         output = None
-        self._running += 1
+        self._running.append(module)
         try:
             with mode.tracing():
                 output = call(*args, **kwargs)
-        finally:
-            self._running -= 1
-            self._group = None
+        finally:  # a call that fails may have left something behind, too
             hold_results_fixed(mode, module, output)
+            self._group = None
+            self._running.remove(module)
         return output
 
     def _begin(self, module: nn.Module) -> TraceMode:
-        names = {id(parameter): name for name, parameter in module.named_parameters()}
-        numbered = enumerate(self._own.items())
-        self._named = {names.get(key, f"parameter {number}"): parameter for number, (key, parameter) in numbered}
-        return TraceMode(module, self._named)
+        """The mode that traces the calls; the first module that is called gives the parameters their names."""
+        with self._lock:
+            if self._mode is None:
+                names = {id(parameter): name for name, parameter in module.named_parameters()}
+                numbered = enumerate(self._own.items())
+                self._named = {names.get(key, f"parameter {number}"): own for number, (key, own) in numbered}
+                self._mode = TraceMode(module, self._named)
+            return self._mode
 
 
 def check_ranks_agree(group: ScalingGroup, call: str, process_group: Any = None) -> None:

@@ -281,7 +281,9 @@ class Block(nn.Module):
         return self.net(x) * 2
 
 
-@pytest.mark.parametrize("form", ["wrapped", "in place", "part", "method", "called before"])
+@pytest.mark.parametrize(
+    "form", ["wrapped", "in place", "part", "method", "called before", "wrapped while it is waited for"]
+)
 def test_a_compiled_module_is_traced_while_somebody_waits_and_compiles_afterwards(form: str) -> None:
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounter()
@@ -293,12 +295,14 @@ def test_a_compiled_module_is_traced_while_somebody_waits_and_compiles_afterward
         called = nn.Sequential(torch.compile(module, backend=counter, fullgraph=True), nn.Identity())
     elif form == "method":
         module.forward = torch.compile(module.forward, backend=counter)
-    else:
+    elif form != "wrapped while it is waited for":
         called = torch.compile(module, backend=counter, fullgraph=True)
     if form == "called before":
         called(X)
     compiled = counter.frame_count
     pending = GroupFromModuleCalls(module.parameters())
+    if form == "wrapped while it is waited for":
+        called = torch.compile(module, backend=counter, fullgraph=True)
     expected = called(X)
     assert counter.frame_count == compiled  # it ran uncompiled
     assert pending.group is not None
