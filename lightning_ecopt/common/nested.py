@@ -1,4 +1,4 @@
-"""See the functions below."""
+"""Find what nested structures hold: mappings, sequences, sets, data classes and, on request, any other objects."""
 
 from __future__ import annotations
 
@@ -17,11 +17,21 @@ _PLAIN = str | bytes | int | float | complex | type | types.ModuleType | torch.d
 
 
 def tensors_in(structure: Any, *, objects: bool = False) -> list[Tensor]:
-    """All tensors in nested mappings, sequences, sets and data classes; in the attributes of other ``objects`` too."""
-    return [item for item in _walk(structure, objects) if isinstance(item, Tensor)]
+    """Find all tensors in a nested structure.
+
+    Args:
+        structure: mappings, sequences, sets and data classes, of each other and of tensors.
+        objects: whether to look into other objects too: their attributes, closures of functions, iterators that wait.
+
+    Example::
+
+        assert tensors_in({"x": [a, (b, None)], "y": "text"}) == [a, b]  # in any order
+    """
+    return [item for item in walk(structure, objects=objects) if isinstance(item, Tensor)]
 
 
-def _walk(structure: Any, objects: bool) -> Iterator[Any]:
+def walk(structure: Any, *, objects: bool) -> Iterator[Any]:
+    """Yield the structure and all in it, each object once; plain values, such as numbers, are left out."""
     seen: set[int] = set()
     waiting = [structure]
     while waiting:
@@ -44,7 +54,7 @@ def _walk(structure: Any, objects: bool) -> Iterator[Any]:
 
 
 def _referred(item: Any) -> list[Any]:
-    """What an object holds in its attributes, or out of sight until it is called or iterated."""
+    """The attributes of an object, and what it holds out of sight until it is called or iterated."""
     if isinstance(item, types.FunctionType):
         cells = [cell.cell_contents for cell in item.__closure__ or () if cell != types.CellType()]
         return [*cells, item.__defaults__, item.__kwdefaults__]
@@ -60,7 +70,7 @@ def _referred(item: Any) -> list[Any]:
 
 
 def _attributes(item: Any) -> dict[str, Any]:
-    """Attributes in the dictionary and the slots of an object."""
+    """The attributes of an object by name, from its dictionary and from its slots."""
     slots = [name for kind in type(item).__mro__ for name in _as_tuple(getattr(kind, "__slots__", ()))]
     found = {name: getattr(item, name) for name in slots if hasattr(item, name)}
     return {**found, **getattr(item, "__dict__", {})}

@@ -1,4 +1,42 @@
-"""Which rescalings leave a network unchanged: trace, labels, rules, solution, group, balance."""
+"""Which rescalings of hidden units leave a network unchanged.
+
+The way from a module to its units: :mod:`~.trace` calls the module, :mod:`~.trace_mode` sees its operations, the
+:mod:`~.rules` write :mod:`~.equations` between :mod:`~.labels`, :mod:`~.solve` finds what remains free, and that is the
+:class:`ScalingGroup`.
+
+Glossary. H is the number of units, m the number of weights.
+
+==================  ================================================================================================
+unit                a freedom of the network: its scale c > 0 multiplies some weights and divides others
+scale               the number of an unknown factor, in a label; after solving, a product of powers of units
+label               for each element of a tensor the scale by which it is multiplied when the network is rescaled
+fixed               not multiplied by anything: inputs, outputs, and what no rule knows; users read "held fixed"
+zero                an element that is always zero, so that it fits any scale
+trace               one call of the module, seen as ATen operations, with fake or with real tensors
+rule (operation)    a function from the labels of an operation's inputs to the labels of its outputs
+equation            a condition on scales under which the labels are right
+relation            an equation that is more than the equality of two scales, such as c = a * b
+coupling            a box-shaped region of a parameter, and the scales that multiply and divide its elements
+incoming            the weights that lead into a unit, which its scale multiplies
+outgoing            the weights that lead out of a unit, which its scale divides
+monomial            a product of powers of units, as a gate's output times another's has
+degree              the power of the scale with which a quantity grows: 1 for weights, -1 for gradients, 2 for squares
+group               all rescalings of a network, one factor for each unit
+class               all weights that the group makes of given ones; they compute the same function
+representative      the member of a class that computation uses: the balanced one, or the current one
+balanced            of least sum of squares in its class: incoming and outgoing squares of each unit are equal
+skeleton weight     one incoming weight of a unit, which pins its scale (*fixed*), or one outgoing weight, through
+                    which its paths leave (*free*, unless it is another unit's fixed one)
+basis path          the path of skeleton weights through one other weight; there are m - H of them
+path value          the product of the weights along a basis path: the coordinate that the base optimizer moves
+row                 the weights of one parameter that lead into one unit
+place               an entry of the label of a row's elements: a row has one place, or several
+alive, dormant      a unit with non-zero weights on both sides, so that it can be balanced; a unit without
+exclusive           a unit all of whose weights one optimizer holds
+active              a unit that an optimizer rescales: alive and exclusive at the last refresh
+rule (step)         how a step uses the units: ``unit`` scales gradients by norms, ``path`` moves path values
+==================  ================================================================================================
+"""
 
 from __future__ import annotations
 

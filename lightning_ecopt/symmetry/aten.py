@@ -1,4 +1,4 @@
-"""See the functions below."""
+"""What the schema of an ATen operation tells: its name, its arguments, and which of them it writes to."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from torch import Tensor
 
 
 def base_name(func: Any) -> str:
-    """``aten.relu_.default`` is relu: in-place forms share the rule of the operation."""
+    """The name under which an operation has its rule: ``relu`` for ``aten.relu.default`` and ``aten.relu_.default``.
+
+    Overloads and in-place forms share it. Operations outside of ``aten`` keep their namespace: ``prim::device``.
+    """
     schema = getattr(func, "_schema", None)
     if schema is None:
         return str(func)
@@ -22,7 +25,7 @@ def base_name(func: Any) -> str:
 
 
 def named_arguments(func: Any, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The arguments by the names of the schema; ``None`` if there is none."""
+    """The arguments by their names in the schema, defaults filled in; ``None`` if the operation has no schema."""
     schema = getattr(func, "_schema", None)
     if schema is None:
         return None
@@ -38,7 +41,7 @@ def named_arguments(func: Any, args: Any, kwargs: Mapping[str, Any]) -> dict[str
 
 
 def written_to(func: Any) -> list[str | None]:
-    """For each output the name of the argument that the operation writes it to."""
+    """For each output the argument in whose memory it is, or ``None``: ``["self"]`` for ``relu_``."""
     names = {
         alias: argument.name
         for argument in func._schema.arguments

@@ -1,4 +1,4 @@
-"""See the functions below."""
+"""Values of integer tensors that are the same in every call, such as the indices that a network makes for itself."""
 
 from __future__ import annotations
 
@@ -15,15 +15,19 @@ from lightning_ecopt.symmetry.memory import View, is_ordinary, view_of
 
 
 class Constants:
-    """Integers and truth values that the call makes from nothing, so that they are always the same: indices, masks."""
+    """Follows integer and boolean tensors that depend on no input, so that they are the same in every call.
 
-    MOST = 2**16
+    For ``h[:, torch.tensor([2, 0, 1])]`` the rule for indexing then knows which channel goes where. The values are
+    computed beside the trace, with real tensors on the CPU, since fake tensors have none.
+    """
+
+    MOST = 2**16  # elements of a tensor that is followed
 
     def __init__(self) -> None:
         self._known: dict[tuple[int, View], tuple[Tensor, Tensor]] = {}
 
     def follow(self, func: Any, args: Any, kwargs: Any, output: Any) -> dict[int, IntArray]:
-        """Take note of the outputs of an operation; returns the values of its inputs that are known, by ``id``."""
+        """Take note of the outputs of an operation; returns the known values of its inputs, by ``id`` of the tensor."""
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         known = {id(t): self._known[key][1] for t in tensors if (key := _key(t)) in self._known}
         if base_name(func) == "lift_fresh" and not is_inexact(tensors[0]) and not isinstance(tensors[0], FakeTensor):
@@ -51,7 +55,7 @@ class Constants:
             self._known[_key(leaf)] = (leaf, real.clone())
 
     def forget(self, tensor: Tensor) -> None:
-        """The values of a tensor, or of what shares its memory, are no longer known."""
+        """Forget the values of a tensor, and of all tensors that share its memory."""
         place = tensor.untyped_storage()._cdata
         for key in [key for key in self._known if key[0] == place]:
             del self._known[key]

@@ -1,4 +1,9 @@
-"""The unknown scales of one forward call, and the equations that its operations impose on them."""
+"""The unknown scales of one call, and the equations between them that its operations impose.
+
+Rules write here what they find: new scales (:meth:`Equations.fresh`), equal labels (:meth:`Equations.equate`), labels
+of products (:meth:`Equations.combine`), and how the elements of a parameter scale (:meth:`Equations.assign`). Nothing
+is solved here; :mod:`~lightning_ecopt.symmetry.solve` does that after the call.
+"""
 
 from __future__ import annotations
 
@@ -22,15 +27,15 @@ from lightning_ecopt.symmetry.labels import (
     unique_rows,
 )
 
-#: No label has more entries: what would need more is held fixed.
+#: A label that would have more entries is held fixed instead.
 MOST_ENTRIES = 2**22
-#: Parameters with more elements have no scale for each of them.
+#: A parameter with more elements than this gets no scale for each element.
 MOST_ELEMENTS = 2**16
 
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation of the call: its ATen name and the module that was running."""
+    """One operation of the call, for reports: its ATen name, and the name of the module that was running."""
 
     name: str
     module: str
@@ -38,10 +43,13 @@ class Operation:
 
 @dataclass(eq=False)
 class Use:
-    """One way in which a box-shaped region of a parameter was consumed.
+    """A box-shaped region of a parameter, and how its elements scale: by ``incoming / outgoing``.
 
-    The elements of the region are multiplied by the scale ``incoming`` and divided by the scale ``outgoing``, two
-    labels that broadcast to the region. ``additive`` marks a bias.
+    Args:
+        region: slices of the parameter.
+        incoming: label of the units that the elements lead into; it broadcasts to the region.
+        outgoing: label of the units that the elements lead out of; it broadcasts to the region.
+        additive: whether the elements are added, as a bias is.
     """
 
     region: tuple[slice, ...]
@@ -52,7 +60,7 @@ class Use:
 
 @dataclass(frozen=True, eq=False)
 class Relations:
-    """Equations ``sum_k coefficients[k] * log(scales[n, k]) = 0``, one for each row n."""
+    """For each row n of ``scales`` [N, K] an equation: ``sum_k coefficients[k] * log(factor(scales[n, k])) = 0``."""
 
     scales: IntArray
     coefficients: tuple[int, ...]
@@ -60,10 +68,25 @@ class Relations:
 
 @dataclass(eq=False)
 class Equations:
-    """Collects scales and equations; knows nothing of how the operations are watched.
+    """Collects scales and equations; knows nothing of how operations are traced.
 
     Args:
-        shapes: shapes of the parameters whose scales may change, by name.
+        shapes: shapes of the parameters that may be rescaled, by name.
+        num_scales: how many scales there are, ``FIXED`` among them.
+        operation: the operation that equations are written for at the moment.
+        uses: for each parameter how the elements of its regions scale.
+        seen: names of the parameters that an operation has consumed.
+        equalities: pairs of equal scales, arrays ``[N, 2]``.
+        relations: equations with other coefficients, or more terms.
+        fixings: scales that an operation holds fixed.
+        is_fixed: whether a scale is known to be fixed. Its last entry, which the index ``ZERO`` reads, is never set.
+
+    Example::
+
+        equations = Equations({"weight": (6, 4)})
+        h = equations.fresh((1, 6))  # linear: a scale for each output channel
+        equations.assign(ParameterView.whole("weight", (6, 4)), h.T, constant(FIXED, 2), additive=False)
+        equations.hold_fixed(h)  # sigmoid
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -85,8 +108,8 @@ class Equations:
         return ids
 
     def simplify(self, ids: IntArray) -> IntArray:
-        """The same label, written shorter by what is known to be ground."""
-        if ids.size == 1 or not self.is_fixed[ids].any():  # the last entry, which stands for ZERO, is never set
+        """The same label with ``FIXED`` for all scales that are known to be fixed, which may make it smaller."""
+        if ids.size == 1 or not self.is_fixed[ids].any():
             return ids
         return compress(np.where(self.is_fixed[ids], FIXED, ids))
 
@@ -98,7 +121,7 @@ class Equations:
             pairs, _ = unique_rows(np.stack([first[differ], second[differ]], 1))
             is_fixed = (pairs == FIXED).any(1)
             if is_fixed.any():
-                numbers = np.unique(pairs[is_fixed].max(1))
+                numbers = np.unique(pairs[is_fixed].max(1))  # of a pair with FIXED the other one
                 self.fixings.append((self.operation, numbers))
                 self.is_fixed[numbers] = True
             if not is_fixed.all():
@@ -122,9 +145,10 @@ class Equations:
         return representative
 
     def combine(self, *terms: tuple[int | Fraction, IntArray]) -> IntArray:
-        """The label of a product of powers: each term is an exponent and the label of what is raised to it.
+        """The label of a product of powers: ``combine((2, x), (-1, y))`` is the label of ``x**2 / y``.
 
-        A product with a factor of zero is zero. A label with more than ``MOST_ENTRIES`` is held fixed.
+        Every combination of scales that occurs gets one new scale, and a relation that defines it. A product with a
+        factor of zero is zero. If the result would have more than ``MOST_ENTRIES``, all terms are held fixed.
         """
         shape = np.broadcast_shapes(*(ids.shape for _, ids in terms))
         if all((ids <= FIXED).all() for _, ids in terms):
@@ -165,9 +189,10 @@ class Equations:
     def cancel(self, *terms: tuple[int, IntArray]) -> None:
         """Demand that a product of powers is one for all elements; each term is an exponent and a label.
 
-        Factors that change along different axes are constant, each by itself, so that no label is written out along
-        axes on which it does not change.
+        If ``a(i) b(j) = 1`` for all i and j, then a and b are constants. So terms that change along different axes are
+        made constant one by one, and no label is repeated along axes on which it does not change.
         """
+        # Clusters of terms that share axes; those of one cluster have to be looked at together.
         clusters: list[tuple[set[int], list[tuple[int, IntArray]]]] = []
         for term in terms:
             axes, members = _varying(term[1]), [term]
@@ -187,7 +212,7 @@ class Equations:
             self.relate(np.concatenate([rows, np.broadcast_to(rest, (len(rows), len(rest)))], 1), tuple(signs))
 
     def difference(self, first: IntArray, second: IntArray, axes: Iterable[int]) -> IntArray:
-        """Demand that ``first / second`` changes along ``axes`` only; returns its label, new scales."""
+        """Demand that ``first / second`` changes along ``axes`` only; returns the label of the ratio, new scales."""
         first, second = np.broadcast_arrays(first, second)
         axes = set(axes)
         ratio = self.fresh([size if k in axes else 1 for k, size in enumerate(first.shape)])
@@ -196,14 +221,14 @@ class Equations:
         return ratio
 
     def materialise(self, view: ParameterView, uniform: Iterable[int] = ()) -> IntArray:
-        """The label of a parameter that is used as a tensor among others.
+        """Give a parameter a label, so that it can be used like any other tensor.
 
-        The scales are those of an earlier use, or new ones, one for each element. If these would be more than
-        ``MOST_ELEMENTS``, they change along one axis alone, the last one, or that of the channels of an image.
+        An earlier use of the same elements decides the label. Otherwise each element gets a new scale. If these would
+        be more than ``MOST_ELEMENTS``, scales change along one axis only: the channels of an image, or the last one.
 
         Args:
             view: the parameter.
-            uniform: axes of the view along which there must be one label anyway.
+            uniform: axes of the view along which the operation will demand one scale.
         """
         first, *others = view.parts()
         ids = self._known(first)
@@ -219,7 +244,7 @@ class Equations:
         return ids
 
     def _known(self, view: ParameterView) -> IntArray | None:
-        """The label of a view whose elements were used before."""
+        """The label of a view whose elements were used before; ``None`` if they were not, or not as one region."""
         region = box(view, self.shapes[view.name])
         for use in self.uses.get(view.name, []):
             if region is not None and use.region == region:
@@ -232,7 +257,7 @@ class Equations:
         return None
 
     def multiply(self, view: ParameterView, exponent: int, ids: IntArray) -> ParameterView:
-        """The view after its elements were multiplied by something with label ``ids``, or divided: ``exponent`` -1."""
+        """The view after a product with a tensor of label ``ids``, or after division by it: ``exponent`` -1."""
         return view.each(lambda part: replace(part, factor=self.combine((1, part.factor), (exponent, ids))))
 
     def is_box(self, view: ParameterView) -> bool:
@@ -249,7 +274,7 @@ class Equations:
         """Record that the elements of ``view`` scale by ``incoming / outgoing``, labels that broadcast to the view.
 
         Every further use of the same elements must agree. A use whose elements are not a regular box of the parameter,
-        or overlap another box in part only, grounds the whole parameter.
+        or overlap another box in part only, holds the whole parameter fixed.
         """
         for part in view.parts():
             self._assign(part, incoming, outgoing, additive)
@@ -273,17 +298,17 @@ class Equations:
         self.uses[view.name].append(use)
 
     def _without_factor(self, view: ParameterView, incoming: IntArray, outgoing: IntArray) -> tuple[IntArray, IntArray]:
-        """What the parameter itself scales by, if the view does by ``incoming / outgoing``."""
+        """The labels of the parameter alone, if its view times a factor scales by ``incoming / outgoing``."""
         incoming, outgoing, factor = (align(ids, view.ndim) for ids in (incoming, outgoing, view.factor))
         if _varying(factor) & _varying(outgoing) and not _varying(factor) & _varying(incoming):
             return incoming, self.combine((1, outgoing), (1, factor))
         return self.combine((1, incoming), (-1, factor)), outgoing
 
     def _agree(self, earlier: Use, use: Use) -> None:
-        """Demand that two uses of one region scale it alike."""
+        """Demand that two uses of one region have the same ``incoming / outgoing``."""
         earlier.additive &= use.additive
         pairs = ((earlier.incoming, use.incoming), (earlier.outgoing, use.outgoing))
-        if any((ids == ZERO).any() for pair in pairs for ids in pair):  # what meets zeros need not agree
+        if any((ids == ZERO).any() for pair in pairs for ids in pair):  # elements that meet zeros need not agree
             earlier.incoming, earlier.outgoing = (self.equate(*pair) for pair in pairs)
             return
         terms = [(1, pairs[0][0]), (-1, pairs[0][1]), (-1, pairs[1][0]), (1, pairs[1][1])]

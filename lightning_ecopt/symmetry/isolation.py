@@ -1,33 +1,344 @@
-"""What nested structures and modules hold, and how to put it back."""
+"""What a trace changes in the process and in the module, and how all of it is put back.
+
+========================================================  =======  =======================================
+what is changed                                           where    by whom, and put back by
+========================================================  =======  =======================================
+dispatch modes and function modes                         thread   every trace, :func:`traced`
+fast path of attention, ``torch.backends.mha``            process  every trace, :func:`traced`
+stance of ``torch.compile``: eager                        process  every trace, :func:`traced`
+``threading.Thread.start``                                process  every trace, :func:`traced`
+``torch.nn.Module.__call__``                              process  every trace, :func:`traced`, and while
+                                                                   anyone waits, :func:`wait_for_calls`
+cuDNN: off                                                process  fake traces, :func:`fake_tensors`
+where ``torch.tensor`` makes its tensors                  process  fake traces, :func:`fake_tensors`
+the mode of fake tensors, gradients: on                   thread   fake traces, :func:`fake_tensors`
+random numbers of Python and NumPy                        process  all but awaited calls, :func:`attributes_kept`
+random numbers of torch                                   process  real traces, :func:`values_kept`
+attributes of the module; lists, dictionaries, arrays     module   all but awaited calls, :func:`attributes_kept`
+and generators in them; hooks by which FSDP gathers
+values of parameters, gradients and buffers               module   real traces, :func:`values_kept`
+values and contents of the inputs                         inputs   all but awaited calls, :func:`inputs_kept`
+========================================================  =======  =======================================
+
+A *fake* trace calls the module with fake tensors, a *real* trace with its own. An *awaited call* is one that the user
+makes, and what that changes is meant to stay.
+
+All of it is put back whatever ends the call, ``KeyboardInterrupt`` included. What belongs to the process is
+:class:`Shared`, as several threads may trace at once. Replaced methods do nothing on threads that no trace is on.
+"""
 
 from __future__ import annotations
 
 import copy
+import functools
+import itertools
 import random
+import threading
 import types
+import weakref
 from collections import Counter, OrderedDict, UserDict, UserList, defaultdict, deque
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch._dynamo  # remembers Module.__call__ when it is imported, which must not be while that is replaced
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lightning_ecopt.common.nested import _walk
+from lightning_ecopt.common.nested import walk
+
+# Changes that threads share -------------------------------------------------------------------------------------------
+
+
+class Shared:
+    """A change of the process that several threads may need at once.
+
+    The first one in makes it, the last one out undoes it. The lock protects the number of users alone; it is not held
+    while they are inside. It is reentrant, because a garbage collection while it is held may call :meth:`leave`.
+
+    Args:
+        change: returns a context manager that makes the change and undoes it.
+    """
+
+    def __init__(self, change: Callable[[], AbstractContextManager[Any]]) -> None:
+        self._change = change
+        self._lock = threading.RLock()
+        self._users = 0
+        self._made: AbstractContextManager[Any] | None = None
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Need the change in a ``with`` block."""
+        self.enter()
+        try:
+            yield
+        finally:
+            self.leave()
+
+    def enter(self) -> None:
+        """Need the change from now on."""
+        with self._lock:
+            self._users += 1  # before anything else, so that no garbage collection takes the change back meanwhile
+            try:
+                if self._made is None:
+                    change = self._change()
+                    change.__enter__()
+                    self._made = change
+            except BaseException:
+                self._users -= 1
+                raise
+
+    def leave(self) -> None:
+        """Need it no more."""
+        with self._lock:
+            self._users -= 1
+            if self._users == 0 and self._made is not None:
+                change, self._made = self._made, None
+                change.__exit__(None, None, None)
+
+
+@contextmanager
+def _set(read: Callable[[], Any], write: Callable[[Any], Any], value: Any) -> Iterator[None]:
+    before = read()
+    write(value)
+    try:
+        yield
+    finally:
+        write(before)
+
+
+@contextmanager
+def _replaced(owner: type, name: str, replace: Callable[[Any], Any]) -> Iterator[None]:
+    """Replace a method by ``replace(method)``. Whoever has replaced that since keeps what is theirs."""
+    original = getattr(owner, name)
+    replacement = replace(original)
+    setattr(owner, name, replacement)
+    try:
+        yield
+    finally:
+        if getattr(owner, name) is replacement:
+            setattr(owner, name, original)
+
+
+@contextmanager
+def _random_numbers_of_python_and_numpy() -> Iterator[None]:
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+def _lifting() -> AbstractContextManager[None]:
+    # Fake modes set this where there is no GPU, and each puts back what it has found, another one's setting perhaps.
+    read, write = torch._C._only_lift_cpu_tensors, torch._C._set_only_lift_cpu_tensors
+    return _set(read, write, read() or not torch.cuda.is_available())
+
+
+_EAGER = Shared(lambda: torch.compiler.set_stance("force_eager"))
+_SLOW_ATTENTION = Shared(  # the fast path is one operation for a whole layer, for inference only
+    lambda: _set(torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled, False)
+)
+_NO_CUDNN = Shared(  # it runs a recurrent network as one operation
+    lambda: _set(torch._C._get_cudnn_enabled, torch._C._set_cudnn_enabled, False)
+)
+_LIFTING = Shared(_lifting)
+_THREAD_STARTS = Shared(lambda: _replaced(threading.Thread, "start", _starting_traced))
+_MODULE_CALLS = Shared(lambda: _replaced(nn.Module, "__call__", _calling_traced))
+_PYTHON_RANDOMNESS = Shared(_random_numbers_of_python_and_numpy)
+_TORCH_RANDOMNESS = Shared(
+    lambda: torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ())
+)
+
+
+# Traces, on the threads that they concern -----------------------------------------------------------------------------
+
+
+class Trace(Protocol):
+    """What takes down the operations of a call; a :class:`~.trace_mode.TraceMode`."""
+
+    is_fake: bool
+
+    def entered(self) -> AbstractContextManager[None]:
+        """Take down what this thread does."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Entry:
+    """A trace that one thread is in, and the modules that run there, innermost last."""
+
+    trace: Trace
+    modules: list[nn.Module] = field(default_factory=list)
+
+
+class _Thread(threading.local):
+    """The traces that the current thread is in, innermost last."""
+
+    def __init__(self) -> None:
+        self.entries: list[_Entry] = []
+
+
+_thread = _Thread()
+
+
+@contextmanager
+def traced(trace: Trace) -> Iterator[None]:
+    """Trace what the current thread does, and the threads that it starts meanwhile."""
+    with _EAGER(), _SLOW_ATTENTION(), _THREAD_STARTS(), _MODULE_CALLS(), _on_this_thread(trace):
+        yield
+
+
+def is_traced_by(trace: Trace) -> bool:
+    """Whether the current thread is in this trace."""
+    return any(entry.trace is trace for entry in _thread.entries)
+
+
+def running_module(trace: Trace) -> nn.Module | None:
+    """The innermost module that has been called on the current thread since the trace began, if there is one."""
+    modules = next((entry.modules for entry in reversed(_thread.entries) if entry.trace is trace), [])
+    return modules[-1] if modules else None
+
+
+@contextmanager
+def _on_this_thread(trace: Trace, *modules: nn.Module) -> Iterator[None]:
+    entry = _Entry(trace, list(modules))
+    with trace.entered():
+        _thread.entries.append(entry)
+        try:
+            yield
+        finally:
+            _thread.entries.remove(entry)
+
+
+def _starting_traced(start: Callable[[threading.Thread], None]) -> Callable[[threading.Thread], None]:
+    """Make ``Thread.start`` hand the traces of the thread that calls it on to the one that it starts."""
+
+    @functools.wraps(start)
+    def start_traced(thread: threading.Thread) -> None:
+        handed_on = [_Entry(entry.trace, entry.modules[-1:]) for entry in _thread.entries]
+        if any(entry.trace.is_fake for entry in handed_on):
+            raise RuntimeError("Threads cannot share fake tensors.")  # the module is called with real ones then
+        if handed_on:
+            thread.run = partial(_run_traced, handed_on, thread.run)  # type: ignore[method-assign]
+        start(thread)
+
+    return start_traced
+
+
+def _run_traced(handed_on: list[_Entry], run: Callable[[], None]) -> None:
+    with ExitStack() as stack:
+        for entry in handed_on:
+            stack.enter_context(_on_this_thread(entry.trace, *entry.modules))
+        run()
+
+
+# Calls of modules -----------------------------------------------------------------------------------------------------
+
+
+class Waiting(Protocol):
+    """What waits for calls of modules; a :class:`~.pending.GroupFromModuleCalls`."""
+
+    def wants(self, module: nn.Module) -> bool:
+        """Whether to trace this call, which is about to begin on the current thread."""
+
+    def trace_call(self, module: nn.Module, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Return ``call(*args, **kwargs)``, a call of the module, and trace it."""
+
+
+_numbers = itertools.count()
+_waiting: dict[int, weakref.ref[Waiting]] = {}  # in the order in which they began to wait
+_awaited: dict[int, frozenset[int]] = {}  # for each of them the ``id`` of its parameters
+
+
+def wait_for_calls(waiting: Waiting, parameters: Collection[Tensor]) -> Callable[[], object]:
+    """Hand calls of all modules to ``waiting``, until the returned function is called or nobody holds ``waiting``.
+
+    Module hooks would not do: torch calls none after a ``KeyboardInterrupt``, so that what a hook has entered before a
+    call would never be left. ``Module.__call__`` is replaced instead.
+
+    A compiled module is handed over as a whole, and runs uncompiled if it is traced. Compiled functions break their
+    graph at a module with any of the ``parameters``, because what is in a graph cannot be traced; all others are
+    compiled as ever.
+    """
+    number = next(_numbers)
+    _MODULE_CALLS.enter()
+    _waiting[number] = weakref.ref(waiting)
+    _awaited[number] = frozenset(map(id, parameters))
+    stop = weakref.finalize(waiting, _stop_waiting, number)
+    stop.atexit = False
+    return stop
+
+
+def _stop_waiting(number: int) -> None:
+    del _waiting[number], _awaited[number]
+    _MODULE_CALLS.leave()
+
+
+def _calling_traced(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Make ``Module.__call__`` tell traces which module runs, and hand the call to those who wait."""
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def call_traced(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call: Callable[..., Any] = partial(_run_module, original, module)
+        for waiting in [reference() for reference in reversed(list(_waiting.values()))]:  # the first one is outermost
+            if waiting is not None and waiting.wants(module):
+                call = partial(waiting.trace_call, module, call)
+        return call(*args, **kwargs)
+
+    @functools.wraps(original)
+    def __call__(self: nn.Module, /, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+        if torch.compiler.is_compiling() and not _is_awaited(self):
+            return original(self, *args, **kwargs)
+        return call_traced(self, args, kwargs)
+
+    return __call__
+
+
+def _is_awaited(module: nn.Module) -> bool:
+    """Whether somebody waits for one of the module's parameters; in words that torch.compile understands."""
+    return any(id(parameter) in own for parameter in module.parameters() for own in _awaited.values())
+
+
+def _run_module(original: Callable[..., Any], module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+    entries = list(_thread.entries)
+    for entry in entries:
+        entry.modules.append(module)
+    try:
+        return original(module, *args, **kwargs)
+    finally:
+        for entry in entries:
+            entry.modules.pop()
+
+
+# Fake tensors ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def fake_tensors() -> Iterator[FakeTensorMode]:
+    """Compute shapes only, no values, on this thread."""
+    with _NO_CUDNN(), _LIFTING(), FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.enable_grad():
+        yield mode
+
+
+# What the module and the inputs hold ----------------------------------------------------------------------------------
 
 
 @contextmanager
 def attributes_kept(module: nn.Module, replaced: Mapping[int, Tensor]) -> Iterator[None]:
-    """Put all attributes back, what lists, dictionaries and the like among them hold, and all sources of randomness.
+    """Put back the attributes of a module and its submodules, the contents of containers in them, and randomness.
 
     Args:
-        module: whose attributes, with those of its submodules; parameters and buffers are among them.
-        replaced: tensors that stand for others in the meantime, by ``id`` of these.
+        module: the module; its parameters and buffers are among the attributes.
+        replaced: tensors that stand for others in the meantime, by ``id`` of the others.
     """
     held = _held(module)
     containers = [item for item in held if isinstance(item, _CONTAINERS)]
-    with _randomness_kept(held), _arrays_kept(held), _contents_kept(containers):
+    with _PYTHON_RANDOMNESS(), _generators_kept(held), _arrays_kept(held), _contents_kept(containers):
         for container in containers:
             if isinstance(container, list | dict):
                 for key, value in list(container.items() if isinstance(container, dict) else enumerate(container)):
@@ -62,7 +373,7 @@ _KINDS = (dict, OrderedDict, defaultdict, Counter, list, set, deque)
 
 
 def _held(module: nn.Module) -> list[Any]:
-    """What a module and its submodules keep: containers, arrays, generators and tensors."""
+    """Find the containers, arrays, generators and tensors in the attributes of a module and its submodules."""
     found: dict[int, Any] = {}
     waiting: list[Any] = [vars(part) for part in module.modules()]
     while waiting:
@@ -91,25 +402,22 @@ def _arrays_kept(held: list[Any]) -> Iterator[None]:
 
 
 @contextmanager
-def _randomness_kept(held: list[Any]) -> Iterator[None]:
-    python, numpy = random.getstate(), np.random.get_state()
-    own = [(item, item.get_state()) for item in held if isinstance(item, torch.Generator)]
-    others = [(item, item.bit_generator.state) for item in held if isinstance(item, np.random.Generator)]
+def _generators_kept(held: list[Any]) -> Iterator[None]:
+    torchs = [(item, item.get_state()) for item in held if isinstance(item, torch.Generator)]
+    numpys = [(item, item.bit_generator.state) for item in held if isinstance(item, np.random.Generator)]
     try:
         yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        for generator, state in own:
+        for generator, state in torchs:
             generator.set_state(state)
-        for other, values in others:
+        for other, values in numpys:
             other.bit_generator.state = values
 
 
 @contextmanager
 def inputs_kept(inputs: Any) -> Iterator[None]:
-    """Put what the inputs of a call hold back: values of tensors, contents of containers and attributes of objects."""
-    parts = [part for item in _walk(inputs, objects=True) for part in (item, getattr(item, "__dict__", None))]
+    """Put back what the inputs of a call hold: values of tensors, contents of containers, attributes of objects."""
+    parts = [part for item in walk(inputs, objects=True) for part in (item, getattr(item, "__dict__", None))]
     containers = [part for part in parts if isinstance(part, _CONTAINERS)]
     with _contents_kept(containers), _tensors_kept([part for part in parts if isinstance(part, Tensor)]):
         yield
@@ -117,12 +425,11 @@ def inputs_kept(inputs: Any) -> Iterator[None]:
 
 @contextmanager
 def values_kept(module: nn.Module) -> Iterator[None]:
-    """Put what a module holds back: values of parameters, gradients, buffers and attributes, and what is random."""
-    devices = sorted({p.device.index for p in module.parameters() if p.device.type == "cuda"})
+    """Put back the values of parameters, gradients, buffers and attributes of a module, and randomness."""
     tensors = [item for item in _held(module) if isinstance(item, Tensor)]
     tensors += [p.grad for p in module.parameters() if p.grad is not None]
     gradients = [(p, p.requires_grad, p.grad) for p in module.parameters()]
-    with torch.random.fork_rng(devices), attributes_kept(module, {}), _tensors_kept(tensors):
+    with _TORCH_RANDOMNESS(), attributes_kept(module, {}), _tensors_kept(tensors):
         try:
             yield
         finally:

@@ -1,13 +1,15 @@
-"""Scale labels: by what the elements of a tensor are multiplied when the network is rescaled.
+"""Labels: by which factor each element of a tensor is multiplied when the network is rescaled.
 
-A label is an integer array that broadcasts to the shape of its tensor (size 1 along every axis on which
-it does not change). Each entry names a *scale*, a non-negative number of an unknown; all elements with one
-number are multiplied by the same factor. Two numbers are special:
+A label is an integer array that broadcasts to the shape of its tensor; it has size 1 along every axis on which it does
+not change. Each entry is a *scale*, the number of an unknown factor: elements with the same scale are multiplied by the
+same factor. For a batch of images ``[N, 3, H, W]`` the label ``[1, 3, 1, 1]`` with the scales 5, 6, 7 says that each
+channel has a factor of its own. Two scales are no unknowns:
 
-- ``FIXED``: the element is multiplied by one, it must not change;
-- ``ZERO``: the element is zero, so it fits any label.
+- ``FIXED``: the factor is one, the element must not change;
+- ``ZERO``: the element is zero, so any factor will do.
 
-The functions here know nothing of networks: they do to an array what an operation did to the tensor.
+A parameter has no label until an operation consumes it; until then a :class:`ParameterView` says which elements of it a
+tensor shows. The functions here know nothing of networks: they do to an array what an operation did to the tensor.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ ZERO = -1
 
 
 def constant(number: int, ndim: int) -> IntArray:
-    """A label that is the same for all elements of a tensor with ``ndim`` axes."""
+    """The label of a tensor with ``ndim`` axes all of whose elements have one scale."""
     return np.full((1,) * ndim, number, dtype=np.int64)
 
 
@@ -45,12 +47,12 @@ def align(ids: IntArray, ndim: int) -> IntArray:
 
 
 def along_channels(ids: IntArray, ndim: int) -> IntArray:
-    """Place the label of a vector along axis 1, that of the channels, of a tensor with ``ndim`` axes."""
+    """Place the label ``[C]`` of a vector along the channels of a tensor ``[N, C, ...]`` with ``ndim`` axes."""
     return ids.reshape((1, -1) + (1,) * (ndim - 2))
 
 
 def stretch(ids: IntArray, shape: Sequence[int], axes: Iterable[int]) -> IntArray:
-    """Repeat ``ids`` to the full size of the tensor along ``axes`` only."""
+    """Repeat ``ids`` to the size of the tensor, whose shape is ``shape``, along ``axes`` only."""
     target = list(ids.shape)
     for axis in axes:
         target[axis] = shape[axis]
@@ -58,7 +60,12 @@ def stretch(ids: IntArray, shape: Sequence[int], axes: Iterable[int]) -> IntArra
 
 
 def unique_rows(table: IntArray) -> tuple[IntArray, IntArray]:
-    """The different rows of a table of non-negative numbers, and the place of each row among them."""
+    """Find the different rows of a table ``[N, K]`` of non-negative numbers.
+
+    Returns:
+        the different rows ``[M, K]``, and for each row of the table its number among them ``[N]``.
+    """
+    # Column by column, rows that agree so far share a number; np.unique(axis=0) would compare whole rows, far slower.
     place = np.zeros(len(table), dtype=np.int64)
     for column in table.T:
         _, first, place = np.unique(
@@ -69,9 +76,10 @@ def unique_rows(table: IntArray) -> tuple[IntArray, IntArray]:
 
 
 def reshape(ids: IntArray, old: Sequence[int], new: Sequence[int]) -> IntArray:
-    """What ``tensor.reshape(new)`` does to the label of a tensor of shape ``old``.
+    """Do to a label what ``tensor.reshape(new)`` did to its tensor of shape ``old``.
 
-    Only the axes that are split or merged with one along which the label changes are written out.
+    Axes are matched in groups of equal size: from ``[2, 3, 4]`` to ``[6, 4]``, the groups ``[2, 3]`` and ``[6]``, then
+    ``[4]`` and ``[4]``. The label is repeated to the size of its tensor within groups along which it changes, only.
     """
     if 0 in old:
         return constant(FIXED, len(new))
@@ -100,15 +108,20 @@ def reshape(ids: IntArray, old: Sequence[int], new: Sequence[int]) -> IntArray:
 
 @dataclass(frozen=True, eq=False)
 class ParameterView:
-    """A parameter, or what view operations have made of it, before anything has consumed it.
+    """A parameter, or what view operations have made of it, before an operation has consumed it.
 
     Args:
         name: the parameter's name in the module.
-        axes: for each axis of the parameter the index that every element of the view came from, an array that
+        axes: for each axis of the parameter the index from which every element of the view came, an array that
             broadcasts to the shape of the view. View operations act on these arrays as they act on labels.
         factor: the label of what the elements have been multiplied by since; it broadcasts to the view.
-        picked: axes of the parameter along which data decides what the view shows, as in an embedding.
+        picked: axes of the parameter along which data decides which elements the view shows, as in an embedding.
         added: other parameters that have been added to it.
+
+    Example::
+
+        weight = ParameterView.whole("weight", (3, 4))  # axes: [[0], [1], [2]] and [[0, 1, 2, 3]]
+        weight.map(lambda axis: axis.T)  # weight.t(): axes [[0, 1, 2]] and [[0], [1], [2], [3]]
     """
 
     name: str
@@ -162,5 +175,5 @@ Value = IntArray | ParameterView
 
 
 def map_value(value: Value, view: Callable[[IntArray], IntArray]) -> Value:
-    """Do to a label or to a parameter view what an operation did to the tensor."""
+    """Do to a label, or to a parameter view, what an operation did to the tensor."""
     return value.map(view) if isinstance(value, ParameterView) else view(value)

@@ -1,4 +1,8 @@
-"""See the functions below."""
+"""The labels of all tensors of a call, kept by the memory that they describe.
+
+Two views of one piece of memory have labels that depend on each other: after ``x[:, 0] = 0`` the label of ``x`` has
+changed, too. So a label belongs to a storage and to a view of it, that is, offset, shape and strides.
+"""
 
 from __future__ import annotations
 
@@ -26,18 +30,18 @@ from lightning_ecopt.symmetry.labels import (
     stretch,
 )
 
-View = tuple[int, tuple[int, ...], tuple[int, ...]]
+View = tuple[int, tuple[int, ...], tuple[int, ...]]  # offset, shape, strides
 
 
 @dataclass(eq=False)
 class _Storage:
     """The labels of one piece of memory, by the views of it that have been seen.
 
-    The first of them is the whole, as far as is known: others can be found from it.
+    The first of these views counts as the whole: the labels of further ones are found from its label.
     """
 
-    reference: StorageWeakRef  # keeps the address from being used again while labels hang on it
-    external: bool  # was there before the call, or stays after it
+    reference: StorageWeakRef  # keeps the address from being used again, by which the labels are found
+    external: bool  # was there before the call, so that others may read it afterwards
     views: dict[View, Value] = field(default_factory=dict)
 
 
@@ -87,7 +91,7 @@ class Memory:
         return value
 
     def _derive(self, storage: _Storage, view: View) -> None:
-        """Find the label of a view from that of the whole."""
+        """Find the label of a view from the label of the whole; where that is impossible, hold all views fixed."""
         whole, value = next(iter(storage.views.items()), (view, constant(FIXED, len(view[1]))))
         box = _box(whole, view)
         if isinstance(value, ParameterView) or (box is None and value.size > 1 and not _same_order(whole, view)):
@@ -102,7 +106,7 @@ class Memory:
         storage.views[view] = value
 
     def has_seen(self, tensor: Tensor) -> bool:
-        """Whether the memory of the tensor has been met."""
+        """Whether an operation has read or written the memory of the tensor."""
         storage = storage_of(tensor)
         return storage is None or storage._cdata in self.storages
 
@@ -112,14 +116,14 @@ class Memory:
         found = None if storage is None else self.storages.get(storage._cdata)
         return found is not None and not found.external
 
-    def write(self, tensor: Tensor, value: Value, *, left_out: bool = False) -> None:
+    def write(self, tensor: Tensor, value: Value, *, always_empty: bool = False) -> None:
         """Set the label of the output of an operation.
 
-        A tensor without elements fits any label. But if it is one because the inputs were, as in an empty batch, others
-        will have elements; ``left_out`` says that it is not.
+        An empty tensor fits any label, but only if it would be empty for every batch. ``always_empty=True`` says so;
+        with an empty example batch it is false, and the label is held fixed.
         """
         found = self._find(tensor) if is_ordinary(tensor) else None
-        if found is None or not is_inexact(tensor) or (tensor.numel() == 0 and not left_out):
+        if found is None or not is_inexact(tensor) or (tensor.numel() == 0 and not always_empty):
             self.equations.hold_fixed(value)
             value = constant(FIXED, tensor.dim())
         if tensor.numel() == 0:
@@ -129,7 +133,11 @@ class Memory:
             found[0].views[view_of(tensor)] = value
 
     def overwrite(self, tensor: Tensor, value: Value) -> None:
-        """Set the label of memory that an operation has changed in place."""
+        """Set the label of memory that an operation has changed in place.
+
+        A part of the memory may get a label of its own if it is a box of the whole. Otherwise, and if the memory was
+        there before the call, all labels of the memory are held fixed, as a later reader would miss the change.
+        """
         before = self.read(tensor)
         if not isinstance(before, ParameterView) and not isinstance(value, ParameterView) and (before == value).all():
             return
@@ -170,7 +178,7 @@ def view_of(tensor: Tensor) -> View:
 
 
 def is_ordinary(tensor: Tensor) -> bool:
-    """Whether the tensor is dense, and of no class that makes something else of the operations."""
+    """Whether the tensor is dense, and its class leaves the meaning of operations alone."""
     kind = type(tensor)
     plain = issubclass(kind, FakeTensor) or kind.__torch_dispatch__ in _PLAIN
     return plain and tensor.layout is torch.strided and not tensor.is_nested
@@ -181,13 +189,18 @@ _PLAIN = (Tensor.__torch_dispatch__, torch._C._disabled_torch_dispatch_impl)
 
 @dataclass(frozen=True, eq=False)
 class _Box:
-    """A view as slices of the whole, and for each axis of the view the axis of the whole that it is."""
+    """A view that shows a box of the whole, its axes in any order.
+
+    Args:
+        part: the slices of the whole.
+        axes: for each axis of the view its axis in the whole, ``None`` for one along which nothing changes.
+    """
 
     part: tuple[slice, ...]
     axes: tuple[int | None, ...]
 
     def of(self, ids: IntArray) -> IntArray:
-        """The label of the view from that of the whole."""
+        """The label of the view, from the label ``ids`` of the whole."""
         taken = ids[tuple(slice(None) if size == 1 else part for size, part in zip(ids.shape, self.part, strict=True))]
         kept = [axis for axis in self.axes if axis is not None]
         taken = taken.transpose(*kept, *(axis for axis in range(ids.ndim) if axis not in kept))
@@ -195,7 +208,7 @@ class _Box:
         return np.expand_dims(taken, tuple(k for k, axis in enumerate(self.axes) if axis is None))
 
     def put(self, ids: IntArray, new: IntArray, shape: Sequence[int]) -> IntArray:
-        """The label of the whole after the view has got a new one."""
+        """The label of the whole, which was ``ids``, after the view has got the label ``new``."""
         kept = [axis for axis in self.axes if axis is not None]
         new = new.squeeze(tuple(k for k, axis in enumerate(self.axes) if axis is None)).transpose(np.argsort(kept))
         new = np.expand_dims(new, tuple(axis for axis in range(len(shape)) if axis not in kept))
@@ -206,7 +219,11 @@ class _Box:
 
 
 def _box(whole: View, view: View) -> _Box | None:
-    """``view`` as a box of ``whole``, if it is one."""
+    """Find the box of ``whole`` that ``view`` shows; ``None`` if it shows no box.
+
+    An axis of the view belongs to an axis of the whole if its stride is a multiple of that axis' stride, and it does
+    not reach beyond that axis' end.
+    """
     offset, shape, strides = whole
     rest = view[0] - offset
     part = [slice(None)] * len(shape)
@@ -247,7 +264,7 @@ def _box(whole: View, view: View) -> _Box | None:
 
 
 def _same_order(whole: View, view: View) -> bool:
-    """Whether both show the same elements, in the order in which they lie in memory."""
+    """Whether both views show the same elements, in the order in which they lie in memory."""
     return (
         whole[0] == view[0] and prod(whole[1]) == prod(view[1]) and all(_is_contiguous(*v[1:]) for v in (whole, view))
     )

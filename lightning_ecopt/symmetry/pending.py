@@ -1,48 +1,71 @@
-"""Finding the scaling group of parameters whose module nobody has named: from whatever modules use them."""
+"""Scaling groups that are known now or later: from the calls that a training makes anyway, traced as they happen.
+
+=============================  =====================================================================================
+:class:`KnownGroup`            a group that is there already
+:class:`GroupFromNextCall`     traces the next call of one method of a module: ``training_step``, or ``forward``
+:class:`GroupFromModuleCalls`  knows parameters only, and traces whichever modules are called that have any of them
+=============================  =====================================================================================
+"""
 
 from __future__ import annotations
 
 import copy
 import inspect
-import weakref
+import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_ecopt.common.nested import tensors_in
 from lightning_ecopt.common.sharding import is_sharded
 from lightning_ecopt.common.tensors import listing
 from lightning_ecopt.symmetry.group import ScalingGroup
-from lightning_ecopt.symmetry.trace import group_of, kept, select_parameters
+from lightning_ecopt.symmetry.isolation import is_traced_by, wait_for_calls
+from lightning_ecopt.symmetry.trace import group_of, hold_results_fixed, select_parameters
 from lightning_ecopt.symmetry.trace_mode import TraceMode
 
+_NO_TASK = -1  # of the autograd engine: no backward pass runs on this thread
 
-class DeferredGroup:
-    """A scaling group that is found while training has begun.
+
+class DeferredGroup(ABC):
+    """A scaling group that is known now, or will be once training has begun.
 
     Args:
-        check: called by :meth:`settle` with the group; what it raises goes to whoever wants to use the group.
-    """
+        check: called by :meth:`settle` with the group, once; what it raises goes to whoever wants to use the group.
 
-    group: ScalingGroup | None
-    missing: str  # what has not happened while there is no group
+    Example::
+
+        deferred = GroupFromNextCall(model, "forward")
+        assert deferred.settle() is None
+        model(x)
+        assert deferred.settle().num_units == 8
+    """
 
     def __init__(self, check: Callable[[ScalingGroup], object] | None = None) -> None:
         self._check = check
         self._checked: ScalingGroup | None = None
 
-    def cancel(self) -> None:
-        """Stop watching."""
+    @property
+    @abstractmethod
+    def group(self) -> ScalingGroup | None:
+        """The group as far as it is known; ``None`` if it is not."""
+
+    @property
+    @abstractmethod
+    def missing(self) -> str:
+        """What has not happened while there is no group, for messages."""
+
+    def cancel(self) -> None:  # noqa: B027
+        """Wait no longer. The group stays if it is known."""
 
     def settle(self) -> ScalingGroup | None:
-        """The group, to be used from now on, if there is one."""
+        """The group, checked, to be used from now on; ``None`` if it is not known."""
         group = self.group
         if group is not None and group is not self._checked and self._check is not None:
             self._check(group)
@@ -51,168 +74,42 @@ class DeferredGroup:
 
 
 class KnownGroup(DeferredGroup):
-    """A scaling group that is known already."""
+    """A scaling group that is known already.
 
-    missing = ""
+    Args:
+        group: the group.
+    """
 
     def __init__(self, group: ScalingGroup) -> None:
         super().__init__()
-        self.group = group
-
-
-class GroupFromModuleCalls(DeferredGroup):
-    """The scaling group of parameters, from the outermost calls of modules that have any of them.
-
-    Calls with gradients enabled are watched as they happen, until all parameters have been seen. What enters them and
-    what they return must not change; backward passes and steps, which may come in between, are not watched. If one is
-    that of a :class:`~torch.nn.parallel.DistributedDataParallel` module, its ranks must have found the same.
-
-    Args:
-        parameters: those that may be rescaled; those that require no gradient are left out.
-        check: as in :class:`~lightning_ecopt.symmetry.trace.DeferredGroup`.
-    """
-
-    def __init__(self, parameters: Iterable[Tensor], check: Callable[[ScalingGroup], object] | None = None) -> None:
-        super().__init__(check)
-        self._own = {id(p): cast(nn.Parameter, p) for p in parameters if p.requires_grad}
-        self._watch: TraceMode | None = None
-        self._names: dict[int, str] = {}
-        self._depth = 0
-        self._calls = 0
-        self._found: tuple[int, ScalingGroup] | None = None  # after so many calls
-        self._context: AbstractContextManager[None] | None = None
-        _watchers.append(weakref.ref(self))
-        _install()
+        self._group = group
 
     @property
-    def group(self) -> ScalingGroup | None:  # type: ignore[override]
-        """The scaling group as far as calls have been seen; ``None`` if there was none."""
-        if self._watch is None or self._depth > 0:
-            return None
-        if self._found is None or self._found[0] < self._calls:
-            group = group_of(self._watch, {self._names[k]: p for k, p in self._own.items()})
-            self._found = self._calls, group
-            if not group.unseen:
-                self.cancel()
-        return self._found[1]
+    def group(self) -> ScalingGroup:
+        """The group."""
+        return self._group
 
     @property
-    def missing(self) -> str:  # type: ignore[override]
-        """What has not happened while there is no group."""
-        return (
-            "no module with the optimizer's parameters has been called since the optimizer was made (under a Trainer, "
-            "the EquivalentClassOptimization callback does not depend on that)"
-        )
-
-    def cancel(self) -> None:
-        """Stop watching."""
-        _watchers[:] = [other for other in _watchers if other() not in (None, self)]
-        _install()
-
-    def enter(self, module: nn.Module, inputs: Any) -> None:
-        """A module is called."""
-        if self._depth == 0:
-            in_backward = torch._C._current_graph_task_id() != -1  # a checkpoint computes again what has been seen
-            if in_backward or not torch.is_grad_enabled() or detect_fake_mode() is not None:
-                return
-            names = {id(p): name for name, p in module.named_parameters()}
-            if self._own.keys().isdisjoint(names):
-                return
-            if self._watch is None:
-                self._names = {k: names.get(k, f"parameter {number}") for number, k in enumerate(self._own)}
-                self._watch = TraceMode(module, {self._names[k]: p for k, p in self._own.items()})
-            if isinstance(module, DistributedDataParallel) and self._check is None:
-                call = f"first call of {type(module.module).__name__}"
-                self._check = partial(check_ranks_agree, call=call, process_group=module.process_group)
-            self._watch.accept(tensors_in(inputs, objects=True))
-            self._context = self._watch.recording()
-            self._context.__enter__()
-        assert self._watch is not None
-        self._watch.enter_module(module)
-        self._depth += 1
-
-    def leave(self, module: nn.Module, output: Any) -> None:
-        """It has returned, or raised."""
-        if self._depth == 0:
-            return
-        assert self._watch is not None
-        assert self._context is not None
-        self._watch.leave_module(module)
-        self._depth -= 1
-        if self._depth == 0:
-            self._context.__exit__(None, None, None)
-            self._context = None
-            self._calls += 1
-            self._watch.hold_fixed(tensors_in(output, objects=True), "output")
-            self._watch.hold_new_fixed(kept(module), "kept by the module")
-
-
-_watchers: list[weakref.ref[GroupFromModuleCalls]] = []
-_handles: list[Any] = []
-
-
-def _enter(module: nn.Module, inputs: Any) -> None:
-    for watcher in _living():
-        watcher.enter(module, inputs)
-
-
-def _leave(module: nn.Module, inputs: Any, output: Any) -> None:
-    for watcher in reversed(_living()):  # modes are left in the opposite order
-        watcher.leave(module, output)
-
-
-def _living() -> list[GroupFromModuleCalls]:
-    return [watcher for reference in _watchers if (watcher := reference()) is not None]
-
-
-def _install() -> None:
-    """Have hooks of all modules as long as somebody watches."""
-    if _watchers and not _handles:
-        _handles.append(register_module_forward_pre_hook(_enter))
-        _handles.append(register_module_forward_hook(_leave, always_call=True))
-    elif not _watchers:
-        while _handles:
-            _handles.pop().remove()
-
-
-def check_ranks_agree(group: ScalingGroup, call: str, process_group: Any = None) -> None:
-    """Raise on all ranks if they have found different groups: each would rescale its weights in its own way.
-
-    Args:
-        group: that of this rank.
-        call: where it was found, for the message.
-        process_group: the ranks; by default all.
-
-    Raises:
-        ValueError: if they differ.
-    """
-    found: list[Any] = [None] * torch.distributed.get_world_size(process_group)
-    own = group.fingerprint(), group.num_units, group.unseen
-    torch.distributed.all_gather_object(found, own, process_group)
-    if len({fingerprint for fingerprint, _, _ in found}) == 1:
-        return
-    unseen = sorted({name for _, _, names in found for name in names})
-    raise ValueError(
-        f"The {call} ran other operations on some ranks than on others (freedoms found: "
-        f"{', '.join(str(units) for _, units, _ in found)}"
-        + (f"; parameters not used by all: {listing(unseen)}" if unseen else "")
-        + "), so that their weights would drift apart: give all ranks an example_input_array that takes the same way "
-        "through the network."
-    )
+    def missing(self) -> str:
+        """Nothing is."""
+        return ""
 
 
 class GroupFromNextCall(DeferredGroup):
-    """The scaling group of a module that is found from its next real call, as it happens.
+    """The scaling group of a module, from the next real call of one of its methods, traced as it happens.
 
-    The method is replaced on the instance until it has been called once and has returned something; the call itself
-    runs as ever, and what stands there has the signature, the attributes and the pickle of the method. What the method
+    The method is replaced on the instance until it has been called once and has returned something. The call itself
+    runs as ever, and the replacement has the signature, the attributes and the pickle of the method. What the method
     returns, and the tensors that it leaves in attributes, must not change.
 
     Args:
         module: the module, in a Lightning pipeline the ``LightningModule``.
-        method: name of the method to watch: ``training_step``, so that the loss is watched too, or ``forward``.
-        parameters: as in :func:`scaling_group`.
-        check: as in :class:`DeferredGroup`.
+        method: name of the method to trace: ``training_step``, so that the loss is traced too, or ``forward``.
+        parameters: the parameters that may be rescaled; by default all that require a gradient.
+        check: passed to :class:`DeferredGroup`.
+
+    Raises:
+        ValueError: if one of ``parameters`` is not a parameter of ``module``, or any of the module's is sharded.
     """
 
     def __init__(
@@ -233,14 +130,19 @@ class GroupFromNextCall(DeferredGroup):
                 "that it cannot be watched. Give the LightningModule an example_input_array, so that its forward call "
                 "can be traced instead, or use scaling_group(module, inputs)."
             )
-        self.group: ScalingGroup | None = None
+        self._group: ScalingGroup | None = None
         self._method: Callable[..., Any] = getattr(module, method)
         self._own = vars(module).get(method)  # an attribute of the instance, if the user has set one
         self._cancelled = False
         vars(module)[method] = _WatchedMethod(self, self._method)
 
     @property
-    def missing(self) -> str:  # type: ignore[override]
+    def group(self) -> ScalingGroup | None:
+        """The scaling group; ``None`` before the call."""
+        return self._group
+
+    @property
+    def missing(self) -> str:
         """What has not happened while there is no group."""
         return f"nothing has called {self.method}() of {type(self.module).__name__} since the optimizer was made"
 
@@ -256,17 +158,15 @@ class GroupFromNextCall(DeferredGroup):
                 vars(self.module)[self.method] = current.pending._own
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the method, and watch it if no group has been found yet."""
+        """Call the method, and trace the call if no group has been found yet."""
         if self._cancelled or detect_fake_mode() is not None:  # a call that computes nothing is no real one
             return self._method(*args, **kwargs)
-        watch = TraceMode(self.module, self.trainable)
-        with watch.watching():
+        mode = TraceMode(self.module, self.trainable)
+        with mode.tracing():
             output = self._method(*args, **kwargs)
         if output is not None:  # a training step may skip its batch
-            name = "loss" if self.method == "training_step" else "output"
-            watch.hold_fixed(tensors_in(output, objects=True), name)
-            watch.hold_new_fixed(kept(self.module), "kept by the module")
-            self.group = group_of(watch, self.trainable)
+            hold_results_fixed(mode, self.module, output, "loss" if self.method == "training_step" else "output")
+            self._group = group_of(mode, self.trainable)
             self.cancel()
         return output
 
@@ -315,3 +215,118 @@ class _WatchedMethod:
 
 def _itself(value: Any) -> Any:
     return value
+
+
+class GroupFromModuleCalls(DeferredGroup):
+    """The scaling group of parameters, from the outermost calls of modules that have any of them.
+
+    From the moment it is made it *waits*: each such call with gradients enabled is traced as it happens. What enters
+    the call and what it returns must not change; backward passes and optimizer steps, which may come in between, are
+    not traced. Each traced call may tell more, so the group is solved for anew when it is asked for next. Once every
+    parameter has been seen, or after :meth:`cancel`, or when nobody holds the object, it waits no longer.
+
+    If a call is one of a :class:`~torch.nn.parallel.DistributedDataParallel` module, its ranks must find the same.
+
+    Args:
+        parameters: the parameters that may be rescaled; any that require no gradient are left out.
+        check: passed to :class:`DeferredGroup`.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], check: Callable[[ScalingGroup], object] | None = None) -> None:
+        super().__init__(check)
+        self._own = {id(p): cast(nn.Parameter, p) for p in parameters if p.requires_grad}
+        self._named: dict[str, nn.Parameter] = {}  # the same, once a module gives them names
+        self._mode: TraceMode | None = None  # takes down all traced calls; there from the first one on
+        self._running: list[nn.Module] = []  # whose traced calls have begun and not ended, on all threads
+        self._group: ScalingGroup | None = None  # of all calls that have ended, once somebody has asked
+        self._lock = threading.Lock()  # two threads may make the first call
+        self._stop_waiting = wait_for_calls(self, self._own.values())
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a copy, or what is unpickled, waits for calls of its own parameters
+        return type(self), (list(self._own.values()), self._check)
+
+    @property
+    def group(self) -> ScalingGroup | None:
+        """The scaling group as far as calls have been traced; ``None`` before the first, and during one."""
+        if self._mode is None or self._running:
+            return None
+        if self._group is None:
+            self._group = group_of(self._mode, self._named)
+            if not self._group.unseen:
+                self.cancel()
+        return self._group
+
+    @property
+    def missing(self) -> str:
+        """What has not happened while there is no group."""
+        return (
+            "no module with the optimizer's parameters has been called since the optimizer was made (under a Trainer, "
+            "the EquivalentClassOptimization callback does not depend on that)"
+        )
+
+    def cancel(self) -> None:
+        """Wait no longer."""
+        self._stop_waiting()
+
+    def wants(self, module: nn.Module) -> bool:
+        """Whether a call that begins is outermost, has gradients enabled, and its module any of the parameters."""
+        if self._mode is not None and is_traced_by(self._mode):
+            return False
+        in_backward = torch._C._current_graph_task_id() != _NO_TASK  # a checkpoint computes again what has been seen
+        if in_backward or not torch.is_grad_enabled() or detect_fake_mode() is not None:
+            return False
+        return any(id(parameter) in self._own for parameter in module.parameters())
+
+    def trace_call(self, module: nn.Module, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Return ``call(*args, **kwargs)``, a call of the module, and trace it."""
+        mode = self._begin(module)
+        if isinstance(module, DistributedDataParallel) and self._check is None:
+            name = f"first call of {type(module.module).__name__}"
+            self._check = partial(check_ranks_agree, call=name, process_group=module.process_group)
+        mode.register_inputs(tensors_in((args, kwargs), objects=True))
+        output = None
+        self._running.append(module)
+        try:
+            with mode.tracing():
+                output = call(*args, **kwargs)
+        finally:  # a call that fails may have left something behind, too
+            hold_results_fixed(mode, module, output)
+            self._group = None
+            self._running.remove(module)
+        return output
+
+    def _begin(self, module: nn.Module) -> TraceMode:
+        """The mode that traces the calls; the first module that is called gives the parameters their names."""
+        with self._lock:
+            if self._mode is None:
+                names = {id(parameter): name for name, parameter in module.named_parameters()}
+                numbered = enumerate(self._own.items())
+                self._named = {names.get(key, f"parameter {number}"): own for number, (key, own) in numbered}
+                self._mode = TraceMode(module, self._named)
+            return self._mode
+
+
+def check_ranks_agree(group: ScalingGroup, call: str, process_group: Any = None) -> None:
+    """Raise on all ranks if they have found different groups: each would rescale its weights in its own way.
+
+    Args:
+        group: the group that this rank has found.
+        call: the call that it was found in, for the message.
+        process_group: the ranks; by default all.
+
+    Raises:
+        ValueError: if the ranks have found different groups.
+    """
+    found: list[Any] = [None] * torch.distributed.get_world_size(process_group)
+    own = group.fingerprint(), group.num_units, group.unseen
+    torch.distributed.all_gather_object(found, own, process_group)
+    if len({fingerprint for fingerprint, _, _ in found}) == 1:
+        return
+    unseen = sorted({name for _, _, names in found for name in names})
+    raise ValueError(
+        f"The {call} ran other operations on some ranks than on others (freedoms found: "
+        f"{', '.join(str(units) for _, units, _ in found)}"
+        + (f"; parameters not used by all: {listing(unseen)}" if unseen else "")
+        + "), so that their weights would drift apart: give all ranks an example_input_array that takes the same way "
+        "through the network."
+    )

@@ -1,10 +1,15 @@
-"""Finding the scaling group of a module: from one call under fake tensors, or from a real call as it happens."""
+"""Finding the scaling group of a module: one call of it is traced, then the equations of the trace are solved.
+
+A call can be traced in two ways. With fake tensors, which have a shape and no values, it costs neither memory nor
+arithmetic. Where that is impossible, as for control flow that depends on values, the module is called for real.
+"""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 from lightning_ecopt.common.nested import tensors_in
 from lightning_ecopt.common.sharding import Ranks, gathering_modules, is_sharded, release, stop_gathering_
 from lightning_ecopt.symmetry.group import ScalingGroup
-from lightning_ecopt.symmetry.isolation import attributes_kept, inputs_kept, values_kept
+from lightning_ecopt.symmetry.isolation import attributes_kept, fake_tensors, inputs_kept, values_kept
 from lightning_ecopt.symmetry.solve import solve
 from lightning_ecopt.symmetry.trace_mode import TraceMode
 
@@ -28,7 +33,7 @@ def scaling_group(
     One call ``module(*args, **kwargs)`` is traced, operation by operation, with fake tensors: nothing is computed and
     nothing in the module changes, so that it may be on the meta device. A module whose control flow depends on data, or
     a scripted one, cannot be called that way; it is called once for real, and its buffers, its attributes and random
-    number generators are put back. Should it work by itself but not while it is watched, a warning says that all of it
+    number generators are put back. If the call works, but not while it is traced, a warning says that all of the module
     is held fixed. Compiled parts run uncompiled meanwhile.
 
     The parameters may be sharded by ``torch.distributed.fsdp.fully_shard`` (FSDP2): what is traced is the whole
@@ -38,8 +43,8 @@ def scaling_group(
     Args:
         module: any module; the outputs of its call are what must not change.
         *args: inputs of the call; their values do not matter.
-        parameters: the parameters that may be rescaled, usually those that the optimizer updates. By default all that
-            require a gradient. All others are held fixed.
+        parameters: the parameters that may be rescaled, usually the optimizer's. By default all that require a
+            gradient. All others are held fixed.
         **kwargs: further inputs of the call.
 
     Returns:
@@ -80,9 +85,9 @@ def scaling_group(
         warnings.warn(
             f"{type(module).__name__} cannot be watched, so that all of it is held fixed: {error!r}", stacklevel=2
         )
-        watch = TraceMode(module, trainable)
-        watch.hold_all_fixed("call")
-        return group_of(watch, trainable)
+        mode = TraceMode(module, trainable)
+        mode.hold_all_fixed("call")
+        return group_of(mode, trainable)
 
 
 def select_parameters(module: nn.Module, parameters: Iterable[Tensor] | None) -> dict[str, nn.Parameter]:
@@ -98,58 +103,60 @@ def select_parameters(module: nn.Module, parameters: Iterable[Tensor] | None) ->
                 "pass the module that owns all of them."
             )
     trainable = {name: p for name, p in own.items() if p.requires_grad}
-    Ranks(trainable)  # of a layout that is not supported it says so now
+    Ranks(trainable)  # raises if they are sharded in a way that is not supported
     return trainable
 
 
 def _trace_fake(
     module: nn.Module, trainable: Mapping[str, nn.Parameter], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> ScalingGroup:
+    """Trace a call of the module in which fake tensors stand for its parameters, its buffers and the inputs."""
     gathering = gathering_modules(module)
-    unfused = torch.backends.cudnn.flags(enabled=False)  # it runs recurrent networks as one operation
-    with unfused, inputs_kept((args, kwargs)), FakeTensorMode(allow_non_fake_inputs=True) as mode:
-
-        def fake(tensor: Tensor) -> Tensor:
-            if not is_sharded(tensor):
-                return mode.from_tensor(tensor)
-            whole = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
-            return nn.Parameter(whole, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else whole
-
+    with inputs_kept((args, kwargs)), fake_tensors() as fake_mode:
+        fake = partial(_fake, fake_mode)
         state = {id(tensor): fake(tensor) for tensor in [*module.parameters(), *module.buffers()]}
         args, kwargs = tree_map_only(Tensor, fake, (args, kwargs))
-        watch = TraceMode(module, {name: state[id(p)] for name, p in trainable.items()})
-        with attributes_kept(module, state), torch.enable_grad():
+        mode = TraceMode(module, {name: state[id(parameter)] for name, parameter in trainable.items()})
+        with attributes_kept(module, state):
             if gathering:
                 stop_gathering_(module)
-            _watch_call(watch, module, args, kwargs)
-    return replace(group_of(watch, trainable), gathering=gathering)
+            _trace_call(mode, module, args, kwargs)
+    return replace(group_of(mode, trainable), gathering=gathering)
+
+
+def _fake(fake_mode: FakeTensorMode, tensor: Tensor) -> Tensor:
+    """A fake tensor of the same shape; of a sharded one a fake tensor of the whole."""
+    if not is_sharded(tensor):
+        return fake_mode.from_tensor(tensor)
+    whole = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    return nn.Parameter(whole, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else whole
 
 
 def _trace_real(
     module: nn.Module, trainable: Mapping[str, nn.Parameter], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> ScalingGroup:
-    watch = TraceMode(module, trainable)
+    """Trace a call of the module as it is, and put back what the call changes."""
+    mode = TraceMode(module, trainable)
     with values_kept(module), inputs_kept((args, kwargs)):
-        _watch_call(watch, module, args, kwargs)
-    return group_of(watch, trainable)
+        _trace_call(mode, module, args, kwargs)
+    return group_of(mode, trainable)
 
 
-def _watch_call(watch: TraceMode, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    watch.accept(tensors_in((args, kwargs), objects=True))
-    with watch.watching():
+def _trace_call(mode: TraceMode, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    mode.register_inputs(tensors_in((args, kwargs), objects=True))
+    with mode.tracing():
         output = module(*args, **kwargs)
-    watch.hold_fixed(tensors_in(output, objects=True), "output")
-    watch.hold_new_fixed(kept(module), "kept by the module")
+    hold_results_fixed(mode, module, output)
 
 
-def group_of(watch: TraceMode, trainable: Mapping[str, nn.Parameter]) -> ScalingGroup:
-    """What a watch has found."""
-    unseen = tuple(name for name in trainable if name not in watch.equations.seen)
-    return ScalingGroup.from_solution(trainable, solve(watch.equations), unseen)
+def hold_results_fixed(mode: TraceMode, module: nn.Module, output: Any, name: str = "output") -> None:
+    """Demand that all that a call leaves behind stays as it is: its output, and what the module keeps of it."""
+    mode.hold_fixed(tensors_in(output, objects=True), name)
+    mode.hold_new_fixed(_kept(module), "kept by the module")
 
 
-def kept(module: nn.Module) -> list[Tensor]:
-    """Tensors in the attributes of a module and its submodules, without those that are computed for every call anew."""
+def _kept(module: nn.Module) -> list[Tensor]:
+    """Tensors in the attributes of a module and its submodules, without weights that every call computes anew."""
     found = []
     for part in module.modules():
         computed = {
@@ -159,3 +166,9 @@ def kept(module: nn.Module) -> list[Tensor]:
         }
         found += tensors_in({name: value for name, value in vars(part).items() if name not in computed})
     return found
+
+
+def group_of(mode: TraceMode, trainable: Mapping[str, nn.Parameter]) -> ScalingGroup:
+    """Solve the equations of a trace: what remains free is the group."""
+    unseen = tuple(name for name in trainable if name not in mode.equations.seen)
+    return ScalingGroup.from_solution(trainable, solve(mode.equations), unseen)

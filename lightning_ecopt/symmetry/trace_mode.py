@@ -1,23 +1,28 @@
-"""Watching a call as ATen operations, and carrying the labels along with the memory that they describe.
+"""The mode that takes down the operations of a call: a label for every tensor, and equations between the labels.
 
-Labels belong to storages, not to Python objects: a view, a detached copy or an in-place result that shares the memory
-is then found again whatever object stands for it.
+PyTorch hands each ATen operation of the call to :meth:`TraceMode.__torch_dispatch__` before it runs it. For::
+
+    h = linear(x, weight)  # label of x: FIXED
+    y = relu(h)
+
+the rule for ``linear`` gives ``h`` one new scale per channel, and notes that ``weight`` scales by label(h) / label(x);
+the rule for ``relu`` gives ``y`` the label of ``h``. An operation without a rule has all its inputs and outputs held
+fixed. Labels belong to memory, not to Python objects: a view, a detached copy or the result of an in-place operation
+is found again whatever object stands for it.
 """
 
 from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -26,21 +31,27 @@ from lightning_ecopt.common.nested import tensors_in
 from lightning_ecopt.symmetry.aten import base_name, named_arguments, written_to
 from lightning_ecopt.symmetry.constants import Constants
 from lightning_ecopt.symmetry.equations import Equations, Operation
-from lightning_ecopt.symmetry.labels import (
-    FIXED,
-    Value,
-    constant,
-)
+from lightning_ecopt.symmetry.isolation import running_module, traced
+from lightning_ecopt.symmetry.labels import FIXED, Value, constant
 from lightning_ecopt.symmetry.memory import Memory, is_ordinary
 from lightning_ecopt.symmetry.rules import RULES, Call
+from lightning_ecopt.symmetry.rules.registry import Rule
 
 
 class TraceMode(TorchDispatchMode):
-    """While it is entered, every ATen operation is taken down in ``equations``.
+    """Takes down in ``equations`` what every ATen operation says about the scales of its tensors.
 
     Args:
         module: gives the names of the modules in which operations run.
         parameters: the tensors whose scales are looked for, by name.
+
+    Example::
+
+        mode = TraceMode(module, dict(module.named_parameters()))
+        with mode.tracing():
+            output = module(x)
+        mode.hold_fixed([output], "output")
+        solution = solve(mode.equations)
     """
 
     supports_higher_order_operators = True
@@ -50,14 +61,25 @@ class TraceMode(TorchDispatchMode):
         self.equations = Equations({name: tuple(tensor.shape) or (1,) for name, tensor in parameters.items()})
         self.memory = Memory(self.equations)
         self.constants = Constants()
-        self._names = {id(part): name for name, part in module.named_modules()}
-        self._path: list[str] = []
         self.is_fake = any(isinstance(tensor, FakeTensor) for tensor in parameters.values())
-        self._lock = threading.RLock()  # the call may have threads of its own
+        self._names = {id(part): name for name, part in module.named_modules()}
         self._parameters = list(parameters.values())
-        with torch._C.DisableTorchFunction():  # another watch may be looking
+        self._lock = threading.RLock()  # the call may have threads of its own
+        with torch._C.DisableTorchFunction():
             for name, tensor in parameters.items():
                 self.memory.add_parameter(name, tensor)
+
+    def tracing(self) -> AbstractContextManager[None]:
+        """Take down what the current thread does, and the threads that it starts meanwhile."""
+        return traced(self)
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Take down what the current thread does; :func:`~.isolation.traced` enters it on each thread."""
+        with _Escapes(self), self:
+            yield
+
+    # One operation ----------------------------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -65,44 +87,62 @@ class TraceMode(TorchDispatchMode):
         if name.startswith("prim::"):  # a question about a tensor, such as its device
             return func(*args, **kwargs)
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        ordinary = all(map(is_ordinary, tensors))
+        understood = all(map(is_ordinary, tensors))
+
+        # 1. Find the rule. An operation that has none is replaced by its parts, if torch can name them.
         rule = RULES.get(name)
-        if rule is None and ordinary and isinstance(func, torch._ops.OpOverload):
+        if rule is None and understood and isinstance(func, torch._ops.OpOverload):
             with self:
-                parts = func.decompose(*args, **kwargs)
-            if parts is not NotImplemented:
-                return parts
+                output = func.decompose(*args, **kwargs)
+            if output is not NotImplemented:
+                return output
         if name == "lift_fresh" and self.is_fake and not tensors[0].untyped_storage().resizable():
             raise RuntimeError("A fake tensor shares no memory with NumPy.")  # the module is called with real ones then
-        operation = Operation(name, self._path[-1] if self._path else "")
-        with self._lock, torch._C.DisableTorchFunction():
-            self.equations.operation = operation
-            inputs = {id(tensor): self._read(tensor) for tensor in tensors}
-            shapes = {id(tensor): tuple(tensor.shape) for tensor in tensors if not tensor.is_nested}  # some change
+
+        # 2. Read the labels and shapes of the inputs, which the operation may change.
+        operation = self._operation(name)
+        with self._taking_down(operation):
+            labels = {id(tensor): self._read(tensor) for tensor in tensors}
+            shapes = {id(tensor): tuple(tensor.shape) for tensor in tensors if not tensor.is_nested}
+
+        # 3. Run the operation.
         output = func(*args, **kwargs)
-        with self._lock, torch._C.DisableTorchFunction():
-            self.equations.operation = operation
+
+        # 4. Ask the rule for the labels of the outputs, or hold all that was touched fixed.
+        with self._taking_down(operation):
             arguments = named_arguments(func, args, kwargs)
-            constants = {} if arguments is None or not ordinary else self.constants.follow(func, args, kwargs, output)
-            if rule is None or arguments is None or not ordinary:
-                self._hold_fixed(inputs.values(), (args, kwargs), output, func)
-                return output
-            try:
-                self._apply(rule, Call(self.equations, arguments, inputs, shapes, output, constants), func)
-            except Exception as error:  # a form of the operation that the rule does not know must not stop training
-                warnings.warn(f"The rule for {name} failed, so what it touches is held fixed: {error!r}", stacklevel=2)
-                self._hold_fixed(inputs.values(), (args, kwargs), output, func)
+            constants = {}
+            if understood and arguments is not None:
+                constants = self.constants.follow(func, args, kwargs, output)
+            if understood and arguments is not None and rule is not None:
+                call = Call(self.equations, arguments, labels, shapes, output, constants)
+                if self._apply(rule, func, call):
+                    return output
+            self._hold_touched_fixed(func, labels.values(), (args, kwargs), output)
         return output
 
+    def _operation(self, name: str) -> Operation:
+        module = running_module(self)
+        return Operation(name, "" if module is None else self._names.get(id(module), type(module).__name__))
+
+    @contextmanager
+    def _taking_down(self, operation: Operation) -> Iterator[None]:
+        """Write down equations in the name of an operation, alone among threads and unseen by other modes."""
+        with self._lock, torch._C.DisableTorchFunction():
+            self.equations.operation = operation
+            yield
+
     def _read(self, tensor: Tensor) -> Value:
-        """The label of an input. Of one that nobody saw being made, all that it was made of is held fixed."""
+        """The label of an input. If no operation was seen that made it, all that it was made of is held fixed."""
         if not is_ordinary(tensor):
-            self.hold_fixed([part for part in tensors_in(vars(tensor)) if part is not tensor])
+            for part in tensors_in(vars(tensor)):
+                if part is not tensor:
+                    self.equations.hold_fixed(self._read(part))
         elif tensor.grad_fn is not None and not self.memory.has_seen(tensor):
-            self._fix_origin(tensor)
+            self._hold_origin_fixed(tensor)
         return self.memory.read(tensor)
 
-    def _fix_origin(self, tensor: Tensor) -> None:
+    def _hold_origin_fixed(self, tensor: Tensor) -> None:
         """Hold fixed the parameters that a tensor was computed from, on another thread for instance."""
         own = {id(parameter): parameter for parameter in self._parameters}
         waiting, seen = [tensor.grad_fn], set()
@@ -116,138 +156,92 @@ class TraceMode(TorchDispatchMode):
                 self.equations.hold_fixed(self.memory.read(own[id(variable)]))
             waiting += [source for source, _ in node.next_functions]
 
-    def _hold_fixed(self, inputs: Iterable[Value], arguments: Any, output: Any, func: Any) -> None:
-        """An operation without a rule: nothing that it touches may change."""
-        for value in inputs:
-            self.equations.hold_fixed(value)
+    def _apply(self, rule: Rule, func: Any, call: Call) -> bool:
+        """Label what an operation has made, and say whether its rule was able to."""
+        try:
+            labels: Any = rule(call)
+            self._write(labels if isinstance(labels, list | tuple) else [labels], func, call)
+        except Exception as error:  # a form of the operation that the rule does not know must not stop training
+            name = self.equations.operation.name
+            warnings.warn(f"The rule for {name} failed, so what it touches is held fixed: {error!r}", stacklevel=3)
+            return False
+        return True
+
+    def _write(self, labels: Sequence[Value | None], func: Any, call: Call) -> None:
+        """Write labels to the outputs of an operation, and to the arguments that it has changed in place."""
+        outputs = call.output if isinstance(call.output, list | tuple) else [call.output]
+        written = written_to(func)
+        if torch.Tag.inplace_view in func.tags or len(written) != len(outputs):  # a list of views is one output
+            written = [None] * len(outputs)
+        always_empty = all(prod(shape) for shape in call.shapes.values())
+        for tensor, label, name in zip(outputs, labels, written, strict=True):
+            if not isinstance(tensor, Tensor) or label is None:
+                continue
+            target = call.arguments[name] if name is not None else None
+            if target is not None:
+                self.memory.overwrite(target, label)
+            if tensor is not target:
+                self.memory.write(tensor, label, always_empty=always_empty)
+
+    def _hold_touched_fixed(self, func: Any, labels: Iterable[Value], inputs: Any, output: Any) -> None:
+        """Hold the inputs and outputs of an operation fixed, about which nothing is known."""
+        for label in labels:
+            self.equations.hold_fixed(label)
         if getattr(getattr(func, "_schema", None), "is_mutable", True):
-            for leaf in tree_leaves(arguments):
+            for leaf in tree_leaves(inputs):
                 if isinstance(leaf, Tensor):
                     self.memory.overwrite(leaf, constant(FIXED, leaf.ndim))
         for leaf in tree_leaves(output):
             if isinstance(leaf, Tensor):
                 self.memory.write(leaf, constant(FIXED, leaf.ndim))
 
-    def _apply(self, rule: Callable[[Call], Any], call: Call, func: Any) -> None:
-        values = rule(call)
-        outputs = call.output if isinstance(call.output, list | tuple) else [call.output]
-        values = values if isinstance(values, list | tuple) else [values]
-        written = written_to(func)
-        if torch.Tag.inplace_view in func.tags or len(written) != len(outputs):  # a list of views is one output
-            written = [None] * len(outputs)
-        left_out = all(prod(shape) for shape in call.shapes.values())
-        for tensor, value, name in zip(outputs, values, written, strict=True):
-            if not isinstance(tensor, Tensor) or value is None:
-                continue
-            target = call.arguments[name] if name is not None else None
-            if target is not None:
-                self.memory.overwrite(target, value)
-            if tensor is not target:
-                self.memory.write(tensor, value, left_out=left_out)
+    # What comes into the call, and what leaves it ---------------------------------------------------------------------
 
-    def leaves(self, name: str, tensor: Tensor) -> None:
-        """Take down that a tensor's values leave torch in the module that is running."""
-        with self._lock, torch._C.DisableTorchFunction():  # another watch may be looking
-            self.equations.operation = Operation(name, self._path[-1] if self._path else "")
-            self.equations.hold_fixed(self._read(tensor))
-            if is_ordinary(tensor):
-                self.constants.forget(tensor)
-
-    def hold_fixed(self, tensors: Iterable[Tensor], name: str | None = None) -> None:
-        """Demand that tensors which leave the call stay as they are; ``name`` is for the report."""
-        with self._lock, torch._C.DisableTorchFunction():
-            if name is not None:
-                self.equations.operation = Operation(name, "")
-            for tensor in tensors:
-                self.equations.hold_fixed(self._read(tensor))
-
-    def accept(self, tensors: Iterable[Tensor]) -> None:
+    def register_inputs(self, tensors: Iterable[Tensor]) -> None:
         """Take tensors for constants that the call is given."""
         with torch._C.DisableTorchFunction():
             for tensor in tensors:
                 self.memory.read(tensor)
+
+    def hold_fixed(self, tensors: Iterable[Tensor], name: str) -> None:
+        """Demand that tensors which leave the call stay as they are; ``name`` is for the report."""
+        with self._taking_down(Operation(name, "")):
+            for tensor in tensors:
+                self.equations.hold_fixed(self._read(tensor))
 
     def hold_all_fixed(self, name: str) -> None:
         """Demand that no parameter changes."""
         self.hold_fixed(self._parameters, name)
 
     def hold_new_fixed(self, tensors: Iterable[Tensor], name: str) -> None:
-        """Likewise, but only those that the call has made."""
+        """Demand that tensors stay as they are if the call has made them."""
         with torch._C.DisableTorchFunction():
             new = [tensor for tensor in tensors if self.memory.is_new(tensor)]
         self.hold_fixed(new, name)
 
-    def enter_module(self, module: nn.Module, inputs: Any = None) -> None:
-        """A module begins to run."""
-        self._path.append(self._names.get(id(module), type(module).__name__))
-
-    def leave_module(self, module: nn.Module, inputs: Any = None, output: Any = None) -> None:
-        """It ends."""
-        self._path.pop()
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Enter the mode, and follow which module is running."""
-        handles = [
-            register_module_forward_pre_hook(self.enter_module),
-            register_module_forward_hook(self.leave_module, always_call=True),
-        ]
-        try:
-            with self.recording():
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Enter the mode."""
-        fast_attention = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)  # one operation for a whole layer, for inference only
-        try:
-            with torch.compiler.set_stance("force_eager"), self._threads_watched(), _Escapes(self), self:
-                yield
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fast_attention)
-
-    @contextmanager
-    def _threads_watched(self) -> Iterator[None]:
-        """Enter the mode on threads too that the call starts."""
-        start, own = threading.Thread.start, threading.get_ident()
-
-        def watched(run: Callable[[], None]) -> None:
-            with _Escapes(self), self:
-                run()
-
-        def noticed(thread: threading.Thread) -> None:
-            if threading.get_ident() == own:
-                if self.is_fake:
-                    raise RuntimeError("Threads cannot share fake tensors.")  # the module is called with real ones then
-                thread.run = partial(watched, thread.run)  # type: ignore[method-assign]
-            start(thread)
-
-        threading.Thread.start = noticed  # type: ignore[method-assign, assignment]
-        try:
-            yield
-        finally:
-            threading.Thread.start = start  # type: ignore[method-assign]
+    def hold_escaped_fixed(self, tensor: Tensor, name: str) -> None:
+        """Demand that a tensor stays as it is, whose values leave torch in the module that is running."""
+        with self._taking_down(self._operation(name)):
+            self.equations.hold_fixed(self._read(tensor))
+            if is_ordinary(tensor):
+                self.constants.forget(tensor)
 
 
 class _Escapes(TorchFunctionMode):
-    """Grounds tensors whose values leave torch, where no operation shows what becomes of them."""
+    """Holds tensors fixed whose values leave torch: no operation shows what becomes of them."""
 
     EXITS = frozenset(
         {"numpy", "tolist", "__array__", "__dlpack__", "data_ptr", "__reduce_ex__", "storage", "untyped_storage"}
     )
 
-    def __init__(self, watch: TraceMode) -> None:
+    def __init__(self, mode: TraceMode) -> None:
         super().__init__()
-        self.watch = watch
+        self.mode = mode
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
         if name in self.EXITS and args and isinstance(args[0], Tensor):
             if name in ("data_ptr", "__dlpack__") and isinstance(args[0], FakeTensor):
                 raise RuntimeError("A fake tensor has no memory.")  # the module is called with real ones then
-            self.watch.leaves(name, args[0])
+            self.mode.hold_escaped_fixed(args[0], name)
         return func(*args, **(kwargs or {}))

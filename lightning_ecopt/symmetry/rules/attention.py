@@ -1,4 +1,4 @@
-"""Attention: the labels of queries and keys cancel, that of the values passes to the output."""
+"""Attention, ``softmax(q @ k.T) @ v``: label(q) * label(k) is fixed in every channel, label(v) is the output's."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lightning_ecopt.symmetry.rules.registry import Call, rule
     "scaled_dot_product_attention",
 )
 def scaled_dot_product(call: Call) -> list[IntArray]:
-    """Queries [..., heads, length, channels]; several heads of queries may share one of keys and values."""
+    """Inputs are [..., heads, length, channels]; heads of keys and values may be fewer, and shared by the queries'."""
     call.hold_fixed("attn_mask", "attn_bias")
     query, key, value = (call.uniform(name, [len(call.shape(name)) - 2]) for name in ("query", "key", "value"))
     outputs = call.output if isinstance(call.output, tuple | list) else [call.output]
@@ -32,5 +32,5 @@ def scaled_dot_product(call: Call) -> list[IntArray]:
 
 
 def _shared(ids: IntArray, heads: int) -> IntArray:
-    """Repeat heads of keys or values that are fewer than those of the queries."""
+    """Repeat the heads of keys or values until there are as many as heads of queries."""
     return ids if ids.shape[-3] in (1, heads) else np.repeat(ids, heads // ids.shape[-3], axis=-3)

@@ -1,4 +1,8 @@
-"""Linear maps: the element that leads from input ``i`` to output ``o`` scales by label(o) - label(i)."""
+"""Linear maps ``y[o] = sum_i w[o, i] x[i]``: the element ``w[o, i]`` scales by label(y[o]) / label(x[i]).
+
+If ``w`` is a parameter, every output gets a scale of its own. If both factors are computed, as in attention, then
+label(w[o, i]) * label(x[i]) must be the same for all i, and is the label of ``y[o]``.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +67,7 @@ def linear(call: Call) -> IntArray:
 
 @rule("convolution", "_convolution", "convolution_overrideable")
 def convolution(call: Call) -> IntArray:
-    """Grouped, depthwise, dilated, strided and transposed, in any number of dimensions."""
+    """``weight`` is [out, in / groups, ...], or [in, out / groups, ...] if transposed; one scale per output channel."""
     ids, weight = call.ids("input"), call.value("weight")
     channels, groups = call.output.shape[1], call["groups"]
     ids = call.equations.uniform(ids, [axis for axis in range(ids.ndim) if axis != 1])
@@ -105,7 +109,7 @@ def _spread(ids: IntArray, ndim: int) -> IntArray:
 
 
 def contract(call: Call, left: Value, right: Value, ndim: int) -> IntArray:
-    """Label of ``left @ right`` for ``left`` [..., n, k] and ``right`` [..., k, p], with ``ndim`` axes."""
+    """The label of ``left @ right`` for ``left`` [..., n, k] and ``right`` [..., k, p], with ``ndim`` axes."""
     if isinstance(left, ParameterView) and isinstance(right, ParameterView):
         left = call.equations.materialise(left)
     if isinstance(left, ParameterView):
@@ -115,7 +119,8 @@ def contract(call: Call, left: Value, right: Value, ndim: int) -> IntArray:
         return _parameter_product(call, left, right.map(lambda axis: align(axis, ndim)))
     right = align(right, ndim)
     if left.shape[-2] > 1 and right.shape[-1] > 1 and not (left == ZERO).any() and not (right == ZERO).any():
-        # With x(n, k) y(k, p) the same for all k, x is a(n) t(k) and y is b(p) / t(k).
+        # If x(n, k) y(k, p) is the same for all k, then x = a(n) t(k) and y = b(p) / t(k). The product is a(n) b(p):
+        # no label [n, k, p] has to be written out.
         left, mixed = _split_rows(call, left)
         right = call.equations.uniform(call.equations.combine((1, right), (1, mixed.swapaxes(-1, -2))), [ndim - 2])
         return call.equations.combine((1, left), (1, right))
@@ -124,7 +129,7 @@ def contract(call: Call, left: Value, right: Value, ndim: int) -> IntArray:
 
 
 def _split_rows(call: Call, left: IntArray) -> tuple[IntArray, IntArray]:
-    """Write a label [..., n, k] as the product of one that changes along n and one that changes along k."""
+    """Write a label [..., n, k] as the product of a label [..., n, 1] and a label [..., 1, k]."""
     if left.shape[-1] == 1:
         return left, constant(FIXED, left.ndim)
     first = left[..., :1, :]
@@ -139,7 +144,10 @@ def _transposed(value: Value, ndim: int) -> Value:
 
 
 def _parameter_product(call: Call, left: IntArray, weight: ParameterView) -> IntArray:
-    """``x @ w``: output p of row n has the label of the row times a scale of its own."""
+    """The label of ``x @ w`` for a parameter ``w``: element (n, p) has a scale of row n, times a new scale of column p.
+
+    Rows of ``x`` that differ in their labels, [..., n, k], may do so by a factor per row only, [..., n, 1].
+    """
     ndim = left.ndim
     if (left == ZERO).all():
         return constant(ZERO, ndim)
@@ -187,7 +195,7 @@ def products_summed(call: Call) -> IntArray:
 
 @rule("linalg_cross")
 def cross_product(call: Call) -> IntArray:
-    """Differences of products of different elements: each factor has one label along the axis."""
+    """Differences of products of different elements: each factor must have one scale along the axis."""
     axis = call["dim"] % call.output.ndim
     factors = [call.equations.uniform(call.broadcast(name), [axis]) for name in ("self", "other")]
     return call.equations.combine(*((1, ids) for ids in factors))
@@ -195,7 +203,7 @@ def cross_product(call: Call) -> IntArray:
 
 @rule("_trilinear")
 def trilinear(call: Call) -> IntArray:
-    """Sum over some axes of the product of three tensors, each of which is expanded along others."""
+    """A product of three tensors, each of them expanded along some axes, then summed over axes; of ``bilinear``."""
     factors = []
     for name in ("i1", "i2", "i3"):
         value = call.value(name)

@@ -1,4 +1,4 @@
-"""New tensors, whose values do not depend on those of the tensors they are modelled on."""
+"""New tensors: ``zeros_like(x)`` has the label ZERO and ``ones_like(x)`` is FIXED, whatever the label of ``x``."""
 
 from __future__ import annotations
 

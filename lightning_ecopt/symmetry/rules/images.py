@@ -1,4 +1,7 @@
-"""Operations on the pixels of images, which all have one label per channel: pooling, resizing, moving pixels about."""
+"""Pooling, resizing and moving of pixels: all pixels of a channel have one label, ``[1, C, 1, 1]``, which is kept.
+
+Where pixels become channels or the other way round, as in ``pixel_shuffle``, channels that are joined must agree.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from lightning_ecopt.symmetry.rules.registry import Call, rule
 
 
 def _pixels_alike(call: Call, spatial: int) -> IntArray:
+    """The label of the input after demanding one scale along its last ``spatial`` axes."""
     name = "input" if "input" in call.arguments else "self"
     ndim = len(call.shape(name))
     return call.uniform(name, range(ndim - spatial, ndim))
@@ -50,20 +54,20 @@ _register()
 
 @rule("grid_sampler_2d", "grid_sampler_3d")
 def sampled(call: Call) -> IntArray:
-    """Interpolation between pixels; where is decided by the grid."""
+    """Interpolation between pixels at the positions that the grid gives, which must not change."""
     call.hold_fixed("grid")
     return _pixels_alike(call, call.output.ndim - 2)
 
 
 @rule("pixel_shuffle")
 def channels_to_pixels(call: Call) -> IntArray:
-    """Groups of channels become the pixels of one."""
+    """[N, C * r * r, H, W] to [N, C, H * r, W * r]: ``r * r`` channels become the pixels of one."""
     ids = _pixels_alike(call, 2)
     return _grouped(call, ids, call["upscale_factor"] ** 2)
 
 
 def _grouped(call: Call, ids: IntArray, size: int) -> IntArray:
-    """One label for each ``size`` neighbours among the channels, the third axis from the end."""
+    """Demand one scale for every ``size`` channels in a row, along the third axis from the end."""
     axis = ids.ndim - 3
     if ids.shape[axis] == 1:
         return ids

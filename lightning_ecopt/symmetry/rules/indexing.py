@@ -1,4 +1,9 @@
-"""Elements that data picks out or puts in place: one label along the axes whose elements it chooses among."""
+"""Elements that are picked out, or put in place, by data: ``embedding``, ``x[i]``, ``gather``, ``scatter``.
+
+Data may choose any of the elements along an axis, so these have one scale: the rows of an embedding ``[V, C]`` have the
+label ``[1, C]``. If the indices are the same in every call, as in ``x[:, torch.tensor([2, 0, 1])]``, the label is
+indexed instead, and no freedom is lost.
+"""
 
 from __future__ import annotations
 
@@ -23,15 +28,15 @@ from lightning_ecopt.symmetry.rules.registry import Call, rule
 
 
 def pick(call: Call, name: str, axes: Iterable[int]) -> Value:
-    """Let data choose among the elements of an argument along ``axes``, which get size 1."""
+    """The label of an argument after data has chosen among its elements along ``axes``: size 1 there."""
     value, axes = call.value(name), tuple(axes)
     if not isinstance(value, ParameterView):
         return call.equations.uniform(value, axes)
     varying = [set(_changing(index)) for part in value.parts() for index in part.axes]
     if any(changing & set(axes) and not changing <= set(axes) for changing in varying):
-        return call.uniform(name, axes)  # reshaped, so that one axis of the parameter lies along several of the view
+        return call.uniform(name, axes)  # reshaped: an axis of the parameter lies along axes of the view of both kinds
     if any(set(_changing(part.factor)) & set(axes) for part in value.parts()):
-        return call.uniform(name, axes)  # it is the product that must have one label
+        return call.uniform(name, axes)  # it is the product with the factor that must have one label
 
     where = tuple(slice(1) if k in axes else slice(None) for k in range(value.ndim))
 
@@ -44,13 +49,13 @@ def pick(call: Call, name: str, axes: Iterable[int]) -> Value:
 
 
 def _any_element(call: Call, name: str, ndim: int) -> IntArray:
-    """The one label of a tensor any element of which may be meant, for one with ``ndim`` axes."""
+    """Demand one scale for all elements of an argument; returns the label of a tensor of them, with ``ndim`` axes."""
     return constant(int(call.uniform(name, range(len(call.shape(name)))).item()), ndim)
 
 
 @rule("embedding")
 def embedding(call: Call) -> Value:
-    """Rows of a table. With sparse gradients the table is held fixed."""
+    """Rows of a table, which is held fixed if its gradients are sparse."""
     if call["sparse"]:
         call.hold_fixed("weight")
         return constant(FIXED, call.output.ndim)
@@ -60,7 +65,7 @@ def embedding(call: Call) -> Value:
 
 @rule("_embedding_bag", "_embedding_bag_forward_only")
 def embedding_bag(call: Call) -> list[IntArray]:
-    """Sums, means or maxima of rows of a table."""
+    """Sums, means or maxima of rows of a table, which is held fixed if its gradients are sparse."""
     ids = call.uniform("weight", [0])
     if call["sparse"]:
         call.hold_fixed("weight")
@@ -81,7 +86,7 @@ def index_selected(call: Call) -> Value:
 
 
 def _at(call: Call, indices: dict[int, IntArray]) -> Value | None:
-    """The elements at known indices; ``None`` if they are no box of a parameter."""
+    """The label of the elements at known indices; ``None`` if they are elements of a parameter, and no box of it."""
 
     def taken(ids: IntArray) -> IntArray:
         places = (indices[k] * (ids.shape[k] > 1) if k in indices else slice(None) for k in range(ids.ndim))
@@ -132,14 +137,14 @@ def put_at_indices(call: Call) -> IntArray:
 
 @rule("gather")
 def gathered(call: Call) -> Value:
-    """With sparse gradients a parameter is held fixed."""
+    """Elements along one axis, of a tensor that is held fixed if its gradients are sparse."""
     if call.arguments.get("sparse_grad"):
         call.hold_fixed("self")
     return _cut(pick(call, "self", call.axes("dim")), call.shape("index"))
 
 
 def _cut(value: Value, shape: tuple[int, ...]) -> Value:
-    """The part of a label from the beginning of every axis to the end of a smaller tensor."""
+    """The label of ``tensor[:shape[0], :shape[1], ...]``."""
     return map_value(value, lambda ids: ids[tuple(slice(size) for size in shape)] if ids.ndim else ids)
 
 
@@ -161,7 +166,7 @@ def put_at_mask(call: Call) -> IntArray:
 
 @rule("scatter", "scatter_add", "scatter_reduce")
 def scattered(call: Call) -> IntArray:
-    """What is put, or added, has the label of what it is put into. A product over elements is no sum."""
+    """What is put, or added, must have the label of what it is put into; products over elements are held fixed."""
     if call.arguments.get("reduce") in ("prod", "multiply"):
         call.hold_fixed("self", "src", "value")
         return constant(FIXED, call.output.ndim)
@@ -171,7 +176,7 @@ def scattered(call: Call) -> IntArray:
         return call.equations.equate(ids, align(call.ids("value"), ids.ndim))
     shape = call.shape("index")
     source = np.asarray(_cut(call.uniform("src", axes), shape))
-    # Perhaps only a part of the rows is put into: the label is written out along the axes on which it changes.
+    # Only a part of the rows may be put into, so the label is written out along the axes on which the source changes.
     whole = np.array(stretch(ids, call.shape("self"), _changing(source)))
     part = tuple(slice(size) if own > 1 else slice(None) for size, own in zip(shape, whole.shape, strict=True))
     whole[part] = call.equations.equate(whole[part], source)
@@ -199,7 +204,7 @@ def filled_along_axis(call: Call) -> IntArray:
 
 @rule("slice_scatter", "select_scatter")
 def put_into_slice(call: Call) -> IntArray:
-    """A copy with one slice replaced."""
+    """A copy in which ``src`` replaces one slice."""
     (axis,) = call.axes("dim")
     ids, source = call.ids("self"), call.ids("src")
     if "index" in call.arguments:
@@ -211,7 +216,7 @@ def put_into_slice(call: Call) -> IntArray:
 
 
 def put_into(call: Call, ids: IntArray, source: IntArray, part: tuple[slice, ...]) -> IntArray:
-    """The label after a box of the tensor was replaced."""
+    """The label of a tensor with label ``ids`` after something with label ``source`` has replaced a box of it."""
     partial = [axis for axis, piece in enumerate(part) if piece != slice(None)]
     whole = np.array(stretch(ids, call.output.shape, {*partial, *_changing(source)}))
     whole[part] = source
@@ -227,7 +232,7 @@ def packed(call: Call) -> list[IntArray]:
 
 @rule("_pad_packed_sequence")
 def unpacked(call: Call) -> list[IntArray]:
-    """The inverse; what is filled up with anything but zeros must not change."""
+    """[steps, channels] to [batch, time, channels], which is held fixed if it is filled up with anything but zeros."""
     if call["padding_value"] != 0:
         call.hold_fixed("data")
     return [call.uniform("data", [0])[None], constant(FIXED, 1)]

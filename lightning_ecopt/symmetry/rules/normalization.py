@@ -1,7 +1,7 @@
-"""Normalisations: the input is ground, gamma and beta give the output scales of its own.
+"""Normalisations, ``y = (x - mean(x)) / sqrt(var(x) + eps) * gamma + beta``: x is fixed, y has the label of gamma.
 
-Epsilon breaks the freedom of what is normalised, so that exact means exact, in training and in evaluation mode alike;
-and so the running statistics never change with a rescaling.
+A rescaling of x would change y, because of eps; with x fixed the running statistics need no rescaling either, and the
+freedoms are the same in training and in evaluation mode. Without gamma, y is fixed.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def group_norm(call: Call) -> list[IntArray]:
 
 
 def _normalized(call: Call, place: Callable[[IntArray, int], IntArray]) -> list[IntArray]:
-    """``place`` brings the label of the affine parameters to the number of axes of the output."""
+    """Labels of the output and of saved statistics; ``place`` gives gamma and beta the axes of the output."""
     call.hold_fixed("input", "running_mean", "running_var", "mean", "invstd")
     outputs = call.output if isinstance(call.output, tuple | list) else [call.output]
     ndim = outputs[0].ndim
@@ -55,7 +55,7 @@ def _normalized(call: Call, place: Callable[[IntArray, int], IntArray]) -> list[
 
 @rule("_weight_norm_interface")
 def weight_norm(call: Call) -> list[Value]:
-    """``v * (g / |v|)``, the norm over all axes but ``dim``; without an epsilon the scales of v's rows are free."""
+    """``g * v / |v|``, norms over all axes but ``dim``; there is no eps, so that the rows of v may be rescaled."""
     v, ndim = call.value("v"), call.output[0].ndim
     others = [axis for axis in range(ndim) if axis != call["dim"] % ndim]
     norms = call.uniform("v", others)

@@ -1,4 +1,7 @@
-"""Element by element: positively homogeneous functions, sums, products, comparisons with zero."""
+"""Element by element: ``relu(c x) = c relu(x)``, equal labels in ``x + y``, and label(x) * label(y) for ``x * y``.
+
+What a function of the sign alone returns, such as ``x > 0``, is fixed, and x need not be.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +24,13 @@ from lightning_ecopt.symmetry.rules.registry import Call, rule
 
 @rule("relu", "leaky_relu", "abs", "absolute", "neg", "negative", "rrelu_with_noise", "nan_to_num")
 def homogeneous(call: Call) -> Value:
-    """f(c x) = c f(x) for c > 0 (and finite x)."""
+    """f(c x) = c f(x) for c > 0 and finite x."""
     return call.value("self")
 
 
 @rule("_prelu_kernel", "prelu")
 def prelu(call: Call) -> IntArray:
-    """Homogeneous in its input; the slope must not change."""
+    """f(c x) = c f(x) for c > 0; the slope must not change."""
     call.hold_fixed("weight")
     return call.ids("self")
 
@@ -39,7 +42,7 @@ def dropout(call: Call) -> list[Value]:
 
 @rule("clamp", "clamp_min", "clamp_max", "clip", "hardtanh")
 def clamped(call: Call) -> Value:
-    """A bound of zero is a relu; any other bound must not be crossed."""
+    """clamp(c x, min=0) = c clamp(x, min=0) for c > 0; with any other bound x must not change."""
     bounds = [name for name in ("min", "max", "min_val", "max_val") if call.arguments.get(name) is not None]
     return _all_equal(call, "self", *bounds)
 
@@ -51,7 +54,7 @@ def thresholded(call: Call) -> Value:
 
 @rule("pow", "float_power")
 def power(call: Call) -> IntArray:
-    """A constant exponent multiplies the label."""
+    """(c x)**p = c**p x**p for a constant exponent p."""
     exponent = call["exponent"]
     if isinstance(exponent, int | float) and abs(exponent) < 1e6:
         exact = Fraction(exponent).limit_denominator(1000)
@@ -73,7 +76,7 @@ rule("reciprocal")(lambda call: _raised(call, -1))
 
 @rule("glu")
 def gated(call: Call) -> IntArray:
-    """The first half, times the sigmoid of the second."""
+    """The first half of x, times the sigmoid of the second, which must not change."""
     (axis,) = call.axes("dim")
     half = call.output.shape[axis]
     ids = stretch(call.ids("self"), call.shape("self"), [axis])
@@ -83,7 +86,7 @@ def gated(call: Call) -> IntArray:
 
 @rule("add", "sub", "subtract", "rsub", "maximum", "minimum", "fmax", "fmin")
 def added(call: Call) -> Value:
-    """Summands have one label; a constant other than zero grounds."""
+    """``c x + c y = c (x + y)``: summands have equal labels, so adding a constant other than zero holds x fixed."""
     return add(call, call.value("self"), call.value("other"), call.output.ndim)
 
 
@@ -104,13 +107,13 @@ def copied(call: Call) -> Value:
 
 @rule("mul", "multiply")
 def multiplied(call: Call) -> Value:
-    """Labels add; a vector of parameters times a tensor is a gain with scales of its own."""
+    """(a x) (b y) = (a b) (x y); a vector of parameters is a gain, and gives the product scales of its own."""
     return multiply(call, call.value("self"), call.value("other"), call.output.ndim)
 
 
 @rule("div", "divide", "true_divide")
 def divided(call: Call) -> Value:
-    """Labels subtract."""
+    """(a x) / (b y) = (a / b) (x / y); a quotient that is rounded is held fixed."""
     numerator, ndim = call.value("self"), call.output.ndim
     if call.arguments.get("rounding_mode") is not None:
         call.hold_fixed("self", "other")
@@ -132,33 +135,33 @@ def quotient_added(call: Call) -> Value:
 
 @rule("lerp")
 def interpolated(call: Call) -> Value:
-    """Between two tensors of one label; the weight is added to a constant."""
+    """``x + weight (y - x)``: x and y have equal labels, and the weight must not change."""
     call.hold_fixed("weight")
     return add(call, call.value("self"), call.value("end"), call.output.ndim)
 
 
 @rule("gt", "ge", "lt", "le", "eq", "ne", "greater", "greater_equal", "less", "less_equal", "not_equal")
 def compared(call: Call) -> IntArray:
-    """The outcome stays the same if both sides are multiplied by one factor, and a side of zero by any."""
+    """``c x > c y`` if ``x > y``, for c > 0: the result is fixed; the sides have equal labels, unless one is zero."""
     _all_equal(call, "self", "other")
     return constant(FIXED, call.output.ndim)
 
 
 @rule("sign", "sgn", "signbit", "logical_not", "isnan", "isinf", "isfinite", "nonzero", "count_nonzero", "any", "all")
 def unchanging(call: Call) -> IntArray:
-    """Of the sign alone, or of what is zero."""
+    """f(c x) = f(x) for c > 0: functions of the sign, or of what is zero, infinite or no number."""
     return constant(FIXED, call.output.ndim)
 
 
 @rule("heaviside")
 def step(call: Call) -> IntArray:
-    """Zero or one, by the sign; what stands for zero must not change."""
+    """Zero or one by the sign of x, and ``values`` where x is zero, which must not change."""
     call.hold_fixed("values")
     return constant(FIXED, call.output.ndim)
 
 
 def _all_equal(call: Call, *names: str) -> Value:
-    """The common label; a parameter among zeros remains one."""
+    """The label that all arguments must have; a parameter among zeros stays a parameter view."""
     values = [call.value(name) for name in names]
     others = [value for value in values if isinstance(value, ParameterView) or not (value == ZERO).all()]
     if len(others) == 1 and isinstance(others[0], ParameterView):
@@ -170,7 +173,7 @@ def _all_equal(call: Call, *names: str) -> Value:
 
 
 def multiply(call: Call, first: Value, second: Value, ndim: int) -> Value:
-    """``x * y`` with ``ndim`` axes. A matrix of parameters remains one, whatever it is multiplied by."""
+    """The label of ``x * y``, with ``ndim`` axes. A matrix of parameters stays a parameter view, with a factor."""
     if isinstance(first, ParameterView) and (not isinstance(second, ParameterView) or first.is_matrix):
         first, second = second, first
     if isinstance(first, ParameterView):
@@ -185,9 +188,9 @@ def multiply(call: Call, first: Value, second: Value, ndim: int) -> Value:
 
 
 def _gain(call: Call, ids: IntArray, vector: ParameterView) -> IntArray:
-    """``x * g``: the output has scales of its own, one per element of the vector ``g``.
+    """The label of ``y = x * g`` for a vector of parameters: new scales, and g scales by label(y) / label(x).
 
-    If that is not one per label of ``x``, they are products of those of ``x`` and ``g``.
+    If x changes along axes on which g does not, then g gets a label of its own, and the label of y is the product.
     """
     varying = vector.varying()
     if any(size > 1 for k, size in enumerate(ids.shape) if k not in varying) or (ids == ZERO).any():
@@ -200,7 +203,7 @@ def _gain(call: Call, ids: IntArray, vector: ParameterView) -> IntArray:
 
 
 def divide(call: Call, numerator: Value, denominator: IntArray, ndim: int) -> Value:
-    """``x / y`` with ``ndim`` axes."""
+    """The label of ``x / y``, with ``ndim`` axes. A matrix of parameters stays a parameter view, with a factor."""
     denominator = align(denominator, ndim)
     if isinstance(numerator, ParameterView):
         numerator = numerator.map(lambda axis: align(axis, ndim))
@@ -211,9 +214,9 @@ def divide(call: Call, numerator: Value, denominator: IntArray, ndim: int) -> Va
 
 
 def add(call: Call, first: Value, second: Value, ndim: int) -> Value:
-    """``x + b``: a parameter that is added takes the label of what it is added to.
+    """The label of ``x + b``: a parameter that is added takes the label of what it is added to.
 
-    Two matrices of parameters remain one that is not consumed yet.
+    The sum of two matrices of parameters, as of a frozen and a low-rank weight, stays a parameter view.
     """
     if isinstance(first, ParameterView):
         first, second = second, first
@@ -226,7 +229,7 @@ def add(call: Call, first: Value, second: Value, ndim: int) -> Value:
 
 
 def add_to(call: Call, ids: IntArray, other: Value, ndim: int) -> IntArray:
-    """Likewise, for a tensor with a label."""
+    """The label of ``x + b`` for ``x`` with the label ``ids``."""
     ids = align(ids, ndim)
     if not isinstance(other, ParameterView):
         return call.equations.equate(ids, align(other, ndim))

@@ -1,4 +1,4 @@
-"""Sums, means, extremes, norms: what is combined must have one label."""
+"""Sums, means, extremes, norms: what is combined must have one scale, ``sum(c x) = c sum(x)``, and ``var`` has c**2."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_ecopt.symmetry.rules.registry import Call, rule
 
 
 def _reduced(call: Call, output: Any, power: int | Fraction = 1) -> IntArray:
-    """One label along the reduced axes, which stay (size 1) or go; to a power."""
+    """The label of ``output`` after demanding one scale along the axes ``dim``, raised to ``power``."""
     axes = call.axes("dim")
     ids = call.uniform("self", axes)
     if power != 1:
@@ -22,7 +22,7 @@ def _reduced(call: Call, output: Any, power: int | Fraction = 1) -> IntArray:
 
 @rule("sum", "mean", "amax", "amin", "nansum", "nanmean", "std", "linalg_vector_norm", "norm", "aminmax")
 def reduced(call: Call) -> IntArray | list[IntArray]:
-    """Homogeneous of degree one. The zeroth norm only counts."""
+    """f(c x) = c f(x) for c > 0; the zeroth norm counts elements, and does not change."""
     if isinstance(call.output, tuple | list):
         return [_reduced(call, output) for output in call.output]
     order = call.arguments.get("ord", call.arguments.get("p"))
@@ -52,14 +52,14 @@ def product(call: Call) -> IntArray:
 
 @rule("argmax", "argmin", "argsort")
 def position(call: Call) -> IntArray:
-    """Where something is does not change if all of it is multiplied by one factor."""
+    """A position does not change if all elements are multiplied by one factor."""
     call.uniform("self", call.axes("dim"))
     return constant(FIXED, call.output.ndim)
 
 
 @rule("max", "min", "median", "nanmedian")
 def extreme(call: Call) -> Any:
-    """Of two tensors, over all of one, or the values and the indices along an axis."""
+    """The extremes of two tensors, or of all of one, or values and indices along an axis."""
     if "other" in call.arguments:
         return add(call, call.value("self"), call.value("other"), call.output.ndim)
     if "dim" not in call.arguments:
@@ -70,7 +70,7 @@ def extreme(call: Call) -> Any:
 
 @rule("sort", "topk", "kthvalue", "mode", "cummax", "cummin")
 def ordered(call: Call) -> list[IntArray]:
-    """Values and indices along an axis."""
+    """Values and indices, in an order along an axis."""
     axes = call.axes("dim")
     values = call.uniform("self", axes)
     values = values if call.output[0].ndim == values.ndim else values.squeeze(axes)

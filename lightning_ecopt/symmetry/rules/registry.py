@@ -1,4 +1,4 @@
-"""The table of rules, and what a rule is given."""
+"""The table of rules by operation, and the :class:`Call` that a rule is given."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class Call:
     """One call of an operation, as a rule sees it.
 
     Args:
-        equations: takes the equations.
+        equations: where the rule writes its equations.
         arguments: the arguments by their names in the operation's schema, defaults filled in.
         values: the label or parameter view of every tensor argument, by ``id`` of the tensor.
-        shapes: likewise the shapes, as they were before the call.
-        output: what the operation returned.
-        constants: values of integer tensors that the call always makes alike, by ``id`` of the tensor.
+        shapes: the shape of every tensor argument before the operation ran, by ``id`` of the tensor.
+        output: what the operation has returned.
+        constants: the values of integer tensors that are the same in every call, by ``id`` of the tensor.
     """
 
     equations: Equations
@@ -36,7 +36,7 @@ class Call:
         return self.arguments[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor argument; ``()`` of a number."""
+        """The shape of a tensor argument; ``()`` for a number."""
         return self.shapes.get(id(self.arguments[name]), ())
 
     def value(self, argument: Any) -> Value:
@@ -48,27 +48,27 @@ class Call:
         return constant(ZERO if argument == 0 else FIXED, 0)
 
     def ids(self, argument: Any, uniform: Iterable[int] = ()) -> IntArray:
-        """The label of a tensor or number; a parameter gets scales of its own, one along the ``uniform`` axes."""
+        """The label of a tensor or number. A parameter gets a new scale per element, but one along ``uniform`` axes."""
         value = self.value(argument)
         return self.equations.materialise(value, uniform) if isinstance(value, ParameterView) else value
 
     def uniform(self, name: str, axes: Iterable[int]) -> IntArray:
-        """The label of a tensor after demanding that it does not change along ``axes``, which keep size 1."""
+        """Demand one scale along ``axes`` of a tensor; returns its label, with size 1 there."""
         axes = tuple(axes)
         return self.equations.uniform(self.ids(name, axes), axes)
 
     def hold_fixed(self, *names: str) -> None:
-        """Demand that arguments do not change; those that are ``None`` or missing are passed over."""
+        """Demand that arguments do not change; an argument that is ``None``, or missing, is passed over."""
         for name in names:
             if self.arguments.get(name) is not None:
                 self.equations.hold_fixed(self.value(name))
 
     def broadcast(self, argument: Any) -> IntArray:
-        """The label, with as many axes as the output."""
+        """The label of a tensor or number, with as many axes as the output."""
         return align(self.ids(argument), self.output.ndim)
 
     def axes(self, name: str) -> tuple[int, ...]:
-        """An argument that names axes of ``self``, one or several, as non-negative numbers; none given means all."""
+        """The axes of ``self`` that an argument names, as non-negative numbers; all axes if it is ``None`` or empty."""
         ndim = len(self.shape("self"))
         given = self.arguments.get(name)
         if given is None or (isinstance(given, Sequence) and len(given) == 0):

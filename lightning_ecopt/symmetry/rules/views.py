@@ -1,4 +1,7 @@
-"""Operations that move elements about: the same is done to the label, or to the indices of a parameter."""
+"""Operations that move elements about: label(x.transpose(0, 1)) = label(x).transpose(0, 1).
+
+The index arrays of a parameter view are moved in the same way, so that ``w.t()`` still knows its elements.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,14 @@ View = Callable[[Call, IntArray], IntArray | list[IntArray]]
 
 
 def view(*names: str) -> Callable[[View], View]:
-    """Register a rule that acts alike on labels and on the index arrays of a parameter."""
+    """Register a function of one array as a rule, for labels and for the index arrays of a parameter view.
+
+    Example::
+
+        @view("t")
+        def matrix_transposed(call, ids):
+            return ids.T
+    """
 
     def register(function: View) -> View:
         @rule(*names)
@@ -52,7 +62,7 @@ def reshaped(call: Call, ids: IntArray) -> IntArray:
 
 @rule("view")
 def viewed(call: Call) -> Value:
-    """As another shape; or as another type, which makes other elements."""
+    """The same elements in another shape; as another dtype they are other elements, and held fixed."""
     value = call.value("self")
     if "dtype" in call.arguments:
         call.equations.hold_fixed(value)
@@ -91,7 +101,7 @@ def converted(call: Call) -> Value:
 
 @rule("as_strided")
 def restrided(call: Call) -> None:
-    """A view of the memory, whatever shape it had: found from the label of the whole when it is read."""
+    """A view of the memory, whatever shape that had; its label is found when it is read (:class:`~.memory.Memory`)."""
 
 
 @view("permute")
@@ -151,7 +161,7 @@ def unbound(call: Call, ids: IntArray) -> list[IntArray]:
 
 @view("unfold")
 def windows(call: Call, ids: IntArray) -> IntArray:
-    """Overlapping pieces along an axis; their elements come last."""
+    """[..., L, ...] to [..., windows, ..., size]: pieces along an axis, which may overlap."""
     axis = call["dimension"] % max(ids.ndim, 1)
     if ids.ndim == 0 or ids.shape[axis] == 1:
         return ids[..., None]
@@ -239,7 +249,7 @@ def padded(call: Call) -> IntArray:
     for pair, (before, after) in enumerate(zip(call["pad"][::2], call["pad"][1::2], strict=True)):
         axis = len(shape) - 1 - pair
         if ids.shape[axis] == 1 and call["value"] == 0 and axis > 1 and len(shape) > 3:
-            continue  # among pixels zeros fit the label that is there; zeros as channels have none
+            continue  # zeros among pixels take the label of the pixels beside them; zeros as channels stay ZERO
         kept = slice(max(-before, 0), shape[axis] - max(-after, 0))
         ids = stretch(ids, shape, [axis])[(slice(None),) * axis + (kept,)]
         widths = [(0, 0)] * ids.ndim
