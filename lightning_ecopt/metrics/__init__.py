@@ -12,8 +12,9 @@ They are imported when they are asked for: torchmetrics takes longer to import t
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lightning_ecopt.common.lazy import lazy_names
 
 if TYPE_CHECKING:
     from lightning_ecopt.metrics.path_norm import PathNorm
@@ -21,14 +22,6 @@ if TYPE_CHECKING:
 
 __all__ = ["EquivalentClassDistance", "PathNorm", "UnitImbalance"]
 
-_MODULES = {"EquivalentClassDistance": "units", "PathNorm": "path_norm", "UnitImbalance": "units"}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(
+    __name__, {"EquivalentClassDistance": "units", "PathNorm": "path_norm", "UnitImbalance": "units"}
+)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ecopt.common.sharding import is_sharded
-from lightning_ecopt.common.tensors import padded, listing, widest
+from lightning_ecopt.common.tensors import listing, padded, widest
 from lightning_ecopt.metrics.base import MeanOverUpdates, unobserved
 from lightning_ecopt.symmetry import Monomials, ScalingGroup
 

@@ -16,7 +16,7 @@ from lightning_ecopt.kernels import Kernels, choose_kernels
 from lightning_ecopt.optim.bases import BASES
 from lightning_ecopt.optim.options import Options
 from lightning_ecopt.steps import RULES
-from lightning_ecopt.symmetry import DeferredGroup, GroupFromModuleCalls, KnownGroup, ScalingGroup
+from lightning_ecopt.symmetry import DeferredGroup, KnownGroup, ScalingGroup
 from lightning_ecopt.symmetry.coupling import NO_UNIT
 
 #: Finds the group of a list of parameters, now or later.
@@ -28,6 +28,13 @@ NO_FREEDOMS = (
     "The network has no scaling freedoms, so the base optimizer is used as it is. The report of the callback names the "
     "operations that cost them."
 )
+
+
+def find_by_module_calls(parameters: Sequence[Tensor]) -> DeferredGroup:
+    """Watch the calls of modules that use the parameters: what an optimizer does if nobody tells it of a group."""
+    from lightning_ecopt.symmetry.pending import GroupFromModuleCalls  # which takes long to import
+
+    return GroupFromModuleCalls(parameters)
 
 
 def trainable_parameters(base: Optimizer) -> list[Tensor]:
@@ -57,7 +64,7 @@ class Binding:
     @property
     def is_default(self) -> bool:
         """Whether nobody has said where the group comes from, so that calls of modules are watched."""
-        return self.source is GroupFromModuleCalls
+        return self.source is find_by_module_calls
 
     @property
     def finds_again(self) -> bool:

@@ -14,11 +14,11 @@ from torch.optim import LBFGS, Optimizer
 from lightning_ecopt.common.sharding import is_sharded
 from lightning_ecopt.kernels import Implementation
 from lightning_ecopt.optim import checkpoint
-from lightning_ecopt.optim.binding import Source, check_known, trainable_parameters
+from lightning_ecopt.optim.binding import Source, check_known, find_by_module_calls, trainable_parameters
 from lightning_ecopt.optim.options import Options, Representative, RuleName, SkeletonChoice
 from lightning_ecopt.optim.session import Idle, Ready, Running, Session, Waiting
 from lightning_ecopt.steps.rule import PathStatistics, UnitStatistics
-from lightning_ecopt.symmetry import GroupFromModuleCalls, ScalingGroup
+from lightning_ecopt.symmetry import ScalingGroup
 
 #: The hooks of steps and of checkpoints, which move from the base optimizer to the one that wraps it.
 HOOKS = tuple(
@@ -129,7 +129,7 @@ class EquivalentClassOptimizer(Optimizer):
         )
         check_base(optimizer)
         # Wrappers of Fabric and Lightning copy the attributes of this object, so what changes is in the session.
-        self._session = Session(optimizer, options, GroupFromModuleCalls if group is None else group)
+        self._session = Session(optimizer, options, find_by_module_calls if group is None else group)
         self.__setstate__({})  # the hooks of an Optimizer, without parameters of its own
         for hooks in HOOKS:
             setattr(self, hooks, getattr(optimizer, hooks))  # hooks are to see weights, not coordinates

@@ -34,18 +34,24 @@ place               an entry of the label of a row's elements: a row has one pla
 alive, dormant      a unit with non-zero weights on both sides, so that it can be balanced; a unit without
 exclusive           a unit all of whose weights one optimizer holds
 active              a unit that an optimizer rescales: alive and exclusive at the last refresh
-rule (step)         how a step uses the units: ``unit`` scales gradients by norms, ``path`` moves path values
+rule (step)         how a step uses the units: ``unit`` scales steps to the size of rows, ``path`` moves path values
 ==================  ================================================================================================
 """
 
 from __future__ import annotations
 
-from lightning_ecopt.symmetry.coupling import Coupling
-from lightning_ecopt.symmetry.describe import UnitSet
-from lightning_ecopt.symmetry.group import ScalingGroup
-from lightning_ecopt.symmetry.monomials import Monomials
-from lightning_ecopt.symmetry.pending import DeferredGroup, GroupFromModuleCalls, GroupFromNextCall, KnownGroup
-from lightning_ecopt.symmetry.trace import scaling_group
+from typing import TYPE_CHECKING
+
+from lightning_ecopt.common.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from lightning_ecopt.symmetry.coupling import Coupling
+    from lightning_ecopt.symmetry.deferred import DeferredGroup, KnownGroup
+    from lightning_ecopt.symmetry.describe import UnitSet
+    from lightning_ecopt.symmetry.group import ScalingGroup
+    from lightning_ecopt.symmetry.monomials import Monomials
+    from lightning_ecopt.symmetry.pending import GroupFromModuleCalls, GroupFromNextCall
+    from lightning_ecopt.symmetry.trace import scaling_group
 
 __all__ = [
     "Coupling",
@@ -58,3 +64,19 @@ __all__ = [
     "UnitSet",
     "scaling_group",
 ]
+
+# Tracing needs torch._dynamo, which takes longer to import than all the rest.
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "Coupling": "coupling",
+        "DeferredGroup": "deferred",
+        "GroupFromModuleCalls": "pending",
+        "GroupFromNextCall": "pending",
+        "KnownGroup": "deferred",
+        "Monomials": "monomials",
+        "ScalingGroup": "group",
+        "UnitSet": "describe",
+        "scaling_group": "trace",
+    },
+)
