@@ -26,7 +26,7 @@ ROOMS = {
     "configure": {"common", "symmetry", "kernels", "optim", "_lightning"},
     "callback": {"common", "symmetry", "kernels", "optim", "_lightning", "configure"},
     "__main__": {"symmetry"},
-    "__init__": {"symmetry", "optim", "metrics", "configure", "callback"},
+    "__init__": {"common", "symmetry", "optim", "metrics", "configure", "callback"},
 }
 
 
@@ -39,9 +39,10 @@ def modules() -> dict[str, Path]:
     return found
 
 
-def imports(path: Path) -> Iterator[str]:
-    """The full names of what a module imports, anywhere in it, also for type checkers alone."""
-    for node in ast.walk(ast.parse(path.read_text())):
+def imports(path: Path, at_once: bool = False) -> Iterator[str]:
+    """The full names of what a module imports anywhere, also for type checkers alone; or ``at_once``, when loaded."""
+    tree = ast.parse(path.read_text())
+    for node in tree.body if at_once else ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -85,11 +86,21 @@ def test_lightning_is_named_in_one_module(name: str) -> None:
     assert name == f"{NAME}._lightning" or not foreign & {"lightning", "pytorch_lightning"}
 
 
-SLOW = {"lightning", "pytorch_lightning", "torchmetrics", "rich", "triton", "matplotlib", "sklearn"}
+#: Modules that take long to import, and that training with plain torch may never need.
+SLOW = {"lightning", "pytorch_lightning", "torchmetrics", "rich", "matplotlib", "sklearn"}
 
 
-@pytest.mark.parametrize("name", ["ECSGD", "ECAdamW", "EquivalentClassOptimizer", "scaling_group", "ScalingGroup"])
-def test_plain_torch_users_import_neither_lightning_nor_what_prints(name: str) -> None:
-    code = f"import sys, torch; before = set(sys.modules); from {NAME} import {name}; print(*set(sys.modules) - before)"
+def test_plain_torch_users_import_neither_lightning_nor_what_prints() -> None:
+    names = "ECSGD, ECAdamW, EquivalentClassOptimizer, scaling_group, ScalingGroup"
+    code = (
+        f"import sys, torch; before = set(sys.modules); from {NAME} import {names}; print(*set(sys.modules) - before)"
+    )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {module.split(".")[0] for module in run.stdout.split()} & SLOW
+
+
+@pytest.mark.parametrize("name", modules())
+def test_slow_modules_are_imported_in_functions(name: str) -> None:
+    slow = ("rich", "scipy", "torch.distributed.fsdp", "torch.distributed.tensor")
+    at_once = [f"{other}." for other in imports(modules()[name], at_once=True)]
+    assert not [other for other in at_once if other.startswith(tuple(f"{each}." for each in slow))]

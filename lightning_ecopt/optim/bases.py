@@ -191,9 +191,13 @@ def _adamw_options(options: Mapping[str, Any]) -> Mapping[str, Any]:
     return _adam_options(options, decoupled=True)
 
 
+def _as_they_are(options: dict[str, Value], count: Callable[[], Value]) -> dict[str, Value]:
+    return options
+
+
 #: Only these very classes: a subclass may take another step.
 BASES: Mapping[type, Base] = {
-    SGD: Base("sgd_", 1, _sgd_entries, _sgd_options, lambda options, count: options, _sgd),
+    SGD: Base("sgd_", 1, _sgd_entries, _sgd_options, _as_they_are, _sgd),
     Adam: Base("adam_", 3, _adam_entries, _adam_options, _adam_rates, _adam),
     AdamW: Base("adam_", 3, _adam_entries, _adamw_options, _adam_rates, _adam),
 }

@@ -25,33 +25,33 @@ class WrappedStep:
         base: the optimizer.
         rule: says where the base takes its steps.
         parameters: of the scaling group, by name.
-        weight_averages: returns the entries of the base's state that average weights.
     """
 
-    def __init__(
+    def __init__(self, base: Optimizer, rule: Rule, parameters: Mapping[str, nn.Parameter]) -> None:
+        self._base, self._rule, self._parameters = base, rule, parameters
+
+    def take(
         self,
-        base: Optimizer,
-        rule: Rule,
-        parameters: Mapping[str, nn.Parameter],
+        here: Reparametrization,
+        weights: Tensors,
+        gradients: Tensors,
         weight_averages: Callable[[], StateEntries],
     ) -> None:
-        self._base, self._rule, self._parameters, self._averages = base, rule, parameters, weight_averages
-
-    def take(self, here: Reparametrization, weights: Tensors, gradients: Tensors) -> None:
         """Take one step.
 
         Args:
             here: the coordinates.
             weights: of the scaling group, by parameter name.
             gradients: by parameter name; parameters without a dense gradient are missing.
+            weight_averages: returns the entries of the base's state that average weights; a first step makes some.
         """
         with self._writable(gradients) as shown:
             undo = self._rule.transform_gradients_(here, shown)
-            to_weights_ = self._rule.to_coordinates_(here, weights, self._averages())
+            to_weights_ = self._rule.to_coordinates_(here, weights, weight_averages())
             try:
                 self._base.step()
             finally:  # also if the step fails: no weight may stay in coordinates
-                to_weights_(self._averages())
+                to_weights_(weight_averages())
                 undo()
 
     @contextmanager

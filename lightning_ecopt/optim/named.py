@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
 from torch.optim import SGD, AdamW
-from typing_extensions import Unpack
 
+from lightning_ecopt.kernels import Implementation
 from lightning_ecopt.optim.optimizer import EquivalentClassOptimizer
-from lightning_ecopt.optim.options import OptionArguments
+from lightning_ecopt.optim.options import OptionArguments, Representative, RuleName, SkeletonChoice
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]]
 
@@ -57,8 +57,14 @@ class ECSGD(EquivalentClassOptimizer):
         maximize: whether to maximise the loss.
         foreach: whether torch's own step, where it is used, groups tensors.
         fused: whether torch's own step, where it is used, is its fused one.
-        **options: ``rule``, ``refresh_interval``, ``representative``, ``skeleton``, ``max_path_ratio``, ``free_start``,
-            ``state_powers`` and ``implementation``, each as for :class:`~lightning_ecopt.EquivalentClassOptimizer`.
+        rule: ``"unit"``, or ``"path"`` for the paper's path coordinates.
+        refresh_interval: steps from one refresh to the next; ``None`` if only :meth:`refresh` asks for it.
+        representative: ``"balanced"``, or ``"current"`` to stay at the weights as they are.
+        skeleton: how the rule ``"path"`` chooses skeleton weights: ``"max"`` or ``"diagonal"``.
+        max_path_ratio: the guard of the rule ``"path"``: the largest factor by which a path changes in one step.
+        free_start: value at which the rule ``"path"`` starts the coordinates of free skeleton weights.
+        state_powers: how state entries scale that are not torch's; the base has none.
+        implementation: how the step is run, which changes its speed alone.
 
     Raises:
         TypeError: if an option is unknown.
@@ -82,20 +88,29 @@ class ECSGD(EquivalentClassOptimizer):
         maximize: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
-        **options: Unpack[OptionArguments],
+        rule: RuleName = "unit",
+        refresh_interval: int | None = 500,
+        representative: Representative = "balanced",
+        skeleton: SkeletonChoice = "max",
+        max_path_ratio: float | None = 2.0,
+        free_start: float = 2.0,
+        state_powers: Mapping[str, int] | None = None,
+        implementation: Implementation = "auto",
     ) -> None:
         base = SGD(
-            params,
-            lr=lr,
-            momentum=momentum,
-            dampening=dampening,
-            weight_decay=weight_decay,
-            nesterov=nesterov,
-            maximize=maximize,
-            foreach=foreach,
-            fused=fused,
+            params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize, foreach=foreach, fused=fused
         )
-        super().__init__(base, None, **options)
+        super().__init__(
+            base,
+            rule=rule,
+            refresh_interval=refresh_interval,
+            representative=representative,
+            skeleton=skeleton,
+            max_path_ratio=max_path_ratio,
+            free_start=free_start,
+            state_powers=state_powers,
+            implementation=implementation,
+        )
 
 
 class ECAdamW(EquivalentClassOptimizer):
@@ -116,8 +131,14 @@ class ECAdamW(EquivalentClassOptimizer):
         maximize: whether to maximise the loss.
         foreach: whether torch's own step, where it is used, groups tensors.
         fused: whether torch's own step, where it is used, is its fused one.
-        **options: ``rule``, ``refresh_interval``, ``representative``, ``skeleton``, ``max_path_ratio``, ``free_start``,
-            ``state_powers`` and ``implementation``, each as for :class:`~lightning_ecopt.EquivalentClassOptimizer`.
+        rule: ``"unit"``, or ``"path"`` for the paper's path coordinates.
+        refresh_interval: steps from one refresh to the next; ``None`` if only :meth:`refresh` asks for it.
+        representative: ``"balanced"``, or ``"current"`` to stay at the weights as they are.
+        skeleton: how the rule ``"path"`` chooses skeleton weights: ``"max"`` or ``"diagonal"``.
+        max_path_ratio: the guard of the rule ``"path"``: the largest factor by which a path changes in one step.
+        free_start: value at which the rule ``"path"`` starts the coordinates of free skeleton weights.
+        state_powers: how state entries scale that are not torch's; the base has none.
+        implementation: how the step is run, which changes its speed alone.
 
     Raises:
         TypeError: if an option is unknown.
@@ -139,17 +160,24 @@ class ECAdamW(EquivalentClassOptimizer):
         maximize: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
-        **options: Unpack[OptionArguments],
+        rule: RuleName = "unit",
+        refresh_interval: int | None = 500,
+        representative: Representative = "balanced",
+        skeleton: SkeletonChoice = "max",
+        max_path_ratio: float | None = 2.0,
+        free_start: float = 2.0,
+        state_powers: Mapping[str, int] | None = None,
+        implementation: Implementation = "auto",
     ) -> None:
-        base = AdamW(
-            params,
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            amsgrad=amsgrad,
-            maximize=maximize,
-            foreach=foreach,
-            fused=fused,
+        base = AdamW(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, foreach=foreach, fused=fused)
+        super().__init__(
+            base,
+            rule=rule,
+            refresh_interval=refresh_interval,
+            representative=representative,
+            skeleton=skeleton,
+            max_path_ratio=max_path_ratio,
+            free_start=free_start,
+            state_powers=state_powers,
+            implementation=implementation,
         )
-        super().__init__(base, None, **options)

@@ -179,7 +179,7 @@ class EquivalentClassOptimizer(Optimizer):
             here = stage.rule.reparametrization(w, g, stage.fused.to_mean)
             entries = stage.fused.entries(g)
             if entries is None:
-                stage.wrapped.take(here, w, g)
+                stage.wrapped.take(here, w, g, lambda: session.weight_averages(stage.network))
             else:
                 stage.fused.take(here, w, g, entries)
             stage.rule.commit()

@@ -270,10 +270,10 @@ class Session:
     def running(self, network: Network, active: Tensor, rule: Rule) -> Running:
         """The stage in which the base steps in the coordinates of a rule."""
         fused = FusedStep(self.base, rule, network.group.parameters, self.options.implementation != "wrapped")
-        wrapped = WrappedStep(self.base, rule, network.group.parameters, lambda: self._weight_averages(network))
+        wrapped = WrappedStep(self.base, rule, network.group.parameters)
         return Running(network, active, rule, fused, wrapped)
 
-    def _weight_averages(self, network: Network) -> StateEntries:
+    def weight_averages(self, network: Network) -> StateEntries:
         """The entries if some of them average weights, as in few optimizers; else nothing, which costs nothing."""
         return self.entries(network) if has_weight_averages(self.base.state, self.options.degrees) else {}
 

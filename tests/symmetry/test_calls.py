@@ -12,17 +12,16 @@ from torch.nn.modules import module as hooks
 from torch.utils.checkpoint import checkpoint
 
 from lightning_ecopt import ECSGD, EquivalentClassOptimizer, ec_sgd, scaling_group
-from lightning_ecopt.symmetry import GroupFromModuleCalls
+from lightning_ecopt.symmetry import GroupFromModuleCalls, isolation
 from tests.networks import ResNet, mlp
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left() -> Iterator[None]:
+def nothing_is_left(few_objects: None) -> Iterator[None]:
     yield
     gc.collect()
-    GroupFromModuleCalls([]).cancel()  # takes the hooks of those away that nobody holds any more
-    assert not hooks._global_forward_pre_hooks
-    assert not hooks._global_forward_hooks
+    assert not isolation._waiting
+    assert nn.Module.__call__.__qualname__ == "Module._wrapped_call_impl"
     assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
 
 

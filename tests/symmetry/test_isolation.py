@@ -66,7 +66,7 @@ def state(module: nn.Module) -> list[tuple[Any, ...]]:
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left() -> Iterator[None]:
+def nothing_is_left(few_objects: None) -> Iterator[None]:
     gc.collect()
     before = process()
     yield

@@ -1,0 +1,78 @@
+"""Options stand in several signatures, for people and for command lines; all of them say the same."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+from torch import nn
+
+from lightning_ecopt import ECSGD, ECAdamW, EquivalentClassOptimization, EquivalentClassOptimizer, ec_adamw, ec_sgd
+from lightning_ecopt.optim.named import AdamWArguments, SGDArguments
+from lightning_ecopt.optim.options import OptionArguments, Options
+
+NAMES = [field.name for field in fields(Options)]
+
+
+@pytest.mark.parametrize("kind", [EquivalentClassOptimizer, ECSGD, ECAdamW, EquivalentClassOptimization])
+def test_defaults_and_types_are_those_of_the_options(kind: Any) -> None:
+    parameters, hints = inspect.signature(kind).parameters, get_type_hints(kind.__init__)
+    its_own, options = get_type_hints(Options), Options()
+    for name in NAMES:
+        if kind is EquivalentClassOptimization and name == "refresh_interval":  # refresh="epoch" stands for it
+            continue
+        assert (parameters[name].default or {}) == (getattr(options, name) or {})
+        assert hints[name] == its_own[name]
+
+
+KINDS = [Options, EquivalentClassOptimizer, ECSGD, ECAdamW, EquivalentClassOptimization, ec_sgd, ec_adamw]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_option_has_a_sentence(kind: Any) -> None:
+    documented = inspect.getdoc(kind) or ""
+    for name, parameter in inspect.signature(kind).parameters.items():
+        stars = "**" if parameter.kind is inspect.Parameter.VAR_KEYWORD else ""
+        assert f"\n    {stars}{name}: " in documented, name
+
+
+def test_keyword_arguments_for_type_checkers_are_those_of_the_classes() -> None:
+    assert set(OptionArguments.__annotations__) == set(NAMES)
+    for arguments, kind in ((SGDArguments, ECSGD), (AdamWArguments, ECAdamW)):
+        own = set(inspect.signature(kind).parameters) - {"params", "lr"}
+        assert {name for base in arguments.__mro__ for name in getattr(base, "__annotations__", {})} | set(NAMES) == own
+
+
+@pytest.mark.parametrize("make", [ec_sgd, ec_adamw])
+def test_a_misspelt_option_is_an_error(make: Any) -> None:
+    with pytest.raises(TypeError, match="momentun"):
+        make(nn.Linear(2, 2), lr=0.1, momentun=0.9)
+
+
+CALLS = """
+import torch
+from lightning_ecopt import ECSGD, ECAdamW, EquivalentClassOptimization, ec_adamw, ec_sgd
+
+net = torch.nn.Linear(2, 2)
+ec_sgd(net, lr=0.1, momentum=0.9, rule="path")
+ec_adamw(net, lr=0.1, betas=(0.9, 0.99), refresh_interval=None)
+ECSGD(net.parameters(), lr=0.1, implementation="eager")
+ec_sgd(net, lr=0.1, momentun=0.9)  # wrong
+ec_adamw(net, lr=0.1, rule="paths")  # wrong
+ECSGD(net.parameters(), refresh=5)  # wrong
+ECAdamW(net.parameters(), lr="0.1")  # wrong
+EquivalentClassOptimization(refresh_interval=5)  # wrong
+"""
+
+
+@pytest.mark.full
+def test_a_misspelt_option_is_an_error_for_mypy(tmp_path: Path) -> None:
+    api = pytest.importorskip("mypy.api")
+    program = tmp_path / "calls.py"
+    program.write_text(CALLS)
+    told, _, _ = api.run(["--no-error-summary", "--cache-dir=/dev/null", "--follow-imports=silent", str(program)])
+    found = {int(line.split(":")[1]) for line in told.splitlines() if ": error: " in line}
+    assert found == {number for number, line in enumerate(CALLS.splitlines(), 1) if "# wrong" in line}, told
