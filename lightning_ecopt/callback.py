@@ -48,14 +48,16 @@ class EquivalentClassOptimization(Callback):
             steps, or never (``None``).
         representative: ``"balanced"``, or ``"current"`` to stay at the weights as they are (then what happens does not
             depend on the class alone).
-        skeleton: of the rule ``"path"``, as the next two: ``"max"`` takes the largest weights, ``"diagonal"`` is the
-            paper's choice, for plain networks.
-        max_path_ratio: no path may change by more than this factor in one step; ``None`` is the paper's rule.
-        free_start: value at which the coordinates of free skeleton weights start; larger lets scales move more slowly.
-        state_powers: how the state of an optimizer scales, if it is not torch's; see
+        skeleton: how the rule ``"path"`` chooses skeleton weights: ``"max"`` takes the largest weights, ``"diagonal"``
+            is the paper's choice, for plain networks.
+        max_path_ratio: the guard of the rule ``"path"``: no path changes by more than this factor in one step;
+            ``None`` is the paper's rule.
+        free_start: value at which the rule ``"path"`` starts the coordinates of free skeleton weights; scales move more
+            slowly with a larger one.
+        state_powers: how the state of an optimizer that is not torch's scales; see
             :class:`~lightning_ecopt.EquivalentClassOptimizer`.
-        implementation: how the step is run, which changes nothing but its speed: ``"auto"`` or one of the others of
-            :func:`~lightning_ecopt.kernels.choose_kernels`.
+        implementation: how the step is run, which changes its speed alone: ``"auto"``, or one of the ways that
+            :func:`~lightning_ecopt.kernels.choose_kernels` lists.
         verbose: print a report of the freedoms when they are known.
         log: log whether all is well with the logger, as ``ecopt/...``, every ``log_every_n_steps``: the number of
             dormant units, and the share of clipped gradients (unit) or the extremes of beta and the number of guarded
@@ -175,12 +177,12 @@ class EquivalentClassOptimization(Callback):
                 pl_module.log_dict(values, on_step=True, on_epoch=False)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Stop watching a module that never took its first step."""
+        """Stop watching a module that has never taken its first step."""
         if self._finder is not None:
             self._finder.found.cancel()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Likewise: after an exception there is no teardown."""
+        """Stop watching: Lightning calls no ``teardown`` after an exception."""
         self.teardown(trainer, pl_module, "fit")
 
     def state_dict(self) -> dict[str, Any]:

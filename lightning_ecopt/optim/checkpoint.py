@@ -1,6 +1,6 @@
 """The state of an equivalent-class optimizer in checkpoints: saved with the base's, checked when it is loaded.
 
-A state dict is that of the base optimizer at the weights, which the plain base can load, and one entry more:
+A state dict is the base optimizer's, at the weights, so that the plain base can load it, with one entry more:
 
     {"state": ..., "param_groups": ..., "equivalent_class": {"rule": "unit", "active": bool[H], ...}}
 """
@@ -25,7 +25,7 @@ def saved(session: Session) -> dict[str, Any]:
         state[KEY] = own
     stage = session.stage
     if isinstance(stage, Running) and not stage.rule.has_weight_entries():
-        # The base's state is that of coordinates; the plain base needs that of weights.
+        # The base holds entries of coordinates; the plain base, which may load them, needs entries of weights.
         numbers = _numbers(session)
         state["state"] = {number: dict(entries) for number, entries in state["state"].items()}
         entries = {

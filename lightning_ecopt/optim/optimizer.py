@@ -335,7 +335,7 @@ class EquivalentClassOptimizer(Optimizer):
 
     @property
     def state(self) -> Any:
-        """The state of the base optimizer, where it moves; what :meth:`state_dict` has is that of weights."""
+        """The state of the base optimizer, in its coordinates; :meth:`state_dict` has it at the weights."""
         return self._session.base.state
 
     @state.setter

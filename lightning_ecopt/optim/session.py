@@ -165,8 +165,7 @@ class Session:
             return
         if self.binding.finds_again:
             if isinstance(self.stage, Waiting | Ready):
-                # What was saved describes other parameters; the state of the base, which came with it, is used as
-                # that of weights.
+                # The saved rule describes other parameters; the base's state, which came with it, stays.
                 self.stage = replace(self.stage, saved={})
             self.bind(self.binding.source)
         elif self.group is not None and {id(p) for p in self.group.parameters.values()}.issuperset(trained):
@@ -201,7 +200,7 @@ class Session:
     def refresh(self, network: Network) -> None:
         """Move to the representative of the class and begin with the rule there.
 
-        1. Leave the coordinates: the base's state becomes that of weights.
+        1. Leave the coordinates: the base's state gets entries of weights.
         2. Balance; gradients and state are rescaled as if they had been those of the balanced weights.
         3. Begin with the rule: the path rule chooses its skeleton weights, the unit rule goes on.
         """
@@ -232,7 +231,7 @@ class Session:
             group.rescale_(entry.tensors, log_scale, power=-entry.degree)
 
     def _leave_rule(self) -> Rule | None:
-        """Leave the coordinates of the rule, so that the base's state is that of weights; returns the rule."""
+        """Leave the coordinates of the rule: the base's state gets entries of weights. Returns the rule."""
         stage = self.stage
         if not isinstance(stage, Running):
             return None

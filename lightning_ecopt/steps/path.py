@@ -206,7 +206,7 @@ class PathRule:
                 self._coordinates.restart_skeleton_(entry.tensors)
 
     def has_weight_entries(self) -> bool:
-        """The base's state is that of coordinates."""
+        """The base's state has entries of coordinates."""
         return False
 
     def statistics(self, dormant: int) -> PathStatistics:

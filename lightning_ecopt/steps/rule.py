@@ -232,7 +232,7 @@ class Rule(Protocol):
         """
 
     def has_weight_entries(self) -> bool:
-        """Whether the base's state is that of weights already, so that :meth:`to_weight_entries_` does nothing."""
+        """Whether the base's state has entries of weights already, so that :meth:`to_weight_entries_` does nothing."""
 
     def statistics(self, dormant: int) -> PathStatistics | UnitStatistics:
         """Whether all is well. Waits for the device."""

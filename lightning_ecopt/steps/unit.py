@@ -13,8 +13,8 @@ value that is held fixed. With n the elements of the row, w their weights and g 
     all others: s_h = rho_h / rho                            lr keeps its meaning; rho is the magnitude of all rows
 
 The step depends on the class alone, because the balanced member does and all of the above are functions of weights and
-gradients there. The relative step is that of Nero (Liu et al., "Learning by Turning", arXiv:2102.07227) without Nero's
-projection: rho_h stays that of the start, which fixes the lengths of steps as the projection would.
+gradients there. Nero (Liu et al., "Learning by Turning", arXiv:2102.07227) takes the same relative step, and projects
+each row to a fixed norm. Here rho_h keeps its value of the start, which fixes the lengths of steps as well.
 
 Why gradients are centred: the gradient of row h is the sum over the data of delta_h a, where a are the values that the
 row reads. Behind a ReLU a is positive. Then one eigenvalue of the row's metric E[a a^T] is far above the others; it
@@ -286,10 +286,10 @@ class UnitRule:
         self._steps += 1
 
     def to_weight_entries_(self, entries: StateEntries, weights: Tensors) -> None:
-        """The base's state is that of weights already."""
+        """Do nothing: the base's state has entries of weights."""
 
     def has_weight_entries(self) -> bool:
-        """The base's state is that of weights."""
+        """The base's state has entries of weights."""
         return True
 
     def statistics(self, dormant: int) -> UnitStatistics:

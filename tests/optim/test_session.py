@@ -1,0 +1,84 @@
+"""The stages of an optimizer's life: what leads from one to the next, and what stays when something fails."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch.optim import SGD
+
+from lightning_ecopt import EquivalentClassOptimizer, scaling_group
+from lightning_ecopt.optim.session import Idle, Ready, Running, Waiting
+from lightning_ecopt.symmetry import GroupFromNextCall
+from tests.optim.training import RULES, problem, train, weights_of
+
+
+def made(module: torch.nn.Module, group: object, rule: str, **options: object) -> EquivalentClassOptimizer:
+    return EquivalentClassOptimizer(SGD(module.parameters(), lr=0.05, momentum=0.9), group, rule=rule, **options)
+
+
+@RULES
+def test_the_stages_follow_each_other(rule: str) -> None:
+    module, x, y = problem(4, 6, 3)
+    optimizer = made(module, GroupFromNextCall(module, "forward"), rule, refresh_interval=2)
+    session = optimizer._session
+    assert type(session.stage) is Waiting
+    train(module, optimizer, x, y, range(1))
+    assert type(session.stage) is Running
+    first = session.stage
+    train(module, optimizer, x, y, range(1, 2))
+    assert session.stage is first
+    train(module, optimizer, x, y, range(2, 3))  # refreshes
+    assert type(session.stage) is Running
+    assert session.stage is not first
+    optimizer.bind(scaling_group(module, x))
+    assert type(session.stage) is Ready
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert type(session.stage) is Ready
+
+
+@RULES
+def test_without_freedoms_the_base_steps_by_itself(rule: str) -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Tanh()).double()
+    _, x, y = problem(4, 6, 3)
+    with pytest.warns(UserWarning, match="no scaling freedoms"):
+        optimizer = made(module, scaling_group(module, x), rule)
+    plain = copy.deepcopy(module)
+    train(module, optimizer, x, y, range(3))
+    train(plain, SGD(plain.parameters(), lr=0.05, momentum=0.9), x, y, range(3))
+    assert type(optimizer._session.stage) is Idle
+    assert all(torch.equal(p, q) for p, q in zip(module.parameters(), plain.parameters(), strict=True))
+
+
+def test_a_refresh_that_fails_is_tried_again_at_the_next_step() -> None:
+    module, x, y = problem(4, 6, 3)
+    with torch.no_grad():
+        module[0].weight.fill_diagonal_(0.0)  # the paper's choice needs a diagonal without zeros
+    optimizer = made(module, scaling_group(module, x), "path", skeleton="diagonal")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="No path leads through"):
+            train(module, optimizer, x, y, range(1))
+    assert type(optimizer._session.stage) is Ready
+    optimizer.skeleton = "max"
+    before = weights_of(module)
+    train(module, optimizer, x, y, range(1))
+    assert type(optimizer._session.stage) is Running
+    assert any(not torch.equal(before[name], p) for name, p in module.named_parameters())
+
+
+@RULES
+def test_a_state_of_another_network_is_refused_and_changes_nothing(rule: str) -> None:
+    module, x, y = problem(4, 6, 3)
+    optimizer = made(module, scaling_group(module, x), rule)
+    train(module, optimizer, x, y, range(2))
+    other, x2, y2 = problem(5, 6, 2)
+    foreign = made(other, scaling_group(other, x2), rule)
+    train(other, foreign, x2, y2, range(2))
+    stage, twin = optimizer._session.stage, copy.deepcopy((module, optimizer))
+    with pytest.raises(ValueError, match=r"load it into the network|parameter group|size"):
+        optimizer.load_state_dict(copy.deepcopy(foreign.state_dict()))
+    assert optimizer._session.stage is stage
+    train(module, optimizer, x, y, range(2, 5))
+    train(*twin, x, y, range(2, 5))
+    assert all(torch.equal(p, q) for p, q in zip(module.parameters(), twin[0].parameters(), strict=True))
