@@ -34,18 +34,23 @@ LINEAR = (SGD, ASGD)
 class Base:
     """What a fused step needs to know of an optimizer class.
 
+    A step asks in this order: which state, ``entry_names(groups)``; which numbers, ``options(group)``, as lr and beta1
+    of Adam; what follows from them at step t, ``rates(options, count)``, as lr / (1 - beta1**t); and the coefficients
+    of the pass, ``coefficients(weight_scale, grad_scale, grad_shift, to_weights, **rates)``, which
+    :mod:`lightning_ecopt.kernels.passes` lists.
+
     Args:
         kernel: name of the pass, a method of :class:`~lightning_ecopt.kernels.Kernels`.
         num_entries: how many state tensors the pass takes.
-        entries: names of the state entries that parameter groups need; ``None`` if one pass cannot serve all groups.
+        entry_names: the state entries that parameter groups need; ``None`` if one pass cannot serve all groups.
         options: the numbers that a step takes from one parameter group.
-        rates: the options as the coefficients take them, given them and the numbers of steps taken.
-        coefficients: of the pass: ``coefficients(weight_scale, grad_scale, grad_shift, to_weights, **rates)``.
+        rates: what the coefficients depend on, from the options and a function that counts the step.
+        coefficients: of the pass, each over rows, ``[R]``, or a number.
     """
 
     kernel: str
     num_entries: int
-    entries: Callable[[ParamGroups], tuple[str, ...] | None]
+    entry_names: Callable[[ParamGroups], tuple[str, ...] | None]
     options: Callable[[Mapping[str, Any]], Mapping[str, Any]]
     rates: Callable[[dict[str, Value], Callable[[], Value]], dict[str, Value]]
     coefficients: Callable[..., Coefficients]
@@ -63,7 +68,7 @@ def momentum_to_mean(options: Mapping[str, Any]) -> float:
     return (1 - momentum) / (1 - dampening) if 0 < momentum < 1 and dampening < 1 else 1.0
 
 
-def _sgd_entries(groups: ParamGroups) -> tuple[str, ...] | None:
+def _sgd_entry_names(groups: ParamGroups) -> tuple[str, ...] | None:
     if len({(options["momentum"] != 0, options["nesterov"]) for options in groups}) > 1:
         return None
     return ("momentum_buffer",) if groups[0]["momentum"] != 0 else ()
@@ -113,7 +118,7 @@ def _sgd(
     return {"keep": keep, **into_momentum, **(directly if nesterov else {})}
 
 
-def _adam_entries(groups: ParamGroups) -> tuple[str, ...] | None:
+def _adam_entry_names(groups: ParamGroups) -> tuple[str, ...] | None:
     if len({options["amsgrad"] for options in groups}) > 1:
         return None
     return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if groups[0]["amsgrad"] else 2]
@@ -163,8 +168,7 @@ def _adam(
 ) -> Coefficients:
     # Decoupled decay shrinks coordinates, and so weights, by 1 - lr shrink.
     kept = None if _is(shrink, 0) else 1 - lr * shrink
-    way = None if to_weights is None else to_weights / weight_scale
-    keep = kept if way is None else way if kept is None else kept * way
+    keep = kept if to_weights is None else (1.0 if kept is None else kept) * to_weights / weight_scale
     return {
         "gain": sign * grad_scale,
         "shift": _times(sign, grad_shift),
@@ -197,7 +201,7 @@ def _as_they_are(options: dict[str, Value], count: Callable[[], Value]) -> dict[
 
 #: Only these very classes: a subclass may take another step.
 BASES: Mapping[type, Base] = {
-    SGD: Base("sgd_", 1, _sgd_entries, _sgd_options, _as_they_are, _sgd),
-    Adam: Base("adam_", 3, _adam_entries, _adam_options, _adam_rates, _adam),
-    AdamW: Base("adam_", 3, _adam_entries, _adamw_options, _adam_rates, _adam),
+    SGD: Base("sgd_", 1, _sgd_entry_names, _sgd_options, _as_they_are, _sgd),
+    Adam: Base("adam_", 3, _adam_entry_names, _adam_options, _adam_rates, _adam),
+    AdamW: Base("adam_", 3, _adam_entry_names, _adamw_options, _adam_rates, _adam),
 }

@@ -42,6 +42,11 @@ def trainable_parameters(base: Optimizer) -> list[Tensor]:
     return [p for options in base.param_groups for p in options["params"] if p.requires_grad]
 
 
+def trained_ids(base: Optimizer) -> list[int]:
+    """The ``id`` of each trainable parameter: other numbers mean that other parameters are trained."""
+    return list(map(id, trainable_parameters(base)))
+
+
 class Binding:
     """Where the group of one optimizer comes from.
 
@@ -56,9 +61,8 @@ class Binding:
 
     def __init__(self, base: Optimizer, source: Source) -> None:
         self.source = source
-        parameters = trainable_parameters(base)
-        self.trained = list(map(id, parameters))
-        found = source if isinstance(source, ScalingGroup | DeferredGroup) else source(parameters)
+        self.trained = trained_ids(base)
+        found = source if isinstance(source, ScalingGroup | DeferredGroup) else source(trainable_parameters(base))
         self._deferred = KnownGroup(found) if isinstance(found, ScalingGroup) else found
 
     @property
@@ -145,11 +149,11 @@ class Network:
         return {name: p for name, p in self.group.parameters.items() if name in self.names}
 
 
-def _scales_of_others(group: ScalingGroup, held: set[int]) -> Tensor:
-    """Scales of parameters that are not ``held``: of another optimizer, or frozen by now; ``bool[S]``."""
+def _scales_of_others(group: ScalingGroup, own: set[int]) -> Tensor:
+    """Scales of parameters that this optimizer does not train: another does, or they are frozen by now; ``bool[S]``."""
     found = torch.zeros(group.monomials.num_scales, dtype=torch.bool)
     for coupling in group.couplings:
-        if id(group.parameters[coupling.parameter]) not in held:
+        if id(group.parameters[coupling.parameter]) not in own:
             for scales in (coupling.incoming, coupling.outgoing):
                 found[scales[scales != NO_UNIT]] = True
     return found

@@ -57,7 +57,7 @@ def saved_rule(session: Session) -> dict[str, Any] | None:
         "active": stage.active.clone(),
     }
     if isinstance(stage, Running):
-        return {"rule": session.options.rule, **stage.rule.state_dict(session.entries(stage.network)), **counts}
+        return {"rule": stage.rule.name, **stage.rule.state_dict(session.entries(stage.network)), **counts}
     return None if session.refresh_due else counts  # there was nothing to be done at the last refresh
 
 
@@ -87,8 +87,8 @@ def restore(session: Session) -> bool:
     if not isinstance(stage, Ready) or not stage.saved:
         return False
     state, network = stage.saved, stage.network
-    session.stage = Ready(network)
     if state.get("rule", options.rule) != options.rule:
+        session.stage = Ready(network)
         return False
     active = state["active"].cpu() if "active" in state else network.group.alive().cpu() & network.exclusive
     if "rule" in state:

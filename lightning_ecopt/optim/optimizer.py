@@ -55,12 +55,13 @@ class EquivalentClassOptimizer(Optimizer):
     - ``"unit"``: relative to the unit that takes it. The base optimizer's step in the incoming weights of a unit is
       scaled to their magnitude, after gradients are centred and clipped unit by unit. With SGD and ASGD the learning
       rate is the relative length of a step, and 0.03 to 0.3 fits most networks, with and without momentum; with all
-      others it keeps its meaning. Beside the base's own state it needs O(H). See
+      others it keeps its meaning. Beside the base's own state it needs three numbers for each row of a weight. See
       :mod:`lightning_ecopt.steps.unit`.
-    - ``"path"``: the paper's. The base optimizer moves the m - H values of basis paths instead of the m weights. They
-      are normalised so that at the start all but those of free skeleton weights, at most one in a unit, equal the
-      weights; learning rate, momentum and every other option keep their meaning; weight decay acts on path values (the
-      basis-path regularisation of the paper). At skeleton weights momentum starts anew at a refresh. See
+    - ``"path"``: the paper's. The base optimizer moves the m - H values of basis paths instead of the m weights. At a
+      refresh the coordinate of an element equals the element, but for at most one free skeleton weight in a unit, whose
+      coordinate is ``free_start``. So learning rate, momentum and every other option keep their meaning; weight decay
+      acts on path values (the basis-path regularisation of the paper). At skeleton weights momentum starts anew at a
+      refresh. See
       :mod:`lightning_ecopt.steps.coordinates`.
 
     All methods do the same when they are called on what Fabric's ``setup`` or Lightning's ``self.optimizers()`` return.
@@ -79,8 +80,8 @@ class EquivalentClassOptimizer(Optimizer):
         skeleton: how the rule ``"path"`` chooses skeleton weights: ``"max"`` takes the largest weights, ``"diagonal"``
             is the paper's choice (unit i to unit i), for networks in which every unit has one weight tensor on each
             side.
-        max_path_ratio: the guard of the rule ``"path"``: no path may change by more than this factor in one step, or
-            change its sign. ``None`` is the paper's rule.
+        max_path_ratio: the guard of the rule ``"path"``: in one step the coordinate of a free skeleton weight, and so
+            the scale of a unit, changes by at most this factor and keeps its sign. ``None`` is the paper's rule.
         free_start: value at which the rule ``"path"`` starts the coordinates of free skeleton weights. It sets how fast
             the scale of a unit may move: larger is slower.
         state_powers: for entries of the state of optimizers that are not torch's: if a refresh multiplies weights by c,
@@ -143,13 +144,14 @@ class EquivalentClassOptimizer(Optimizer):
         1. *Gradients*: the closure, if there is one, computes g = dL/dw.
         2. *Representative*: if a refresh is due, w moves to the balanced member of its class, and the rule begins
            there; the path rule chooses skeleton weights, with beta = 1.
-        3. *Coordinates*: the rule says where the base steps, v = w / weight_scale, and with which gradients, dL/dv (the
-           inverse chain rule of the paper).
+        3. *Coordinates*: the rule says where the base steps, v = w / weight_scale, and with which gradients g_v: dL/dv
+           in the path rule (the paper's inverse chain rule), centred and clipped g in the unit rule.
         4. *Step*: the base moves v to v'.
         5. *Weights*: w' = to_weights v' (weight allocation).
 
-        Phases 3 to 5 are one pass over the weights where the base is SGD, Adam or AdamW; otherwise weights and
-        gradients are moved to coordinates in memory, and the base's own ``step`` runs.
+        Phases 3 to 5 are one pass over gradients and one over weights, gradients and state where the base is SGD, Adam
+        or AdamW and has its state; otherwise weights and gradients are moved to coordinates in memory, and the base's
+        own ``step`` runs. See :mod:`lightning_ecopt.optim.stepper`.
 
         Args:
             closure: computes the gradients and returns the loss, as for every torch optimizer; it runs once, before
@@ -176,13 +178,7 @@ class EquivalentClassOptimizer(Optimizer):
                 session.base.step()
                 return loss
             w, g = session.weights(stage.network), session.gradients(stage.network)
-            here = stage.rule.reparametrization(w, g, stage.fused.to_mean)
-            entries = stage.fused.entries(g)
-            if entries is None:
-                stage.wrapped.take(here, w, g, lambda: session.weight_averages(stage.network))
-            else:
-                stage.fused.take(here, w, g, entries)
-            stage.rule.commit()
+            stage.stepper.take(w, g, lambda: session.weight_averages(stage.network))  # phases 3 to 5
         return loss
 
     def _find_network(self) -> bool:
@@ -205,7 +201,7 @@ class EquivalentClassOptimizer(Optimizer):
             session.renew()
             if not checkpoint.restore(session) or session.refresh_due:
                 session.refresh(session.network)
-        assert isinstance(session.stage, Idle)  # a refresh is due in all other stages
+        assert isinstance(session.stage, Idle | Running)  # in all other stages a refresh was due
         return session.stage
 
     # The refresh and the group ----------------------------------------------------------------------------------------

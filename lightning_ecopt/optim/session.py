@@ -3,11 +3,11 @@
 The life of an optimizer, stage by stage:
 
     Waiting --the group is found--> Ready --refresh--> Running --refresh--> Running ...
-                                      |                  or Idle, if no unit can be used
+                                      |                  or Idle, if the rule can use no unit
                                       +--a saved state--> Running
 
-Loading a state leads back to Ready, another group too; a group that is looked for again leaves the stage as it is until
-it is found.
+Loading a state leads back to Ready, and so does another group. While another group is looked for, the present one is
+used.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from torch.optim import SGD, Optimizer
 from lightning_ecopt.common.sharding import Ranks, local
 from lightning_ecopt.common.tensors import listing
 from lightning_ecopt.optim.bases import LINEAR, momentum_to_mean
-from lightning_ecopt.optim.binding import Binding, Network, Source, trainable_parameters
-from lightning_ecopt.optim.fused import FusedStep, WrappedStep
+from lightning_ecopt.optim.binding import Binding, Network, Source, trained_ids
 from lightning_ecopt.optim.options import Options
+from lightning_ecopt.optim.stepper import Stepper
 from lightning_ecopt.steps import RULES
 from lightning_ecopt.steps.rule import PathStatistics, Rule, Setting, UnitStatistics
 from lightning_ecopt.steps.state import StateEntries, StateEntry, entries_of, has_weight_averages
@@ -59,7 +59,7 @@ class Ready:
 
 @dataclass(frozen=True, eq=False)
 class Idle:
-    """There has been a refresh, and no unit can be used: the base steps in weight space.
+    """There has been a refresh, and the rule could use no unit: the base steps in weight space.
 
     Args:
         network: the group and the optimizer's part in it.
@@ -71,20 +71,20 @@ class Idle:
 
 
 @dataclass(frozen=True, eq=False)
-class Running(Idle):
+class Running:
     """There has been a refresh, and the base steps in the coordinates of a rule.
 
     Args:
         network: the group and the optimizer's part in it.
         active: units that were alive and exclusive at the refresh, ``bool[H]``.
         rule: says where the base takes its steps.
-        fused: takes steps in one pass, where it can.
-        wrapped: takes all others.
+        stepper: takes them.
     """
 
+    network: Network
+    active: Tensor
     rule: Rule
-    fused: FusedStep
-    wrapped: WrappedStep
+    stepper: Stepper
 
 
 Stage = Waiting | Ready | Idle | Running
@@ -135,7 +135,9 @@ class Session:
         """Take the group from another source. The present group, if there is one, is used until another is found."""
         self.binding.cancel()
         self.binding = Binding(self.base, source)
-        self.find_network()
+        found = self.binding.settle()
+        if found is not None:  # perhaps the present one, of which the caller knows that it is to be used anew
+            self.use(found)
 
     def find_network(self) -> bool:
         """Take over the group as soon as it has been found; returns whether one is known."""
@@ -155,12 +157,12 @@ class Session:
         network.check_state(saved, self.options)
         with torch.no_grad():
             self._leave_rule()
-        self.binding.trained = list(map(id, trainable_parameters(self.base)))
+        self.binding.trained = trained_ids(self.base)
         self.stage, self.refresh_due = Ready(network, saved), True
 
     def renew(self) -> None:
         """Look for the freedoms again if other parameters require a gradient now."""
-        trained = list(map(id, trainable_parameters(self.base)))
+        trained = trained_ids(self.base)
         if trained == self.binding.trained:
             return
         if self.binding.finds_again:
@@ -204,14 +206,14 @@ class Session:
         2. Balance; gradients and state are rescaled as if they had been those of the balanced weights.
         3. Begin with the rule: the path rule chooses its skeleton weights, the unit rule goes on.
         """
-        before = self._leave_rule()
-        weights = self.weights(network)
-        if len({w.device for w in weights.values()}) > 1:
+        self.refresh_due = True  # until all of it has succeeded
+        if len({w.device for w in self.weights(network).values()}) > 1:
             raise RuntimeError(
                 "The parameters are on several devices, and paths lead through all of them: put the module on one "
                 "device (data parallelism is supported), or train without the equivalent-class space."
             )
         alive = network.group.alive().cpu()
+        before = self._leave_rule()
         active, entries = alive & network.exclusive, self.entries(network)
         if self.options.representative == "balanced" and bool(active.any()):
             self._balance(network.group, active, entries)
@@ -243,17 +245,17 @@ class Session:
     def setting(self, network: Network, alive: Tensor) -> Setting:
         """What the rule is made of, with the units that are ``alive``, ``bool[H]``."""
         return Setting(
-            network.group,
-            self.weights(network),
-            {name: p.detach() for name, p in network.parameters.items()},
-            network.kernels,
-            alive,
-            network.exclusive,
-            isinstance(self.base, LINEAR),
-            lambda: self._mean_gradients(network),
-            self.options.skeleton,
-            self.options.free_start,
-            self.options.max_path_ratio,
+            group=network.group,
+            weights=self.weights(network),
+            parameters={name: p.detach() for name, p in network.parameters.items()},
+            kernels=network.kernels,
+            alive=alive,
+            exclusive=network.exclusive,
+            is_linear=isinstance(self.base, LINEAR),
+            means=lambda: self._mean_gradients(network),
+            skeleton=self.options.skeleton,
+            free_start=self.options.free_start,
+            max_path_ratio=self.options.max_path_ratio,
         )
 
     def _mean_gradients(self, network: Network) -> dict[str, Tensor]:
@@ -268,9 +270,8 @@ class Session:
 
     def running(self, network: Network, active: Tensor, rule: Rule) -> Running:
         """The stage in which the base steps in the coordinates of a rule."""
-        fused = FusedStep(self.base, rule, network.group.parameters, self.options.implementation != "wrapped")
-        wrapped = WrappedStep(self.base, rule, network.group.parameters)
-        return Running(network, active, rule, fused, wrapped)
+        may_fuse = self.options.implementation != "wrapped"
+        return Running(network, active, rule, Stepper(self.base, rule, network.group.parameters, may_fuse))
 
     def weight_averages(self, network: Network) -> StateEntries:
         """The entries if some of them average weights, as in few optimizers; else nothing, which costs nothing."""
@@ -281,13 +282,13 @@ class Session:
     def usable_units(self) -> Tensor:
         """Units whose freedom is used, ``bool[H]``."""
         stage, network = self.stage, self.network
-        active = stage.active if isinstance(stage, Idle) else network.group.alive().cpu() & network.exclusive
+        active = stage.active if isinstance(stage, Idle | Running) else network.group.alive().cpu() & network.exclusive
         return active & RULES[self.options.rule].usable_units(network.group)
 
     def statistics(self) -> PathStatistics | UnitStatistics | None:
         """Whether all is well; ``None`` before the first step."""
         stage = self.stage
-        if not isinstance(stage, Idle):
+        if not isinstance(stage, Idle | Running):
             return None
         dormant = int(stage.network.exclusive.sum()) - int(stage.active.sum())
         if isinstance(stage, Running):

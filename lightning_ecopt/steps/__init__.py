@@ -10,6 +10,6 @@ from lightning_ecopt.steps.rule import Rule
 from lightning_ecopt.steps.unit import UnitRule
 
 #: The rules by the names that options have. Nothing else in the package asks which rule it is.
-RULES: dict[str, type[Rule]] = {"unit": UnitRule, "path": PathRule}
+RULES: dict[str, type[Rule]] = {UnitRule.name: UnitRule, PathRule.name: PathRule}
 
 __all__ = ["RULES", "PathRule", "Rule", "UnitRule"]

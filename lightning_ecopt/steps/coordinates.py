@@ -1,19 +1,24 @@
 """Path coordinates: inverse chain rule and weight allocation.
 
-Every element that is not an incoming skeleton weight has one basis path: in along fixed skeleton weights, through the
-element, out along outgoing skeleton weights. Divided by a constant, its value is the coordinate that is optimised.
-With g = dL/dw, and beta_h the value of the path out of unit h relative to the start (1 for outputs):
+Each active unit h has a *fixed* skeleton weight, one element that leads into h and never moves, and an *outgoing* one,
+through which its paths leave. The outgoing skeleton weight of h is *free* unless it is also the fixed one of the unit
+into which it leads, the target of h. root(h) is the first unit on the way h, target of h, ... whose outgoing skeleton
+weight is free.
+
+Every element that is not a fixed skeleton weight has one basis path: in along fixed skeleton weights, through the
+element, out along outgoing skeleton weights. Divided by a constant, its value is the coordinate that is optimised. With
+g = dL/dw, and beta_h the value of the path out of unit h relative to the start (1 for outputs):
 
     ordinary element e into unit h:   v_e = w_e beta_h            dL/dv_e = g_e / beta_h
     r_h = sum of w_e g_e over all elements into h but its fixed skeleton weight
-    free skeleton weight f:           dL/dlog|v_f| = w_f g_f - sum of r_h over the h with root(h) = f
+    free skeleton weight f of unit u: dL/dlog|v_f| = w_f g_f - sum of r_h over the h with root(h) = u
     fixed skeleton weights:           none
 
-(The inverse chain rule of Meng et al., arXiv:1802.03713, for any network.) The coordinate of a free skeleton weight is
-v_f = c beta_h, where h is the unit that it leaves and c its value at the start. When the optimizer has moved v,
+(The inverse chain rule of Meng et al., arXiv:1802.03713, for any network.) The coordinate of the free skeleton weight
+of u is v_f = c beta_u, with c its value at the start. When the optimizer has moved v,
 
-    R_f = v_f' / v_f     R_h = R_root(h)     beta_h' = beta_h R_h
-    ordinary: w_e' = v_e' / beta_h'          free f into unit j:  w_f' = w_f R_f / R_j
+    R_u = v_f' / v_f at units with a free one     R_h = R_root(h)     beta_h' = beta_h R_h
+    ordinary: w_e' = v_e' / beta_h'               free f into unit j: w_f' = w_f R_u / R_j
 
 (weight allocation). Dictionaries of tensors have parameter names as keys. Vectors over units are ``[H]``, or
 ``[H + 1]`` where an entry is appended for what belongs to no unit: the index ``NO_UNIT``, which is -1, finds it.
@@ -97,7 +102,7 @@ class SkeletonElements:
         values = torch.cat([at_fixed, at_free])
         for name, (slots, at) in self.places.items():
             if name in tensors:
-                tensor = tensors[name]  # put_ counts as not deterministic
+                tensor = tensors[name]  # Tensor.put_ raises under torch.use_deterministic_algorithms
                 flat = tensor.is_contiguous()
                 whole, index = (tensor.view(-1), (at,)) if flat else (tensor, torch.unravel_index(at, tensor.shape))
                 whole[index] = values[slots].to(tensor.dtype)
@@ -175,7 +180,7 @@ class PathCoordinates:
         return torch.where(self._is_free, self.free_start * self.beta[:-1], 1.0)
 
     @property
-    def scale(self) -> Tensor:
+    def weight_scale(self) -> Tensor:
         """By what weights are divided to be coordinates, for each row ``[R]``."""
         return 1 / self.beta[self.rows.units]
 
@@ -195,7 +200,7 @@ class PathCoordinates:
     def transform_gradients_(self, gradients: Tensors, free: FreeWeights) -> Callable[[], None]:
         """Inverse chain rule: turn dL/dw into dL/dv in place; returns the way back."""
         before, beta = self.elements.read(gradients), self.beta.clone()
-        self.scale_(gradients, -1)
+        self.multiply_by_beta_(gradients, -1)
         self.elements.write_(gradients, self._none, free.gradient)
 
         def undo() -> None:
@@ -204,7 +209,7 @@ class PathCoordinates:
 
         return undo
 
-    def scale_(self, tensors: Tensors, power: int) -> None:
+    def multiply_by_beta_(self, tensors: Tensors, power: int) -> None:
         """Multiply every element into unit h by beta_h to the ``power``."""
         self._multiply_(tensors, self.beta**power)
 
@@ -225,18 +230,18 @@ class PathCoordinates:
         skeleton_weights = self.elements.read(weights)
         touched = self.scaled | self.elements.places.keys()
         kept = {name: weights[name].clone() for name in touched if updates_by_difference(weights[name])}
-        self.scale_(weights, 1)
+        self.multiply_by_beta_(weights, 1)
         self.elements.write_(weights, self._none, self.free_values)
         values = torch.where(self._is_free, self.elements.read(weights)[1], 1.0)
 
         def allocate_(max_ratio: float | None) -> Tensor:
             before = {name: weight.clone() for name, weight in kept.items()}
-            self.scale_(before, 1)
+            self.multiply_by_beta_(before, 1)
             moved = self.elements.read(weights)[1]
             ratio, write_skeleton_, guarded = self.allocate(values, moved, max_ratio, skeleton_weights)
             for name, value in before.items():
                 weights[name].sub_(value)
-            self.scale_(weights, -1)
+            self.multiply_by_beta_(weights, -1)
             self._multiply_(kept, 1 / ratio)
             for name, value in kept.items():
                 weights[name].add_(value)

@@ -34,8 +34,11 @@ class PathRule:
         kernels: make the passes over weights and gradients.
         skeleton: the skeleton weights, chosen at the representative.
         free_start: value at which the coordinates of free skeleton weights start.
-        max_ratio: the guard: no path changes by more than this factor in one step; ``None`` is the paper's rule.
+        max_ratio: the guard: the coordinate of a free skeleton weight changes by at most this factor in one step, and
+            never its sign; ``None`` is the paper's rule.
     """
+
+    name = "path"
 
     def __init__(
         self,
@@ -98,10 +101,10 @@ class PathRule:
         usable = setting.active & cls.usable_units(group)
         if not bool(usable.any()):
             return None
-        # Units without paths, and those of other optimizers, are held fixed, as the outputs are: paths may end there.
-        # Dormant units are not, for no path may lead through them.
-        open_ = setting.exclusive & cls.usable_units(group) | ~setting.alive
-        couplings = [coupling.restricted(open_) for coupling in group.couplings]
+        # A path ends at a unit that cannot be used (in a product, or another optimizer's) as at an output. It does not
+        # end at a dormant unit: zeros lead there, which are never skeleton weights.
+        ends_paths = setting.alive & ~usable
+        couplings = [coupling.restricted(~ends_paths) for coupling in group.couplings]
         skeleton = choose_skeleton(couplings, setting.weights, usable, setting.skeleton)
         rule = cls._make(setting, skeleton, setting.free_start)
         values = rule._coordinates.free_values
@@ -129,7 +132,7 @@ class PathRule:
 
     def reparametrization(self, weights: Tensors, gradients: Tensors, to_mean: Coefficient) -> Reparametrization:
         """Path coordinates: v = w beta and dL/dv = g / beta; free skeleton weights have their own."""
-        scale = self._coordinates.scale
+        scale = self._coordinates.weight_scale
         return Reparametrization(scale, scale, None, self._coordinates.free_weights(weights, gradients))
 
     def transform_gradients_(self, here: Reparametrization, gradients: Tensors) -> Callable[[], None]:
@@ -169,7 +172,7 @@ class PathRule:
             free.values, moved, self._max_ratio, free.skeleton_weights
         )
         self._guarded += guarded.sum()
-        to_weights = self._coordinates.scale
+        to_weights = self._coordinates.weight_scale
         # Weights without a gradient have coordinates that do not move; but their unit's beta may have.
         resting = {name: weights[name] for name in self._coordinates.scaled if name not in gradients}
         self.rows.apply_(self.kernels, "affine_", resting, times=to_weights / here.weight_scale)
@@ -199,7 +202,7 @@ class PathRule:
     def to_weight_entries_(self, entries: StateEntries, weights: Tensors) -> None:
         """Scale entries of coordinates to entries of weights; what belongs to skeleton weights starts anew."""
         for entry in entries.values():
-            self._coordinates.scale_(entry.tensors, entry.degree)
+            self._coordinates.multiply_by_beta_(entry.tensors, entry.degree)
             if entry.degree == WEIGHT_AVERAGE:
                 self._elements.write_(entry.tensors, *self._elements.read(weights))
             elif not entry.keep_on_restart:

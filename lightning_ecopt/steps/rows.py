@@ -20,8 +20,10 @@ from lightning_ecopt.symmetry.coupling import NO_UNIT, Coupling
 class Rows:
     """All rows of some couplings, and where their elements are.
 
-    A *row* is all the elements of one parameter that lead into one unit, or into one value that is held fixed: row k of
-    the weight of a linear layer, and one element of its bias. Vectors over the rows have length R.
+    A coupling says of a region of a parameter which units its elements lead into and out of: w_ij of a linear layer
+    becomes w_ij c_i / c_j when unit i is rescaled by c_i and unit j by c_j. A *row* is all the elements of one
+    parameter that lead into one unit, or into one value that is held fixed: row i of the weight of a linear layer, and
+    one element of its bias. Vectors over the rows have length R.
 
     Where a row is not one contiguous slice, as in a grouped transposed convolution, it has several *places*: entries of
     the vectors that broadcast to the elements. There are P of them; P = R nearly always.
@@ -35,7 +37,7 @@ class Rows:
         units: the unit that each row leads into, ``int32[R]``; ``NO_UNIT`` if it is held fixed.
         sizes: numbers of elements, ``[R]``, on all ranks.
         additive: whether a row is added to what the unit's weights give, ``bool[R]``.
-        single: whether a row has no direction of its own: it is one element, or added, ``bool[R]``.
+        single: whether a row has no direction: it is one element, or added to others' (a bias), ``bool[R]``.
         names: names of the N parameters that have rows.
         covered: names of the parameters all of whose elements belong to rows.
 

@@ -1,10 +1,13 @@
 """What a step rule is: in which coordinates the base optimizer takes its step.
 
 A rule turns a step of any optimizer into one in the equivalent-class space. It says where the base takes the step, at
-v = w / weight_scale, and which gradients it is shown there:
+v = w / weight_scale, and which gradients g_v it is shown there:
 
-    g_v = grad_scale g + grad_shift         before the step    (inverse chain rule, in the paper's words)
-    w'  = to_weights v'                     after the step     (weight allocation)
+    g_v = grad_scale g + grad_shift         before the step
+    w'  = to_weights v'                     after the step
+
+In the path rule these are the paper's inverse chain rule, g_v = dL/dv = g / beta, and its weight allocation. In the
+unit rule g_v is g, centred and clipped, and the step in v is scaled to the size of the row when it comes back to w.
 
 ``weight_scale``, ``grad_scale``, ``grad_shift`` and ``to_weights`` are vectors over rows, ``[R]``. A row is all the
 elements of one parameter that lead into one unit; see :class:`~lightning_ecopt.steps.rows.Rows`.
@@ -66,7 +69,7 @@ class Setting:
         parameters: those of the base optimizer by name, sharded if they are.
         kernels: make the passes over weights and gradients.
         alive: units on a path of non-zero elements, ``bool[H]``.
-        exclusive: units that scale parameters of this optimizer alone, ``bool[H]``.
+        exclusive: units that scale trainable parameters of this optimizer alone, ``bool[H]``.
         is_linear: whether the base's steps are linear in gradients (SGD), or of a size of their own (Adam).
         means: returns the means of gradients that the base's momentum holds, by parameter name.
         skeleton: how the path rule chooses skeleton weights.
@@ -97,8 +100,8 @@ class Reparametrization:
     """Coordinates ``v = w / weight_scale`` for one step, and gradients ``grad_scale * g + grad_shift`` in them.
 
     Args:
-        weight_scale: positive, ``[R]``.
-        grad_scale: positive, ``[R]``.
+        weight_scale: ``[R]``, not zero.
+        grad_scale: ``[R]``, not zero.
         grad_shift: ``[R]``; ``None`` stands for zero.
         free: the free skeleton weights of the path rule, whose coordinates are not ``w / weight_scale``.
     """
@@ -137,10 +140,12 @@ class Rule(Protocol):
     coefficients of :meth:`reparametrization` and :meth:`allocate`.
 
     Attributes:
+        name: of the option that chooses the rule, which checkpoints have, too.
         rows: the rows that the rule's vectors run over.
         kernels: make the passes over weights and gradients.
     """
 
+    name: str
     rows: Rows
     kernels: Kernels
 
@@ -184,7 +189,7 @@ class Rule(Protocol):
         """The rule that :meth:`state_dict` saved; the state has been checked."""
 
     def reparametrization(self, weights: Tensors, gradients: Tensors, to_mean: Coefficient) -> Reparametrization:
-        """Where the base optimizer takes its next step; changes nothing.
+        """Where the base optimizer takes its next step; changes no weight, no gradient and no state.
 
         Args:
             weights: by parameter name.

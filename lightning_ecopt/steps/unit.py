@@ -1,31 +1,35 @@
 """The unit rule: steps relative to the unit that takes them.
 
-At the balanced member of the class, a *row* h is all the elements of one parameter that lead into one unit, or into one
-value that is held fixed. With n the elements of the row, w their weights and g their gradients:
+At the balanced member of the class, the one of least sum of squares, a *row* k is all the elements of one parameter
+that lead into one unit, or into one value that is held fixed. With w its weights and g their gradients:
 
-    rho_h = sqrt(mean of w**2)                 magnitude of the row, at the start of training
-    g     = g - 0.9 mean(g)                    centred
-    v_h   = running mean of mean(g**2)         over about 100 steps
-    g     = g * min(1, sqrt(v_h / mean(g**2))) clipped
-    w     = w + s_h * (step of the base)
+    rho_k = sqrt(mean(w**2))                    magnitude of the row, measured at the first refresh and kept
+    c     = g - 0.9 mean(g)                     centred gradient
+    q_k   = running mean of mean(c**2)          over about 100 steps, this one included
+    g_v   = c min(1, sqrt(q_k / mean(c**2)))    clipped: the gradient that the base optimizer is shown
+    w'    = w + s_k (step of the base)
 
-    SGD, ASGD:  s_h = (1 - momentum) rho_h / sqrt(v_h)       lr is the relative length of a step
-    all others: s_h = rho_h / rho                            lr keeps its meaning; rho is the magnitude of all rows
+    SGD, ASGD:  s_k = (1 - momentum) rho_k / sqrt(q_k)       lr is the relative length of a step
+    all others: s_k = rho_k / rho                            lr keeps its meaning; rho is the magnitude of all rows
 
 The step depends on the class alone, because the balanced member does and all of the above are functions of weights and
 gradients there. Nero (Liu et al., "Learning by Turning", arXiv:2102.07227) takes the same relative step, and projects
-each row to a fixed norm. Here rho_h keeps its value of the start, which fixes the lengths of steps as well.
+each row to a fixed norm. Here rho_k keeps its value of the start, which fixes the lengths of steps as well.
 
-Why gradients are centred: the gradient of row h is the sum over the data of delta_h a, where a are the values that the
+Why gradients are centred: the gradient of row k is the sum over the data of delta_k a, where a are the values that the
 row reads. Behind a ReLU a is positive. Then one eigenvalue of the row's metric E[a a^T] is far above the others; it
 belongs to the mean of a, and at the balanced member the mean is close to the direction of equal entries. Dividing the
 gradient's component in this direction by 10 is a natural gradient for that rank-one part, for the price of one mean per
 row. Taking the component out altogether is gradient centralization (Yong et al., arXiv:2004.01461).
 
-Single elements (gains, biases) have no direction. Their rho_h is a tenth of their own magnitude; for biases, which are
-added to a unit, a tenth of the norm of the weights into that unit. Each rho_h is at least a tenth of the mean.
-Gradients that are below 1e-5 of the root mean square of all rows, relative to rho_h, are taken for rounding, as those
-of a bias before a batch norm, and do not make full steps. Weight decay is lr * weight_decay * w, without s_h.
+Gains and biases are *single*: they have no direction, and are not centred. Their rho_k is a tenth of their own
+magnitude; for biases, which are added to a unit, a tenth of the norm of the weights into that unit. A row of several
+elements has at least a tenth of rho, a single one at least a hundredth of the root mean square norm of the rows. A
+row of zeros counts as an average one.
+
+With SGD and ASGD sqrt(q_k) counts as at least 1e-5 of the root mean square of rho_k sqrt(q_k) over all rows, divided by
+rho_k. So a gradient that is rounding, as a bias before a batch norm has, does not make a full step. Weight decay is
+lr * weight_decay * w, without s_k, where it is decoupled or the base is SGD without momentum.
 """
 
 from __future__ import annotations
@@ -47,7 +51,7 @@ from lightning_ecopt.symmetry import Coupling, ScalingGroup
 
 CENTRING = 0.9  # share of the mean that is taken out of the gradients of a row
 MEMORY = 0.99  # of the running second moments
-SINGLE = 0.1  # share of a full step that rows of one element take
+SINGLE = 0.1  # share of a full step that single rows take
 FLOOR = 0.1  # smallest magnitude of a row, relative to the mean of all
 FAINT = 1e-5  # relative size of gradients that are rounding
 SAVED = ("rho", "reference", "second", "weight")  # attributes in a checkpoint
@@ -74,34 +78,34 @@ def _look_at_gradients(
     Args:
         sums: of the gradients in each row.
         squares: sums of squares of the gradients in each row.
-        second: running second moment times ``weight``.
+        second: running mean of mean(c**2) times ``weight``, so that q_k is ``second / weight``.
         weight: sum of the weights in the running mean, which tends to 1.
-        size: number of elements of each row, n.
+        size: number of elements of each row.
         single: rows that are not centred.
         present: rows that have a gradient; ``None`` if all have one.
-        rho: magnitudes of the rows; ``None`` if steps are not relative to gradients.
+        rho: rho_k; ``None`` if steps are not relative to gradients.
         tiny: root mean squares of gradients below count as this.
 
     Returns:
-        The new ``second`` and ``weight``; ``grad_scale`` and ``grad_shift``; ``rho_h / sqrt(v_h)``, or ``None`` without
+        The new ``second`` and ``weight``; ``grad_scale`` and ``grad_shift``; ``rho_k / sqrt(q_k)``, or ``None`` without
         ``rho``; and how many rows were clipped.
     """
     mean = sums / size
-    centring = CENTRING * (~single).to(size)
-    # Of centred gradients, without another pass:  mean (g - c m)^2 = mean g^2 - m^2 (1 - (1 - c)^2)
-    own = (squares / size - mean.square() * (centring * (2 - centring))).clamp(min=0)
-    own = own.nan_to_num(-1, -1)  # a gradient that is not finite leaves the running mean as it is
-    known = own >= 0 if present is None else (own >= 0) & present
-    second = second.lerp(torch.where(known, own, second), 1 - MEMORY)
+    share = CENTRING * (~single).to(size)  # of the mean that is taken out: c = g - share mean(g)
+    # Without another pass over the gradients:  mean(c**2) = mean(g**2) - mean(g)**2 (1 - (1 - share)**2)
+    centred_square = (squares / size - mean.square() * (share * (2 - share))).clamp(min=0)
+    centred_square = centred_square.nan_to_num(-1, -1)  # a gradient that is not finite leaves q_k as it is
+    known = centred_square >= 0 if present is None else (centred_square >= 0) & present
+    second = second.lerp(torch.where(known, centred_square, second), 1 - MEMORY)
     weight = torch.addcmul(weight, 1 - weight, known.to(size), value=1 - MEMORY)
-    limit = second / weight.clamp(min=1 - MEMORY)  # v_h
+    q = second / weight.clamp(min=1 - MEMORY)
     slack = 1 + 8 * torch.finfo(size.dtype).eps  # the first gradient equals its own mean, but for rounding
-    is_clipped = own > slack * limit
-    grad_scale = torch.where(is_clipped, (limit / own).sqrt(), 1.0)
-    grad_shift = (mean * centring).nan_to_num(0, 0, 0) * -grad_scale
+    is_clipped = centred_square > slack * q
+    grad_scale = torch.where(is_clipped, (q / centred_square).sqrt(), 1.0)
+    grad_shift = (mean * share).nan_to_num(0, 0, 0) * -grad_scale
     relative = None
     if rho is not None:
-        deviation = limit.sqrt()
+        deviation = q.sqrt()
         faint = FAINT * (rho * deviation).square().mean().sqrt() / rho
         relative = rho / torch.maximum(deviation, faint).clamp(min=tiny)
     return second, weight, grad_scale, grad_shift, relative, is_clipped.sum()
@@ -110,8 +114,8 @@ def _look_at_gradients(
 class UnitRule:
     """Scales each row's step of a base optimizer to the magnitude of the row.
 
-    The magnitudes rho are those of the start. Were they taken anew at each refresh, norms and steps would drive each
-    other up, exponentially in the number of epochs.
+    The magnitudes rho_k are measured when the rule is made, and a refresh keeps the rule. Were they taken anew at each
+    refresh, norms and steps would drive each other up, exponentially in the number of epochs.
 
     Args:
         couplings: of the scaling group; rows of parameters that are not among ``parameters`` are left out.
@@ -131,7 +135,7 @@ class UnitRule:
         means: Tensors | None = None,
     ) -> None:
         narrowest = min((p.dtype for p in parameters.values()), key=lambda kind: torch.finfo(kind).bits)
-        # s_h and what is divided by it stay within the range of the weights' type.
+        # s_k, and a weight divided by it, stay within the range of the weights' type.
         self._tiny = torch.finfo(narrowest).tiny ** 0.75
         self._is_linear = is_linear
         self.kernels = kernels
@@ -145,6 +149,8 @@ class UnitRule:
         self._next = (self._second, self._weight, self._clipped)  # taken over when the step succeeds
         weights = {name: local(parameter) for name, parameter in parameters.items()}
         self._rho, self._reference = self._magnitudes(self._sums_and_squares(weights)[1])
+
+    name = "unit"
 
     @staticmethod
     def usable_units(group: ScalingGroup) -> Tensor:
@@ -179,7 +185,7 @@ class UnitRule:
         """The rule that was used so far, which keeps the magnitudes of the start; or a new one."""
         if setting.group.num_units == 0:
             return None
-        return before or cls._make(setting)
+        return before if isinstance(before, cls) else cls._make(setting)
 
     @classmethod
     def resume(cls, setting: Setting, state: Mapping[str, Any], entries: StateEntries) -> UnitRule:
@@ -199,7 +205,7 @@ class UnitRule:
         return self.rows.reduced(self.kernels, "sums_and_squares", tensors)
 
     def _magnitudes(self, squares: Tensor) -> tuple[Tensor, Tensor]:
-        """rho_h of all rows ``[R]``, and rho, the root mean square of all elements, a scalar.
+        """rho_k ``[R]``, and rho, the root mean square of all elements of rows that are not single, a scalar.
 
         Args:
             squares: sums of squares of the weights of each row, ``[R]``.
@@ -218,7 +224,7 @@ class UnitRule:
         return torch.where(rows.single, SINGLE * _at_least_a_share(single, mean_norm), of_rows), rho
 
     def reparametrization(self, weights: Tensors, gradients: Tensors, to_mean: Coefficient) -> Reparametrization:
-        """The base steps at w / s_h, and its steps there become steps of w times s_h."""
+        """The base steps at v = w / s_k, so that its step in v is s_k times as long in w."""
         self._moving = set(gradients)
         present = self.rows.present(gradients)
         if present is not None:
@@ -243,7 +249,7 @@ class UnitRule:
     def to_coordinates_(
         self, here: Reparametrization, weights: Tensors, entries: StateEntries
     ) -> Callable[[StateEntries], None]:
-        """Divide weights that have gradients, and averages of them, by s_h; returns the way back."""
+        """Divide weights that have gradients, and averages of them, by s_k; returns the way back."""
 
         def scale_(tensors: Tensors, factors: Tensor) -> None:
             moving = {name: local(tensor) for name, tensor in tensors.items() if name in self._moving}
@@ -273,7 +279,7 @@ class UnitRule:
         entries: Sequence[Tensors],
         advance: Advance,
     ) -> Allocation:
-        """Coordinates are multiplied by the s_h by which weights were divided."""
+        """Coordinates are multiplied by the s_k by which weights were divided."""
         return Allocation()
 
     def average_in_coordinates_(self, weights: Tensors) -> Callable[[], object]:

@@ -42,7 +42,7 @@ def scaling_group(
 
     Args:
         module: any module; the outputs of its call are what must not change.
-        *args: inputs of the call; their values do not matter.
+        *args: inputs of the call. Their values matter only in a real call, whose control flow they may decide.
         parameters: the parameters that may be rescaled, usually the optimizer's. By default all that require a
             gradient. All others are held fixed.
         **kwargs: further inputs of the call.

@@ -6,9 +6,9 @@ PyTorch hands each ATen operation of the call to :meth:`TraceMode.__torch_dispat
     y = relu(h)
 
 the rule for ``linear`` gives ``h`` one new scale per channel, and notes that ``weight`` scales by label(h) / label(x);
-the rule for ``relu`` gives ``y`` the label of ``h``. An operation without a rule has all its inputs and outputs held
-fixed. Labels belong to memory, not to Python objects: a view, a detached copy or the result of an in-place operation
-is found again whatever object stands for it.
+the rule for ``relu`` gives ``y`` the label of ``h``. An operation without a rule is replaced by its parts, or, if torch
+knows none, has all its inputs and outputs held fixed. Labels belong to memory, not to Python objects: a view, a detached
+copy or the result of an in-place operation is found again whatever object stands for it.
 """
 
 from __future__ import annotations
@@ -87,17 +87,19 @@ class TraceMode(TorchDispatchMode):
         if name.startswith("prim::"):  # a question about a tensor, such as its device
             return func(*args, **kwargs)
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        understood = all(map(is_ordinary, tensors))
+        are_plain = all(map(is_ordinary, tensors))  # labels belong to memory, which others may not have
 
         # 1. Find the rule. An operation that has none is replaced by its parts, if torch can name them.
         rule = RULES.get(name)
-        if rule is None and understood and isinstance(func, torch._ops.OpOverload):
+        if rule is None and are_plain and isinstance(func, torch._ops.OpOverload):
             with self:
                 output = func.decompose(*args, **kwargs)
             if output is not NotImplemented:
                 return output
         if name == "lift_fresh" and self.is_fake and not tensors[0].untyped_storage().resizable():
-            raise RuntimeError("A fake tensor shares no memory with NumPy.")  # the module is called with real ones then
+            # The module may read the values through NumPy later, which a fake tensor cannot show. After this error
+            # `scaling_group` calls the module with real tensors.
+            raise RuntimeError("A fake tensor shares no memory with NumPy.")
 
         # 2. Read the labels and shapes of the inputs, which the operation may change.
         operation = self._operation(name)
@@ -112,9 +114,9 @@ class TraceMode(TorchDispatchMode):
         with self._taking_down(operation):
             arguments = named_arguments(func, args, kwargs)
             constants = {}
-            if understood and arguments is not None:
+            if are_plain and arguments is not None:
                 constants = self.constants.follow(func, args, kwargs, output)
-            if understood and arguments is not None and rule is not None:
+            if are_plain and arguments is not None and rule is not None:
                 call = Call(self.equations, arguments, labels, shapes, output, constants)
                 if self._apply(rule, func, call):
                     return output
@@ -173,7 +175,7 @@ class TraceMode(TorchDispatchMode):
         written = written_to(func)
         if torch.Tag.inplace_view in func.tags or len(written) != len(outputs):  # a list of views is one output
             written = [None] * len(outputs)
-        always_empty = all(prod(shape) for shape in call.shapes.values())
+        always_empty = all(prod(shape) for shape in call.shapes.values())  # if an output is, though no input is empty
         for tensor, label, name in zip(outputs, labels, written, strict=True):
             if not isinstance(tensor, Tensor) or label is None:
                 continue

@@ -44,7 +44,7 @@ def test_the_weight_space_momentum_of_ordinary_elements_is_the_pullback_along_th
     v = explicit.paths(leaves)
     pulled_back = torch.autograd.grad(list(v.values()), list(leaves.values()), [in_paths[key] for key in v])
     expected = dict(zip(leaves, pulled_back, strict=True))
-    at.coordinates.scale_(in_paths, 1)
+    at.coordinates.multiply_by_beta_(in_paths, 1)
     at.coordinates.restart_skeleton_(in_paths)
     at.coordinates.restart_skeleton_(expected)
     for key, value in in_paths.items():

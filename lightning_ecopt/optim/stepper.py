@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,40 @@ from lightning_ecopt.kernels import Coefficient, EagerKernels
 from lightning_ecopt.optim.bases import BASES, Base, Value, momentum_to_mean
 from lightning_ecopt.steps.rule import Reparametrization, Rule
 from lightning_ecopt.steps.state import StateEntries
+
+
+class Stepper:
+    """Takes the base optimizer's steps in the coordinates of a rule, fused in one pass where it can.
+
+    Args:
+        base: the optimizer.
+        rule: says where the base takes its steps.
+        parameters: of the scaling group, by name.
+        may_fuse: whether a step may be fused at all.
+    """
+
+    def __init__(
+        self, base: Optimizer, rule: Rule, parameters: Mapping[str, nn.Parameter], may_fuse: bool = True
+    ) -> None:
+        self._rule = rule
+        self._fused = FusedStep(base, rule, parameters, may_fuse)
+        self._wrapped = WrappedStep(base, rule, parameters)
+
+    def take(self, weights: Tensors, gradients: Tensors, weight_averages: Callable[[], StateEntries]) -> None:
+        """Take one step: w and g to coordinates, the base's step, and back to weights.
+
+        Args:
+            weights: of the scaling group, by parameter name.
+            gradients: by parameter name; parameters without a dense gradient are missing.
+            weight_averages: returns the entries of the base's state that average weights; a first step makes some.
+        """
+        here = self._rule.reparametrization(weights, gradients, self._fused.to_mean)
+        entries = self._fused.entries(gradients)
+        if entries is None:
+            self._wrapped.take(here, weights, gradients, weight_averages)
+        else:
+            self._fused.take(here, weights, gradients, entries)
+        self._rule.commit()
 
 
 class WrappedStep:
@@ -37,22 +71,13 @@ class WrappedStep:
         gradients: Tensors,
         weight_averages: Callable[[], StateEntries],
     ) -> None:
-        """Take one step.
-
-        Args:
-            here: the coordinates.
-            weights: of the scaling group, by parameter name.
-            gradients: by parameter name; parameters without a dense gradient are missing.
-            weight_averages: returns the entries of the base's state that average weights; a first step makes some.
-        """
-        with self._writable(gradients) as shown:
-            undo = self._rule.transform_gradients_(here, shown)
+        """Take one step in the coordinates ``here``; the other arguments are those of :meth:`Stepper.take`."""
+        # Also if the step fails, no weight and no gradient may stay in coordinates.
+        with self._writable(gradients) as shown, ExitStack() as ways_back:
+            ways_back.callback(self._rule.transform_gradients_(here, shown))
             to_weights_ = self._rule.to_coordinates_(here, weights, weight_averages())
-            try:
-                self._base.step()
-            finally:  # also if the step fails: no weight may stay in coordinates
-                to_weights_(weight_averages())
-                undo()
+            ways_back.callback(lambda: to_weights_(weight_averages()))
+            self._base.step()
 
     @contextmanager
     def _writable(self, gradients: Tensors) -> Iterator[Tensors]:
@@ -87,12 +112,12 @@ class FusedStep:
         base: the optimizer.
         rule: says where the base takes its steps.
         parameters: of the scaling group, by name.
-        enabled: whether a step may be fused at all.
+        may_fuse: whether a step may be fused at all.
     """
 
-    def __init__(self, base: Optimizer, rule: Rule, parameters: Tensors, enabled: bool = True) -> None:
+    def __init__(self, base: Optimizer, rule: Rule, parameters: Tensors, may_fuse: bool) -> None:
         self._optimizer, self._rule, self._parameters = base, rule, parameters
-        self._base: Base | None = BASES.get(type(base)) if enabled else None
+        self._base: Base | None = BASES.get(type(base)) if may_fuse else None
         number = {id(p): k for k, options in enumerate(base.param_groups) for p in options["params"]}
         self._able = {name for name in rule.rows.covered if not updates_by_difference(parameters[name])}
         self._group_of = [number.get(id(parameters[name]), 0) for name in rule.rows.names]
@@ -110,7 +135,7 @@ class FusedStep:
         that the scaling group does not know, and for weights of 16 bits.
         """
         groups = self._optimizer.param_groups
-        names = None if self._base is None else self._base.entries(groups)
+        names = None if self._base is None else self._base.entry_names(groups)
         with_gradient = sum(p.grad is not None for options in groups for p in options["params"])
         if names is None or with_gradient > len(gradients):
             return None
@@ -157,7 +182,7 @@ class FusedStep:
         state = [*entries, *[None] * (base.num_entries - len(entries))]
         rows.apply_(rule.kernels, base.kernel, moving, gradients, *state, **coefficients)
         back.finish_()
-        self._optimizer._opt_called = True  # type: ignore[attr-defined]  # learning rate schedulers ask the base
+        self._optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers look for it; the base's step sets it
 
     def _rates(self, base: Base, gradients: Tensors) -> dict[str, Value]:
         """The options of all parameters, as this step takes them."""
