@@ -94,18 +94,18 @@ class Rows:
         """
         if len(self._counted) < len(self.names):  # one rank counts what every rank holds all of
             tensors = tuple({name: tensor for name, tensor in of.items() if name in self._counted} for of in tensors)
-        here = self._blocks.here(tensors, self._all_names)
+        complete = self._blocks.complete(tensors, self._all_names)
         shape = (2 if name == "sums_and_squares" else 1, sum(self._blocks.num_places))
-        if all(here) and any(here):
-            lists, shapes = self._blocks.views(here, tensors)
+        if all(complete) and any(complete):
+            lists, shapes = self._blocks.views(complete, tensors)
             found: Tensor = getattr(kernels, name)(*lists, shapes, self.dtype)
         else:
             found = torch.zeros(shape, dtype=self.dtype, device=self.sizes.device)
-        if any(here) and not all(here):
-            lists, shapes = self._blocks.views(here, tensors)
+        if any(complete) and not all(complete):
+            lists, shapes = self._blocks.views(complete, tensors)
             some = getattr(kernels.partial, name)(*lists, shapes, self.dtype)
-            targets = compress(found.split(self._blocks.num_places, 1), here)
-            sources = some.split(list(compress(self._blocks.num_places, here)), 1)
+            targets = compress(found.split(self._blocks.num_places, 1), complete)
+            sources = some.split(list(compress(self._blocks.num_places, complete)), 1)
             for target, source in zip(targets, sources, strict=True):
                 target.copy_(source)
         return self._ranks.sum_(self._blocks.to_rows(found))
@@ -119,19 +119,19 @@ class Rows:
             *tensors: by parameter name; ``None`` is handed on.
             **vectors: coefficients: over the rows, ``[R]``, or numbers; ``None`` is left out.
         """
-        here = self._blocks.here([of for of in tensors if of is not None], self._all_names)
-        if not any(here):
+        complete = self._blocks.complete([of for of in tensors if of is not None], self._all_names)
+        if not any(complete):
             return
-        lists, shapes = self._blocks.views(here, tensors)
+        lists, shapes = self._blocks.views(complete, tensors)
         given = {}
         for key, value in vectors.items():
             if isinstance(value, Tensor) and value.ndim == 1:
                 value = self._blocks.to_places(value)
-                if not all(here):
-                    value = torch.cat(list(compress(value.split(self._blocks.num_places), here)))
+                if not all(complete):
+                    value = torch.cat(list(compress(value.split(self._blocks.num_places), complete)))
             if value is not None:
                 given[key] = value
-        getattr(kernels if all(here) else kernels.partial, name)(*lists, shapes=shapes, **given)
+        getattr(kernels if all(complete) else kernels.partial, name)(*lists, shapes=shapes, **given)
 
 
 def _cat(parts: Sequence[Tensor], device: torch.device) -> Tensor:
@@ -229,9 +229,9 @@ class _Blocks:
         pieces: dict[str, list[tuple[tuple[slice, ...], Tensor]]] = {part.coupling.parameter: [] for part in parts}
         first = 0
         for part in parts:
-            here = Part.of(part.coupling.region, parameters[part.coupling.parameter])
-            if here is not None:
-                pieces[part.coupling.parameter].append((here.region, first + here.cut(part.row)))
+            local_part = Part.of(part.coupling.region, parameters[part.coupling.parameter])
+            if local_part is not None:
+                pieces[part.coupling.parameter].append((local_part.region, first + local_part.cut(part.row)))
             first += len(part.units)
         found = []
         for name, own in pieces.items():
@@ -248,15 +248,17 @@ class _Blocks:
             None if in_order else SegmentSum(row, first),
         )
 
-    def here(self, tensors: Sequence[Tensors], names: frozenset[str]) -> list[bool]:
-        """Which boxes have all tensors; ``names`` are those of all boxes."""
+    def complete(self, tensors: Sequence[Tensors], names: frozenset[str]) -> list[bool]:
+        """Which boxes have all tensors; ``names`` are the parameters of all boxes."""
         if all(of.keys() >= names for of in tensors):
             return [True] * len(self.boxes)
         return [all(box.parameter in of for of in tensors) for box in self.boxes]
 
-    def views(self, here: list[bool], tensors: Sequence[Tensors | None]) -> tuple[list[list[Tensor] | None], Shapes]:
+    def views(
+        self, complete: list[bool], tensors: Sequence[Tensors | None]
+    ) -> tuple[list[list[Tensor] | None], Shapes]:
         """The boxes in each of the tensors, and the shapes of their places."""
-        boxes = list(compress(self.boxes, here))
+        boxes = list(compress(self.boxes, complete))
         lists = [None if of is None else [box.view(of[box.parameter]) for box in boxes] for of in tensors]
         return lists, [box.shape for box in boxes]
 

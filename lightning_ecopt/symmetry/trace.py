@@ -92,6 +92,7 @@ def scaling_group(
 
 def select_parameters(module: nn.Module, parameters: Iterable[Tensor] | None) -> dict[str, nn.Parameter]:
     """The parameters of ``module`` that may be rescaled, by name and in the module's order."""
+    # After a forward pass FSDP may have left whole parameters in place of the sharded ones, which optimizers hold.
     release(gathering_modules(module))
     own = dict(module.named_parameters())
     if parameters is not None:

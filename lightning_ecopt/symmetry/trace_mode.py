@@ -7,8 +7,8 @@ PyTorch hands each ATen operation of the call to :meth:`TraceMode.__torch_dispat
 
 the rule for ``linear`` gives ``h`` one new scale per channel, and notes that ``weight`` scales by label(h) / label(x);
 the rule for ``relu`` gives ``y`` the label of ``h``. An operation without a rule is replaced by its parts, or, if torch
-knows none, has all its inputs and outputs held fixed. Labels belong to memory, not to Python objects: a view, a detached
-copy or the result of an in-place operation is found again whatever object stands for it.
+knows none, has all its inputs and outputs held fixed. Labels belong to memory, not to Python objects: a view, a
+detached copy or the result of an in-place operation is found again whatever object stands for it.
 """
 
 from __future__ import annotations
