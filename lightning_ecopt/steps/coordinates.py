@@ -165,12 +165,13 @@ class PathCoordinates:
         self._root = padded(skeleton.root, NO_UNIT).to(device)
         self._target = skeleton.target.to(device)
         self.rows = Rows([coupling.restricted(skeleton.active) for coupling in couplings], parameters)
+        self._units = self.rows.units()
         self.beta = torch.ones(skeleton.num_units + 1, dtype=self.rows.dtype, device=device)
         self.elements = SkeletonElements(couplings, parameters, skeleton, self.rows.dtype)
         self._none = torch.zeros_like(self.beta[:-1])
         into_units = {c.parameter for c in couplings if bool((c.restricted(skeleton.active).incoming != NO_UNIT).any())}
         self.scaled = into_units.intersection(self.rows.names)
-        slots = torch.cat([self._root[self.rows.units], self._root[:-1]])
+        slots = torch.cat([self._root[self._units], self._root[:-1]])
         # NO_UNIT becomes H, past the last unit, which SegmentSum leaves out.
         self._to_roots = SegmentSum(slots % len(self.beta), skeleton.num_units)
 
@@ -182,7 +183,7 @@ class PathCoordinates:
     @property
     def weight_scale(self) -> Tensor:
         """By what weights are divided to be coordinates, for each row ``[R]``."""
-        return 1 / self.beta[self.rows.units]
+        return 1 / self.beta[self._units]
 
     def free_weights(self, weights: Tensors, gradients: Tensors) -> FreeWeights:
         """The free skeleton weights with their path gradients.
@@ -215,7 +216,7 @@ class PathCoordinates:
 
     def _multiply_(self, tensors: Tensors, factors: Tensor) -> None:
         own = {name: tensor for name, tensor in tensors.items() if name in self.scaled}
-        self.rows.apply_(self.kernels, "affine_", own, times=factors[self.rows.units])
+        self.rows.apply_(self.kernels, "affine_", own, times=factors[self._units])
 
     def to_coordinates_(self, weights: Tensors) -> Callable[[float | None], Tensor]:
         """Turn the weights into path coordinates in place.

@@ -34,9 +34,7 @@ class Rows:
 
     Attributes:
         dtype: of vectors over the rows.
-        units: the unit that each row leads into, ``int32[R]``; ``NO_UNIT`` if it is held fixed.
         sizes: numbers of elements, ``[R]``, on all ranks.
-        additive: whether a row is added to what the unit's weights give, ``bool[R]``.
         single: whether a row has no direction: it is one element, or added to others' (a bias), ``bool[R]``.
         names: names of the N parameters that have rows.
         covered: names of the parameters all of whose elements belong to rows.
@@ -52,24 +50,31 @@ class Rows:
         device = local(next(iter(parameters.values()))).device
         widest = max((p.dtype for p in parameters.values()), key=lambda kind: torch.finfo(kind).bits)
         self.dtype = torch.promote_types(torch.float32, widest)
-        parts = _parts(couplings, parameters)
+        self._couplings, self._order = couplings, list(parameters)
+        parts = _parts(couplings, self._order)
         self.names = list(dict.fromkeys(part.coupling.parameter for part in parts))
         self._all_names = frozenset(self.names)
         self._counted = {name for name in self.names if self._ranks.counts(parameters[name])}
 
-        self.units = _cat([part.units.clamp(min=NO_UNIT) for part in parts], device).to(torch.int32)
         self.sizes = _cat([part.sizes for part in parts], device).to(self.dtype)
-        flags = [
-            torch.tensor([[part.coupling.additive], [part.is_single]]).expand(2, len(part.units)) for part in parts
-        ]
-        self.additive, self.single = torch.cat([torch.zeros(2, 0, dtype=torch.bool), *flags], 1).to(device)
-        owners = [torch.full_like(part.units, self.names.index(part.coupling.parameter)) for part in parts]
-        self._owners = _cat(owners, device).to(torch.int32)
+        self.single = _cat([part.filled(part.is_single) for part in parts], device).to(torch.bool)
+        self._owners = _cat([torch.tensor([self.names.index(part.coupling.parameter)]) for part in parts], device)
+        self._lengths = _cat([torch.tensor([len(part.units)]) for part in parts], device)
         self._blocks = _Blocks.of(parts, parameters, device)
         self.covered = _covered(self.names, self._blocks.boxes, parameters)
 
     def __len__(self) -> int:
         return len(self.sizes)
+
+    def units(self) -> Tensor:
+        """The unit that each row leads into, ``int32[R]``; ``NO_UNIT`` if it is held fixed. Found anew at each call."""
+        parts = _parts(self._couplings, self._order)
+        return _cat([part.units.clamp(min=NO_UNIT) for part in parts], self.sizes.device).to(torch.int32)
+
+    def additive(self) -> Tensor:
+        """Whether a row is added to what the unit's weights give, ``bool[R]``. Found anew at each call."""
+        parts = _parts(self._couplings, self._order)
+        return _cat([part.filled(part.coupling.additive) for part in parts], self.sizes.device).to(torch.bool)
 
     def present(self, tensors: Tensors) -> Tensor | None:
         """Which parameters have a tensor, ``bool[N]``; ``None`` if all have one."""
@@ -79,7 +84,7 @@ class Rows:
 
     def spread(self, values: Tensor) -> Tensor:
         """What each parameter has, ``[N]``, for each of its rows: ``[R]``."""
-        return values[self._owners]
+        return values[self._owners].repeat_interleave(self._lengths, output_size=len(self))
 
     def reduced(self, kernels: Kernels, name: str, *tensors: Tensors) -> Tensor:
         """Sums over rows; zero where a tensor is missing.
@@ -170,16 +175,19 @@ class _Part:
             met, row, times = units, torch.arange(len(units)), torch.ones_like(units)
         return cls(coupling, met, row.view(places), times * (prod(shape) // max(len(units), 1)))
 
+    def filled(self, value: bool) -> Tensor:
+        """The same for all rows, ``int64[r]``."""
+        return torch.full_like(self.units, int(value))
+
     @property
     def is_single(self) -> bool:
         """Whether the rows have no direction: they are added, or have one element each."""
         return self.coupling.additive or bool((self.sizes == 1).all())
 
 
-def _parts(couplings: Sequence[Coupling], parameters: Tensors) -> list[_Part]:
-    """The rows of all couplings; first those with one element at each place, which together are but a vector."""
-    found = [_Part.of(coupling) for coupling in couplings if coupling.parameter in parameters]
-    names = list(parameters)
+def _parts(couplings: Sequence[Coupling], names: list[str]) -> list[_Part]:
+    """The rows of the named parameters; first those with one element at each place, together no more than a vector."""
+    found = [_Part.of(coupling) for coupling in couplings if coupling.parameter in names]
 
     def order(part: _Part) -> tuple[bool, int, int]:
         region = part.coupling.region

@@ -48,6 +48,7 @@ from lightning_ecopt.steps.rows import Rows
 from lightning_ecopt.steps.rule import Advance, Allocation, Reparametrization, Rule, Setting, UnitStatistics
 from lightning_ecopt.steps.state import StateEntries, weight_averages
 from lightning_ecopt.symmetry import Coupling, ScalingGroup
+from lightning_ecopt.symmetry.coupling import NO_UNIT
 
 CENTRING = 0.9  # share of the mean that is taken out of the gradients of a row
 MEMORY = 0.99  # of the running second moments
@@ -215,11 +216,12 @@ class UnitRule:
         counted = squares[~rows.single] if has_weights else one
         rho = (counted.sum() / (self._size[~rows.single] if has_weights else one).sum()).sqrt()
         mean_norm = counted.mean().sqrt()
-        no_unit = int(rows.units.max()) + 1 if len(rows) else 0  # a number for rows that lead into no unit
-        total = SegmentSum(torch.where(rows.units < 0, no_unit, rows.units), no_unit + 1)
-        into_unit = total(torch.where(rows.additive, 0.0, squares)).sqrt()
+        units, additive = rows.units(), rows.additive()
+        no_unit = int(units.max()) + 1 if len(rows) else 0  # a number for rows that lead into no unit
+        total = SegmentSum(torch.where(units == NO_UNIT, no_unit, units), no_unit + 1)
+        into_unit = total(torch.where(additive, 0.0, squares)).sqrt()
         into_unit[no_unit] = mean_norm
-        single = torch.where(rows.additive, into_unit[rows.units], squares.sqrt())
+        single = torch.where(additive, into_unit[units], squares.sqrt())
         of_rows = _at_least_a_share((squares / self._size).sqrt(), rho)
         return torch.where(rows.single, SINGLE * _at_least_a_share(single, mean_norm), of_rows), rho
 
