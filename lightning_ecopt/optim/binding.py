@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -82,6 +83,8 @@ class Binding:
 
     def settle(self) -> ScalingGroup | None:
         """The group, to be used from now on; ``None`` while it has not been found."""
+        if isinstance(self._deferred, KnownGroup):
+            return self._deferred.group
         found = self._deferred.settle()
         if found is not None:
             self._deferred = KnownGroup(found)  # nobody watches any more
@@ -143,7 +146,7 @@ class Network:
         if state.get("rule") == options.rule:
             RULES[options.rule].check_state(self.group, self.parameters, state)
 
-    @property
+    @cached_property
     def parameters(self) -> dict[str, nn.Parameter]:
         """The optimizer's own parameters by name."""
         return {name: p for name, p in self.group.parameters.items() if name in self.names}
