@@ -50,8 +50,8 @@ class EquivalentClassOptimization(Callback):
             depend on the class alone).
         skeleton: how the rule ``"path"`` chooses skeleton weights: ``"max"`` takes the largest weights, ``"diagonal"``
             is the paper's choice, for plain networks.
-        max_path_ratio: the guard of the rule ``"path"``: no path changes by more than this factor in one step;
-            ``None`` is the paper's rule.
+        max_path_ratio: the guard of the rule ``"path"``: in one step the coordinate of a free skeleton weight, and so
+            the scale of a unit, changes by at most this factor and keeps its sign. ``None`` is the paper's rule.
         free_start: value at which the rule ``"path"`` starts the coordinates of free skeleton weights; scales move more
             slowly with a larger one.
         state_powers: how the state of an optimizer that is not torch's scales; see
@@ -216,7 +216,7 @@ class EquivalentClassOptimization(Callback):
                 for optimizer in self._optimizers:
                     if optimizer.group is group:
                         usable |= optimizer.usable_units()
-                rank_zero_only(group.summary)(usable=usable, rule=self._options.rule)
+                rank_zero_only(group.summary)(usable=usable, needs_paths=self._options.rule == "path")
 
 
 class _Finder:

@@ -86,7 +86,11 @@ def _given(module: nn.Module, params: Iterable[Any] | None) -> list[Any]:
 
 
 def find_group(module: nn.Module, parameters: Iterable[Tensor]) -> DeferredGroup:
-    """Trace the example inputs of a ``LightningModule`` now, or watch the module's first call."""
+    """The group of a module: of its example inputs now, or of its first call later.
+
+    The example inputs of a ``LightningModule`` are traced at once. Without any, its first ``training_step`` is traced
+    or, under manual optimization, the calls of its parts; of another module, the next call of ``forward``.
+    """
     if not isinstance(module, LightningModule):
         return GroupFromNextCall(module, "forward", parameters)
     agree = partial(_check_ranks_agree, module)
@@ -123,7 +127,7 @@ def _trace_example(module: LightningModule, parameters: Iterable[Tensor]) -> Sca
     with context:
         try:
             return scaling_group(module, *args, parameters=parameters, **kwargs)
-        except ValueError:  # batch norm in training mode wants more than one value per channel
+        except ValueError:  # batch norm in training mode, say, wants more than one value; other mistakes show up again
             with _evaluation_mode(module):
                 return scaling_group(module, *args, parameters=parameters, **kwargs)
 

@@ -51,7 +51,7 @@ def imports(path: Path, at_once: bool = False) -> Iterator[str]:
 
 
 def room(name: str) -> str:
-    """``lightning_ecopt.optim.fused`` is in ``optim``; the package itself in ``__init__``."""
+    """``lightning_ecopt.optim.bases`` is in ``optim``; the package itself in ``__init__``."""
     return "__init__" if name == NAME else name.split(".")[1]
 
 

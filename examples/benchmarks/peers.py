@@ -211,7 +211,7 @@ class PathSGD(torch.optim.Optimizer):
 
 @dataclass(frozen=True, eq=False)
 class _Rescaled:
-    """A region of a parameter and its units; unit numbers are in 0 ... H, where H is ground."""
+    """A region of a parameter and its units; unit numbers are in 0 ... H, where H is what is held fixed."""
 
     parameter: str
     view: Callable[[Tensor], Tensor]
@@ -293,19 +293,19 @@ class ENorm:
         self._parameters = group.parameters
         self._optimizer = optimizer
         self._log_asymmetry = 2 * math.log(asymmetry)
-        ground = group.num_units
+        fixed = group.num_units
         first = next(iter(group.parameters.values()), torch.empty(0))
-        self._zeros = torch.zeros(ground + 1, dtype=first.dtype, device=first.device)
+        self._zeros = torch.zeros(fixed + 1, dtype=first.dtype, device=first.device)
         self._regions: list[_Rescaled] = []
         for coupling in group.couplings:
             local = coupling.to(first.device)
-            incoming, outgoing = local.incoming % (ground + 1), local.outgoing % (ground + 1)
-            loops = (incoming == outgoing) & (incoming < ground)
+            incoming, outgoing = local.incoming % (fixed + 1), local.outgoing % (fixed + 1)
+            loops = (incoming == outgoing) & (incoming < fixed)
             region = _Rescaled(
                 parameter=coupling.parameter,
                 view=coupling.view,
-                incoming=incoming if bool((incoming < ground).any()) else None,
-                outgoing=outgoing if bool((outgoing < ground).any()) else None,
+                incoming=incoming if bool((incoming < fixed).any()) else None,
+                outgoing=outgoing if bool((outgoing < fixed).any()) else None,
                 shape=torch.broadcast_shapes(incoming.shape, outgoing.shape),
                 loops=loops if bool(loops.any()) else None,
                 additive=coupling.additive,
@@ -371,7 +371,7 @@ def path_condition_(module: nn.Module, example: Tensor, group: ScalingGroup | No
     """Rescale the units of ``module`` in place so that the path kernel's diagonal is as level as can be.
 
     Over the log-scales s of the units, with f_e = s_into(e) - s_from(e) the logarithm of what element e is multiplied
-    by (0 for ground), it minimises the convex function
+    by (0 for what is held fixed), it minimises the convex function
 
         F(s) = p log( sum_e kappa_e exp(-2 f_e) ) + 2 sum_e f_e
 

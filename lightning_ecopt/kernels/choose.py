@@ -22,7 +22,7 @@ COMPILE_FROM = 1 << 20
 
 
 def choose_kernels(implementation: Implementation, parameters: Sequence[Tensor], fused: bool = True) -> Kernels:
-    """Return the kernels that run the passes over some parameters.
+    """Choose how the passes of a step over weights, gradients and state are run.
 
     Args:
         implementation:
@@ -35,11 +35,15 @@ def choose_kernels(implementation: Implementation, parameters: Sequence[Tensor],
               that are not exactly SGD, Adam or AdamW always step in this way;
             - ``"auto"`` takes Triton on a GPU, and on a CPU compiles if there are a million weights and a compiler.
         parameters: of the network.
-        fused: whether the base optimizer is one of those whose steps are fused.
+        fused: whether the base is SGD, Adam or AdamW, whose whole step is one pass.
 
     Raises:
         ValueError: if Triton is asked for and the parameters are not on a GPU.
         ModuleNotFoundError: if Triton is asked for and is not installed.
+
+    Example::
+
+        kernels = choose_kernels("auto", list(model.parameters()))
     """
     devices = {parameter.device.type for parameter in parameters}
     if implementation == "auto":

@@ -61,9 +61,10 @@ class ECSGD(EquivalentClassOptimizer):
         refresh_interval: steps from one refresh to the next; ``None`` if only :meth:`refresh` asks for it.
         representative: ``"balanced"``, or ``"current"`` to stay at the weights as they are.
         skeleton: how the rule ``"path"`` chooses skeleton weights: ``"max"`` or ``"diagonal"``.
-        max_path_ratio: the guard of the rule ``"path"``: the largest factor by which a path changes in one step.
+        max_path_ratio: the guard of the rule ``"path"``: the largest factor by which the scale of a unit changes
+            in one step.
         free_start: value at which the rule ``"path"`` starts the coordinates of free skeleton weights.
-        state_powers: how state entries scale that are not torch's; the base has none.
+        state_powers: accepted so that all optimizers have the same options; torch's state needs none.
         implementation: how the step is run, which changes its speed alone.
 
     Raises:
@@ -135,9 +136,10 @@ class ECAdamW(EquivalentClassOptimizer):
         refresh_interval: steps from one refresh to the next; ``None`` if only :meth:`refresh` asks for it.
         representative: ``"balanced"``, or ``"current"`` to stay at the weights as they are.
         skeleton: how the rule ``"path"`` chooses skeleton weights: ``"max"`` or ``"diagonal"``.
-        max_path_ratio: the guard of the rule ``"path"``: the largest factor by which a path changes in one step.
+        max_path_ratio: the guard of the rule ``"path"``: the largest factor by which the scale of a unit changes
+            in one step.
         free_start: value at which the rule ``"path"`` starts the coordinates of free skeleton weights.
-        state_powers: how state entries scale that are not torch's; the base has none.
+        state_powers: accepted so that all optimizers have the same options; torch's state needs none.
         implementation: how the step is run, which changes its speed alone.
 
     Raises:

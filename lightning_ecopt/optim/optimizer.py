@@ -55,7 +55,7 @@ class EquivalentClassOptimizer(Optimizer):
     - ``"unit"``: relative to the unit that takes it. The base optimizer's step in the incoming weights of a unit is
       scaled to their magnitude, after gradients are centred and clipped unit by unit. With SGD and ASGD the learning
       rate is the relative length of a step, and 0.03 to 0.3 fits most networks, with and without momentum; with all
-      others it keeps its meaning. Beside the base's own state it needs three numbers for each row of a weight. See
+      others it keeps its meaning. Beside the base's own state it needs four numbers for each row of a weight. See
       :mod:`lightning_ecopt.steps.unit`.
     - ``"path"``: the paper's. The base optimizer moves the m - H values of basis paths instead of the m weights. At a
       refresh the coordinate of an element equals the element, but for at most one free skeleton weight in a unit, whose
@@ -65,6 +65,8 @@ class EquivalentClassOptimizer(Optimizer):
       :mod:`lightning_ecopt.steps.coordinates`.
 
     All methods do the same when they are called on what Fabric's ``setup`` or Lightning's ``self.optimizers()`` return.
+    Every option is an attribute, too. A changed ``refresh_interval`` counts at once, other options from the next
+    refresh on; ``implementation`` is looked at when a group is bound.
 
     Args:
         optimizer: the base: any optimizer, of torch or not, but :class:`torch.optim.LBFGS`. Its hooks of steps become
@@ -161,7 +163,9 @@ class EquivalentClassOptimizer(Optimizer):
             The loss of the closure; ``None`` without one.
 
         Raises:
-            RuntimeError: if the network has not been traced by now.
+            RuntimeError: if the network has not been traced by now, or parameters are on several devices or have no
+                values.
+            ValueError: if the group that is found at this step does not fit the optimizer.
         """
         loss = None
         if closure is not None:
@@ -178,7 +182,7 @@ class EquivalentClassOptimizer(Optimizer):
                 session.base.step()
                 return loss
             w, g = session.weights(stage.network), session.gradients(stage.network)
-            stage.stepper.take(w, g, lambda: session.weight_averages(stage.network))  # phases 3 to 5
+            stage.stepper.take(w, g, lambda: session.entries_if_averaged(stage.network))  # phases 3 to 5
         return loss
 
     def _find_network(self) -> bool:
@@ -215,10 +219,10 @@ class EquivalentClassOptimizer(Optimizer):
 
     @torch.no_grad()
     def start(self) -> None:
-        """Balance before the first gradients are computed, if the group is known and no state was loaded.
+        """Balance now instead of at the first step, if the group is known and no state was loaded.
 
-        Only then gradients that are clipped by their norm, or looked at by others, depend on the class alone from the
-        first step on.
+        Call it before the first backward pass if gradients are clipped by their norm, or looked at by others: only then
+        do they depend on the class alone.
         """
         session = self._session
         stage = session.stage
@@ -250,17 +254,19 @@ class EquivalentClassOptimizer(Optimizer):
     def renew(self) -> None:
         """Find the freedoms again if other parameters require a gradient now. Call it between steps.
 
-        Every refresh begins with it. Parameters that a group which was given does not know stay in weight space.
+        Every refresh begins with it. A group that was given cannot grow: parameters that it does not know are stepped
+        in weight space.
         """
         self._session.renew()
 
     def stop_watching(self) -> None:
-        """Give the module back the method that a group which has not been found yet waits on."""
+        """Wait for the group no longer; a method of the module that was replaced to trace its next call is put back."""
         self._session.binding.cancel()
 
     def usable_units(self) -> Tensor:
-        """Units whose freedom is used, ``bool[H]``: alive at the last refresh, exclusive to this optimizer, and with
-        paths if the rule is ``"path"``.
+        """Units whose freedom is used, ``bool[H]``.
+
+        They were alive at the last refresh, are exclusive to this optimizer, and have paths if the rule is ``"path"``.
 
         Raises:
             RuntimeError: if the group has not been found yet.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, TypedDict, get_args
 
 from lightning_ecopt.common.tensors import listing
@@ -17,7 +17,7 @@ SkeletonChoice = Literal["max", "diagonal"]
 
 @dataclass(frozen=True)
 class Options:
-    """What a user chooses of a step in the equivalent-class space; every other place that has options refers to it.
+    """What a user chooses of a step in the equivalent-class space: arguments of the optimizers and of the callback.
 
     Args:
         rule: how a step is taken. ``"unit"``: relative to the unit that takes it. ``"path"``: in the path coordinates
@@ -28,8 +28,8 @@ class Options:
         skeleton: how the rule ``"path"`` chooses skeleton weights. ``"max"`` takes the largest weights. ``"diagonal"``
             is the paper's choice (unit i to unit i), for networks in which every unit has one weight tensor on each
             side.
-        max_path_ratio: the guard of the rule ``"path"``: in one step no path changes by more than this factor, or
-            changes its sign. ``None`` is the paper's rule.
+        max_path_ratio: the guard of the rule ``"path"``: in one step the coordinate of a free skeleton weight, and so
+            the scale of a unit, changes by at most this factor and keeps its sign. ``None`` is the paper's rule.
         free_start: value at which the rule ``"path"`` starts the coordinates of free skeleton weights. It sets how fast
             the scale of a unit may move: larger is slower.
         state_powers: for entries of the base optimizer's state that are not torch's: if a refresh multiplies weights by
@@ -52,7 +52,7 @@ class Options:
     skeleton: SkeletonChoice = "max"
     max_path_ratio: float | None = 2.0
     free_start: float = 2.0
-    state_powers: Mapping[str, int] | None = field(default_factory=dict)
+    state_powers: Mapping[str, int] | None = None
     implementation: Implementation = "auto"
 
     def __post_init__(self) -> None:
@@ -60,9 +60,9 @@ class Options:
         if self.implementation not in implementations:
             raise ValueError(f"implementation must be one of {listing(implementations)}, got {self.implementation!r}")
         for name, kind in (("rule", RuleName), ("skeleton", SkeletonChoice), ("representative", Representative)):
-            first, second = get_args(kind)
-            if getattr(self, name) not in (first, second):
-                raise ValueError(f"{name} must be {first!r} or {second!r}, got {getattr(self, name)!r}")
+            if getattr(self, name) not in get_args(kind):
+                allowed = " or ".join(map(repr, get_args(kind)))
+                raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
         ratio, interval, start = self.max_path_ratio, self.refresh_interval, self.free_start
         if ratio is not None and not (math.isfinite(ratio) and ratio > 1):
             raise ValueError(f"max_path_ratio must be a finite number greater than 1, or None, got {ratio!r}")
@@ -76,7 +76,7 @@ class Options:
 
     @property
     def degrees(self) -> Mapping[str, int]:
-        """``state_powers``, empty if there are none: degrees of homogeneity by the names of state entries."""
+        """``state_powers``, empty if there are none: the degrees of :mod:`lightning_ecopt.steps.state` by entry."""
         return self.state_powers or {}
 
 

@@ -273,8 +273,8 @@ class Session:
         may_fuse = self.options.implementation != "wrapped"
         return Running(network, active, rule, Stepper(self.base, rule, network.group.parameters, may_fuse))
 
-    def weight_averages(self, network: Network) -> StateEntries:
-        """The entries if some of them average weights, as in few optimizers; else nothing, which costs nothing."""
+    def entries_if_averaged(self, network: Network) -> StateEntries:
+        """The base's state if some of it averages weights, as in few optimizers; else nothing, which costs nothing."""
         return self.entries(network) if has_weight_averages(self.base.state, self.options.degrees) else {}
 
     # What is told

@@ -35,20 +35,20 @@ class Stepper:
         self._fused = FusedStep(base, rule, parameters, may_fuse)
         self._wrapped = WrappedStep(base, rule, parameters)
 
-    def take(self, weights: Tensors, gradients: Tensors, weight_averages: Callable[[], StateEntries]) -> None:
+    def take(self, weights: Tensors, gradients: Tensors, entries: Callable[[], StateEntries]) -> None:
         """Take one step: w and g to coordinates, the base's step, and back to weights.
 
         Args:
             weights: of the scaling group, by parameter name.
             gradients: by parameter name; parameters without a dense gradient are missing.
-            weight_averages: returns the entries of the base's state that average weights; a first step makes some.
+            entries: returns the base's state if some of it averages weights, else nothing; a first step makes some.
         """
         here = self._rule.reparametrization(weights, gradients, self._fused.to_mean)
-        entries = self._fused.entries(gradients)
-        if entries is None:
-            self._wrapped.take(here, weights, gradients, weight_averages)
+        fusible = self._fused.entries(gradients)
+        if fusible is None:
+            self._wrapped.take(here, weights, gradients, entries)
         else:
-            self._fused.take(here, weights, gradients, entries)
+            self._fused.take(here, weights, gradients, fusible)
         self._rule.commit()
 
 
@@ -69,14 +69,14 @@ class WrappedStep:
         here: Reparametrization,
         weights: Tensors,
         gradients: Tensors,
-        weight_averages: Callable[[], StateEntries],
+        entries: Callable[[], StateEntries],
     ) -> None:
         """Take one step in the coordinates ``here``; the other arguments are those of :meth:`Stepper.take`."""
         # Also if the step fails, no weight and no gradient may stay in coordinates.
         with self._writable(gradients) as shown, ExitStack() as ways_back:
             ways_back.callback(self._rule.transform_gradients_(here, shown))
-            to_weights_ = self._rule.to_coordinates_(here, weights, weight_averages())
-            ways_back.callback(lambda: to_weights_(weight_averages()))
+            to_weights_ = self._rule.to_coordinates_(here, weights, entries())
+            ways_back.callback(lambda: to_weights_(entries()))
             self._base.step()
 
     @contextmanager

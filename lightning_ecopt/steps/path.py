@@ -219,7 +219,7 @@ class PathRule:
         return PathStatistics(low, high, int(self._guarded), dormant)
 
     def state_dict(self, entries: StateEntries) -> dict[str, Any]:
-        """The skeleton, beta ``[H + 1]``, and the base's state in coordinates under the key ``moments``."""
+        """The skeleton, beta ``[H + 1]``, and the base's state in coordinates, under the key ``moments``."""
         return {
             "skeleton": self._coordinates.skeleton.state_dict(),
             "beta": self._coordinates.beta.clone(),

@@ -36,7 +36,7 @@ class PathStatistics:
     Args:
         min_beta: smallest value of a path out of a unit, relative to the start of the period.
         max_beta: largest value of a path out of a unit, relative to the start of the period.
-        guarded_paths: how often the guard limited the move of a path.
+        guarded_paths: how often the guard limited the move of a free skeleton weight.
         dormant_units: units without a path of non-zero elements, which are treated in weight space.
     """
 

@@ -87,9 +87,9 @@ def choose_skeleton(
     nothing else leads on. Elements that are zero are never taken.
 
     Args:
-        couplings: of the scaling group. Units that are alive but not active must be held still in them.
+        couplings: of the scaling group. Units that are alive but not active must be held fixed in them.
         parameters: the parameters by name.
-        active: ``bool[H]``, the units that are alive.
+        active: ``bool[H]``, the units that are to have skeleton weights, all of them alive.
         rule: ``"max"``, or ``"diagonal"`` for the choice of Meng et al., arXiv:1802.03713: unit i to unit i at the
             centre of the kernel, for networks in which every unit has one incoming and one outgoing weight tensor.
 

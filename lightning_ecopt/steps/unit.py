@@ -190,7 +190,7 @@ class UnitRule:
 
     @classmethod
     def resume(cls, setting: Setting, state: Mapping[str, Any], entries: StateEntries) -> UnitRule:
-        """Take over magnitudes and running moments from a checkpoint."""
+        """Take over magnitudes and running second moments from a checkpoint."""
         rule = cls._make(setting)
         for name in SAVED:
             getattr(rule, f"_{name}").copy_(state[name])

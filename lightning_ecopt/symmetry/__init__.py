@@ -20,7 +20,7 @@ coupling            a box-shaped region of a parameter, and the scales that mult
 incoming            the weights that lead into a unit, which its scale multiplies
 outgoing            the weights that lead out of a unit, which its scale divides
 monomial            a product of powers of units, as a gate's output times another's has
-degree              the power of the scale with which a quantity grows: 1 for weights, -1 for gradients, 2 for squares
+degree              the power of c by which a state entry is divided if weights are multiplied by c: 1 for momentum
 group               all rescalings of a network, one factor for each unit
 class               all weights that the group makes of given ones; they compute the same function
 representative      the member of a class that computation uses: the balanced one, or the current one
@@ -28,12 +28,14 @@ balanced            of least sum of squares in its class: incoming and outgoing 
 skeleton weight     one incoming weight of a unit, which pins its scale (*fixed*), or one outgoing weight, through
                     which its paths leave (*free*, unless it is another unit's fixed one)
 basis path          the path of skeleton weights through one other weight; there are m - H of them
-path value          the product of the weights along a basis path: the coordinate that the base optimizer moves
-row                 the weights of one parameter that lead into one unit
-place               an entry of the label of a row's elements: a row has one place, or several
-alive, dormant      a unit with non-zero weights on both sides, so that it can be balanced; a unit without
+path value          the product of the weights along a basis path; divided by a constant, it is the path coordinate
+row                 the weights of one parameter that lead into one unit, or into one value that is held fixed
+place               a box of elements of a row, with an entry in the vectors of kernels; a row has one or several
+alive, dormant      a unit on a path of non-zero weights from inputs to outputs; a unit on none
 exclusive           a unit all of whose weights one optimizer holds
 active              a unit that an optimizer rescales: alive and exclusive at the last refresh
+refresh             a return to the representative, where the skeleton is chosen again
+fused, wrapped      a step in one pass over weights, gradients and state; the base's own step between two scalings
 rule (step)         how a step uses the units: ``unit`` scales steps to the size of rows, ``path`` moves path values
 ==================  ================================================================================================
 """

@@ -6,7 +6,7 @@ Masks of units, ``bool[H]``, that this package and the optimizer speak of:
 mask             who makes it                            which units are set
 ===============  ======================================  ===============================================================
 alive            :meth:`ScalingGroup.alive`              those on a path of non-zero elements, from inputs to outputs
-dormant          the reverse of alive                    those with all weights of one side zero: no balance, no path
+dormant          the reverse of alive                    those on no such path, as when all weights of one side are zero
 simple           :attr:`Monomials.simple`                those in no product or power of units
 scale-invariant  :attr:`ScalingGroup.scale_invariant`    those whose weights may have any length, as v in ``g v / |v|``
 exclusive        the optimizer, when it is bound         those with all their parameters in this optimizer
@@ -143,15 +143,17 @@ class ScalingGroup:
         """Sort the units into sets that couple the same parameters in the same way."""
         return sort_units(self.couplings, self.monomials)
 
-    def summary(self, console: Console | None = None, *, usable: Tensor | None = None, rule: str = "unit") -> None:
+    def summary(
+        self, console: Console | None = None, *, usable: Tensor | None = None, needs_paths: bool = False
+    ) -> None:
         """Print what the freedoms are: the units, set by set, the dimensions, and which operations cost freedoms.
 
         Args:
             console: where to print; by default standard output.
             usable: ``bool[H]``, units whose freedom training uses; the others are reported as dormant. The rows of the
                 table are limited then.
-            rule: the rule of training; with ``"path"``, unused units in products or powers are not called dormant, but
-                without paths.
+            needs_paths: whether training goes by paths; then unused units in products or powers are not called dormant,
+                but without paths.
 
         Example::
 
@@ -159,7 +161,7 @@ class ScalingGroup:
         """
         used = None if usable is None else usable.cpu()
         unused = torch.zeros(self.num_units, dtype=torch.bool) if used is None else ~used
-        pathless = unused & ~self.monomials.simple & (rule == "path")
+        pathless = unused & ~self.monomials.simple & needs_paths
         overview = Overview(self.num_parameters, self.unit_sets(), self.costs, self.unseen, used, pathless)
         print_report(overview, console)
 

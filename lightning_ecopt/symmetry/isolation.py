@@ -240,7 +240,7 @@ def _run_traced(handed_on: list[_Entry], run: Callable[[], None]) -> None:
 # Calls of modules -----------------------------------------------------------------------------------------------------
 
 
-class Waiting(Protocol):
+class Waiter(Protocol):
     """What waits for calls of modules; a :class:`~.pending.GroupFromModuleCalls`."""
 
     def wants(self, module: nn.Module) -> bool:
@@ -251,11 +251,11 @@ class Waiting(Protocol):
 
 
 _numbers = itertools.count()
-_waiting: dict[int, weakref.ref[Waiting]] = {}  # in the order in which they began to wait
+_waiting: dict[int, weakref.ref[Waiter]] = {}  # in the order in which they began to wait
 _awaited: dict[int, frozenset[int]] = {}  # for each of them the ``id`` of its parameters
 
 
-def wait_for_calls(waiting: Waiting, parameters: Collection[Tensor]) -> Callable[[], object]:
+def wait_for_calls(waiting: Waiter, parameters: Collection[Tensor]) -> Callable[[], object]:
     """Hand calls of all modules to ``waiting``, until the returned function is called or nobody holds ``waiting``.
 
     Module hooks would not do: torch calls none after a ``KeyboardInterrupt``, so that what a hook has entered before a

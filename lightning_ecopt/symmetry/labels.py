@@ -2,7 +2,7 @@
 
 A label is an integer array that broadcasts to the shape of its tensor; it has size 1 along every axis on which it does
 not change. Each entry is a *scale*, the number of an unknown factor: elements with the same scale are multiplied by the
-same factor. For a batch of images ``[N, 3, H, W]`` the label ``[1, 3, 1, 1]`` with the scales 5, 6, 7 says that each
+same factor. For images ``[batch, 3, height, width]`` the label ``[1, 3, 1, 1]`` with the scales 5, 6, 7 says that each
 channel has a factor of its own. Two scales are no unknowns:
 
 - ``FIXED``: the factor is one, the element must not change;

@@ -1,7 +1,6 @@
-"""Scaling groups that are known now or later: from the calls that a training makes anyway, traced as they happen.
+"""Scaling groups that are found in calls that a training makes anyway, traced as they happen.
 
 =============================  =====================================================================================
-:class:`KnownGroup`            a group that is there already
 :class:`GroupFromNextCall`     traces the next call of one method of a module: ``training_step``, or ``forward``
 :class:`GroupFromModuleCalls`  knows parameters only, and traces whichever modules are called that have any of them
 =============================  =====================================================================================

@@ -1,4 +1,4 @@
-"""What these tests run under."""
+"""The formulas of the unit rule, row by row, without vectors."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ class ExplicitPaths:
         return target != NO_UNIT and self.fixed[target] == self.out[unit]
 
     def _beta(self, v: Tensors) -> list[Tensor]:
-        """Values of the paths out of all units relative to the start, and that of ground."""
+        """Values of the paths out of all units relative to the start, and 1 for outputs."""
         one = torch.ones((), dtype=torch.float64)
         beta = [one] * (self.num_units + 1)
         for unit in self.units:

@@ -37,7 +37,7 @@ def additive_names(group: ScalingGroup) -> set[str]:
 def grown_by_hand(module: nn.Module, group: ScalingGroup, active: torch.Tensor, side: str) -> dict[int, Place]:
     """The forest, element by element: level by level, the largest first, biases where nothing else leads on.
 
-    Units that are alive but not active are held still, as ground is; nothing leads through the others.
+    Units that are alive but not active are held fixed; nothing leads through the others.
     """
     into, from_ = ends(group, active)
     all_into, all_from = ends(group, torch.ones_like(active))

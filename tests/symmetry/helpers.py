@@ -119,7 +119,7 @@ def assert_same(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> N
 @torch.no_grad()
 def squares(group: ScalingGroup) -> tuple[Tensor, Tensor]:
     """Sums of squares into and out of each unit, written out element by element."""
-    sums = torch.zeros(2, group.num_units + 1, dtype=torch.float64)  # the last is ground, -1
+    sums = torch.zeros(2, group.num_units + 1, dtype=torch.float64)  # the last, -1, is what is held fixed
     for coupling in group.couplings:
         mass = coupling.view(group.parameters[coupling.parameter]).double().square()
         for total, ids in zip(sums, (coupling.incoming, coupling.outgoing), strict=True):

@@ -35,7 +35,7 @@ def systems(draw: Any) -> tuple[Equations, np.ndarray]:
         equations.equalities.append(np.array([[first, second]]))
         row([first, second], [1, -1])
     for number in draw(st.lists(numbers, max_size=2)):
-        equations.fixings.append((Operation("ground", ""), np.array([number])))
+        equations.fixings.append((Operation("fixed", ""), np.array([number])))
         row([number], [1])
     for width in draw(st.lists(st.integers(2, 4), max_size=8)):
         coefficients = draw(st.lists(st.sampled_from([1, -1, 1, -1, 2, -3]), min_size=width, max_size=width))
@@ -87,9 +87,9 @@ def test_units_come_in_the_order_and_direction_in_which_parameters_meet_them() -
     equations = Equations({"a": (2,), "b": (2,)})
     first, second = equations.fresh((2,)), equations.fresh((2,))
     equations.relate(np.stack([first, second], 1), (1, 1))
-    ground = np.zeros(1, np.int64)
-    equations.uses["a"] = [Use((slice(0, 2, 1),), second[::-1], ground, additive=False)]
-    equations.uses["b"] = [Use((slice(0, 2, 1),), first, ground, additive=False)]
+    fixed = np.zeros(1, np.int64)
+    equations.uses["a"] = [Use((slice(0, 2, 1),), second[::-1], fixed, additive=False)]
+    equations.uses["b"] = [Use((slice(0, 2, 1),), first, fixed, additive=False)]
     solution = solve(equations)
     couplings, monomials = solution.couplings, solution.monomials
     assert monomials.num_units == 2
@@ -99,7 +99,7 @@ def test_units_come_in_the_order_and_direction_in_which_parameters_meet_them() -
     assert monomials.exponents.tolist() == [-1, -1]
 
 
-def test_a_scale_that_is_its_own_inverse_is_ground() -> None:
+def test_a_scale_that_is_its_own_inverse_is_fixed() -> None:
     equations = Equations({"w": (1,)})
     scale = equations.fresh((1,))
     other = equations.fresh((1,))

@@ -18,8 +18,7 @@ How to add one, for the example of ``aten::hypot``, which is ``sqrt(x**2 + y**2)
        def hypotenuse(call: Call) -> IntArray:  # f(c x, c y) = c f(x, y) for c > 0
            return call.equations.equate(call.broadcast("self"), call.broadcast("other"))
 
-4. Test it in ``tests/symmetry/rules``: rescale a small network with the operation in it by random units, and compare
-   its outputs in float64; count the units that remain.
+4. Add a row to the table of the family in ``tests/symmetry/rules``; CONTRIBUTING.md says how.
 
 What a rule is mostly made of:
 
