@@ -58,13 +58,14 @@ class Binding:
     Attributes:
         source: as given.
         trained: identities of the parameters that were trainable when the group was last looked for.
+        deferred: the group, now or later.
     """
 
     def __init__(self, base: Optimizer, source: Source) -> None:
         self.source = source
         self.trained = trained_ids(base)
         found = source if isinstance(source, ScalingGroup | DeferredGroup) else source(trainable_parameters(base))
-        self._deferred = KnownGroup(found) if isinstance(found, ScalingGroup) else found
+        self.deferred: DeferredGroup = KnownGroup(found) if isinstance(found, ScalingGroup) else found
 
     @property
     def is_default(self) -> bool:
@@ -79,20 +80,25 @@ class Binding:
     @property
     def missing(self) -> str:
         """What has not happened while the group has not been found."""
-        return self._deferred.missing
+        return self.deferred.missing
 
-    def settle(self) -> ScalingGroup | None:
-        """The group, to be used from now on; ``None`` while it has not been found."""
-        if isinstance(self._deferred, KnownGroup):
-            return self._deferred.group
-        found = self._deferred.settle()
-        if found is not None:
-            self._deferred = KnownGroup(found)  # nobody watches any more
-        return found
+    def found(self) -> ScalingGroup | None:
+        """The group, checked; ``None`` while it has not been found."""
+        return self.deferred.settle()
+
+    def keep(self, group: ScalingGroup) -> None:
+        """Use this group from now on, so that nobody watches for another."""
+        if not isinstance(self.deferred, KnownGroup):
+            self.deferred = KnownGroup(group)
 
     def cancel(self) -> None:
         """Stop watching, if a group has not been found."""
-        self._deferred.cancel()
+        self.deferred.cancel()
+
+    def cancel_unless_shared(self, other: Binding) -> None:
+        """Stop watching, unless another binding waits for the same: a function may find one group for several."""
+        if self.deferred is not other.deferred:
+            self.cancel()
 
 
 @dataclass(frozen=True, eq=False)

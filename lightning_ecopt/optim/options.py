@@ -70,6 +70,8 @@ class Options:
             raise ValueError(f"refresh_interval must be a positive number of steps, or None, got {interval!r}")
         if not (math.isfinite(start) and start > 0):
             raise ValueError(f"free_start must be a finite number greater than 0, got {start!r}")
+        # A copy, so that nothing gets in unchecked when the user changes his.
+        object.__setattr__(self, "state_powers", dict(self.state_powers or {}))
         for entry, power in self.degrees.items():
             if not _is_whole(power) or not -2 <= power <= 2:
                 raise ValueError(f"state_powers must be whole numbers from -2 to 2, got {power!r} for {entry!r}")

@@ -132,18 +132,29 @@ class Session:
         return None if isinstance(self.stage, Waiting) else self.stage.network.group
 
     def bind(self, source: Source) -> None:
-        """Take the group from another source. The present group, if there is one, is used until another is found."""
-        self.binding.cancel()
-        self.binding = Binding(self.base, source)
-        found = self.binding.settle()
-        if found is not None:  # perhaps the present one, of which the caller knows that it is to be used anew
-            self.use(found)
+        """Take the group from another source. The present group, if there is one, is used until another is found.
+
+        Raises:
+            ValueError: if the group does not fit the optimizer; then nothing has changed.
+        """
+        binding = Binding(self.base, source)
+        try:
+            found = binding.found()
+            if found is not None:  # perhaps the present one, of which the caller knows that it is to be used anew
+                self.use(found)
+                binding.keep(found)
+        except BaseException:
+            binding.cancel_unless_shared(self.binding)
+            raise
+        self.binding.cancel_unless_shared(binding)
+        self.binding = binding
 
     def find_network(self) -> bool:
         """Take over the group as soon as it has been found; returns whether one is known."""
-        found = self.binding.settle()
+        found = self.binding.found()
         if found is not None and found is not self.group:
             self.use(found)
+            self.binding.keep(found)
         return not isinstance(self.stage, Waiting)
 
     def use(self, group: ScalingGroup) -> None:

@@ -23,7 +23,8 @@ values and contents of the inputs                         inputs   all but await
 A *fake* trace calls the module with fake tensors, a *real* trace with its own. An *awaited call* is one that the user
 makes, and what that changes is meant to stay.
 
-All of it is put back whatever ends the call, ``KeyboardInterrupt`` included. What belongs to the process is
+All of it is put back whatever ends the call, ``KeyboardInterrupt`` included (but for one that arrives just in the lines
+of :class:`Shared` that make or undo a change). What belongs to the process is
 :class:`Shared`, as several threads may trace at once. Replaced methods do nothing on threads that no trace is on.
 """
 

@@ -73,6 +73,11 @@ class GroupFromNextCall(DeferredGroup):
         self._cancelled = False
         vars(module)[method] = _WatchedMethod(self, self._method)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:  # what is unpickled with its module waits for its next call
+        vars(self).update(state)
+        if self._group is None and not self._cancelled:
+            vars(self.module)[self.method] = _WatchedMethod(self, self._method)
+
     @property
     def group(self) -> ScalingGroup | None:
         """The scaling group; ``None`` before the call."""
@@ -146,8 +151,7 @@ class _WatchedMethod:
         return _itself, (self._method,)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _WatchedMethod:
-        pending = copy.deepcopy(self.pending, memo)
-        return _WatchedMethod(pending, pending._method)
+        return _WatchedMethod(copy.deepcopy(self.pending, memo), copy.deepcopy(self._method, memo))
 
 
 def _itself(value: Any) -> Any:

@@ -82,3 +82,48 @@ def test_a_state_of_another_network_is_refused_and_changes_nothing(rule: str) ->
     train(module, optimizer, x, y, range(2, 5))
     train(*twin, x, y, range(2, 5))
     assert all(torch.equal(p, q) for p, q in zip(module.parameters(), twin[0].parameters(), strict=True))
+
+
+@RULES
+def test_a_group_that_does_not_fit_leaves_the_present_one(rule: str) -> None:
+    module, x, y = problem(4, 6, 3)
+    optimizer = made(module, scaling_group(module, x), rule)
+    train(module, optimizer, x, y, range(2))
+    stage = optimizer._session.stage
+    other, _, _ = problem(4, 6, 3)
+    with pytest.raises(ValueError, match="traced from another module"):
+        optimizer.bind(scaling_group(other, x))
+    assert optimizer._session.stage is stage
+    train(module, optimizer, x, y, range(2, 4))
+    assert optimizer.group is stage.network.group
+
+
+def test_a_group_that_does_not_fit_leaves_one_that_is_waited_for() -> None:
+    module, x, y = problem(4, 6, 3)
+    optimizer = made(module, GroupFromNextCall(module, "forward"), "unit")
+    other, _, _ = problem(4, 6, 3)
+    with pytest.raises(ValueError, match="traced from another module"):
+        optimizer.bind(scaling_group(other, x))
+    train(module, optimizer, x, y, range(2))
+    assert optimizer.group is not None
+
+
+def test_a_step_after_too_small_a_call_may_be_tried_again_after_the_right_one() -> None:
+    module, x, y = problem(4, 6, 3)
+    optimizer = made(module, None, "unit")
+    module[:2](x).sum().backward()
+    with pytest.raises(ValueError, match="never used these parameters"):
+        optimizer.step()
+    train(module, optimizer, x, y, range(2))
+    assert optimizer.group is not None
+    assert not optimizer.group.unseen
+
+
+def test_the_same_group_may_be_used_anew() -> None:
+    module, x, y = problem(4, 6, 3)
+    group = scaling_group(module, x)
+    optimizer = made(module, group, "path")
+    train(module, optimizer, x, y, range(2))
+    optimizer.bind(group)
+    assert type(optimizer._session.stage) is Ready
+    assert optimizer.rule_state() is None

@@ -81,6 +81,23 @@ def test_a_method_that_the_user_has_set_on_the_instance_keeps_its_signature() ->
     assert type(model.forward) is functools.partial
 
 
+@pytest.mark.parametrize("first", ["module", "optimizer"])
+@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+def test_a_pair_of_module_and_optimizer_is_copied_and_waits(way: str, first: str) -> None:
+    model = Tagger()
+    pair = {"module": model, "optimizer": ec_adamw(model)}
+    if first == "optimizer":
+        pair = dict(reversed(pair.items()))
+    twin = copy.deepcopy(pair) if way == "deepcopy" else pickle.loads(pickle.dumps(pair))
+    for module, optimizer in ((each["module"], each["optimizer"]) for each in (twin, pair)):
+        before = module.net[0].weight.clone()
+        module(X).square().sum().backward()
+        optimizer.step()
+        assert optimizer.group is not None
+        assert not torch.equal(before, module.net[0].weight)
+        assert "forward" not in vars(module)
+
+
 def test_a_pickle_holds_the_method_and_waits_no_more() -> None:
     model = Tagger()
     pending = GroupFromNextCall(model, "forward")
