@@ -97,5 +97,5 @@ def restore(session: Session) -> bool:
     else:
         session.stage = Idle(network, active)
     session.steps_since_refresh = state["steps_since_refresh"]
-    session.refresh_due = state["refresh_due"] or session.steps_since_refresh == options.refresh_interval
+    session.refresh_due = state["refresh_due"] or session.interval_is_over()
     return True

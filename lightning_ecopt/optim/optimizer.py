@@ -29,7 +29,7 @@ HOOKS = tuple(
 
 
 class _Option:
-    """An option as an attribute of the optimizer; it stands in the session, which wrappers share."""
+    """An option as an attribute of the optimizer: a field of ``session.options``, as wrappers share the session."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
@@ -69,8 +69,8 @@ class EquivalentClassOptimizer(Optimizer):
     refresh on; ``implementation`` is looked at when a group is bound.
 
     Args:
-        optimizer: the base: any optimizer, of torch or not, but :class:`torch.optim.LBFGS`. Its hooks of steps become
-            this one's. Do not call its ``step`` yourself.
+        optimizer: the base: any optimizer, of torch or not, but :class:`torch.optim.LBFGS`. Its hooks of steps and of
+            state dicts become this one's. Do not call its ``step`` yourself.
         group: the scaling group of the module that owns the parameters; or a function that finds it for a list of
             parameters, and is called again when other parameters are to be trained; or ``None``, if the calls of
             modules that use the parameters are to be watched until the first step. Instead of a group it may be a
@@ -133,7 +133,7 @@ class EquivalentClassOptimizer(Optimizer):
         check_base(optimizer)
         # Wrappers of Fabric and Lightning copy the attributes of this object, so what changes is in the session.
         self._session = Session(optimizer, options, find_by_module_calls if group is None else group)
-        self.__setstate__({})  # the hooks of an Optimizer, without parameters of its own
+        self.__setstate__({})  # in place of super().__init__, which would make parameter groups: sets up hooks
         for hooks in HOOKS:
             setattr(self, hooks, getattr(optimizer, hooks))  # hooks are to see weights, not coordinates
             setattr(optimizer, hooks, OrderedDict())
@@ -144,8 +144,8 @@ class EquivalentClassOptimizer(Optimizer):
         """Take one step of the base optimizer in the equivalent-class space.
 
         1. *Gradients*: the closure, if there is one, computes g = dL/dw.
-        2. *Representative*: if a refresh is due, w moves to the balanced member of its class, and the rule begins
-           there; the path rule chooses skeleton weights, with beta = 1.
+        2. *Representative*: if a refresh is due, w moves to the balanced member of its class, g and the base's state
+           are rescaled to match, and the rule begins there; the path rule chooses skeleton weights, with beta = 1.
         3. *Coordinates*: the rule says where the base steps, v = w / weight_scale, and with which gradients g_v: dL/dv
            in the path rule (the paper's inverse chain rule), centred and clipped g in the unit rule.
         4. *Step*: the base moves v to v'.
@@ -201,7 +201,7 @@ class EquivalentClassOptimizer(Optimizer):
     def _refreshed(self) -> Idle | Running:
         """The stage in which the next step is taken, after a refresh if one is due."""
         session = self._session
-        if session.refresh_due or session.steps_since_refresh == session.options.refresh_interval:
+        if session.refresh_due or session.interval_is_over():
             session.renew()
             if not checkpoint.restore(session) or session.refresh_due:
                 session.refresh(session.network)

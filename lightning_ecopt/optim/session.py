@@ -210,6 +210,11 @@ class Session:
 
     # Stages
 
+    def interval_is_over(self) -> bool:
+        """Whether there have been as many steps since the last refresh as the interval, which may change, allows."""
+        interval = self.options.refresh_interval
+        return interval is not None and self.steps_since_refresh >= interval
+
     def refresh(self, network: Network) -> None:
         """Move to the representative of the class and begin with the rule there.
 

@@ -3,14 +3,14 @@
 At the balanced member of the class, the one of least sum of squares, a *row* k is all the elements of one parameter
 that lead into one unit, or into one value that is held fixed. With w its weights and g their gradients:
 
-    rho_k = sqrt(mean(w**2))                    magnitude of the row, measured at the first refresh and kept
+    rho_k = sqrt(mean(w**2))                    magnitude of the row, measured when a group is first used, then kept
     c     = g - 0.9 mean(g)                     centred gradient
     q_k   = running mean of mean(c**2)          over about 100 steps, this one included
-    g_v   = c min(1, sqrt(q_k / mean(c**2)))    clipped: the gradient that the base optimizer is shown
+    g_v   = c min(1, sqrt(q_k / mean(c**2)))    clipped to its running size: what the base optimizer is shown
     w'    = w + s_k (step of the base)
 
     SGD, ASGD:  s_k = (1 - momentum) rho_k / sqrt(q_k)       lr is the relative length of a step
-    all others: s_k = rho_k / rho                            lr keeps its meaning; rho is the magnitude of all rows
+    all others: s_k = rho_k / rho                            lr keeps its meaning; rho is the magnitude of all weights
 
 The step depends on the class alone, because the balanced member does and all of the above are functions of weights and
 gradients there. Nero (Liu et al., "Learning by Turning", arXiv:2102.07227) takes the same relative step, and projects
@@ -22,14 +22,15 @@ belongs to the mean of a, and at the balanced member the mean is close to the di
 gradient's component in this direction by 10 is a natural gradient for that rank-one part, for the price of one mean per
 row. Taking the component out altogether is gradient centralization (Yong et al., arXiv:2004.01461).
 
-Gains and biases are *single*: they have no direction, and are not centred. Their rho_k is a tenth of their own
-magnitude; for biases, which are added to a unit, a tenth of the norm of the weights into that unit. A row of several
-elements has at least a tenth of rho, a single one at least a hundredth of the root mean square norm of the rows. A
-row of zeros counts as an average one.
+Rows of one element (gains) and rows that are added (biases) are *single*: they have no direction, and are not centred.
+The rho_k of a gain is a tenth of its own magnitude, of a bias a tenth of the norm of the weights into the same unit.
+The other rows have at least a tenth of rho, single ones at least a hundredth of the root mean square norm of the
+others. A row of zeros counts as having rho, a single one as having a tenth of that norm.
 
-With SGD and ASGD sqrt(q_k) counts as at least 1e-5 of the root mean square of rho_k sqrt(q_k) over all rows, divided by
-rho_k. So a gradient that is rounding, as a bias before a batch norm has, does not make a full step. Weight decay is
-lr * weight_decay * w, without s_k, where it is decoupled or the base is SGD without momentum.
+With SGD and ASGD sqrt(q_k) counts as at least 1e-5 rms_j(rho_j sqrt(q_j)) / rho_k, with the root mean square over all
+rows j. So a gradient that is rounding, as a bias before a batch norm has, does not make a full step. Weight decay is
+lr * weight_decay * w, without s_k, where it is decoupled or the base is SGD without momentum; elsewhere the base adds
+weight_decay * w / s_k to g_v, which enters its momentum or second moments.
 """
 
 from __future__ import annotations
@@ -63,6 +64,11 @@ def _at_least_a_share(rho: Tensor, mean: Tensor) -> Tensor:
     return torch.where(rho > 0, torch.maximum(rho, FLOOR * mean), mean)
 
 
+def _or_one(magnitude: Tensor) -> Tensor:
+    """A magnitude; 1 for zero, so that an optimizer all of whose weights are zero takes the base's own steps."""
+    return torch.where(magnitude > 0, magnitude, 1.0)
+
+
 def _look_at_gradients(
     sums: Tensor,
     squares: Tensor,
@@ -85,7 +91,7 @@ def _look_at_gradients(
         single: rows that are not centred.
         present: rows that have a gradient; ``None`` if all have one.
         rho: rho_k; ``None`` if steps are not relative to gradients.
-        tiny: root mean squares of gradients below count as this.
+        tiny: lower bound of sqrt(q_k) in the quotient, so that it does not overflow.
 
     Returns:
         The new ``second`` and ``weight``; ``grad_scale`` and ``grad_shift``; ``rho_k / sqrt(q_k)``, or ``None`` without
@@ -124,7 +130,7 @@ class UnitRule:
             all ranks take their steps together.
         kernels: make the passes over weights and gradients.
         is_linear: whether the base's steps are linear in gradients, as those of SGD, or of a size of their own.
-        means: of gradients, by name, as far as the base's momentum holds some; the running second moments start there.
+        means: of gradients, by name, from the base's momentum: mean(means**2) counts as one earlier mean(c**2).
     """
 
     def __init__(
@@ -214,8 +220,8 @@ class UnitRule:
         rows, one = self.rows, self._size.new_ones(1)
         has_weights = bool((~rows.single).any())
         counted = squares[~rows.single] if has_weights else one
-        rho = (counted.sum() / (self._size[~rows.single] if has_weights else one).sum()).sqrt()
-        mean_norm = counted.mean().sqrt()
+        rho = _or_one((counted.sum() / (self._size[~rows.single] if has_weights else one).sum()).sqrt())
+        mean_norm = _or_one(counted.mean().sqrt())
         units, additive = rows.units(), rows.additive()
         no_unit = int(units.max()) + 1 if len(rows) else 0  # a number for rows that lead into no unit
         total = SegmentSum(torch.where(units == NO_UNIT, no_unit, units), no_unit + 1)

@@ -23,9 +23,9 @@ values and contents of the inputs                         inputs   all but await
 A *fake* trace calls the module with fake tensors, a *real* trace with its own. An *awaited call* is one that the user
 makes, and what that changes is meant to stay.
 
-All of it is put back whatever ends the call, ``KeyboardInterrupt`` included (but for one that arrives just in the lines
-of :class:`Shared` that make or undo a change). What belongs to the process is
-:class:`Shared`, as several threads may trace at once. Replaced methods do nothing on threads that no trace is on.
+All of it is put back whatever ends the call, ``KeyboardInterrupt`` included, but for one that arrives while a change
+is made or undone. What belongs to the process is :class:`Shared`, as several threads may trace at once. Replaced
+methods do nothing on threads that no trace is on.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ from lightning_ecopt.common.nested import walk
 class Shared:
     """A change of the process that several threads may need at once.
 
-    The first one in makes it, the last one out undoes it. The lock protects the number of users alone; it is not held
-    while they are inside. It is reentrant, because a garbage collection while it is held may call :meth:`leave`.
+    The first one in makes it, the last one out undoes it. The lock protects the number of users, and is not held while
+    they are inside. It is reentrant: a garbage collection while it is held may call :meth:`leave`.
 
     Args:
         change: returns a context manager that makes the change and undoes it.
@@ -142,9 +142,9 @@ def _lifting() -> AbstractContextManager[None]:
 
 
 _EAGER = Shared(lambda: torch.compiler.set_stance("force_eager"))
-_SLOW_ATTENTION = Shared(  # the fast path is one operation for a whole layer, for inference only
-    lambda: _set(torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled, False)
-)
+# The fast path of attention is one operation for a whole layer, for inference only.
+_MHA = torch.backends.mha
+_SLOW_ATTENTION = Shared(lambda: _set(_MHA.get_fastpath_enabled, _MHA.set_fastpath_enabled, False))
 _NO_CUDNN = Shared(  # it runs a recurrent network as one operation
     lambda: _set(torch._C._get_cudnn_enabled, torch._C._set_cudnn_enabled, False)
 )

@@ -32,9 +32,9 @@ def scaling_group(
 
     One call ``module(*args, **kwargs)`` is traced, operation by operation, with fake tensors: nothing is computed and
     nothing in the module changes, so that it may be on the meta device. A module whose control flow depends on data, or
-    a scripted one, cannot be called that way; it is called once for real, and its buffers, its attributes and random
-    number generators are put back. If the call works, but not while it is traced, a warning says that all of the module
-    is held fixed. Compiled parts run uncompiled meanwhile.
+    a scripted one, is traced in a real call instead, after which its buffers, attributes and random number generators
+    are put back. If this fails, too, the module is called untraced: its own error is raised, or a warning says that all
+    of it is held fixed. Compiled parts run uncompiled meanwhile.
 
     The parameters may be sharded by ``torch.distributed.fsdp.fully_shard`` (FSDP2): what is traced is the whole
     network, without any communication, and the group is the same on all ranks. Where only a real call is possible,
@@ -43,8 +43,8 @@ def scaling_group(
     Args:
         module: any module; the outputs of its call are what must not change.
         *args: inputs of the call. Their values matter only in a real call, whose control flow they may decide.
-        parameters: the parameters that may be rescaled, usually the optimizer's. By default all that require a
-            gradient. All others are held fixed.
+        parameters: the parameters that may be rescaled, usually the optimizer's; by default all. Those that require
+            no gradient, and all others, are held fixed.
         **kwargs: further inputs of the call.
 
     Returns:

@@ -27,6 +27,7 @@ print(*sorted({"torch._dynamo", "triton", "torchmetrics", "lightning"} & (set(sy
 """
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("part", ["kernels", "metrics"])
 def test_slow_packages_are_imported_on_demand_only(part: str) -> None:
     (folder,) = lightning_ecopt.__path__

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from torch.optim import SGD
+from torch.optim import SGD, AdamW
 
 from lightning_ecopt import EquivalentClassOptimizer, scaling_group
 from lightning_ecopt.optim.session import Idle, Ready, Running, Waiting
@@ -127,3 +127,42 @@ def test_the_same_group_may_be_used_anew() -> None:
     optimizer.bind(group)
     assert type(optimizer._session.stage) is Ready
     assert optimizer.rule_state() is None
+
+
+@RULES
+def test_a_shorter_refresh_interval_counts_at_once(rule: str) -> None:
+    module, x, y = problem(4, 6, 3)
+    optimizer = made(module, scaling_group(module, x), rule, refresh_interval=100)
+    train(module, optimizer, x, y, range(10))
+    assert optimizer._session.steps_since_refresh == 10
+    optimizer.refresh_interval = 5
+    train(module, optimizer, x, y, range(10, 11))
+    assert optimizer._session.steps_since_refresh == 1
+
+
+@RULES
+def test_a_shorter_refresh_interval_counts_after_a_resume(rule: str) -> None:
+    module, x, y = problem(4, 6, 3)
+    first = made(module, scaling_group(module, x), rule, refresh_interval=100)
+    train(module, first, x, y, range(10))
+    second = made(module, scaling_group(module, x), rule, refresh_interval=5)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    train(module, second, x, y, range(10, 11))
+    assert second._session.steps_since_refresh == 1
+
+
+@pytest.mark.parametrize("base", [SGD, AdamW])
+def test_an_optimizer_all_of_whose_weights_are_zero_trains(base: type[torch.optim.Optimizer]) -> None:
+    module, x, y = problem(4, 6, 5, 3)
+    torch.nn.init.zeros_(module[-1].weight)
+    torch.nn.init.zeros_(module[-1].bias)
+    group = scaling_group(module, x)
+    optimizers = [EquivalentClassOptimizer(base(m.parameters(), lr=0.05), group) for m in (module[:-1], module[-1])]
+    for _ in range(3):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        (module(x) - y).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert all(p.isfinite().all() for p in module.parameters())
+    assert module[-1].weight.abs().max() > 0

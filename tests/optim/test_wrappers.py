@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from lightning_ecopt import ECSGD, EquivalentClassOptimizer, scaling_group
 from tests.optim.training import RULES, problem
+from tests.selection import few
 
 Method = Callable[[Any, nn.Module, Tensor], Any]
 
@@ -118,7 +119,7 @@ def assert_equal(one: Any, two: Any) -> None:
 
 
 @RULES
-@pytest.mark.parametrize("wrap", [by_fabric, by_lightning])
+@pytest.mark.parametrize("wrap", few([by_fabric, by_lightning], [by_lightning]))
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_does_the_same_through_a_wrapper(name: str, wrap: Any, rule: str) -> None:
     results = []
