@@ -99,6 +99,7 @@ def test_plain_torch_users_import_neither_lightning_nor_what_prints() -> None:
     assert not {module.split(".")[0] for module in run.stdout.split()} & SLOW
 
 
+@pytest.mark.full
 def test_rooms_are_found_from_the_package_alone() -> None:
     code = f"import {NAME} as p; p.metrics.PathNorm, p.symmetry.trace, p.optim.ECSGD; print(*dir(p))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
