@@ -22,6 +22,7 @@ from lightning_ecopt.kernels.choose import Implementation
 from lightning_ecopt.optim import EquivalentClassOptimizer
 from lightning_ecopt.optim.optimizer import check_base
 from lightning_ecopt.optim.options import Options, Representative, RuleName, SkeletonChoice
+from lightning_ecopt.steps import RULES
 from lightning_ecopt.symmetry import DeferredGroup, ScalingGroup
 
 UNSUPPORTED_STRATEGIES = ("FSDPStrategy", "DeepSpeedStrategy", "XLAFSDPStrategy")
@@ -216,7 +217,7 @@ class EquivalentClassOptimization(Callback):
                 for optimizer in self._optimizers:
                     if optimizer.group is group:
                         usable |= optimizer.usable_units()
-                rank_zero_only(group.summary)(usable=usable, needs_paths=self._options.rule == "path")
+                rank_zero_only(group.summary)(usable=usable, needs_paths=RULES[self._options.rule].needs_paths)
 
 
 class _Finder:

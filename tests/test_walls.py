@@ -23,8 +23,8 @@ ROOMS = {
     "optim": {"common", "symmetry", "kernels", "steps"},
     "metrics": {"common", "symmetry"},
     "_lightning": set(),
-    "configure": {"common", "symmetry", "kernels", "optim", "_lightning"},
-    "callback": {"common", "symmetry", "kernels", "optim", "_lightning", "configure"},
+    "configure": {"common", "symmetry", "kernels", "steps", "optim", "_lightning"},
+    "callback": {"common", "symmetry", "kernels", "steps", "optim", "_lightning", "configure"},
     "__main__": {"symmetry"},
     "__init__": {"common", "symmetry", "optim", "metrics", "configure", "callback"},
 }

@@ -9,7 +9,7 @@ from lightning_ecopt.steps.path import PathRule
 from lightning_ecopt.steps.rule import Rule
 from lightning_ecopt.steps.unit import UnitRule
 
-#: The rules by the names that options have. Nothing else asks which rule it is, but the report of the callback.
+#: The rules by the names that options have. Nothing else in the package asks which rule it is.
 RULES: dict[str, type[Rule]] = {UnitRule.name: UnitRule, PathRule.name: PathRule}
 
 __all__ = ["RULES", "PathRule", "Rule", "UnitRule"]

@@ -39,6 +39,7 @@ class PathRule:
     """
 
     name = "path"
+    needs_paths = True
 
     def __init__(
         self,

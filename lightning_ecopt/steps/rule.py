@@ -141,11 +141,13 @@ class Rule(Protocol):
 
     Attributes:
         name: of the option that chooses the rule, which checkpoints have, too.
+        needs_paths: whether units without paths, in products or powers, are left in weight space; for the report.
         rows: the rows that the rule's vectors run over.
         kernels: make the passes over weights and gradients.
     """
 
     name: str
+    needs_paths: bool
     rows: Rows
     kernels: Kernels
 

@@ -158,6 +158,7 @@ class UnitRule:
         self._rho, self._reference = self._magnitudes(self._sums_and_squares(weights)[1])
 
     name = "unit"
+    needs_paths = False
 
     @staticmethod
     def usable_units(group: ScalingGroup) -> Tensor:
