@@ -145,9 +145,8 @@ _EAGER = Shared(lambda: torch.compiler.set_stance("force_eager"))
 # The fast path of attention is one operation for a whole layer, for inference only.
 _MHA = torch.backends.mha
 _SLOW_ATTENTION = Shared(lambda: _set(_MHA.get_fastpath_enabled, _MHA.set_fastpath_enabled, False))
-_NO_CUDNN = Shared(  # it runs a recurrent network as one operation
-    lambda: _set(torch._C._get_cudnn_enabled, torch._C._set_cudnn_enabled, False)
-)
+# cuDNN runs a recurrent network as one operation.
+_NO_CUDNN = Shared(lambda: _set(torch._C._get_cudnn_enabled, torch._C._set_cudnn_enabled, False))
 _LIFTING = Shared(_lifting)
 _THREAD_STARTS = Shared(lambda: _replaced(threading.Thread, "start", _starting_traced))
 _MODULE_CALLS = Shared(lambda: _replaced(nn.Module, "__call__", _calling_traced))
