@@ -113,12 +113,10 @@ class TraceMode(TorchDispatchMode):
         # 4. Ask the rule for the labels of the outputs, or hold all that was touched fixed.
         with self._taking_down(operation):
             arguments = named_arguments(func, args, kwargs)
-            constants = {}
             if are_plain and arguments is not None:
-                constants = self.constants.follow(func, args, kwargs, output)
-            if are_plain and arguments is not None and rule is not None:
+                constants = self.constants.follow(func, args, kwargs, output)  # of operations without a rule, too
                 call = Call(self.equations, arguments, labels, shapes, output, constants)
-                if self._apply(rule, func, call):
+                if rule is not None and self._apply(rule, func, call):
                     return output
             self._hold_touched_fixed(func, labels.values(), (args, kwargs), output)
         return output
