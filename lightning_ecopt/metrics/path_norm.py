@@ -16,7 +16,7 @@ from lightning_ecopt.common.sharding import is_sharded
 from lightning_ecopt.metrics.base import MeanOverUpdates, unobserved
 from lightning_ecopt.metrics.path_pass import PathPass
 from lightning_ecopt.metrics.path_rules import RULES
-from lightning_ecopt.symmetry.isolation import attributes_kept
+from lightning_ecopt.symmetry.isolation import UNCOMPILED, attributes_kept
 
 
 class PathNorm(MeanOverUpdates):
@@ -146,7 +146,7 @@ def _isolated(model: nn.Module, given: Sequence[Tensor]) -> Iterator[None]:
         for device in {tensor.device.type for tensor in [*state, *given]}:
             stack.enter_context(torch.autocast(device, enabled=False))
         stack.enter_context(attributes_kept(model, {}))
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(UNCOMPILED())
         stack.enter_context(torch.inference_mode())  # in which a dropout is one operation, not a random mask
         yield
 

@@ -138,6 +138,10 @@ class Network:
             choose_kernels(options.implementation, list(group.parameters.values()), is_fused),
         )
 
+    def active_units(self) -> Tensor:
+        """Units that are alive now and exclusive, ``bool[H]``."""
+        return self.group.alive().cpu() & self.exclusive
+
     def check_state(self, state: Mapping[str, Any], options: Options) -> None:
         """Check that the rule's part of a checkpoint belongs to this network.
 

@@ -11,6 +11,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from torch.optim import Optimizer
+
+from lightning_ecopt.optim.binding import Network
 from lightning_ecopt.optim.session import Idle, Ready, Running, Session, Waiting
 from lightning_ecopt.steps import RULES
 
@@ -26,7 +29,7 @@ def saved(session: Session) -> dict[str, Any]:
     stage = session.stage
     if isinstance(stage, Running) and not stage.rule.has_weight_entries():
         # The base holds entries of coordinates; the plain base, which may load them, needs entries of weights.
-        numbers = _numbers(session)
+        numbers = _numbers(session.base, stage.network)
         state["state"] = {number: dict(entries) for number, entries in state["state"].items()}
         entries = {
             name: replace(entry, tensors={parameter: value.clone() for parameter, value in entry.tensors.items()})
@@ -39,11 +42,10 @@ def saved(session: Session) -> dict[str, Any]:
     return state
 
 
-def _numbers(session: Session) -> dict[str, int]:
+def _numbers(base: Optimizer, network: Network) -> dict[str, int]:
     """The number under which the base's state dict has each parameter, by name."""
-    order = {id(p): k for k, p in enumerate(p for options in session.base.param_groups for p in options["params"])}
-    group = session.group
-    return {name: order[id(p)] for name, p in group.parameters.items() if id(p) in order} if group else {}
+    order = {id(p): k for k, p in enumerate(p for options in base.param_groups for p in options["params"])}
+    return {name: order[id(p)] for name, p in network.group.parameters.items() if id(p) in order}
 
 
 def saved_rule(session: Session) -> dict[str, Any] | None:
@@ -61,19 +63,37 @@ def saved_rule(session: Session) -> dict[str, Any] | None:
     return None if session.refresh_due else counts  # there was nothing to be done at the last refresh
 
 
+def load(session: Session, state_dict: Mapping[str, Any]) -> None:
+    """Load what :func:`saved` has saved, or a state of the plain base optimizer, from which the rule begins anew.
+
+    Raises:
+        ValueError: if the state belongs to another network; then nothing has changed.
+    """
+    rest = dict(state_dict)
+    own = rest.pop(KEY, None) or {}
+    _check(session, own)  # before the base has taken anything over
+    session.base.load_state_dict(rest)
+    _go_on_from(session, own)
+
+
 def load_rule(session: Session, state: Mapping[str, Any] | None) -> None:
     """Go on from what :func:`saved_rule` has saved, from the next step on; from ``None``, begin anew.
 
     Raises:
         ValueError: if the state belongs to another network; then nothing has changed.
     """
-    state = state or {}
+    _check(session, state or {})
+    _go_on_from(session, state or {})
+
+
+def _check(session: Session, state: Mapping[str, Any]) -> None:
+    if not isinstance(session.stage, Waiting):  # otherwise it is checked when the group has been found
+        session.stage.network.check_state(state, session.options)
+
+
+def _go_on_from(session: Session, state: Mapping[str, Any]) -> None:
     stage = session.stage
-    if isinstance(stage, Waiting):
-        session.stage = Waiting(state)
-    else:
-        stage.network.check_state(state, session.options)
-        session.stage = Ready(stage.network, state)
+    session.stage = Waiting(state) if isinstance(stage, Waiting) else Ready(stage.network, state)
     session.refresh_due = True
 
 
@@ -90,7 +110,7 @@ def restore(session: Session) -> bool:
     if state.get("rule", options.rule) != options.rule:
         session.stage = Ready(network)
         return False
-    active = state["active"].cpu() if "active" in state else network.group.alive().cpu() & network.exclusive
+    active = state["active"].cpu() if "active" in state else network.active_units()
     if "rule" in state:
         rule = RULES[options.rule].resume(session.setting(network, active), state, session.entries(network))
         session.stage = session.running(network, active, rule)

@@ -299,11 +299,7 @@ class EquivalentClassOptimizer(Optimizer):
         state_dict = dict(state_dict)
         for changed in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = dict(_or_else(changed(self, state_dict), state_dict))
-        own = state_dict.pop(checkpoint.KEY, None)
-        if not isinstance(session.stage, Waiting):  # before the base has taken anything over
-            session.stage.network.check_state(own or {}, session.options)
-        session.base.load_state_dict(state_dict)
-        checkpoint.load_rule(session, own)
+        checkpoint.load(session, state_dict)
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 

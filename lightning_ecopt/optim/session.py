@@ -298,7 +298,7 @@ class Session:
     def usable_units(self) -> Tensor:
         """Units whose freedom is used, ``bool[H]``."""
         stage, network = self.stage, self.network
-        active = stage.active if isinstance(stage, Idle | Running) else network.group.alive().cpu() & network.exclusive
+        active = stage.active if isinstance(stage, Idle | Running) else network.active_units()
         return active & RULES[self.options.rule].usable_units(network.group)
 
     def statistics(self) -> PathStatistics | UnitStatistics | None:

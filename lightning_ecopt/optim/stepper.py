@@ -164,6 +164,7 @@ class FusedStep:
         assert self._base is not None  # otherwise there are no entries
         base, rule, rows = self._base, self._rule, self._rule.rows
         rates = self._rates(base, gradients)
+        rest = [None] * (base.num_entries - len(entries))  # the pass takes all entries that there may be
 
         def advance(
             values: Tensor, gradient: Tensor, state: Sequence[Tensor], of_units: Callable[[Tensor], Tensor]
@@ -171,7 +172,7 @@ class FusedStep:
             moved, ones = values.clone(), torch.ones_like(values)
             own = {name: _over(value, of_units, ones) for name, value in rates.items()}
             coefficients = base.coefficients(ones, ones, None, None, **own)
-            lists = [[moved], [gradient], *([of] for of in state), *[None] * (base.num_entries - len(state))]
+            lists = [[moved], [gradient], *([of] for of in state), *rest]
             getattr(EagerKernels(), base.kernel)(*lists, shapes=[tuple(moved.shape)], **coefficients)
             return moved
 
@@ -179,8 +180,7 @@ class FusedStep:
         own = {name: _over(value, rows.spread, here.weight_scale) for name, value in rates.items()}
         coefficients = base.coefficients(here.weight_scale, here.grad_scale, here.grad_shift, back.to_weights, **own)
         moving = {name: weights[name] for name in gradients}
-        state = [*entries, *[None] * (base.num_entries - len(entries))]
-        rows.apply_(rule.kernels, base.kernel, moving, gradients, *state, **coefficients)
+        rows.apply_(rule.kernels, base.kernel, moving, gradients, *entries, *rest, **coefficients)
         back.finish_()
         self._optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers look for it; the base's step sets it
 

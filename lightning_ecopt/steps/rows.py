@@ -100,19 +100,17 @@ class Rows:
         if len(self._counted) < len(self.names):  # one rank counts what every rank holds all of
             tensors = tuple({name: tensor for name, tensor in of.items() if name in self._counted} for of in tensors)
         complete = self._blocks.complete(tensors, self._all_names)
-        shape = (2 if name == "sums_and_squares" else 1, sum(self._blocks.num_places))
-        if all(complete) and any(complete):
+        count = 2 if name == "sums_and_squares" else 1
+        found = torch.zeros(count, 0, dtype=self.dtype, device=self.sizes.device)
+        if any(complete):
             lists, shapes = self._blocks.views(complete, tensors)
-            found: Tensor = getattr(kernels, name)(*lists, shapes, self.dtype)
-        else:
-            found = torch.zeros(shape, dtype=self.dtype, device=self.sizes.device)
-        if any(complete) and not all(complete):
-            lists, shapes = self._blocks.views(complete, tensors)
-            some = getattr(kernels.partial, name)(*lists, shapes, self.dtype)
-            targets = compress(found.split(self._blocks.num_places, 1), complete)
-            sources = some.split(list(compress(self._blocks.num_places, complete)), 1)
-            for target, source in zip(targets, sources, strict=True):
-                target.copy_(source)
+            found = getattr(kernels if all(complete) else kernels.partial, name)(*lists, shapes, self.dtype)
+        if not all(complete):
+            num_places = self._blocks.num_places
+            parts, found = found, found.new_zeros(count, sum(num_places))
+            targets = compress(found.split(num_places, 1), complete)
+            for target, part in zip(targets, parts.split(list(compress(num_places, complete)), 1), strict=True):
+                target.copy_(part)
         return self._ranks.sum_(self._blocks.to_rows(found))
 
     def apply_(self, kernels: Kernels, name: str, *tensors: Tensors | None, **vectors: Coefficient | None) -> None:
@@ -212,7 +210,7 @@ class _Box:
 
     def view(self, tensor: Tensor) -> Tensor:
         """The box in ``tensor``, which has the parameter's shape."""
-        return tensor if self.region is None else region_of(tensor, self.region)
+        return region_of(tensor, self.region)
 
 
 @dataclass(frozen=True)

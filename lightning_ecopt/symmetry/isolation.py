@@ -141,7 +141,7 @@ def _lifting() -> AbstractContextManager[None]:
     return _set(read, write, read() or not torch.cuda.is_available())
 
 
-_EAGER = Shared(lambda: torch.compiler.set_stance("force_eager"))
+UNCOMPILED = Shared(lambda: torch.compiler.set_stance("force_eager"))
 # The fast path of attention is one operation for a whole layer, for inference only.
 _MHA = torch.backends.mha
 _SLOW_ATTENTION = Shared(lambda: _set(_MHA.get_fastpath_enabled, _MHA.set_fastpath_enabled, False))
@@ -189,7 +189,7 @@ _thread = _Thread()
 @contextmanager
 def traced(trace: Trace) -> Iterator[None]:
     """Trace what the current thread does, and the threads that it starts meanwhile."""
-    with _EAGER(), _SLOW_ATTENTION(), _THREAD_STARTS(), _MODULE_CALLS(), _on_this_thread(trace):
+    with UNCOMPILED(), _SLOW_ATTENTION(), _THREAD_STARTS(), _MODULE_CALLS(), _on_this_thread(trace):
         yield
 
 
