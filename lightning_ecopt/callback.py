@@ -221,7 +221,7 @@ class EquivalentClassOptimization(Callback):
 
 
 class _Finder:
-    """Finds one group for all optimizers of a module, and finds it again when other parameters are trained.
+    """Finds one group for all optimizers of a module, and finds it again when they get further parameters.
 
     Args:
         module: the module that is trained.
@@ -233,19 +233,15 @@ class _Finder:
 
     def __init__(self, module: LightningModule, optimizers: list[Optimizer]) -> None:
         self._module, self._optimizers = module, optimizers
-        self._trained = self._trainable()
         self.found = find_group(module, self._held())
 
     def __call__(self, parameters: Iterable[Tensor] = ()) -> DeferredGroup:
-        """The group of all optimizers, whichever of them asks; what is trainable now decides."""
-        if self._trainable() != self._trained:
+        """The group of all optimizers, whichever of them asks; what they hold now decides."""
+        held = self._held()
+        if not self.found.covers(held):
             self.found.cancel()
-            self._trained = self._trainable()
-            self.found = find_group(self._module, self._held())
+            self.found = find_group(self._module, held)
         return self.found
 
     def _held(self) -> list[Tensor]:
         return [p for optimizer in self._optimizers for group in optimizer.param_groups for p in group["params"]]
-
-    def _trainable(self) -> list[int]:
-        return [id(p) for p in self._held() if p.requires_grad]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -10,18 +10,13 @@ from typing import Any
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from lightning_ecopt._lightning import LightningModule, MisconfigurationException
+from lightning_ecopt._lightning import LightningModule
 from lightning_ecopt.optim import ECSGD, ECAdamW
 from lightning_ecopt.optim.named import AdamWArguments, Params, SGDArguments
-from lightning_ecopt.symmetry import (
-    DeferredGroup,
-    GroupFromModuleCalls,
-    GroupFromNextCall,
-    KnownGroup,
-    ScalingGroup,
-    scaling_group,
-)
-from lightning_ecopt.symmetry.pending import check_ranks_agree
+from lightning_ecopt.symmetry import DeferredGroup, GroupFromModuleCalls, GroupFromNextCall, ScalingGroup
+from lightning_ecopt.symmetry.equations import Equations
+from lightning_ecopt.symmetry.trace import select_parameters, trace
+from lightning_ecopt.symmetry.traced_calls import gather_if_different
 
 
 def ec_sgd(
@@ -42,7 +37,7 @@ def ec_sgd(
 
     Raises:
         TypeError: if an option is unknown.
-        ValueError: for options out of range, and parameters that are not the module's or that the example never used.
+        ValueError: for options out of range, and parameters that are not the module's.
 
     Example::
 
@@ -69,7 +64,7 @@ def ec_adamw(
 
     Raises:
         TypeError: if an option is unknown.
-        ValueError: for options out of range, and parameters that are not the module's or that the example never used.
+        ValueError: for options out of range, and parameters that are not the module's.
 
     Example::
 
@@ -82,38 +77,44 @@ def ec_adamw(
 
 
 def _given(module: nn.Module, params: Iterable[Any] | None) -> list[Any]:
-    return [p for p in module.parameters() if p.requires_grad] if params is None else list(params)
+    if params is None:
+        return [p for p in module.parameters() if p.requires_grad]
+    given = list(params)
+    own = {id(p) for p in module.parameters()}
+    parts = [part["params"] if isinstance(part, dict) else part for part in given]
+    flat = [p for part in parts for p in ([part] if isinstance(part, Tensor) else part)]
+    foreign = sum(id(p) not in own for p in flat if isinstance(p, Tensor))
+    if foreign:
+        raise ValueError(
+            f"{foreign} of the given parameters are not parameters of {type(module).__name__}: "
+            "pass the module that owns all of them."
+        )
+    return given
 
 
 def find_group(module: nn.Module, parameters: Iterable[Tensor]) -> DeferredGroup:
     """The group of a module: of its example inputs now, or of its first call later.
 
     The example inputs of a ``LightningModule`` are traced at once. Without any, its first ``training_step`` is traced
-    or, under manual optimization, the calls of its parts; of another module, the next call of ``forward``.
+    or, under manual optimization, the calls of its parts; of another module, the next call of ``forward``. Parameters
+    that are none of the module's are held fixed.
     """
+    parameters = list(parameters)
     if not isinstance(module, LightningModule):
         return GroupFromNextCall(module, "forward", parameters)
-    agree = partial(_check_ranks_agree, module)
-    if module.example_input_array is not None:
-        group = _trace_example(module, parameters)
-        agree(group)
-        return KnownGroup(group)
+    gather = partial(_gather, module)
+    equations = None if module.example_input_array is None else _trace_example(module, parameters)
     if not module.automatic_optimization:  # forward and backward calls interleave
-        return GroupFromModuleCalls(parameters, agree)
-    return GroupFromNextCall(module, "training_step", parameters, agree)
+        return GroupFromModuleCalls(parameters, gather, module, equations)
+    return GroupFromNextCall(module, "training_step", parameters, gather, equations)
 
 
-def _check_ranks_agree(module: LightningModule, group: ScalingGroup) -> None:
+def _gather(module: LightningModule, group: ScalingGroup, equations: Equations) -> Sequence[Equations] | None:
     trainer = module._trainer
-    if trainer is not None and trainer.world_size > 1:
-        call = "first training step" if module.example_input_array is None else "example_input_array"
-        try:
-            check_ranks_agree(group, f"{call} of {type(module).__name__}")
-        except ValueError as error:
-            raise MisconfigurationException(str(error)) from None
+    return gather_if_different(group, equations) if trainer is not None and trainer.world_size > 1 else None
 
 
-def _trace_example(module: LightningModule, parameters: Iterable[Tensor]) -> ScalingGroup:
+def _trace_example(module: LightningModule, parameters: Iterable[Tensor]) -> Equations:
     example = module.transfer_batch_to_device(module.example_input_array, module.device, 0)
     trainer = module._trainer
     context: Any = nullcontext()
@@ -124,12 +125,13 @@ def _trace_example(module: LightningModule, parameters: Iterable[Tensor]) -> Sca
     kwargs: Mapping[str, Any] = {}
     if isinstance(example, Mapping):
         args, kwargs = (), example
+    chosen = select_parameters(module, parameters)
     with context:
         try:
-            return scaling_group(module, *args, parameters=parameters, **kwargs)
+            return trace(module, chosen, *args, **kwargs)
         except ValueError:  # batch norm in training mode, say, wants more than one value; other mistakes show up again
             with _evaluation_mode(module):
-                return scaling_group(module, *args, parameters=parameters, **kwargs)
+                return trace(module, chosen, *args, **kwargs)
 
 
 @contextmanager

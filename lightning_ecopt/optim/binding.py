@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_ecopt.common.tensors import listing
 from lightning_ecopt.kernels import Kernels, choose_kernels
 from lightning_ecopt.optim.bases import BASES
 from lightning_ecopt.optim.options import Options
@@ -25,6 +23,10 @@ Finder = Callable[[Sequence[Tensor]], ScalingGroup | DeferredGroup]
 #: A group, one that is found later, or a function that finds one and is asked again.
 Source = ScalingGroup | DeferredGroup | Finder
 
+WAY_OUT = (
+    "load it into the network and the parameter groups that it was made with, traced in the same way. The plain "
+    "optimizer's part of it can be loaded by itself: leave out the entry 'equivalent_class' of the state dict."
+)
 NO_FREEDOMS = (
     "The network has no scaling freedoms, so the base optimizer is used as it is. The report of the callback names the "
     "operations that cost them."
@@ -38,9 +40,14 @@ def find_by_module_calls(parameters: Sequence[Tensor]) -> DeferredGroup:
     return GroupFromModuleCalls(parameters)
 
 
+def parameters_of(base: Optimizer) -> list[Tensor]:
+    """The parameters of an optimizer, in its order."""
+    return [p for options in base.param_groups for p in options["params"]]
+
+
 def trainable_parameters(base: Optimizer) -> list[Tensor]:
     """The parameters of an optimizer that require a gradient, in its order."""
-    return [p for options in base.param_groups for p in options["params"] if p.requires_grad]
+    return [p for p in parameters_of(base) if p.requires_grad]
 
 
 def trained_ids(base: Optimizer) -> list[int]:
@@ -53,52 +60,39 @@ class Binding:
 
     Args:
         base: the optimizer whose parameters the group is to have.
-        source: a function is called with the trainable parameters, now and whenever the session asks again.
+        source: a function is called with all of its parameters, now and when :meth:`is_outgrown` says so.
 
     Attributes:
         source: as given.
-        trained: identities of the parameters that were trainable when the group was last looked for.
         deferred: the group, now or later.
+
+    Raises:
+        ValueError: if a group is given that knows none of the optimizer's parameters.
     """
 
     def __init__(self, base: Optimizer, source: Source) -> None:
+        self._base = base
         self.source = source
-        self.trained = trained_ids(base)
-        found = source if isinstance(source, ScalingGroup | DeferredGroup) else source(trainable_parameters(base))
+        found = source if isinstance(source, ScalingGroup | DeferredGroup) else source(parameters_of(base))
         self.deferred: DeferredGroup = KnownGroup(found) if isinstance(found, ScalingGroup) else found
+        if isinstance(self.deferred, KnownGroup):
+            check_belongs(self.deferred.group, trainable_parameters(base))
 
     @property
     def is_default(self) -> bool:
         """Whether nobody has said where the group comes from, so that calls of modules are watched."""
         return self.source is find_by_module_calls
 
-    @property
-    def finds_again(self) -> bool:
-        """Whether the source is a function, which is called again when other parameters are trained."""
-        return not isinstance(self.source, ScalingGroup | DeferredGroup)
-
-    @property
-    def missing(self) -> str:
-        """What has not happened while the group has not been found."""
-        return self.deferred.missing
-
-    def found(self) -> ScalingGroup | None:
-        """The group, checked; ``None`` while it has not been found."""
-        return self.deferred.settle()
-
-    def keep(self, group: ScalingGroup) -> None:
-        """Use this group from now on, so that nobody watches for another."""
-        if not isinstance(self.deferred, KnownGroup):
-            self.deferred = KnownGroup(group)
-
-    def cancel(self) -> None:
-        """Stop watching, if a group has not been found."""
-        self.deferred.cancel()
+    def is_outgrown(self) -> bool:
+        """Whether the optimizer has parameters that the source was not asked about, and can be asked again."""
+        if isinstance(self.source, ScalingGroup | DeferredGroup):
+            return False
+        return not self.deferred.covers(parameters_of(self._base))
 
     def cancel_unless_shared(self, other: Binding) -> None:
         """Stop watching, unless another binding waits for the same: a function may find one group for several."""
         if self.deferred is not other.deferred:
-            self.cancel()
+            self.deferred.cancel()
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,32 +103,33 @@ class Network:
         group: the scaling group.
         exclusive: units that scale trainable parameters of this optimizer alone, ``bool[H]``.
         names: names of the group's parameters that the optimizer has.
+        unused: parameters that the optimizer trains and no traced call has used, or that the group does not have.
         kernels: make the passes over weights and gradients.
     """
 
     group: ScalingGroup
     exclusive: Tensor
     names: frozenset[str]
+    unused: Sequence[Tensor]
     kernels: Kernels
 
     @classmethod
     def of(cls, base: Optimizer, group: ScalingGroup, options: Options) -> Network:
-        """Check that a group fits an optimizer, and find the units that are the optimizer's own.
+        """Find what a group means for an optimizer, whose parameters may be known to it in part.
 
         Raises:
-            ValueError: if the group does not know all trainable parameters, or the rule does not work for it.
+            ValueError: if the rule does not work for the group.
         """
-        trainable = trainable_parameters(base)
-        check_known(group, trainable)
         RULES[options.rule].check(group)
-        if group.num_units == 0:
-            warnings.warn(NO_FREEDOMS, stacklevel=2)
-        own = {id(p) for groups in base.param_groups for p in groups["params"]}
+        own = {id(p) for p in parameters_of(base)}
+        trainable = trainable_parameters(base)
+        seen = {id(p) for name, p in group.parameters.items() if name not in group.unseen}
         is_fused = type(base) in BASES and options.implementation != "wrapped"
         return cls(
             group,
             ~group.monomials.in_(_scales_of_others(group, {id(p) for p in trainable})),
             frozenset(name for name, p in group.parameters.items() if id(p) in own),
+            [p for p in trainable if id(p) not in seen],
             choose_kernels(options.implementation, list(group.parameters.values()), is_fused),
         )
 
@@ -142,19 +137,33 @@ class Network:
         """Units that are alive now and exclusive, ``bool[H]``."""
         return self.group.alive().cpu() & self.exclusive
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the group."""
+        return self.group.fingerprint()
+
+    def fits(self, state: Mapping[str, Any]) -> bool:
+        """Whether the rule's part of a checkpoint is from this network, trained in the same parts."""
+        return state.get("fingerprint", self.fingerprint) == self.fingerprint
+
     def check_state(self, state: Mapping[str, Any], options: Options) -> None:
         """Check that the rule's part of a checkpoint belongs to this network.
 
         Raises:
             ValueError: if it does not.
         """
-        if "active" in state and len(state["active"]) != self.group.num_units:
+        if not self.fits(state):
+            raise ValueError(f"The checkpoint was made with a network that has other freedoms: {WAY_OUT}")
+        try:
+            units = len(state.get("active", range(self.group.num_units)))
+            if units == self.group.num_units and state.get("rule") == options.rule:
+                RULES[options.rule].check_state(self.group, self.parameters, state)
+        except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+            raise ValueError(f"The rule's part of the checkpoint is damaged ({error!r}): {WAY_OUT}") from error
+        if units != self.group.num_units:
             raise ValueError(
-                f"The checkpoint was made with {len(state['active'])} units, this network has {self.group.num_units}: "
-                "load it into the network that it was made with, traced in the same way."
+                f"The checkpoint was made with {units} units, this network has {self.group.num_units}: {WAY_OUT}"
             )
-        if state.get("rule") == options.rule:
-            RULES[options.rule].check_state(self.group, self.parameters, state)
 
     @cached_property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -172,29 +181,15 @@ def _scales_of_others(group: ScalingGroup, own: set[int]) -> Tensor:
     return found
 
 
-def check_known(group: ScalingGroup, parameters: Sequence[Tensor]) -> None:
-    """Check that the trace of a group has seen all of some parameters.
+def check_belongs(group: ScalingGroup, parameters: Sequence[Tensor]) -> None:
+    """Check that a group has any of some parameters.
 
     Raises:
-        ValueError: if it has not.
+        ValueError: if it has none.
     """
-    names = {id(p): name for name, p in group.parameters.items()}
-    unknown = [p for p in parameters if id(p) not in names]
-    if unknown and len(unknown) == len(parameters):
+    known = {id(p) for p in group.parameters.values()}
+    if parameters and known.isdisjoint(map(id, parameters)):
         raise ValueError(
             "The scaling group was traced from another module: it has none of the optimizer's parameters. "
             "Call scaling_group on the module that this optimizer trains."
-        )
-    if unknown:
-        shapes = ", ".join(str(tuple(p.shape)) for p in unknown[:3])
-        raise ValueError(
-            f"{len(unknown)} of the optimizer's parameters (shapes {shapes}) are not in the scaling group. Call "
-            "scaling_group on the module that owns all of them, when all of them require a gradient."
-        )
-    unseen = [names[id(p)] for p in parameters if names[id(p)] in group.unseen]
-    if unseen:
-        raise ValueError(
-            f"The traced call never used these parameters of the optimizer: {listing(unseen)}. What was not seen "
-            "cannot be rescaled safely: trace a call that uses them (check the example inputs), leave them out of "
-            "the optimizer, or freeze them with requires_grad_(False)."
         )

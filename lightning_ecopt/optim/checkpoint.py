@@ -7,17 +7,22 @@ A state dict is the base optimizer's, at the weights, so that the plain base can
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from torch.optim import Optimizer
 
-from lightning_ecopt.optim.binding import Network
+from lightning_ecopt.optim.binding import WAY_OUT, Network, parameters_of
 from lightning_ecopt.optim.session import Idle, Ready, Running, Session, Waiting
 from lightning_ecopt.steps import RULES
 
 KEY = "equivalent_class"
+OTHER_FREEDOMS = (
+    "The checkpoint was made while the network had other freedoms, or other parameters were trained, so that the rule "
+    "begins anew. The base optimizer goes on from its own state."
+)
 
 
 def saved(session: Session) -> dict[str, Any]:
@@ -53,10 +58,15 @@ def saved_rule(session: Session) -> dict[str, Any] | None:
     stage = session.stage
     if isinstance(stage, Waiting | Ready):
         return dict(stage.saved) or None
+    trained = set(session.trained)
     counts = {
         "steps_since_refresh": session.steps_since_refresh,
         "refresh_due": session.refresh_due,
         "active": stage.active.clone(),
+        "fingerprint": stage.network.fingerprint,
+        "parameters": list(stage.network.group.parameters),
+        "trained": [id(p) in trained for p in stage.network.parameters.values()],
+        "shapes": _shapes(session),
     }
     if isinstance(stage, Running):
         return {"rule": stage.rule.name, **stage.rule.state_dict(session.entries(stage.network)), **counts}
@@ -71,9 +81,9 @@ def load(session: Session, state_dict: Mapping[str, Any]) -> None:
     """
     rest = dict(state_dict)
     own = rest.pop(KEY, None) or {}
-    _check(session, own)  # before the base has taken anything over
+    network = _network_of(session, own)  # before the base has taken anything over
     session.base.load_state_dict(rest)
-    _go_on_from(session, own)
+    _go_on_from(session, own, network)
 
 
 def load_rule(session: Session, state: Mapping[str, Any] | None) -> None:
@@ -82,18 +92,41 @@ def load_rule(session: Session, state: Mapping[str, Any] | None) -> None:
     Raises:
         ValueError: if the state belongs to another network; then nothing has changed.
     """
-    _check(session, state or {})
-    _go_on_from(session, state or {})
+    own = state or {}
+    _go_on_from(session, own, _network_of(session, own))
 
 
-def _check(session: Session, state: Mapping[str, Any]) -> None:
-    if not isinstance(session.stage, Waiting):  # otherwise it is checked when the group has been found
-        session.stage.network.check_state(state, session.options)
+def _shapes(session: Session) -> list[list[int]]:
+    return [list(p.shape) for p in parameters_of(session.base)]
 
 
-def _go_on_from(session: Session, state: Mapping[str, Any]) -> None:
+def _network_of(session: Session, state: Mapping[str, Any]) -> Network | None:
+    """The network that a state belongs to, as far as that is known by now.
+
+    It may be another than the present one: an earlier phase of fine-tuning is loaded, or one in which more is trained.
+
+    Raises:
+        ValueError: if the state belongs to another network.
+    """
+    if not isinstance(state, Mapping):
+        raise ValueError(f"The rule's part of the checkpoint is damaged, a {type(state).__name__}: {WAY_OUT}")
+    if "shapes" in state and state["shapes"] != _shapes(session):
+        raise ValueError(f"The checkpoint was made with parameters of other shapes: {WAY_OUT}")
+    names = state.get("parameters")
+    network = None if isinstance(session.stage, Waiting) else session.stage.network
+    if names is not None and (network is None or network.group.parameters.keys() != set(names)):
+        group = session.binding.deferred.take_back(names)
+        network = None if group is None else Network.of(session.base, group, session.options)
+    if network is not None:
+        network.check_state(state, session.options)
+    return network
+
+
+def _go_on_from(session: Session, state: Mapping[str, Any], network: Network | None) -> None:
     stage = session.stage
-    session.stage = Waiting(state) if isinstance(stage, Waiting) else Ready(stage.network, state)
+    if network is None and not isinstance(stage, Waiting):
+        network = stage.network
+    session.stage = Waiting(state) if network is None else Ready(network, state)
     session.refresh_due = True
 
 
@@ -107,7 +140,9 @@ def restore(session: Session) -> bool:
     if not isinstance(stage, Ready) or not stage.saved:
         return False
     state, network = stage.saved, stage.network
-    if state.get("rule", options.rule) != options.rule:
+    if not network.fits(state):
+        warnings.warn(OTHER_FREEDOMS, stacklevel=2)
+    if not network.fits(state) or state.get("rule", options.rule) != options.rule:
         session.stage = Ready(network)
         return False
     active = state["active"].cpu() if "active" in state else network.active_units()
@@ -117,5 +152,6 @@ def restore(session: Session) -> bool:
     else:
         session.stage = Idle(network, active)
     session.steps_since_refresh = state["steps_since_refresh"]
-    session.refresh_due = state["refresh_due"] or session.interval_is_over()
+    trained = [p.requires_grad for p in network.parameters.values()]
+    session.refresh_due = state["refresh_due"] or session.interval_is_over() or state.get("trained", trained) != trained
     return True

@@ -14,7 +14,7 @@ from torch.optim import LBFGS, Optimizer
 from lightning_ecopt.common.sharding import is_sharded
 from lightning_ecopt.kernels import Implementation
 from lightning_ecopt.optim import checkpoint
-from lightning_ecopt.optim.binding import Source, check_known, find_by_module_calls, trainable_parameters
+from lightning_ecopt.optim.binding import Source, find_by_module_calls, trainable_parameters
 from lightning_ecopt.optim.options import Options, Representative, RuleName, SkeletonChoice
 from lightning_ecopt.optim.session import Idle, Ready, Running, Session, Waiting
 from lightning_ecopt.steps.rule import PathStatistics, UnitStatistics
@@ -173,9 +173,11 @@ class EquivalentClassOptimizer(Optimizer):
                 loss = closure()
         session = self._session
         with torch.no_grad():
-            if session.only_makes_state() or not self._find_network():
+            if session.only_makes_state() or not session.find_network():
+                session.name_missing()
                 session.base.step()
                 return loss
+            session.expect_unused()
             stage = self._refreshed()
             session.steps_since_refresh += 1
             if not isinstance(stage, Running) or all(p.grad is None for p in trainable_parameters(session.base)):
@@ -185,26 +187,12 @@ class EquivalentClassOptimizer(Optimizer):
             stage.stepper.take(w, g, lambda: session.entries_if_averaged(stage.network))  # phases 3 to 5
         return loss
 
-    def _find_network(self) -> bool:
-        """Whether the group is known; if it is not, there must not be anything to do."""
-        session = self._session
-        if session.find_network():
-            return True
-        if all(p.grad is None for options in self.param_groups for p in options["params"]):
-            return False  # a skipped batch
-        raise RuntimeError(
-            f"The first step came before the network was traced: {session.binding.missing}. Give the LightningModule "
-            "an example_input_array, pass a closure that calls it to step(), or make the optimizer with "
-            "EquivalentClassOptimizer(optimizer, scaling_group(module, inputs))."
-        )
-
     def _refreshed(self) -> Idle | Running:
         """The stage in which the next step is taken, after a refresh if one is due."""
         session = self._session
-        if session.refresh_due or session.interval_is_over():
-            session.renew()
-            if not checkpoint.restore(session) or session.refresh_due:
-                session.refresh(session.network)
+        is_due = session.refresh_due or session.interval_is_over()
+        if is_due and (not checkpoint.restore(session) or session.refresh_due):
+            session.refresh(session.network)
         assert isinstance(session.stage, Idle | Running)  # in all other stages a refresh was due
         return session.stage
 
@@ -261,7 +249,7 @@ class EquivalentClassOptimizer(Optimizer):
 
     def stop_watching(self) -> None:
         """Wait for the group no longer; a method of the module that was replaced to trace its next call is put back."""
-        self._session.binding.cancel()
+        self._session.binding.deferred.cancel()
 
     def usable_units(self) -> Tensor:
         """Units whose freedom is used, ``bool[H]``.
@@ -354,20 +342,9 @@ class EquivalentClassOptimizer(Optimizer):
         self._session.base.zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group to the base optimizer, and look for the freedoms that the new parameters bring.
-
-        Raises:
-            ValueError: if the scaling group was given and does not know a parameter.
-        """
-        session = self._session
-        session.base.add_param_group(param_group)
-        if session.group is not None and not session.binding.finds_again:
-            try:
-                check_known(session.group, [p for p in self.param_groups[-1]["params"] if p.requires_grad])
-            except ValueError:
-                self.param_groups.pop()
-                raise
-        session.renew()
+        """Add a parameter group to the base optimizer, and look for the freedoms that the new parameters bring."""
+        self._session.base.add_param_group(param_group)
+        self._session.renew()
 
     def __getattr__(self, name: str) -> Any:
         """What an optimizer has beyond those of torch, such as ``train`` and ``eval`` of a schedule-free one."""

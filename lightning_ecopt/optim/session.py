@@ -24,13 +24,29 @@ from torch.optim import SGD, Optimizer
 from lightning_ecopt.common.sharding import Ranks, local
 from lightning_ecopt.common.tensors import listing
 from lightning_ecopt.optim.bases import LINEAR, momentum_to_mean
-from lightning_ecopt.optim.binding import Binding, Network, Source, trained_ids
+from lightning_ecopt.optim.binding import NO_FREEDOMS, Binding, Network, Source, parameters_of, trained_ids
 from lightning_ecopt.optim.options import Options
 from lightning_ecopt.optim.stepper import Stepper
 from lightning_ecopt.steps import RULES
 from lightning_ecopt.steps.rule import PathStatistics, Rule, Setting, UnitStatistics
 from lightning_ecopt.steps.state import StateEntries, StateEntry, entries_of, has_weight_averages
 from lightning_ecopt.symmetry import ScalingGroup
+
+
+UNUSED = (
+    "No traced call has used these parameters, or they cannot be rescaled (complex ones, those of other modules). They are "
+    "trained as ever, and held fixed when others are rescaled; the freedoms are looked for again when they first get a "
+    "gradient"
+)
+UNTRACED = (
+    "This step comes before the network was traced, so that the base optimizer is used as it is until then: {}. Give the "
+    "LightningModule an example_input_array, pass a closure that calls it to step(), or make the optimizer with "
+    "EquivalentClassOptimizer(optimizer, scaling_group(module, inputs))."
+)
+SEVERAL_DEVICES = (
+    "The parameters are on several devices, and paths lead through all of them, so that the base optimizer is used as it "
+    "is: put the module on one device (data parallelism is supported)."
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +125,10 @@ class Session:
         self.stage: Stage = Waiting()
         self.steps_since_refresh = 0
         self.refresh_due = True
-        self._named: set[str] = set()  # state entries that a warning has named
+        self._named: set[Any] = set()  # what warnings have named: state entries, parameters
+        self._surprises = 0  # steps in which a parameter had a gradient that no traced call has used
+        self.trained: list[int] = []  # identities of the trainable parameters at the last look
+        self._version = 0  # of the deferred group at the last look
         self.binding = Binding(base, source)
         self.find_network()
 
@@ -139,50 +158,78 @@ class Session:
         """
         binding = Binding(self.base, source)
         try:
-            found = binding.found()
+            found = binding.deferred.settle()
             if found is not None:  # perhaps the present one, of which the caller knows that it is to be used anew
                 self.use(found)
-                binding.keep(found)
         except BaseException:
             binding.cancel_unless_shared(self.binding)
             raise
         self.binding.cancel_unless_shared(binding)
-        self.binding = binding
+        self.binding, self._version = binding, binding.deferred.version
+
+    def renew(self) -> None:
+        """Have the source look again if the optimizer has parameters that it was not asked about."""
+        if self.binding.is_outgrown():
+            self.bind(self.binding.source)
 
     def find_network(self) -> bool:
-        """Take over the group as soon as it has been found; returns whether one is known."""
-        found = self.binding.found()
+        """Look up what is trained now, and take over the group of that; returns whether one is known."""
+        trained, deferred = trained_ids(self.base), self.binding.deferred
+        is_known = not isinstance(self.stage, Waiting)
+        if is_known and trained == self.trained and deferred.version == self._version:
+            return True
+        if trained != self.trained:
+            self.renew()
+            deferred = self.binding.deferred
+        found = deferred.settle()
+        self._version = deferred.version
         if found is not None and found is not self.group:
             self.use(found)
-            self.binding.keep(found)
+        elif trained != self.trained and not isinstance(self.stage, Waiting):
+            # The same group; but what is frozen now must not move, at no refresh, and what has thawed may.
+            network = Network.of(self.base, self.stage.network.group, self.options)
+            self.stage, self.refresh_due = replace(self.stage, network=network), True
+        self.trained = trained
         return not isinstance(self.stage, Waiting)
 
     def use(self, group: ScalingGroup) -> None:
-        """Use a group from now on, and refresh at the next step.
+        """Use a group from now on, and refresh at the next step. A state that was loaded stays if it fits the group.
 
         Raises:
-            ValueError: if the group does not fit the optimizer, or a state that was loaded does not fit the group.
+            ValueError: if the rule does not work for the group.
         """
         network = Network.of(self.base, group, self.options)
         saved = self.stage.saved if isinstance(self.stage, Waiting | Ready) else {}
-        network.check_state(saved, self.options)
         with torch.no_grad():
             self._leave_rule()
-        self.binding.trained = trained_ids(self.base)
-        self.stage, self.refresh_due = Ready(network, saved), True
+        self.stage, self.refresh_due, self.trained = Ready(network, saved), True, trained_ids(self.base)
 
-    def renew(self) -> None:
-        """Look for the freedoms again if other parameters require a gradient now."""
-        trained = trained_ids(self.base)
-        if trained == self.binding.trained:
-            return
-        if self.binding.finds_again:
-            if isinstance(self.stage, Waiting | Ready):
-                # The saved rule describes other parameters; the base's state, which came with it, stays.
-                self.stage = replace(self.stage, saved={})
-            self.bind(self.binding.source)
-        elif self.group is not None and {id(p) for p in self.group.parameters.values()}.issuperset(trained):
-            self.use(self.group)
+    def expect_unused(self) -> None:
+        """Have one more call traced if a parameter has a gradient that no traced call has used.
+
+        A call costs several times its time while it is traced, and may miss the parameter again, as a layer that is
+        skipped at random. So it is tried in the 1st, 2nd, 4th, 8th ... step that has such a gradient.
+        """
+        if any(p.grad is not None for p in self.network.unused):
+            self._surprises += 1
+            if self._surprises & (self._surprises - 1) == 0:
+                self.binding.deferred.look_again()
+
+    def name_missing(self) -> None:
+        """Warn, once, that a step comes before any call was traced."""
+        missing = self.binding.deferred.missing
+        if missing and missing not in self._named and any(p.grad is not None for p in parameters_of(self.base)):
+            self._named.add(missing)
+            warnings.warn(UNTRACED.format(missing), stacklevel=2)
+
+    def name_unused(self) -> None:
+        """Warn, once, of parameters that the optimizer trains and no traced call has used."""
+        names = {id(p): name for name, p in self.network.group.parameters.items()}
+        new = [p for p in self.network.unused if id(p) not in self._named]
+        if new:
+            self._named |= {id(p) for p in new}
+            known = [names.get(id(p), f"one of shape {list(p.shape)}") for p in new]
+            warnings.warn(f"{UNUSED}: {listing(known)}.", stacklevel=2)
 
     # Weights, gradients and state, by parameter name
 
@@ -223,13 +270,13 @@ class Session:
         3. Begin with the rule: the path rule chooses its skeleton weights, the unit rule goes on.
         """
         self.refresh_due = True  # until all of it has succeeded
-        if len({w.device for w in self.weights(network).values()}) > 1:
-            raise RuntimeError(
-                "The parameters are on several devices, and paths lead through all of them: put the module on one "
-                "device (data parallelism is supported), or train without the equivalent-class space."
-            )
-        alive = network.group.alive().cpu()
+        self.name_unused()
         before = self._leave_rule()
+        if not self._can_use(network):
+            self.stage = Idle(network, torch.zeros(network.group.num_units, dtype=torch.bool, device="cpu"))
+            self.steps_since_refresh, self.refresh_due = 0, False
+            return
+        alive = network.group.alive().cpu()
         active, entries = alive & network.exclusive, self.entries(network)
         if self.options.representative == "balanced" and bool(active.any()):
             self._balance(network.group, active, entries)
@@ -237,6 +284,18 @@ class Session:
         rule = RULES[self.options.rule].begin(setting, entries, before)
         self.stage = Idle(network, active) if rule is None else self.running(network, active, rule)
         self.steps_since_refresh, self.refresh_due = 0, False
+
+    def _can_use(self, network: Network) -> bool:
+        """Whether there is anything for the rule to do; warns, once, if not."""
+        reason = ""
+        if network.group.num_units == 0:
+            reason = NO_FREEDOMS
+        elif len({w.device for w in self.weights(network).values()}) > 1:
+            reason = SEVERAL_DEVICES
+        if reason and reason not in self._named:
+            self._named.add(reason)
+            warnings.warn(reason, stacklevel=2)
+        return not reason and bool(network.names)
 
     @staticmethod
     def _balance(group: ScalingGroup, active: Tensor, entries: StateEntries) -> None:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Collection, Iterable
+
+from torch import Tensor
 
 from lightning_ecopt.symmetry.group import ScalingGroup
 
 
 class DeferredGroup(ABC):
-    """A scaling group that is known now, or will be once training has begun.
-
-    Args:
-        check: called by :meth:`settle` with the group, once; what it raises goes to whoever wants to use the group.
+    """A scaling group that is known now, or will be once training has begun, and may grow when more is trained.
 
     Example::
 
@@ -21,10 +20,6 @@ class DeferredGroup(ABC):
         model(x)
         assert deferred.settle().num_units == 8
     """
-
-    def __init__(self, check: Callable[[ScalingGroup], object] | None = None) -> None:
-        self._check = check
-        self._checked: ScalingGroup | None = None
 
     @property
     @abstractmethod
@@ -36,16 +31,32 @@ class DeferredGroup(ABC):
     def missing(self) -> str:
         """What has not happened while there is no group, for messages."""
 
+    @property
+    def version(self) -> int:
+        """Another number than before means that :meth:`settle` may return another group."""
+        return 0
+
+    @abstractmethod
+    def settle(self) -> ScalingGroup | None:
+        """The group of what is trained now, or has been, to be used from now on; ``None`` if it is not known.
+
+        It is the same object while nothing has changed. All ranks that train together call it together.
+        """
+
+    @abstractmethod
+    def covers(self, parameters: Iterable[Tensor]) -> bool:
+        """Whether the group was looked for with these parameters in view, so that nobody has to look again."""
+
     def cancel(self) -> None:  # noqa: B027
         """Wait no longer. The group stays if it is known."""
 
-    def settle(self) -> ScalingGroup | None:
-        """The group, checked, to be used from now on; ``None`` if it is not known."""
+    def look_again(self) -> None:  # noqa: B027
+        """Watch one more call: a parameter that no call has used has got a gradient."""
+
+    def take_back(self, names: Collection[str]) -> ScalingGroup | None:
+        """The group as it was when these parameters, and no others, had been trained; ``None`` if that is unknown."""
         group = self.group
-        if group is not None and group is not self._checked and self._check is not None:
-            self._check(group)
-        self._checked = group
-        return group
+        return group if group is not None and group.parameters.keys() == set(names) else None
 
 
 class KnownGroup(DeferredGroup):
@@ -56,7 +67,6 @@ class KnownGroup(DeferredGroup):
     """
 
     def __init__(self, group: ScalingGroup) -> None:
-        super().__init__()
         self._group = group
 
     @property
@@ -68,3 +78,12 @@ class KnownGroup(DeferredGroup):
     def missing(self) -> str:
         """Nothing is."""
         return ""
+
+    def settle(self) -> ScalingGroup:
+        """The group."""
+        return self._group
+
+    def covers(self, parameters: Iterable[Tensor]) -> bool:
+        """Whether the group knows all of them that are trained."""
+        known = {id(p) for p in self._group.parameters.values()}
+        return all(id(p) in known for p in parameters if p.requires_grad)

@@ -287,15 +287,18 @@ class Equations:
         if region is None:
             self._fix_parameter(view.name, (incoming, outgoing))
             return
-        use = Use(region, self._pull_back(view, incoming), self._pull_back(view, outgoing), additive)
-        for earlier in self.uses.setdefault(view.name, []):
+        self._add(view.name, Use(region, self._pull_back(view, incoming), self._pull_back(view, outgoing), additive))
+
+    def _add(self, name: str, use: Use) -> None:
+        """Record a use of a region, which earlier uses of its elements must agree with."""
+        for earlier in self.uses.setdefault(name, []):
             if earlier.region == use.region:
                 self._agree(earlier, use)
                 return
-            if _overlap(earlier.region, use.region, self.shapes[view.name]):
-                self._fix_parameter(view.name, (incoming, outgoing))
+            if _overlap(earlier.region, use.region, self.shapes[name]):
+                self._fix_parameter(name, (use.incoming, use.outgoing))
                 return
-        self.uses[view.name].append(use)
+        self.uses[name].append(use)
 
     def _without_factor(self, view: ParameterView, incoming: IntArray, outgoing: IntArray) -> tuple[IntArray, IntArray]:
         """The labels of the parameter alone, if its view times a factor scales by ``incoming / outgoing``."""
@@ -347,6 +350,31 @@ class Equations:
         result[tuple(positions)] = ids
         self.equate(result[tuple(positions)], ids)  # one element reached twice must have one label
         return compress(result)
+
+    def renamed(self, names: Mapping[str, str]) -> Equations:
+        """The same equations with other names of the parameters."""
+        shapes = {names[name]: shape for name, shape in self.shapes.items()}
+        uses = {names[name]: own for name, own in self.uses.items()}
+        return replace(self, shapes=shapes, uses=uses, seen={names[name] for name in self.seen})
+
+    def absorb(self, other: Equations) -> None:
+        """Demand what the equations of another call of the same parameters demand, too."""
+        offset = self.num_scales - 1
+        own = self.fresh((other.num_scales - 1,))
+        self.is_fixed[own] = other.is_fixed[1 : other.num_scales]
+
+        def renumbered(ids: IntArray) -> IntArray:
+            return np.where(ids > FIXED, ids + offset, ids)
+
+        self.seen |= other.seen
+        self.equalities += [renumbered(pairs) for pairs in other.equalities]
+        self.relations += [replace(relation, scales=renumbered(relation.scales)) for relation in other.relations]
+        self.fixings += [(operation, renumbered(ids)) for operation, ids in other.fixings]
+        self.operation = Operation("another call", "")
+        for name, uses in other.uses.items():
+            for use in uses:
+                incoming, outgoing = renumbered(use.incoming), renumbered(use.outgoing)
+                self._add(name, replace(use, incoming=incoming, outgoing=outgoing))
 
 
 def _varying(*labels: IntArray) -> set[int]:

@@ -4,6 +4,9 @@
 :class:`GroupFromNextCall`     traces the next call of one method of a module: ``training_step``, or ``forward``
 :class:`GroupFromModuleCalls`  knows parameters only, and traces whichever modules are called that have any of them
 =============================  =====================================================================================
+
+Both keep the equations of all calls that they have traced, over all parameters that they were given, frozen ones too.
+So another set of trained parameters is solved for without another call.
 """
 
 from __future__ import annotations
@@ -11,8 +14,7 @@ from __future__ import annotations
 import copy
 import inspect
 import threading
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -21,18 +23,20 @@ from torch._guards import detect_fake_mode
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_ecopt.common.nested import tensors_in
-from lightning_ecopt.common.sharding import is_sharded
-from lightning_ecopt.common.tensors import listing
-from lightning_ecopt.symmetry.deferred import DeferredGroup
+from lightning_ecopt.common.sharding import gathering_modules, is_sharded
+from lightning_ecopt.symmetry.equations import Equations
 from lightning_ecopt.symmetry.group import ScalingGroup
 from lightning_ecopt.symmetry.isolation import is_traced_by, wait_for_calls
-from lightning_ecopt.symmetry.trace import group_of, hold_results_fixed, select_parameters
+from lightning_ecopt.symmetry.trace import can_be_rescaled, select_parameters
 from lightning_ecopt.symmetry.trace_mode import TraceMode
+from lightning_ecopt.symmetry.traced_calls import Gather, GroupFromCalls, ended, gather_if_different
 
 _NO_TASK = -1  # of the autograd engine: no backward pass runs on this thread
+#: After so many calls in a row that use no further parameter, :class:`GroupFromModuleCalls` waits no longer.
+MOST_CALLS = 16
 
 
-class GroupFromNextCall(DeferredGroup):
+class GroupFromNextCall(GroupFromCalls):
     """The scaling group of a module, from the next real call of one of its methods, traced as it happens.
 
     The method is replaced on the instance until it has been called once and has returned something. The call itself
@@ -42,11 +46,12 @@ class GroupFromNextCall(DeferredGroup):
     Args:
         module: the module, in a Lightning pipeline the ``LightningModule``.
         method: name of the method to trace: ``training_step``, so that the loss is traced too, or ``forward``.
-        parameters: the parameters that may be rescaled; by default all that require a gradient.
-        check: passed to :class:`DeferredGroup`.
+        parameters: the parameters that may be rescaled while they require a gradient; by default all.
+        gather: passed to :class:`GroupFromCalls`.
+        equations: of a call that has been traced already. Then no call is awaited until :meth:`look_again`.
 
     Raises:
-        ValueError: if one of ``parameters`` is not a parameter of ``module``, or any of the module's is sharded.
+        ValueError: if any of the module's parameters is sharded, and there are no equations.
     """
 
     def __init__(
@@ -54,61 +59,84 @@ class GroupFromNextCall(DeferredGroup):
         module: nn.Module,
         method: str,
         parameters: Iterable[Tensor] | None = None,
-        check: Callable[[ScalingGroup], object] | None = None,
+        gather: Gather | None = None,
+        equations: Equations | None = None,
     ) -> None:
-        super().__init__(check)
+        super().__init__(module.parameters() if parameters is None else parameters, gather, equations)
         self.module = module
         self.method = method
-        self.trainable = select_parameters(module, parameters)
+        self._parameters = select_parameters(module, self._offered)
         sharded = [name for name, parameter in module.named_parameters() if is_sharded(parameter)]
-        if sharded:
+        if sharded and equations is None:
             raise ValueError(
                 f"{type(module).__name__} has sharded parameters, {sharded[0]} first, which a real call gathers, so "
                 "that it cannot be watched. Give the LightningModule an example_input_array, so that its forward call "
                 "can be traced instead, or use scaling_group(module, inputs)."
             )
-        self._group: ScalingGroup | None = None
+        self._can_watch = not sharded
+        self._waits = self._is_running = False
         self._method: Callable[..., Any] = getattr(module, method)
         self._own = vars(module).get(method)  # an attribute of the instance, if the user has set one
-        self._cancelled = False
-        vars(module)[method] = _WatchedMethod(self, self._method)
+        if equations is None:
+            self.look_again()
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # what is unpickled with its module waits for its next call
         vars(self).update(state)
-        if self._group is None and not self._cancelled:
-            vars(self.module)[self.method] = _WatchedMethod(self, self._method)
+        if self._waits:
+            self._replace()
 
     @property
-    def group(self) -> ScalingGroup | None:
-        """The scaling group; ``None`` before the call."""
-        return self._group
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """The parameters that are traced, by name."""
+        return self._parameters
+
+    def _gathering(self) -> list[Any]:
+        return gathering_modules(self.module)
 
     @property
     def missing(self) -> str:
         """What has not happened while there is no group."""
         return f"nothing has called {self.method}() of {type(self.module).__name__} since the optimizer was made"
 
+    def look_again(self) -> None:
+        """Replace the method until its next call."""
+        if self._waits or not self._can_watch:
+            return
+        self._waits = True
+        self._method, self._own = getattr(self.module, self.method), vars(self.module).get(self.method)
+        self._replace()
+
+    def _replace(self) -> None:
+        vars(self.module)[self.method] = _WatchedMethod(self, self._method, self._own)
+
     def cancel(self) -> None:
         """Give the module its method back, at once or when whoever has replaced it since gives it back."""
-        self._cancelled = True
+        self._waits = False
         while True:
             current = vars(self.module).get(self.method)
-            if not isinstance(current, _WatchedMethod) or not current.pending._cancelled:
+            if not isinstance(current, _WatchedMethod) or current.pending._waits:
                 return
             del vars(self.module)[self.method]
-            if current.pending._own is not None:
-                vars(self.module)[self.method] = current.pending._own
+            if current.own is not None:
+                vars(self.module)[self.method] = current.own
 
-    def call(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the method, and trace the call if no group has been found yet."""
-        if self._cancelled or detect_fake_mode() is not None:  # a call that computes nothing is no real one
-            return self._method(*args, **kwargs)
-        mode = TraceMode(self.module, self.trainable)
-        with mode.tracing():
-            output = self._method(*args, **kwargs)
+    def call(self, method: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Call the method, and trace the call if one is awaited."""
+        if not self._waits or self._is_running or detect_fake_mode() is not None:  # what computes nothing is not real
+            return method(*args, **kwargs)
+        self.note_trained()
+        mode = TraceMode(self.module, self._parameters)
+        self._is_running = True
+        try:
+            with mode.tracing():
+                output = method(*args, **kwargs)
+        finally:
+            self._is_running = False
         if output is not None:  # a training step may skip its batch
-            hold_results_fixed(mode, self.module, output, "loss" if self.method == "training_step" else "output")
-            self._group = group_of(mode, self.trainable)
+            name = "loss" if self.method == "training_step" else "output"
+            self._calls.append(ended(mode, self.module, output, name))
+            self.end_call()
+            self.note_trained()
             self.cancel()
         return output
 
@@ -121,14 +149,15 @@ class _WatchedMethod:
     copy of the module waits for a call of its own.
     """
 
-    def __init__(self, pending: GroupFromNextCall, method: Callable[..., Any]) -> None:
+    def __init__(self, pending: GroupFromNextCall, method: Callable[..., Any], own: Any) -> None:
         self.pending = pending
+        self.own = own  # the attribute of the instance that it stands for, if there was one
         self._method = method
         self.__module__, self.__doc__ = method.__module__, method.__doc__  # which the class has, too
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.pending.call(*args, **kwargs)
+        return self.pending.call(self._method, *args, **kwargs)
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:  # inspect and torch.jit.script look for the source of methods only
@@ -151,51 +180,81 @@ class _WatchedMethod:
         return _itself, (self._method,)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _WatchedMethod:
-        return _WatchedMethod(copy.deepcopy(self.pending, memo), copy.deepcopy(self._method, memo))
+        pending, method, own = copy.deepcopy((self.pending, self._method, self.own), memo)
+        return _WatchedMethod(pending, method, own)
 
 
 def _itself(value: Any) -> Any:
     return value
 
 
-class GroupFromModuleCalls(DeferredGroup):
+class GroupFromModuleCalls(GroupFromCalls):
     """The scaling group of parameters, from the outermost calls of modules that have any of them.
 
     From the moment it is made it *waits*: each such call with gradients enabled is traced as it happens. What enters
     the call and what it returns must not change; backward passes and optimizer steps, which may come in between, are
     not traced. Each traced call may tell more, so the group is solved for anew when it is asked for next. Once every
-    parameter has been seen, or after :meth:`cancel`, or when nobody holds the object, it waits no longer.
+    parameter has been seen, or ``MOST_CALLS`` calls in a row use no further one, or after :meth:`cancel`, or when
+    nobody holds the object, it waits no longer.
 
-    If a call is one of a :class:`~torch.nn.parallel.DistributedDataParallel` module, its ranks must find the same.
+    If a call is one of a :class:`~torch.nn.parallel.DistributedDataParallel` module, its ranks find one group together.
 
     Args:
-        parameters: the parameters that may be rescaled; any that require no gradient are left out.
-        check: passed to :class:`DeferredGroup`.
+        parameters: the parameters that may be rescaled while they require a gradient.
+        gather: passed to :class:`GroupFromCalls`.
+        module: gives the parameters their names; by default the first module that is called.
+        equations: of a call that has been traced already. Then no call is awaited until :meth:`look_again`.
     """
 
-    def __init__(self, parameters: Iterable[Tensor], check: Callable[[ScalingGroup], object] | None = None) -> None:
-        super().__init__(check)
-        self._own = {id(p): cast(nn.Parameter, p) for p in parameters if p.requires_grad}
-        self._named: dict[str, nn.Parameter] = {}  # the same, once a module gives them names
+    def __init__(
+        self,
+        parameters: Iterable[Tensor],
+        gather: Gather | None = None,
+        module: nn.Module | None = None,
+        equations: Equations | None = None,
+    ) -> None:
+        super().__init__(parameters, gather, equations)
+        self._own = {id(p): cast(nn.Parameter, p) for p in self._offered if can_be_rescaled(p)}
+        self._module = module
+        self._named: dict[str, nn.Parameter] = {} if module is None else self._names(module)
         self._mode: TraceMode | None = None  # takes down all traced calls; there from the first one on
         self._running: list[nn.Module] = []  # whose traced calls have begun and not ended, on all threads
-        self._group: ScalingGroup | None = None  # of all calls that have ended, once somebody has asked
+        self._count = 0  # of calls since one has used another parameter
         self._lock = threading.Lock()  # two threads may make the first call
-        self._stop_waiting = wait_for_calls(self, self._own.values())
+        self._stop_waiting: Callable[[], object] | None = None
+        if equations is None:
+            self.look_again()
 
-    def __reduce__(self) -> tuple[Any, ...]:  # a copy, or what is unpickled, waits for calls of its own parameters
-        return type(self), (list(self._own.values()), self._check)
+    def _names(self, module: nn.Module) -> dict[str, nn.Parameter]:
+        names = {id(parameter): name for name, parameter in module.named_parameters()}
+        numbered = enumerate(self._own.items())
+        return {names.get(key, f"parameter {number}"): own for number, (key, own) in numbered}
+
+    def __getstate__(self) -> dict[str, Any]:  # a copy, or what is unpickled, waits for calls of its own parameters
+        equations = self.equations()
+        left_out: dict[str, Any] = {"_mode": None, "_running": [], "_lock": None, "_stop_waiting": None, "_own": None}
+        waits = self._stop_waiting is not None
+        return {**vars(self), **left_out, "_calls": [equations] if equations else [], "waits": waits}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        waits = state.pop("waits")
+        vars(self).update(state)
+        self._lock = threading.Lock()
+        self._own = {id(p): cast(nn.Parameter, p) for p in self._offered if can_be_rescaled(p)}
+        if waits:
+            self.look_again()
 
     @property
-    def group(self) -> ScalingGroup | None:
-        """The scaling group as far as calls have been traced; ``None`` before the first, and during one."""
-        if self._mode is None or self._running:
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """The parameters that are traced, by name; none before the first call."""
+        return self._named
+
+    def equations(self) -> Equations | None:
+        """The equations of all calls; ``None`` if there was none, or if one is running."""
+        if self._running:
             return None
-        if self._group is None:
-            self._group = group_of(self._mode, self._named)
-            if not self._group.unseen:
-                self.cancel()
-        return self._group
+        parts = [*self._calls, *([self._mode.equations] if self._mode is not None else [])]
+        return self._joined(parts) if len(parts) > 1 else parts[0] if parts else None
 
     @property
     def missing(self) -> str:
@@ -205,9 +264,25 @@ class GroupFromModuleCalls(DeferredGroup):
             "the EquivalentClassOptimization callback does not depend on that)"
         )
 
+    def settle(self) -> ScalingGroup | None:
+        """The group of what is trained now, or has been; what ranks that train together have found is joined."""
+        group = super().settle()
+        # Ranks that went on waiting could find more at different steps, and wait for each other forever.
+        if group is not None and (self.has_ranks or not group.unseen):
+            self.cancel()
+        return group
+
+    def look_again(self) -> None:
+        """Wait for calls."""
+        self._count = 0
+        if self._stop_waiting is None:
+            self._stop_waiting = wait_for_calls(self, self._own.values())
+
     def cancel(self) -> None:
         """Wait no longer."""
-        self._stop_waiting()
+        if self._stop_waiting is not None:
+            self._stop_waiting()
+            self._stop_waiting = None
 
     def wants(self, module: nn.Module) -> bool:
         """Whether a call that begins is outermost, has gradients enabled, and its module any of the parameters."""
@@ -221,53 +296,38 @@ class GroupFromModuleCalls(DeferredGroup):
     def trace_call(self, module: nn.Module, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Return ``call(*args, **kwargs)``, a call of the module, and trace it."""
         mode = self._begin(module)
-        if isinstance(module, DistributedDataParallel) and self._check is None:
-            name = f"first call of {type(module.module).__name__}"
-            self._check = partial(check_ranks_agree, call=name, process_group=module.process_group)
+        if isinstance(module, DistributedDataParallel) and self.gather is None and not module._join_config.enable:
+            self.gather = _RanksOf(module)  # while others may have joined already, nobody can wait for them
         mode.register_inputs(tensors_in((args, kwargs), objects=True))
-        output = None
+        self.note_trained()
+        seen, output = len(mode.equations.seen), None
         self._running.append(module)
         try:
             with mode.tracing():
                 output = call(*args, **kwargs)
         finally:  # a call that fails may have left something behind, too
-            hold_results_fixed(mode, module, output)
-            self._group = None
+            ended(mode, module, output, "output")
+            self.end_call()
             self._running.remove(module)
+            self._count = 0 if len(mode.equations.seen) > seen else self._count + 1
+            if self._count >= MOST_CALLS and not self._running:  # perhaps nobody ever takes a step
+                self.cancel()
         return output
 
     def _begin(self, module: nn.Module) -> TraceMode:
         """The mode that traces the calls; the first module that is called gives the parameters their names."""
         with self._lock:
             if self._mode is None:
-                names = {id(parameter): name for name, parameter in module.named_parameters()}
-                numbered = enumerate(self._own.items())
-                self._named = {names.get(key, f"parameter {number}"): own for number, (key, own) in numbered}
-                self._mode = TraceMode(module, self._named)
+                self._named = self._named or self._names(module)
+                self._mode = TraceMode(self._module or module, self._named)
             return self._mode
 
 
-def check_ranks_agree(group: ScalingGroup, call: str, process_group: Any = None) -> None:
-    """Raise on all ranks if they have found different groups: each would rescale its weights in its own way.
+class _RanksOf:
+    """Gathers from the ranks of a module, which copies of it may not have any more."""
 
-    Args:
-        group: the group that this rank has found.
-        call: the call that it was found in, for the message.
-        process_group: the ranks; by default all.
+    def __init__(self, module: DistributedDataParallel) -> None:
+        self._module = module
 
-    Raises:
-        ValueError: if the ranks have found different groups.
-    """
-    found: list[Any] = [None] * torch.distributed.get_world_size(process_group)
-    own = group.fingerprint(), group.num_units, group.unseen
-    torch.distributed.all_gather_object(found, own, process_group)
-    if len({fingerprint for fingerprint, _, _ in found}) == 1:
-        return
-    unseen = sorted({name for _, _, names in found for name in names})
-    raise ValueError(
-        f"The {call} ran other operations on some ranks than on others (freedoms found: "
-        f"{', '.join(str(units) for _, units, _ in found)}"
-        + (f"; parameters not used by all: {listing(unseen)}" if unseen else "")
-        + "), so that their weights would drift apart: give all ranks an example_input_array that takes the same way "
-        "through the network."
-    )
+    def __call__(self, group: ScalingGroup, equations: Equations) -> Sequence[Equations]:
+        return gather_if_different(group, equations, process_group=self._module.process_group)

@@ -7,7 +7,7 @@ products, are solved by elimination, exactly. The unknowns that remain free are 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -39,8 +39,12 @@ class Solution:
     costs: Counter[Operation]
 
 
-def solve(equations: Equations) -> Solution:
-    """Solve the equations of a traced call.
+def solve(equations: Equations, trained: Collection[str] | None = None) -> Solution:
+    """Solve the equations of traced calls.
+
+    Args:
+        equations: of all calls.
+        trained: names of the parameters that may be rescaled, by default all; the others are held fixed.
 
     Example: ``Linear(3, 2), ReLU(), Linear(2, 1)``. The trace has the scales 1 and 2 for the outputs of the first
     layer and 3 for the output of the second. The ReLU adds no equation, and that the output must not change fixes scale
@@ -49,9 +53,10 @@ def solve(equations: Equations) -> Solution:
         scaling_group(net, x).couplings[0].incoming  # of 0.weight: tensor([[0], [1]])
     """
     unknowns = Unknowns(equations.num_scales)
-    _merge_equalities(unknowns, equations)
+    names = [name for name in equations.shapes if trained is None or name in trained]
+    _merge_equalities(unknowns, equations, equations.uses.keys() - set(names))
     costs = _charge_fixings(unknowns, equations)
-    uses = _used_regions(equations)
+    uses = _used_regions(equations, names)
     labels = [np.where(ids == ZERO, FIXED, ids) for _, use in uses for ids in (use.incoming, use.outgoing)]
     visible = np.unique(np.concatenate([ids.ravel() for ids in labels])) if labels else np.empty(0, np.int64)
     powers = _eliminate_products(unknowns, equations, visible)
@@ -70,11 +75,31 @@ def solve(equations: Equations) -> Solution:
 # From scales to unknowns ----------------------------------------------------------------------------------------------
 
 
-def _merge_equalities(unknowns: Unknowns, equations: Equations) -> None:
-    """Make scales that are equal one unknown, and fix the unknown of the scale ``FIXED``."""
-    pairs = np.concatenate(equations.equalities) if equations.equalities else np.empty((0, 2), np.int64)
+def _merge_equalities(unknowns: Unknowns, equations: Equations, frozen: Collection[str]) -> None:
+    """Make scales that are equal one unknown, those on the two sides of frozen parameters too, and fix ``FIXED``."""
+    sides = [pair for name in sorted(frozen) for use in equations.uses[name] for pair in _both_sides(use)]
+    pairs = np.concatenate([np.empty((0, 2), np.int64), *equations.equalities, *sides])
     unknowns.merge(pairs[:, 0], pairs[:, 1], np.ones(len(pairs), np.int64))
     unknowns.fixed[unknowns.number[FIXED]] = True
+
+
+def _both_sides(use: Use) -> list[IntArray]:
+    """Pairs ``[N, 2]`` of scales that are equal if ``incoming / outgoing`` is one for every element of a region.
+
+    ``a(i, k) = b(j, k)`` for all i, j and k follows from ``a(i, k) = b(0, k)`` and ``a(0, k) = b(j, k)``, so that no
+    pair is needed for each element of a matrix.
+    """
+    incoming, outgoing = use.incoming, use.outgoing
+    pairs = []
+    for first, second in ((incoming, _at_zero(outgoing, incoming)), (_at_zero(incoming, outgoing), outgoing)):
+        found = np.stack([ids.ravel() for ids in np.broadcast_arrays(first, second)], 1)
+        pairs.append(found[(found != ZERO).all(1)])  # a zero fits any scale
+    return pairs
+
+
+def _at_zero(ids: IntArray, other: IntArray) -> IntArray:
+    """A label at the first place along the axes on which another label does not change."""
+    return ids[tuple(slice(1) if size == 1 else slice(None) for size in other.shape)]
 
 
 def _charge_fixings(unknowns: Unknowns, equations: Equations) -> Counter[Operation]:
@@ -98,13 +123,9 @@ def _eliminate_products(unknowns: Unknowns, equations: Equations, visible: IntAr
 # Regions of parameters ------------------------------------------------------------------------------------------------
 
 
-def _used_regions(equations: Equations) -> list[tuple[str, Use]]:
-    """List all uses with the name of their parameter, in the module's order."""
-    return [
-        (name, use)
-        for name, shape in equations.shapes.items()
-        for use in _completed(equations.uses.get(name, []), shape)
-    ]
+def _used_regions(equations: Equations, names: Sequence[str]) -> list[tuple[str, Use]]:
+    """List all uses of the named parameters with the name, in the module's order."""
+    return [(name, use) for name in names for use in _completed(equations.uses.get(name, []), equations.shapes[name])]
 
 
 def _completed(uses: list[Use], shape: tuple[int, ...]) -> list[Use]:

@@ -7,7 +7,7 @@ arithmetic. Where that is impossible, as for control flow that depends on values
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map_only
 
 from lightning_ecopt.common.nested import tensors_in
 from lightning_ecopt.common.sharding import Ranks, gathering_modules, is_sharded, release, stop_gathering_
+from lightning_ecopt.symmetry.equations import Equations
 from lightning_ecopt.symmetry.group import ScalingGroup
 from lightning_ecopt.symmetry.isolation import attributes_kept, fake_tensors, inputs_kept, values_kept
 from lightning_ecopt.symmetry.solve import solve
@@ -44,7 +46,7 @@ def scaling_group(
         module: any module; the outputs of its call are what must not change.
         *args: inputs of the call. Their values matter only in a real call, whose control flow they may decide.
         parameters: the parameters that may be rescaled, usually the optimizer's; by default all. Those that require
-            no gradient, and all others, are held fixed.
+            no gradient, complex and quantised ones, and all others, are held fixed.
         **kwargs: further inputs of the call.
 
     Returns:
@@ -61,10 +63,79 @@ def scaling_group(
         group = scaling_group(model, torch.randn(1, 4))
         assert group.num_units == 8
     """
-    trainable = select_parameters(module, parameters)
+    given = None if parameters is None else list(parameters)
+    chosen = select_parameters(module, given)
+    foreign = {id(p) for p in given or ()} - {id(p) for p in module.parameters()}
+    if foreign:
+        raise ValueError(
+            f"{len(foreign)} of the given parameters are not parameters of {type(module).__name__}: "
+            "pass the module that owns all of them."
+        )
+    trained = {name: parameter for name, parameter in chosen.items() if parameter.requires_grad}
+    return solved(trained, trace(module, trained, *args, **kwargs), gathering=gathering_modules(module))
+
+
+def select_parameters(module: nn.Module, parameters: Iterable[Tensor] | None = None) -> dict[str, nn.Parameter]:
+    """The parameters of ``module`` that may be rescaled, by name and in the module's order.
+
+    Args:
+        module: the module.
+        parameters: leaves out all but these; by default none is.
+
+    Raises:
+        ValueError: if one is sharded in a way that is not supported.
+    """
+    # After a forward pass FSDP may have left whole parameters in place of the sharded ones, which optimizers hold.
+    release(gathering_modules(module))
+    wanted = None if parameters is None else {id(p) for p in parameters}
+    own = {
+        name: parameter
+        for name, parameter in module.named_parameters()
+        if can_be_rescaled(parameter) and (wanted is None or id(parameter) in wanted)
+    }
+    Ranks(own)  # raises if they are sharded in a way that is not supported
+    return own
+
+
+def can_be_rescaled(parameter: Tensor) -> bool:
+    """Whether the values of a parameter are real numbers that can be multiplied: no complex or quantised ones."""
+    if is_lazy(parameter):
+        return False
+    return parameter.dtype.is_floating_point and (type(parameter.data) is Tensor or is_sharded(parameter))
+
+
+def solved(
+    parameters: Mapping[str, nn.Parameter],
+    equations: Equations,
+    trained: Collection[str] | None = None,
+    gathering: Sequence[nn.Module] = (),
+) -> ScalingGroup:
+    """Solve the equations of traced calls: what remains free is the group.
+
+    Args:
+        parameters: those that were traced, by name.
+        equations: of one call or several.
+        trained: names of the parameters that may be rescaled, by default all; the others are held fixed.
+        gathering: modules that gather sharded parameters for their calls.
+    """
+    own = {name: parameter for name, parameter in parameters.items() if trained is None or name in trained}
+    unseen = tuple(name for name in own if name not in equations.seen)
+    group = ScalingGroup.from_solution(own, solve(equations, own), unseen)
+    return replace(group, gathering=gathering) if gathering else group
+
+
+def trace(module: nn.Module, parameters: Mapping[str, nn.Parameter], /, *args: Any, **kwargs: Any) -> Equations:
+    """Trace one call ``module(*args, **kwargs)``, as :func:`scaling_group` says.
+
+    Args:
+        module: the module.
+        parameters: those whose scales are looked for, by name.
+        *args: inputs of the call.
+        **kwargs: further inputs of the call.
+    """
     if any(map(is_sharded, module.parameters())):
         try:
-            return _trace_fake(module, trainable, args, kwargs)
+            return _trace_fake(module, parameters, args, kwargs)
         except Exception as error:
             raise ValueError(
                 f"{type(module).__name__} has sharded parameters and cannot be called with fake tensors, which is the "
@@ -74,55 +145,42 @@ def scaling_group(
     # Scripted modules take no fake parameters; control flow that depends on data takes no fake inputs.
     if not any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):
         try:
-            return _trace_fake(module, trainable, args, kwargs)
+            return _trace_fake(module, parameters, args, kwargs)
         except Exception:  # a mistake of the module shows up again below
             pass
     try:
-        return _trace_real(module, trainable, args, kwargs)
+        return _trace_real(module, parameters, args, kwargs)
     except Exception as error:
         with values_kept(module), inputs_kept((args, kwargs)):
             module(*args, **kwargs)  # raises what the module raises by itself
         warnings.warn(
             f"{type(module).__name__} cannot be watched, so that all of it is held fixed: {error!r}", stacklevel=2
         )
-        mode = TraceMode(module, trainable)
-        mode.hold_all_fixed("call")
-        return group_of(mode, trainable)
+        return all_fixed(module, parameters)
 
 
-def select_parameters(module: nn.Module, parameters: Iterable[Tensor] | None) -> dict[str, nn.Parameter]:
-    """The parameters of ``module`` that may be rescaled, by name and in the module's order."""
-    # After a forward pass FSDP may have left whole parameters in place of the sharded ones, which optimizers hold.
-    release(gathering_modules(module))
-    own = dict(module.named_parameters())
-    if parameters is not None:
-        wanted = {id(p) for p in parameters}
-        own = {name: p for name, p in own.items() if id(p) in wanted}
-        if len(own) < len(wanted):
-            raise ValueError(
-                f"{len(wanted) - len(own)} of the given parameters are not parameters of {type(module).__name__}: "
-                "pass the module that owns all of them."
-            )
-    trainable = {name: p for name, p in own.items() if p.requires_grad}
-    Ranks(trainable)  # raises if they are sharded in a way that is not supported
-    return trainable
+def all_fixed(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Equations:
+    """The equations under which nothing can be rescaled."""
+    mode = TraceMode(module, parameters)
+    mode.hold_all_fixed("call")
+    return mode.equations
 
 
 def _trace_fake(
-    module: nn.Module, trainable: Mapping[str, nn.Parameter], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> ScalingGroup:
+    module: nn.Module, parameters: Mapping[str, nn.Parameter], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Equations:
     """Trace a call of the module in which fake tensors stand for its parameters, its buffers and the inputs."""
     gathering = gathering_modules(module)
     with inputs_kept((args, kwargs)), fake_tensors() as fake_mode:
         fake = partial(_fake, fake_mode)
         state = {id(tensor): fake(tensor) for tensor in [*module.parameters(), *module.buffers()]}
         args, kwargs = tree_map_only(Tensor, fake, (args, kwargs))
-        mode = TraceMode(module, {name: state[id(parameter)] for name, parameter in trainable.items()})
+        mode = TraceMode(module, {name: state[id(parameter)] for name, parameter in parameters.items()})
         with attributes_kept(module, state):
             if gathering:
                 stop_gathering_(module)
             _trace_call(mode, module, args, kwargs)
-    return replace(group_of(mode, trainable), gathering=gathering)
+    return mode.equations
 
 
 def _fake(fake_mode: FakeTensorMode, tensor: Tensor) -> Tensor:
@@ -134,13 +192,13 @@ def _fake(fake_mode: FakeTensorMode, tensor: Tensor) -> Tensor:
 
 
 def _trace_real(
-    module: nn.Module, trainable: Mapping[str, nn.Parameter], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> ScalingGroup:
+    module: nn.Module, parameters: Mapping[str, nn.Parameter], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Equations:
     """Trace a call of the module as it is, and put back what the call changes."""
-    mode = TraceMode(module, trainable)
+    mode = TraceMode(module, parameters)
     with values_kept(module), inputs_kept((args, kwargs)):
         _trace_call(mode, module, args, kwargs)
-    return group_of(mode, trainable)
+    return mode.equations
 
 
 def _trace_call(mode: TraceMode, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -167,9 +225,3 @@ def _kept(module: nn.Module) -> list[Tensor]:
         }
         found += tensors_in({name: value for name, value in vars(part).items() if name not in computed})
     return found
-
-
-def group_of(mode: TraceMode, trainable: Mapping[str, nn.Parameter]) -> ScalingGroup:
-    """Solve the equations of a trace: what remains free is the group."""
-    unseen = tuple(name for name in trainable if name not in mode.equations.seen)
-    return ScalingGroup.from_solution(trainable, solve(mode.equations), unseen)

@@ -1,0 +1,161 @@
+"""What is common to groups that are found in calls: the equations of all of them, and what is trained."""
+
+from __future__ import annotations
+
+import warnings
+from abc import abstractmethod
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_ecopt.symmetry.deferred import DeferredGroup
+from lightning_ecopt.symmetry.equations import Equations
+from lightning_ecopt.symmetry.group import ScalingGroup
+from lightning_ecopt.symmetry.trace import all_fixed, hold_results_fixed, solved
+from lightning_ecopt.symmetry.trace_mode import TraceMode
+
+#: Takes the group and the equations of this rank, and gives all ranks that train together the equations of each of
+#: them, in the order of the ranks; nothing if they have found the same group, ``None`` if there are no other ranks.
+Gather = Callable[[ScalingGroup, Equations], Sequence[Equations] | None]
+
+
+class GroupFromCalls(DeferredGroup):
+    """The scaling group of parameters, from the equations of traced calls.
+
+    Args:
+        offered: the parameters that an optimizer has asked about.
+        gather: collects the equations of all ranks, if several train together; called by :meth:`settle`.
+        equations: of a call that has been traced already.
+    """
+
+    def __init__(
+        self, offered: Iterable[Tensor], gather: Gather | None = None, equations: Equations | None = None
+    ) -> None:
+        self.gather = gather
+        self._offered = list(offered)
+        self._calls = [] if equations is None else [equations]
+        self._trained: frozenset[str] = frozenset()  # names of what has been trained at any time
+        self._groups: dict[frozenset[str], ScalingGroup] = {}  # from the calls so far, by the names of the trained
+        self._settled: ScalingGroup | None = None
+        self.has_ranks = False  # whether others train together with this process
+        self._version = 0
+
+    @property
+    def version(self) -> int:
+        """Another number than before: a call has been traced, or more is trained."""
+        return self._version
+
+    @property
+    @abstractmethod
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """The parameters that are traced, by name."""
+
+    def _gathering(self) -> list[Any]:
+        """The modules that gather sharded parameters for their calls."""
+        return []
+
+    def note_trained(self) -> None:
+        """Remember which parameters require a gradient now: from now on they belong to the group."""
+        before = len(self._trained)
+        self._trained |= {name for name, parameter in self.parameters.items() if parameter.requires_grad}
+        self._version += len(self._trained) > before
+
+    def end_call(self) -> None:
+        """Take note that there are other equations than before."""
+        self._groups = {}
+        self._version += 1
+
+    def equations(self) -> Equations | None:
+        """The equations of all calls; ``None`` if there was none, or if one is running."""
+        if len(self._calls) > 1:
+            self._calls = [self._joined(self._calls)]
+        return self._calls[0] if self._calls else None
+
+    def _joined(self, parts: Iterable[Equations]) -> Equations:
+        joined = Equations({name: tuple(parameter.shape) or (1,) for name, parameter in self.parameters.items()})
+        for part in parts:
+            joined.absorb(part)
+        return joined
+
+    @property
+    def group(self) -> ScalingGroup | None:
+        """The group as far as calls have been traced; ``None`` before the first, and during one."""
+        equations = self.equations()
+        if equations is None:
+            return None
+        if not self._trained:
+            self.note_trained()
+        return self._solved(self._trained, equations)
+
+    def _solved(self, names: frozenset[str], equations: Equations) -> ScalingGroup:
+        if names not in self._groups:
+            try:
+                self._groups[names] = solved(self.parameters, equations, names, self._gathering())
+            except Exception as error:  # a fault of ours must not stop training
+                warnings.warn(f"The freedoms cannot be solved for, so that all is held fixed: {error!r}", stacklevel=2)
+                fixed = all_fixed(nn.Module(), self.parameters)
+                self._groups[names] = solved(self.parameters, fixed, names, self._gathering())
+        return self._groups[names]
+
+    def settle(self) -> ScalingGroup | None:
+        """The group of what is trained now, or has been; what ranks that train together have found is joined."""
+        self.note_trained()
+        group, equations = self.group, self.equations()
+        if group is None or equations is None or group is self._settled:
+            return group
+        parts = None if self.gather is None else self.gather(group, equations)
+        self.has_ranks = parts is not None
+        if parts:
+            del self._groups[self._trained]
+            group = self._solved(self._trained, self._joined(parts))
+        self._settled = group
+        return group
+
+    def take_back(self, names: Collection[str]) -> ScalingGroup | None:
+        """The group as it was when these parameters, and no others, had been trained."""
+        equations = self.equations()
+        if equations is None or not self.parameters.keys() >= set(names):
+            return None
+        self._trained = frozenset(names)
+        self._version += 1
+        self._settled = self._solved(self._trained, equations)
+        return self._settled
+
+    def covers(self, parameters: Iterable[Tensor]) -> bool:
+        """Whether these are among the parameters that it was offered."""
+        return {id(p) for p in self._offered}.issuperset(map(id, parameters))
+
+
+def ended(mode: TraceMode, module: nn.Module, output: Any, name: str) -> Equations:
+    """The equations of a call that has ended; whatever it leaves behind must not change."""
+    try:
+        hold_results_fixed(mode, module, output, name)
+    except Exception as error:  # a fault of ours must not stop training
+        warnings.warn(
+            f"What {type(module).__name__} returns cannot be read, so that all is held fixed: {error!r}", stacklevel=2
+        )
+        mode.hold_all_fixed(name)
+    return mode.equations
+
+
+def gather_if_different(group: ScalingGroup, equations: Equations, *, process_group: Any = None) -> Sequence[Equations]:
+    """Gather the equations of all ranks if their groups differ: each would rescale its weights in its own way.
+
+    Args:
+        group: the group that this rank has found.
+        equations: those that it was found from.
+        process_group: the ranks; by default all.
+
+    Returns:
+        Of each rank, in the order of the ranks, with the names that parameters have on this rank; nothing if all ranks
+        have found the same group.
+    """
+    world = torch.distributed.get_world_size(process_group)
+    found: list[Any] = [None] * world
+    torch.distributed.all_gather_object(found, group.fingerprint(), process_group)
+    if len(set(found)) == 1:
+        return []
+    torch.distributed.all_gather_object(found, equations, process_group)
+    return [one.renamed(dict(zip(one.shapes, equations.shapes, strict=True))) for one in found]
