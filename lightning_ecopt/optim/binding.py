@@ -50,11 +50,6 @@ def trainable_parameters(base: Optimizer) -> list[Tensor]:
     return [p for p in parameters_of(base) if p.requires_grad]
 
 
-def trained_ids(base: Optimizer) -> list[int]:
-    """The ``id`` of each trainable parameter: other numbers mean that other parameters are trained."""
-    return list(map(id, trainable_parameters(base)))
-
-
 class Binding:
     """Where the group of one optimizer comes from.
 
@@ -152,18 +147,17 @@ class Network:
         Raises:
             ValueError: if it does not.
         """
-        if not self.fits(state):
-            raise ValueError(f"The checkpoint was made with a network that has other freedoms: {WAY_OUT}")
         try:
             units = len(state.get("active", range(self.group.num_units)))
-            if units == self.group.num_units and state.get("rule") == options.rule:
+            if units != self.group.num_units:
+                found = f"{units} units, this network has {self.group.num_units}"
+                raise ValueError(f"The checkpoint was made with {found}: {WAY_OUT}")
+            if not self.fits(state):
+                raise ValueError(f"The checkpoint was made with a network that has other freedoms: {WAY_OUT}")
+            if state.get("rule") == options.rule:
                 RULES[options.rule].check_state(self.group, self.parameters, state)
         except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
             raise ValueError(f"The rule's part of the checkpoint is damaged ({error!r}): {WAY_OUT}") from error
-        if units != self.group.num_units:
-            raise ValueError(
-                f"The checkpoint was made with {units} units, this network has {self.group.num_units}: {WAY_OUT}"
-            )
 
     @cached_property
     def parameters(self) -> dict[str, nn.Parameter]:

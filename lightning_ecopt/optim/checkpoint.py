@@ -58,7 +58,7 @@ def saved_rule(session: Session) -> dict[str, Any] | None:
     stage = session.stage
     if isinstance(stage, Waiting | Ready):
         return dict(stage.saved) or None
-    trained = set(session.trained)
+    trained = set(map(id, session.trained))
     counts = {
         "steps_since_refresh": session.steps_since_refresh,
         "refresh_due": session.refresh_due,
@@ -106,20 +106,22 @@ def _network_of(session: Session, state: Mapping[str, Any]) -> Network | None:
     It may be another than the present one: an earlier phase of fine-tuning is loaded, or one in which more is trained.
 
     Raises:
-        ValueError: if the state belongs to another network.
+        ValueError: if the state belongs to another network in which the same parameters are trained.
     """
     if not isinstance(state, Mapping):
         raise ValueError(f"The rule's part of the checkpoint is damaged, a {type(state).__name__}: {WAY_OUT}")
+    network = None if isinstance(session.stage, Waiting) else session.stage.network
+    names = set(state.get("parameters", () if network is None else network.group.parameters))
+    if network is not None and network.group.parameters.keys() == names:
+        network.check_state(state, session.options)
+        return network
     if "shapes" in state and state["shapes"] != _shapes(session):
         raise ValueError(f"The checkpoint was made with parameters of other shapes: {WAY_OUT}")
-    names = state.get("parameters")
-    network = None if isinstance(session.stage, Waiting) else session.stage.network
-    if names is not None and (network is None or network.group.parameters.keys() != set(names)):
-        group = session.binding.deferred.take_back(names)
-        network = None if group is None else Network.of(session.base, group, session.options)
-    if network is not None:
-        network.check_state(state, session.options)
-    return network
+    group = session.binding.deferred.take_back(names)
+    if group is None:
+        return None
+    network = Network.of(session.base, group, session.options)
+    return network if network.fits(state) else None
 
 
 def _go_on_from(session: Session, state: Mapping[str, Any], network: Network | None) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from operator import is_
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from torch.optim import SGD, Optimizer
 from lightning_ecopt.common.sharding import Ranks, local
 from lightning_ecopt.common.tensors import listing
 from lightning_ecopt.optim.bases import LINEAR, momentum_to_mean
-from lightning_ecopt.optim.binding import NO_FREEDOMS, Binding, Network, Source, parameters_of, trained_ids
+from lightning_ecopt.optim.binding import NO_FREEDOMS, Binding, Network, Source, parameters_of, trainable_parameters
 from lightning_ecopt.optim.options import Options
 from lightning_ecopt.optim.stepper import Stepper
 from lightning_ecopt.steps import RULES
@@ -32,20 +33,19 @@ from lightning_ecopt.steps.rule import PathStatistics, Rule, Setting, UnitStatis
 from lightning_ecopt.steps.state import StateEntries, StateEntry, entries_of, has_weight_averages
 from lightning_ecopt.symmetry import ScalingGroup
 
-
 UNUSED = (
-    "No traced call has used these parameters, or they cannot be rescaled (complex ones, those of other modules). They are "
-    "trained as ever, and held fixed when others are rescaled; the freedoms are looked for again when they first get a "
-    "gradient"
+    "No traced call has used these parameters, or they cannot be rescaled (complex ones, those of other modules): {}. "
+    "They are trained as ever, and held fixed when others are rescaled; the freedoms are looked for again when they "
+    "first get a gradient."
 )
 UNTRACED = (
-    "This step comes before the network was traced, so that the base optimizer is used as it is until then: {}. Give the "
-    "LightningModule an example_input_array, pass a closure that calls it to step(), or make the optimizer with "
+    "This step comes before the network was traced, so that the base optimizer is used as it is until then: {}. Give "
+    "the LightningModule an example_input_array, pass a closure that calls it to step(), or make the optimizer with "
     "EquivalentClassOptimizer(optimizer, scaling_group(module, inputs))."
 )
 SEVERAL_DEVICES = (
-    "The parameters are on several devices, and paths lead through all of them, so that the base optimizer is used as it "
-    "is: put the module on one device (data parallelism is supported)."
+    "The parameters are on several devices, and paths lead through all of them, so that the base optimizer is used as "
+    "it is: put the module on one device (data parallelism is supported)."
 )
 
 
@@ -125,9 +125,9 @@ class Session:
         self.stage: Stage = Waiting()
         self.steps_since_refresh = 0
         self.refresh_due = True
-        self._named: set[Any] = set()  # what warnings have named: state entries, parameters
+        self._named: set[Any] = set()  # what warnings have said: messages, state entries, identities of parameters
         self._surprises = 0  # steps in which a parameter had a gradient that no traced call has used
-        self.trained: list[int] = []  # identities of the trainable parameters at the last look
+        self.trained: list[Tensor] = []  # the parameters that required a gradient at the last look
         self._version = 0  # of the deferred group at the last look
         self.binding = Binding(base, source)
         self.find_network()
@@ -174,18 +174,19 @@ class Session:
 
     def find_network(self) -> bool:
         """Look up what is trained now, and take over the group of that; returns whether one is known."""
-        trained, deferred = trained_ids(self.base), self.binding.deferred
+        trained, deferred = trainable_parameters(self.base), self.binding.deferred
         is_known = not isinstance(self.stage, Waiting)
-        if is_known and trained == self.trained and deferred.version == self._version:
+        has_changed = len(trained) != len(self.trained) or not all(map(is_, trained, self.trained))
+        if is_known and not has_changed and deferred.version == self._version:
             return True
-        if trained != self.trained:
+        if has_changed:
             self.renew()
             deferred = self.binding.deferred
         found = deferred.settle()
         self._version = deferred.version
         if found is not None and found is not self.group:
             self.use(found)
-        elif trained != self.trained and not isinstance(self.stage, Waiting):
+        elif has_changed and not isinstance(self.stage, Waiting):
             # The same group; but what is frozen now must not move, at no refresh, and what has thawed may.
             network = Network.of(self.base, self.stage.network.group, self.options)
             self.stage, self.refresh_due = replace(self.stage, network=network), True
@@ -202,7 +203,10 @@ class Session:
         saved = self.stage.saved if isinstance(self.stage, Waiting | Ready) else {}
         with torch.no_grad():
             self._leave_rule()
-        self.stage, self.refresh_due, self.trained = Ready(network, saved), True, trained_ids(self.base)
+        self.stage, self.refresh_due, self.trained = Ready(network, saved), True, trainable_parameters(self.base)
+        if group.num_units == 0:
+            self._warn_once(NO_FREEDOMS)
+        self._name_unused(network)
 
     def expect_unused(self) -> None:
         """Have one more call traced if a parameter has a gradient that no traced call has used.
@@ -218,18 +222,22 @@ class Session:
     def name_missing(self) -> None:
         """Warn, once, that a step comes before any call was traced."""
         missing = self.binding.deferred.missing
-        if missing and missing not in self._named and any(p.grad is not None for p in parameters_of(self.base)):
-            self._named.add(missing)
-            warnings.warn(UNTRACED.format(missing), stacklevel=2)
+        if missing and any(p.grad is not None for p in parameters_of(self.base)):
+            self._warn_once(UNTRACED.format(missing))
 
-    def name_unused(self) -> None:
+    def _name_unused(self, network: Network) -> None:
         """Warn, once, of parameters that the optimizer trains and no traced call has used."""
-        names = {id(p): name for name, p in self.network.group.parameters.items()}
-        new = [p for p in self.network.unused if id(p) not in self._named]
+        names = {id(p): name for name, p in network.group.parameters.items()}
+        new = [p for p in network.unused if id(p) not in self._named]
         if new:
             self._named |= {id(p) for p in new}
             known = [names.get(id(p), f"one of shape {list(p.shape)}") for p in new]
-            warnings.warn(f"{UNUSED}: {listing(known)}.", stacklevel=2)
+            self._warn_once(UNUSED.format(listing(known)))
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._named:
+            self._named.add(message)
+            warnings.warn(message, stacklevel=2)
 
     # Weights, gradients and state, by parameter name
 
@@ -247,11 +255,10 @@ class Session:
         entries, unknown = entries_of(self.base.state, network.group.parameters, self.options.degrees)
         if unknown - self._named:
             self._named |= unknown
-            warnings.warn(
+            self._warn_once(
                 f"What a rescaling of the weights does to {listing(sorted(unknown))} in the state of "
                 f"{type(self.base).__name__} is not known: they stay as they are at a refresh. Tell it with "
-                f"state_powers={{{sorted(unknown)[0]!r}: ...}}; 0 is what happens now.",
-                stacklevel=2,
+                f"state_powers={{{sorted(unknown)[0]!r}: ...}}; 0 is what happens now."
             )
         return entries
 
@@ -270,7 +277,6 @@ class Session:
         3. Begin with the rule: the path rule chooses its skeleton weights, the unit rule goes on.
         """
         self.refresh_due = True  # until all of it has succeeded
-        self.name_unused()
         before = self._leave_rule()
         if not self._can_use(network):
             self.stage = Idle(network, torch.zeros(network.group.num_units, dtype=torch.bool, device="cpu"))
@@ -286,16 +292,11 @@ class Session:
         self.steps_since_refresh, self.refresh_due = 0, False
 
     def _can_use(self, network: Network) -> bool:
-        """Whether there is anything for the rule to do; warns, once, if not."""
-        reason = ""
-        if network.group.num_units == 0:
-            reason = NO_FREEDOMS
-        elif len({w.device for w in self.weights(network).values()}) > 1:
-            reason = SEVERAL_DEVICES
-        if reason and reason not in self._named:
-            self._named.add(reason)
-            warnings.warn(reason, stacklevel=2)
-        return not reason and bool(network.names)
+        """Whether there is anything for the rule to do."""
+        if len({w.device for w in self.weights(network).values()}) > 1:
+            self._warn_once(SEVERAL_DEVICES)
+            return False
+        return network.group.num_units > 0 and bool(network.names)
 
     @staticmethod
     def _balance(group: ScalingGroup, active: Tensor, entries: StateEntries) -> None:

@@ -33,6 +33,7 @@ from lightning_ecopt.symmetry.balance import alive_units, balancing_scale, mean_
 from lightning_ecopt.symmetry.coupling import NO_UNIT, Coupling, couplings_here
 from lightning_ecopt.symmetry.describe import UnitSet, describe_unit, sort_units
 from lightning_ecopt.symmetry.equations import Operation
+from lightning_ecopt.symmetry.labels import compress
 from lightning_ecopt.symmetry.monomials import Monomials
 from lightning_ecopt.symmetry.report import Overview, print_report
 from lightning_ecopt.symmetry.solve import Solution
@@ -128,12 +129,18 @@ class ScalingGroup:
         return replace(self, parameters=parameters, gathering=gathering)
 
     def fingerprint(self) -> str:
-        """Return a hash that is equal for groups found from the same operations, on two ranks for instance."""
+        """Return a hash that is equal for groups that rescale parameters of the same names in the same way.
+
+        Two ranks can compare what they have found, and a checkpoint and the network that it is loaded into.
+        """
         arrays = [self.monomials.products, self.monomials.units, self.monomials.exponents]
         uses = []
         for coupling in self.couplings:
             uses.append((coupling.parameter, str(coupling.region), coupling.additive))
-            arrays += [coupling.incoming, coupling.outgoing]
+            # A side on which nothing changes may be written out or not, whichever way it was found.
+            arrays += [
+                torch.from_numpy(compress(side.cpu().numpy())) for side in (coupling.incoming, coupling.outgoing)
+            ]
         shapes = [tuple(array.shape) for array in arrays]
         digest = hashlib.sha256(repr((self.num_units, uses, shapes, self.unseen)).encode())
         for array in arrays:

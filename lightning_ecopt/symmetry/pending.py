@@ -264,11 +264,18 @@ class GroupFromModuleCalls(GroupFromCalls):
             "the EquivalentClassOptimization callback does not depend on that)"
         )
 
+    @property
+    def group(self) -> ScalingGroup | None:
+        """The group as far as calls have been traced; ``None`` before the first, and during one."""
+        group = super().group
+        if group is not None and not group.unseen:
+            self.cancel()
+        return group
+
     def settle(self) -> ScalingGroup | None:
         """The group of what is trained now, or has been; what ranks that train together have found is joined."""
         group = super().settle()
-        # Ranks that went on waiting could find more at different steps, and wait for each other forever.
-        if group is not None and (self.has_ranks or not group.unseen):
+        if group is not None and self.has_ranks:  # ranks that wait longer could wait for each other in different steps
             self.cancel()
         return group
 
