@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -17,14 +19,16 @@ from lightning_ecopt._lightning import (
     rank_zero_only,
 )
 from lightning_ecopt.common.sharding import is_sharded
-from lightning_ecopt.configure import find_group
+from lightning_ecopt.common.tensors import listing
+from lightning_ecopt.configure import current_epoch, find_group
 from lightning_ecopt.kernels.choose import Implementation
 from lightning_ecopt.optim import EquivalentClassOptimizer
 from lightning_ecopt.optim.optimizer import check_base
-from lightning_ecopt.optim.options import Options, Representative, RuleName, SkeletonChoice
+from lightning_ecopt.optim.options import Options, RefreshInterval, Representative, RuleName, SkeletonChoice
 from lightning_ecopt.steps import RULES
 from lightning_ecopt.symmetry import DeferredGroup, ScalingGroup
 
+DEFAULTS = Options(refresh_interval="epoch")
 UNSUPPORTED_STRATEGIES = ("FSDPStrategy", "DeepSpeedStrategy", "XLAFSDPStrategy")
 
 
@@ -32,21 +36,24 @@ class EquivalentClassOptimization(Callback):
     """Train in the equivalent-class space: the optimizer of ``configure_optimizers`` becomes its equivalent-class form.
 
     Nothing else changes: optimizers keep all their options, parameter groups and schedulers, in whatever form
-    ``configure_optimizers`` returns them, and checkpoints can be exchanged with runs without the callback. See
-    :class:`~lightning_ecopt.EquivalentClassOptimizer` for what a step does. An :class:`~lightning_ecopt.ECSGD` or
-    :class:`~lightning_ecopt.ECAdamW` keeps its own options and is only told the freedoms.
+    ``configure_optimizers`` returns them, and checkpoints can be exchanged with runs without the callback. When the fit
+    ends, the optimizers of ``configure_optimizers`` can be used by themselves again. See
+    :class:`~lightning_ecopt.EquivalentClassOptimizer` for what a step does. An optimizer that is one already (an
+    :class:`~lightning_ecopt.ECSGD`, say) keeps its own options, and is only told the freedoms, unless it was given a
+    :class:`~lightning_ecopt.ScalingGroup`.
 
     If the ``LightningModule`` has an ``example_input_array``, its forward call is traced before training; otherwise the
     first training step is watched as it happens, which costs no extra call (under manual optimization, the calls of the
     modules in it). The outputs of what is traced (or the loss) are what must not change, so give an
-    ``example_input_array`` only if training uses the module by its ``forward``. When parameters thaw or are added, the
-    freedoms are found again.
+    ``example_input_array`` only if training uses the module by its ``forward``. Parameters that the trace has not used
+    are held fixed, named in a warning, and looked for again in a training step when they first get a gradient. Each
+    step looks up which parameters require a gradient; when further ones are added, another call is traced.
 
     Args:
         rule: how a step is taken: ``"unit"``, relative to the unit that takes it, or ``"path"``, in the path
             coordinates of the paper (EC-SGD).
-        refresh: when weights are balanced (and skeleton weights chosen) again: every ``"epoch"``, after a number of
-            steps, or never (``None``).
+        refresh_interval: when weights are balanced (and skeleton weights chosen) again: every ``"epoch"``, after a
+            number of steps, or never (``None``).
         representative: ``"balanced"``, or ``"current"`` to stay at the weights as they are (then what happens does not
             depend on the class alone).
         skeleton: how the rule ``"path"`` chooses skeleton weights: ``"max"`` takes the largest weights, ``"diagonal"``
@@ -63,6 +70,7 @@ class EquivalentClassOptimization(Callback):
         log: log whether all is well with the logger, as ``ecopt/...``, every ``log_every_n_steps``: the number of
             dormant units, and the share of clipped gradients (unit) or the extremes of beta and the number of guarded
             paths (path).
+        refresh: an old name of ``refresh_interval``, which goes in version 0.2.
 
     Attributes:
         group: the :class:`~lightning_ecopt.ScalingGroup`, once it is known.
@@ -70,7 +78,7 @@ class EquivalentClassOptimization(Callback):
     Raises:
         ValueError: if an option is out of range.
         MisconfigurationException: at the start of ``fit``, if the strategy shards parameters in a way that is not
-            supported, or an optimizer cannot be wrapped or is wrapped already.
+            supported, or an optimizer cannot be wrapped.
 
     Example::
 
@@ -81,7 +89,7 @@ class EquivalentClassOptimization(Callback):
     def __init__(
         self,
         rule: RuleName = "unit",
-        refresh: Literal["epoch"] | int | None = "epoch",
+        refresh_interval: RefreshInterval = "epoch",
         representative: Representative = "balanced",
         skeleton: SkeletonChoice = "max",
         max_path_ratio: float | None = 2.0,
@@ -90,18 +98,20 @@ class EquivalentClassOptimization(Callback):
         implementation: Implementation = "auto",
         verbose: bool = True,
         log: bool = True,
+        refresh: Literal["epoch", ""] | int | None = "",
     ) -> None:
-        if isinstance(refresh, str) and refresh != "epoch":
-            raise ValueError(f"refresh must be 'epoch', a positive number of steps, or None, got {refresh!r}")
-        interval = None if isinstance(refresh, str) else refresh
+        if refresh != "":
+            warnings.warn(
+                "refresh is called refresh_interval now, and goes in version 0.2", FutureWarning, stacklevel=2
+            )
+            refresh_interval = refresh
         self._options = Options(
-            rule, interval, representative, skeleton, max_path_ratio, free_start, state_powers, implementation
+            rule, refresh_interval, representative, skeleton, max_path_ratio, free_start, state_powers, implementation
         )
-        self.refresh = refresh
         self._verbose = verbose
         self._logs = log  # Lightning puts its own function at `log`
-        self._epoch: int | None = None  # of the last refresh
-        self._saved: list[Any] | None = None  # states of rules that a checkpoint has brought
+        self._saved: Mapping[str, Any] = {}  # the state that a checkpoint has brought
+        self._place: int | None = None  # among the Trainer's callbacks, until it was moved to the front
         self._finder: _Finder | None = None
         self._optimizers: list[EquivalentClassOptimizer] = []
         self._reported: list[ScalingGroup] = []
@@ -115,7 +125,7 @@ class EquivalentClassOptimization(Callback):
         """Refuse strategies that take parameters apart."""
         if stage != "fit":
             return
-        self._epoch, self._saved, self._finder, self._optimizers, self._reported = None, None, None, [], []
+        self._saved, self._finder, self._optimizers, self._reported = {}, None, [], []
         names = {base.__name__ for base in type(trainer.strategy).__mro__}
         if names & set(UNSUPPORTED_STRATEGIES):
             raise MisconfigurationException(
@@ -124,18 +134,20 @@ class EquivalentClassOptimization(Callback):
                 "callback."
             )
         # Ahead of Lightning's tuners, which train on the start of a fit: they are to do it with our optimizers.
+        if self._place is None and self in trainer.callbacks:  # type: ignore[attr-defined]
+            self._place = trainer.callbacks.index(self)  # type: ignore[attr-defined]
+            self._move(trainer, 0)
+
+    def _move(self, trainer: Trainer, place: int) -> None:
         others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
-        trainer.callbacks = [self, *others]  # type: ignore[attr-defined]
+        trainer.callbacks = [*others[:place], self, *others[place:]]  # type: ignore[attr-defined]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the freedoms and wrap the optimizers."""
         bases = list(trainer.strategy.optimizers)
         try:
             for base in bases:
-                if isinstance(base, EquivalentClassOptimizer) and not base.is_bound:
-                    check_base(base.optimizer)
-                else:
-                    check_base(base)
+                check_base(base.optimizer if isinstance(base, EquivalentClassOptimizer) else base)
             self._finder = _Finder(pl_module, bases)
             self._optimizers = [self._equivalent(base, self._finder) for base in bases]
         except (TypeError, ValueError) as error:
@@ -144,6 +156,8 @@ class EquivalentClassOptimization(Callback):
             for base in bases:
                 if isinstance(base, EquivalentClassOptimizer) and base not in self._optimizers:
                     base.stop_watching()
+        for optimizer in self._optimizers:
+            optimizer.follow_epochs(partial(current_epoch, pl_module))
         if self._optimizers:
             trainer.strategy.optimizers = list(self._optimizers)
         self._report()
@@ -151,17 +165,22 @@ class EquivalentClassOptimization(Callback):
     def _equivalent(self, base: Optimizer, finder: _Finder) -> EquivalentClassOptimizer:
         if not isinstance(base, EquivalentClassOptimizer):
             return EquivalentClassOptimizer(base, finder, **vars(self._options))
-        base.bind(finder)
+        if not base.has_group_of_user:
+            base.bind(finder)
+        chosen = {name: value for name, value in vars(self._options).items() if value != getattr(DEFAULTS, name)}
+        unused = [name for name, value in chosen.items() if value != getattr(base, name)]
+        if unused:
+            warnings.warn(
+                f"EquivalentClassOptimization: {listing(unused)} not used, because configure_optimizers returns an "
+                f"{type(base).__name__}, which has options of its own: give them there.",
+                stacklevel=2,
+            )
         return base
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """At the first step of an epoch, look for parameters that have thawed, and ask for a refresh."""
-        if self._epoch != trainer.current_epoch:
-            for optimizer in self._optimizers:
-                optimizer.renew()
-                if self.refresh == "epoch" and self._epoch is not None:
-                    optimizer.refresh()
-            self._epoch = trainer.current_epoch
+        """Look for parameters that have been added, before the training step that uses them is called."""
+        for optimizer in self._optimizers:
+            optimizer.renew()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -178,31 +197,39 @@ class EquivalentClassOptimization(Callback):
                 pl_module.log_dict(values, on_step=True, on_epoch=False)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Stop watching a module that has never taken its first step."""
+        """Leave the module, the optimizers and the order of the callbacks as they were."""
         if self._finder is not None:
             self._finder.found.cancel()
+        for optimizer in self._optimizers:
+            optimizer.rest()
+        if self._place is not None and self in trainer.callbacks:  # type: ignore[attr-defined]
+            self._move(trainer, self._place)
+            self._place = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Stop watching: Lightning calls no ``teardown`` after an exception."""
+        """Leave everything as it was: Lightning calls no ``teardown`` after an exception."""
         self.teardown(trainer, pl_module, "fit")
 
     def state_dict(self) -> dict[str, Any]:
-        """When the last refresh was. The rest is in the optimizers' states, unless parameters are sharded."""
-        state: dict[str, Any] = {"epoch": self._epoch}
+        """The states of the rules, if parameters are sharded; otherwise they are in the optimizers' states."""
         groups = [options for optimizer in self._optimizers for options in optimizer.param_groups]
         if any(is_sharded(p) for options in groups for p in options["params"]):
-            state["rules"] = [optimizer.rule_state() for optimizer in self._optimizers]
-        return state
+            return {"rules": [optimizer.rule_state() for optimizer in self._optimizers]}
+        return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the state of a checkpoint."""
-        self._epoch, self._saved = state_dict["epoch"], state_dict.get("rules")
+        self._saved = state_dict
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give sharded optimizers their states back, which distributed checkpoints leave out; balance new ones."""
-        for optimizer, saved in zip(self._optimizers, self._saved or [], strict=False):
+        for optimizer, saved in zip(self._optimizers, self._saved.get("rules", ()), strict=False):
             optimizer.load_rule_state(saved)
-        self._saved = None
+        if self._saved.get("epoch") not in (None, trainer.current_epoch):  # of version 0.1
+            for optimizer in self._optimizers:
+                if optimizer.refresh_interval == "epoch":
+                    optimizer.refresh()
+        self._saved = {}
         if trainer.gradient_clip_val is not None:
             for optimizer in self._optimizers:
                 optimizer.start()
@@ -213,11 +240,12 @@ class EquivalentClassOptimization(Callback):
         for group in {id(optimizer.group): optimizer.group for optimizer in self._optimizers}.values():
             if group is not None and group not in self._reported:
                 self._reported.append(group)
-                usable = torch.zeros(group.num_units, dtype=torch.bool)
-                for optimizer in self._optimizers:
-                    if optimizer.group is group:
-                        usable |= optimizer.usable_units()
-                rank_zero_only(group.summary)(usable=usable, needs_paths=RULES[self._options.rule].needs_paths)
+                usable = torch.zeros(group.num_units, dtype=torch.bool, device="cpu")
+                own = [optimizer for optimizer in self._optimizers if optimizer.group is group]
+                for optimizer in own:
+                    usable |= optimizer.usable_units()
+                needs_paths = any(RULES[optimizer.rule].needs_paths for optimizer in own)
+                rank_zero_only(group.summary)(usable=usable, needs_paths=needs_paths)
 
 
 class _Finder:

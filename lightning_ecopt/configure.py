@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from typing_extensions import Unpack
@@ -17,6 +17,8 @@ from lightning_ecopt.symmetry import DeferredGroup, GroupFromModuleCalls, GroupF
 from lightning_ecopt.symmetry.equations import Equations
 from lightning_ecopt.symmetry.trace import select_parameters, trace
 from lightning_ecopt.symmetry.traced_calls import gather_if_different
+
+_Optimizer = TypeVar("_Optimizer", ECSGD, ECAdamW)
 
 
 def ec_sgd(
@@ -45,8 +47,7 @@ def ec_sgd(
             return ec_sgd(self, lr=0.1, momentum=0.9)
     """
     optimizer = ECSGD(_given(module, params), lr, **options)
-    optimizer.bind(partial(find_group, module))
-    return optimizer
+    return _bound(optimizer, module)
 
 
 def ec_adamw(
@@ -72,8 +73,7 @@ def ec_adamw(
             return ec_adamw(self, lr=1e-3)
     """
     optimizer = ECAdamW(_given(module, params), lr, **options)
-    optimizer.bind(partial(find_group, module))
-    return optimizer
+    return _bound(optimizer, module)
 
 
 def _given(module: nn.Module, params: Iterable[Any] | None) -> list[Any]:
@@ -90,6 +90,18 @@ def _given(module: nn.Module, params: Iterable[Any] | None) -> list[Any]:
             "pass the module that owns all of them."
         )
     return given
+
+
+def _bound(optimizer: _Optimizer, module: nn.Module) -> _Optimizer:
+    optimizer.bind(partial(find_group, module))
+    if isinstance(module, LightningModule):
+        optimizer.follow_epochs(partial(current_epoch, module))
+    return optimizer
+
+
+def current_epoch(module: LightningModule) -> int | None:
+    """The epoch that the Trainer of a module is in; ``None`` outside of a Trainer."""
+    return None if module._trainer is None else int(module._trainer.current_epoch)
 
 
 def find_group(module: nn.Module, parameters: Iterable[Tensor]) -> DeferredGroup:

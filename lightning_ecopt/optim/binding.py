@@ -73,11 +73,6 @@ class Binding:
         if isinstance(self.deferred, KnownGroup):
             check_belongs(self.deferred.group, trainable_parameters(base))
 
-    @property
-    def is_default(self) -> bool:
-        """Whether nobody has said where the group comes from, so that calls of modules are watched."""
-        return self.source is find_by_module_calls
-
     def is_outgrown(self) -> bool:
         """Whether the optimizer has parameters that the source was not asked about, and can be asked again."""
         if isinstance(self.source, ScalingGroup | DeferredGroup):

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
 from lightning_ecopt.optim.binding import WAY_OUT, Network, parameters_of
@@ -62,6 +63,7 @@ def saved_rule(session: Session) -> dict[str, Any] | None:
     counts = {
         "steps_since_refresh": session.steps_since_refresh,
         "refresh_due": session.refresh_due,
+        "epoch": session.last_epoch,
         "active": stage.active.clone(),
         "fingerprint": stage.network.fingerprint,
         "parameters": list(stage.network.group.parameters),
@@ -154,6 +156,17 @@ def restore(session: Session) -> bool:
     else:
         session.stage = Idle(network, active)
     session.steps_since_refresh = state["steps_since_refresh"]
+    session.last_epoch = state.get("epoch", session.last_epoch)
     trained = [p.requires_grad for p in network.parameters.values()]
     session.refresh_due = state["refresh_due"] or session.interval_is_over() or state.get("trained", trained) != trained
     return True
+
+
+def rest(session: Session) -> None:
+    """Leave the coordinates of the rule; the next step takes them up again."""
+    stage = session.stage
+    if isinstance(stage, Running):
+        state = saved_rule(session) or {}
+        with torch.no_grad():
+            session.leave_rule()
+        session.stage, session.refresh_due = Ready(stage.network, state), True

@@ -10,7 +10,7 @@ from torch.optim import SGD, AdamW
 
 from lightning_ecopt.kernels import Implementation
 from lightning_ecopt.optim.optimizer import EquivalentClassOptimizer
-from lightning_ecopt.optim.options import OptionArguments, Representative, RuleName, SkeletonChoice
+from lightning_ecopt.optim.options import OptionArguments, RefreshInterval, Representative, RuleName, SkeletonChoice
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]]
 
@@ -58,7 +58,8 @@ class ECSGD(EquivalentClassOptimizer):
         foreach: whether torch's own step, where it is used, groups tensors.
         fused: whether torch's own step, where it is used, is its fused one.
         rule: ``"unit"``, or ``"path"`` for the paper's path coordinates.
-        refresh_interval: steps from one refresh to the next; ``None`` if only :meth:`refresh` asks for it.
+        refresh_interval: steps from one refresh to the next, or ``"epoch"`` for the first step of each epoch; ``None``
+            if only :meth:`refresh` asks for it. The epoch is known in a Trainer: to the callback, and to ``ec_sgd``.
         representative: ``"balanced"``, or ``"current"`` to stay at the weights as they are.
         skeleton: how the rule ``"path"`` chooses skeleton weights: ``"max"`` or ``"diagonal"``.
         max_path_ratio: the guard of the rule ``"path"``: the largest factor by which the scale of a unit changes
@@ -90,7 +91,7 @@ class ECSGD(EquivalentClassOptimizer):
         foreach: bool | None = None,
         fused: bool | None = None,
         rule: RuleName = "unit",
-        refresh_interval: int | None = 500,
+        refresh_interval: RefreshInterval = 500,
         representative: Representative = "balanced",
         skeleton: SkeletonChoice = "max",
         max_path_ratio: float | None = 2.0,
@@ -133,7 +134,8 @@ class ECAdamW(EquivalentClassOptimizer):
         foreach: whether torch's own step, where it is used, groups tensors.
         fused: whether torch's own step, where it is used, is its fused one.
         rule: ``"unit"``, or ``"path"`` for the paper's path coordinates.
-        refresh_interval: steps from one refresh to the next; ``None`` if only :meth:`refresh` asks for it.
+        refresh_interval: steps from one refresh to the next, or ``"epoch"`` for the first step of each epoch; ``None``
+            if only :meth:`refresh` asks for it. The epoch is known in a Trainer: to the callback, and to ``ec_sgd``.
         representative: ``"balanced"``, or ``"current"`` to stay at the weights as they are.
         skeleton: how the rule ``"path"`` chooses skeleton weights: ``"max"`` or ``"diagonal"``.
         max_path_ratio: the guard of the rule ``"path"``: the largest factor by which the scale of a unit changes
@@ -163,7 +165,7 @@ class ECAdamW(EquivalentClassOptimizer):
         foreach: bool | None = None,
         fused: bool | None = None,
         rule: RuleName = "unit",
-        refresh_interval: int | None = 500,
+        refresh_interval: RefreshInterval = 500,
         representative: Representative = "balanced",
         skeleton: SkeletonChoice = "max",
         max_path_ratio: float | None = 2.0,

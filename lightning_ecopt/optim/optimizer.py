@@ -15,7 +15,7 @@ from lightning_ecopt.common.sharding import is_sharded
 from lightning_ecopt.kernels import Implementation
 from lightning_ecopt.optim import checkpoint
 from lightning_ecopt.optim.binding import Source, find_by_module_calls, trainable_parameters
-from lightning_ecopt.optim.options import Options, Representative, RuleName, SkeletonChoice
+from lightning_ecopt.optim.options import Options, RefreshInterval, Representative, RuleName, SkeletonChoice
 from lightning_ecopt.optim.session import Idle, Ready, Running, Session, Waiting
 from lightning_ecopt.steps.rule import PathStatistics, UnitStatistics
 from lightning_ecopt.symmetry import ScalingGroup
@@ -76,7 +76,8 @@ class EquivalentClassOptimizer(Optimizer):
             modules that use the parameters are to be watched until the first step. Instead of a group it may be a
             :class:`~lightning_ecopt.symmetry.DeferredGroup`, which is found by then.
         rule: ``"unit"`` or ``"path"``.
-        refresh_interval: steps from one refresh to the next; ``None`` if only :meth:`refresh` asks for it.
+        refresh_interval: steps from one refresh to the next, or ``"epoch"`` for the first step of each epoch; ``None``
+            if only :meth:`refresh` asks for it. The epoch is known in a Trainer: to the callback, and to ``ec_sgd``.
         representative: ``"balanced"``, or ``"current"`` to stay at the weights as they are. Only the first depends on
             the class alone; the second is the paper's own setting.
         skeleton: how the rule ``"path"`` chooses skeleton weights: ``"max"`` takes the largest weights, ``"diagonal"``
@@ -119,7 +120,7 @@ class EquivalentClassOptimizer(Optimizer):
         group: Source | None = None,
         *,
         rule: RuleName = "unit",
-        refresh_interval: int | None = 500,
+        refresh_interval: RefreshInterval = 500,
         representative: Representative = "balanced",
         skeleton: SkeletonChoice = "max",
         max_path_ratio: float | None = 2.0,
@@ -190,8 +191,8 @@ class EquivalentClassOptimizer(Optimizer):
     def _refreshed(self) -> Idle | Running:
         """The stage in which the next step is taken, after a refresh if one is due."""
         session = self._session
-        is_due = session.refresh_due or session.interval_is_over()
-        if is_due and (not checkpoint.restore(session) or session.refresh_due):
+        is_over = session.interval_is_over()
+        if (session.refresh_due or is_over) and (not checkpoint.restore(session) or session.refresh_due):
             session.refresh(session.network)
         assert isinstance(session.stage, Idle | Running)  # in all other stages a refresh was due
         return session.stage
@@ -223,9 +224,9 @@ class EquivalentClassOptimizer(Optimizer):
         return self._session.group
 
     @property
-    def is_bound(self) -> bool:
-        """Whether it has been told where its scaling group comes from."""
-        return not self._session.binding.is_default
+    def has_group_of_user(self) -> bool:
+        """Whether it was given a scaling group itself, and not where to find one."""
+        return isinstance(self._session.binding.source, ScalingGroup)
 
     def bind(self, group: Source) -> None:
         """Use a scaling group, in place of the one that was used so far if there is one. Refreshes at the next step.
@@ -239,11 +240,24 @@ class EquivalentClassOptimizer(Optimizer):
         """
         self._session.bind(group)
 
-    def renew(self) -> None:
-        """Find the freedoms again if other parameters require a gradient now. Call it between steps.
+    def follow_epochs(self, epoch: Callable[[], int | None]) -> None:
+        """Tell what epoch it is, for ``refresh_interval="epoch"``: there is a refresh in the first step of each.
 
-        Every refresh begins with it. A group that was given cannot grow: parameters that it does not know are stepped
-        in weight space.
+        Args:
+            epoch: returns the number of the current epoch, or ``None`` if there is none.
+        """
+        self._session.epoch = epoch
+
+    def rest(self) -> None:
+        """Leave the base optimizer's state at the weights, so that it can be used by itself. The next step goes on."""
+        checkpoint.rest(self._session)
+
+    def renew(self) -> None:
+        """Find the freedoms again if there are parameters that nobody has asked about. Call it between steps.
+
+        Each step looks up by itself which parameters require a gradient, and :meth:`add_param_group` calls this. Call
+        it if a call that is to be traced comes first. A group that was given cannot grow: parameters that it does not
+        know are stepped in weight space.
         """
         self._session.renew()
 

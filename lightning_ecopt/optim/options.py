@@ -13,6 +13,7 @@ from lightning_ecopt.kernels import Implementation
 RuleName = Literal["unit", "path"]
 Representative = Literal["balanced", "current"]
 SkeletonChoice = Literal["max", "diagonal"]
+RefreshInterval = Literal["epoch"] | int | None
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Options:
     Args:
         rule: how a step is taken. ``"unit"``: relative to the unit that takes it. ``"path"``: in the path coordinates
             of the paper.
-        refresh_interval: steps from one refresh to the next; ``None`` if only ``refresh()`` asks for one.
+        refresh_interval: steps from one refresh to the next, or ``"epoch"`` for the first step of each epoch; ``None``
+            if only ``refresh()`` asks for one. The epoch is known in a Trainer.
         representative: ``"balanced"`` moves weights to the balanced member of their class at each refresh, so that
             training depends on the class alone. ``"current"`` leaves them where they are, as the paper does.
         skeleton: how the rule ``"path"`` chooses skeleton weights. ``"max"`` takes the largest weights. ``"diagonal"``
@@ -47,7 +49,7 @@ class Options:
     """
 
     rule: RuleName = "unit"
-    refresh_interval: int | None = 500
+    refresh_interval: RefreshInterval = 500
     representative: Representative = "balanced"
     skeleton: SkeletonChoice = "max"
     max_path_ratio: float | None = 2.0
@@ -66,8 +68,9 @@ class Options:
         ratio, interval, start = self.max_path_ratio, self.refresh_interval, self.free_start
         if ratio is not None and not (math.isfinite(ratio) and ratio > 1):
             raise ValueError(f"max_path_ratio must be a finite number greater than 1, or None, got {ratio!r}")
-        if interval is not None and (not _is_whole(interval) or interval < 1):
-            raise ValueError(f"refresh_interval must be a positive number of steps, or None, got {interval!r}")
+        is_count = isinstance(interval, int) and not isinstance(interval, bool) and interval > 0
+        if not (is_count or interval is None or interval == "epoch"):
+            raise ValueError(f"refresh_interval must be 'epoch', a positive number of steps, or None, got {interval!r}")
         if not (math.isfinite(start) and start > 0):
             raise ValueError(f"free_start must be a finite number greater than 0, got {start!r}")
         # A copy, so that nothing gets in unchecked when the user changes his.
@@ -86,7 +89,7 @@ class OptionArguments(TypedDict, total=False):
     """The fields of :class:`Options` as keyword arguments, so that a misspelt option is an error for a type checker."""
 
     rule: RuleName
-    refresh_interval: int | None
+    refresh_interval: RefreshInterval
     representative: Representative
     skeleton: SkeletonChoice
     max_path_ratio: float | None

@@ -13,7 +13,7 @@ used.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from operator import is_
 from typing import Any
@@ -106,6 +106,10 @@ class Running:
 Stage = Waiting | Ready | Idle | Running
 
 
+def _no_epoch() -> None:
+    return None
+
+
 class Session:
     """The base optimizer, the options, the group and the stage of one equivalent-class optimizer.
 
@@ -117,6 +121,9 @@ class Session:
     Attributes:
         steps_since_refresh: number of steps since the last refresh.
         refresh_due: whether the next step refreshes.
+        trained: the parameters that required a gradient at the last look.
+        epoch: returns the number of the current epoch, if somebody knows it.
+        last_epoch: of the last step.
     """
 
     def __init__(self, base: Optimizer, options: Options, source: Source) -> None:
@@ -127,7 +134,9 @@ class Session:
         self.refresh_due = True
         self._named: set[Any] = set()  # what warnings have said: messages, state entries, identities of parameters
         self._surprises = 0  # steps in which a parameter had a gradient that no traced call has used
-        self.trained: list[Tensor] = []  # the parameters that required a gradient at the last look
+        self.trained: list[Tensor] = []
+        self.epoch: Callable[[], int | None] = _no_epoch
+        self.last_epoch: int | None = None
         self._version = 0  # of the deferred group at the last look
         self.binding = Binding(base, source)
         self.find_network()
@@ -202,7 +211,7 @@ class Session:
         network = Network.of(self.base, group, self.options)
         saved = self.stage.saved if isinstance(self.stage, Waiting | Ready) else {}
         with torch.no_grad():
-            self._leave_rule()
+            self.leave_rule()
         self.stage, self.refresh_due, self.trained = Ready(network, saved), True, trainable_parameters(self.base)
         if group.num_units == 0:
             self._warn_once(NO_FREEDOMS)
@@ -265,8 +274,11 @@ class Session:
     # Stages
 
     def interval_is_over(self) -> bool:
-        """Whether there have been as many steps since the last refresh as the interval, which may change, allows."""
-        interval = self.options.refresh_interval
+        """Whether the interval between refreshes, which may change at any time, is over."""
+        interval, before = self.options.refresh_interval, self.last_epoch
+        self.last_epoch = self.epoch()
+        if interval == "epoch":
+            return before is not None and self.last_epoch not in (before, None)
         return interval is not None and self.steps_since_refresh >= interval
 
     def refresh(self, network: Network) -> None:
@@ -277,7 +289,7 @@ class Session:
         3. Begin with the rule: the path rule chooses its skeleton weights, the unit rule goes on.
         """
         self.refresh_due = True  # until all of it has succeeded
-        before = self._leave_rule()
+        before = self.leave_rule()
         if not self._can_use(network):
             self.stage = Idle(network, torch.zeros(network.group.num_units, dtype=torch.bool, device="cpu"))
             self.steps_since_refresh, self.refresh_due = 0, False
@@ -308,7 +320,7 @@ class Session:
         for entry in entries.values():
             group.rescale_(entry.tensors, log_scale, power=-entry.degree)
 
-    def _leave_rule(self) -> Rule | None:
+    def leave_rule(self) -> Rule | None:
         """Leave the coordinates of the rule: the base's state gets entries of weights. Returns the rule."""
         stage = self.stage
         if not isinstance(stage, Running):

@@ -324,7 +324,7 @@ def ended(module: Module, run: Trainer, callback: Any) -> dict[str, Any]:
 
 def fitted(name: str, processes: int = 1, **options: Any) -> dict[str, Any]:
     """Train with the callback, in one process or in several."""
-    callback = quiet(refresh=3 if name == "AdamW" else "epoch")
+    callback = quiet(refresh_interval=3 if name == "AdamW" else "epoch")
     saving = [options.pop("saving")] if "saving" in options else []
     return ended(*fit(callback, *saving, processes=processes, **FITS[name], **options), callback)
 

@@ -75,7 +75,7 @@ def test_the_window_of_accumulated_gradients_may_be_scheduled(rule: str) -> None
 @EXAMPLES
 def test_the_refresh_interval_counts_steps_and_not_batches(example: Tensor | None) -> None:
     ours, net = Classifier(mlp(), example=example), mlp()
-    fit(ours, quiet(refresh=3), accumulate_grad_batches=2, max_epochs=4)
+    fit(ours, quiet(refresh_interval=3), accumulate_grad_batches=2, max_epochs=4)
     accumulate(wrapped(net, sgd(net), refresh_interval=3), net, batches(), [2] * 4, refresh=False)
     assert same(weights(ours), weights(net))
 
@@ -247,7 +247,7 @@ def test_the_relative_length_of_a_step_follows_the_momentum_of_that_step() -> No
     # A step is lr rho / sqrt(v) times (1 - momentum) (momentum buffer + g): linear in the momentum but for one factor.
     def moved(momentum: float) -> Tensor:
         change = SetsMomentum(momentum, at=3)
-        fit(Classifier(mlp().double()), quiet(refresh=None), change, max_epochs=1, precision="64-true")
+        fit(Classifier(mlp().double()), quiet(refresh_interval=None), change, max_epochs=1, precision="64-true")
         return torch.cat([step.flatten() for step in change.moved]) / (1 - momentum)
 
     none, half, much = moved(0.0), moved(0.5), moved(0.9)

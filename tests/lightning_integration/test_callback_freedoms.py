@@ -141,7 +141,7 @@ def test_refreshes_come_when_they_are_due(
         return balance_(group, *args)
 
     monkeypatch.setattr(ScalingGroup, "balance_", spy)
-    fit(module, quiet(rule=rule, refresh=refresh), max_epochs=3)
+    fit(module, quiet(rule=rule, refresh_interval=refresh), max_epochs=3)
     assert found == steps
 
 
@@ -149,7 +149,7 @@ def test_refreshes_come_when_they_are_due(
 @pytest.mark.parametrize("refresh", [3, None])
 def test_refreshes_that_are_counted_are_those_of_the_optimizer(refresh: int | None, rule: str) -> None:
     ours, net = Classifier(mlp()), mlp()
-    fit(ours, quiet(rule=rule, refresh=refresh))
+    fit(ours, quiet(rule=rule, refresh_interval=refresh))
     train_plainly(net, wrapped(net, sgd(net), rule=rule, refresh_interval=refresh), batches(), refresh_each_epoch=False)
     assert same(weights(ours), weights(net))
 
@@ -217,7 +217,7 @@ def test_the_report_counts_the_units_that_are_dormant_when_training_starts(
 ) -> None:
     net = mlp()
     nn.init.zeros_(net[4].weight)
-    callback = EquivalentClassOptimization(rule=rule, refresh=None)
+    callback = EquivalentClassOptimization(rule=rule, refresh_interval=None)
     run = fit(Classifier(net, example=example), callback, log_every_n_steps=1)
     # No path leads through a layer of zeros, and none is chosen before a refresh.
     assert run.callback_metrics["ecopt/dormant_units"] == 32

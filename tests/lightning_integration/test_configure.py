@@ -56,7 +56,7 @@ def test_ec_sgd_and_the_callback_take_the_same_steps(refresh: int | None, exampl
 
     ours, reference = Classifier(mlp(), configure, example), Classifier(mlp(), example=example)
     run = fit(ours, max_epochs=3)
-    fit(reference, EquivalentClassOptimization(rule=rule, refresh=refresh, verbose=False), max_epochs=3)
+    fit(reference, EquivalentClassOptimization(rule=rule, refresh_interval=refresh, verbose=False), max_epochs=3)
     assert same(weights(ours), weights(reference))
     assert isinstance(run.optimizers[0], EquivalentClassOptimizer)
     assert run.optimizers[0].group is not None

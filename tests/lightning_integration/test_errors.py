@@ -57,7 +57,7 @@ def test_without_freedoms_one_warning_is_given_and_sgd_does_the_rest(
         return nn.Sequential(nn.Linear(64, 12), activation(), nn.Linear(12, 12), activation(), nn.Linear(12, 10))
 
     ours, plain = Classifier(smooth(), example=example), Classifier(smooth())
-    callback = quiet(refresh=3)
+    callback = quiet(refresh_interval=3)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fit(ours, callback, log_every_n_steps=1)

@@ -147,7 +147,12 @@ class Unmoved(Callback):
 
 @SETTINGS
 def test_a_training_step_may_return_a_dictionary_or_nothing(example: Tensor | None, rule: str) -> None:
-    ours, net, callback, unmoved = GivesMuch(mlp(), example=example), mlp(), quiet(rule=rule, refresh=None), Unmoved()
+    ours, net, callback, unmoved = (
+        GivesMuch(mlp(), example=example),
+        mlp(),
+        quiet(rule=rule, refresh_interval=None),
+        Unmoved(),
+    )
     fit(ours, callback, unmoved)
     # Where the network is known from the start, the first step moves to the representative.
     assert unmoved.batches == [example is None, *[False, False, True], *[True, False, False, True]]

@@ -114,7 +114,7 @@ class RefreshesItself(ManualClosure):
 @RULES
 def test_the_optimizer_that_lightning_hands_out_can_be_asked_to_refresh(rule: str) -> None:
     ours = RefreshesItself()
-    fit(ours, quiet(rule=rule, refresh=None))
+    fit(ours, quiet(rule=rule, refresh_interval=None))
     assert same(weights(ours), plainly(rule))
     assert not same(weights(ours), plainly(rule, refresh_each_epoch=False))
 

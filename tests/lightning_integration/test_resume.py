@@ -108,7 +108,7 @@ def test_a_resumed_run_is_bit_identical(
     tmp_path: Path, when: str, refresh: Any, example: Tensor | None, rule: str
 ) -> None:
     def callback() -> EquivalentClassOptimization:
-        return EquivalentClassOptimization(rule=rule, refresh=refresh, verbose=False)
+        return EquivalentClassOptimization(rule=rule, refresh_interval=refresh, verbose=False)
 
     expected = run(callback(), saving(tmp_path, **WHEN[when]), example=example)
     paths = sorted(tmp_path.glob("*.ckpt"), key=lambda path: path.stat().st_mtime)[:3]
@@ -135,7 +135,7 @@ def test_a_run_of_any_optimizer_is_resumed_bit_identical_within_an_epoch(tmp_pat
         return BASES[name].make(list(module.parameters()))
 
     def callback() -> EquivalentClassOptimization:
-        return EquivalentClassOptimization(rule=rule, refresh=4, verbose=False)
+        return EquivalentClassOptimization(rule=rule, refresh_interval=4, verbose=False)
 
     expected = run(callback(), saving(tmp_path, every_n_train_steps=7), net=build(), configure=configure)
     resumed = run(callback(), net=build(9), configure=configure, ckpt=tmp_path / "step=7.ckpt")
@@ -166,7 +166,7 @@ def test_a_run_that_starts_without_a_path_is_resumed_bit_identical(
 ) -> None:
     # Behind a last layer of zeros all units are dormant until the first refresh, also when the run breaks off before.
     def callback() -> EquivalentClassOptimization:
-        return EquivalentClassOptimization(rule=rule, refresh=refresh, verbose=False)
+        return EquivalentClassOptimization(rule=rule, refresh_interval=refresh, verbose=False)
 
     net = mlp()
     nn.init.zeros_(net[4].weight)
@@ -205,7 +205,7 @@ def test_a_resumed_run_refreshes_when_the_uninterrupted_one_does(
     monkeypatch.setattr(ScalingGroup, "balance_", spy)
 
     def parts() -> tuple[Callback, Callback]:
-        return Seen(), EquivalentClassOptimization(rule=rule, refresh=refresh, verbose=False)
+        return Seen(), EquivalentClassOptimization(rule=rule, refresh_interval=refresh, verbose=False)
 
     run(*parts(), saving(tmp_path, every_n_train_steps=at))
     expected = [step for step in found if step >= at]

@@ -73,11 +73,11 @@ class DecoratedIterating(Plain):
 
 MODULES = [BatchOnly, Iterating, OtherNames, Defaults, Anything, Decorated, DecoratedIterating]
 WAYS: dict[str, tuple[Callable[[LightningModule], Optimizer], list[EquivalentClassOptimization]]] = {
-    "callback": (sgd, [quiet(refresh=None)]),
+    "callback": (sgd, [quiet(refresh_interval=None)]),
     "ec_sgd": (lambda module: ec_sgd(module, lr=0.1, momentum=0.9, refresh_interval=None), []),
     "ECSGD": (
         lambda module: ECSGD(module.parameters(), lr=0.1, momentum=0.9, refresh_interval=None),
-        [quiet(refresh=None)],
+        [quiet(refresh_interval=None)],
     ),
 }
 

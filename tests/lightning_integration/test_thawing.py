@@ -63,7 +63,7 @@ class Transfer(Classifier):
         return SGD(trainable, lr=0.1, momentum=0.9)
 
     def callbacks(self) -> list[Callback]:
-        return [quiet(rule=self.rule, refresh=None)] if self.form == "callback" else []
+        return [quiet(rule=self.rule, refresh_interval=None)] if self.form == "callback" else []
 
 
 class ThawsBackbone(BaseFinetuning):

@@ -54,7 +54,7 @@ class Tuned(Classifier):
         return loader(128 // self.batch_size, self.batch_size)
 
     def callbacks(self) -> list[Callback]:
-        return [quiet(rule=self.rule, refresh=None)] if self.form == "callback" else []
+        return [quiet(rule=self.rule, refresh_interval=None)] if self.form == "callback" else []
 
 
 @pytest.fixture
