@@ -16,7 +16,7 @@ import torch
 from torch.optim import Optimizer
 
 from lightning_ecopt.optim.binding import WAY_OUT, Network, parameters_of
-from lightning_ecopt.optim.session import Idle, Ready, Running, Session, Waiting
+from lightning_ecopt.optim.session import Idle, Ready, Resting, Running, Session, Waiting
 from lightning_ecopt.steps import RULES
 
 KEY = "equivalent_class"
@@ -163,10 +163,10 @@ def restore(session: Session) -> bool:
 
 
 def rest(session: Session) -> None:
-    """Leave the coordinates of the rule; the next step takes them up again."""
+    """Leave the base's state at the weights, if it is elsewhere; the next step goes on as if it had stayed there."""
     stage = session.stage
-    if isinstance(stage, Running):
+    if isinstance(stage, Running) and not stage.rule.has_weight_entries():
         state = saved_rule(session) or {}
         with torch.no_grad():
             session.leave_rule()
-        session.stage, session.refresh_due = Ready(stage.network, state), True
+        session.stage, session.refresh_due = Resting(stage.network, state, stage), True

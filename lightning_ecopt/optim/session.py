@@ -74,6 +74,17 @@ class Ready:
 
 
 @dataclass(frozen=True, eq=False)
+class Resting(Ready):
+    """The base's state has left the coordinates of a rule, in which the next step goes on.
+
+    Args:
+        running: what was left.
+    """
+
+    running: Running | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Idle:
     """There has been a refresh, and the rule could use no unit: the base steps in weight space.
 
@@ -199,6 +210,7 @@ class Session:
             # The same group; but what is frozen now must not move, at no refresh, and what has thawed may.
             network = Network.of(self.base, self.stage.network.group, self.options)
             self.stage, self.refresh_due = replace(self.stage, network=network), True
+            self._name_unused(network)
         self.trained = trained
         return not isinstance(self.stage, Waiting)
 
@@ -376,6 +388,8 @@ class Session:
     def statistics(self) -> PathStatistics | UnitStatistics | None:
         """Whether all is well; ``None`` before the first step."""
         stage = self.stage
+        if isinstance(stage, Resting) and stage.running is not None:
+            stage = stage.running
         if not isinstance(stage, Idle | Running):
             return None
         dormant = int(stage.network.exclusive.sum()) - int(stage.active.sum())

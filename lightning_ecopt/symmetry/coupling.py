@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -41,13 +41,6 @@ class Coupling:
     incoming: Tensor
     outgoing: Tensor
     additive: bool
-
-    @classmethod
-    def fixed(cls, parameter: str, shape: Sequence[int]) -> Coupling:
-        """The coupling of a parameter of which nothing is rescaled."""
-        region = tuple(slice(0, size, 1) for size in tuple(shape) or (1,))
-        nothing = torch.full((1,) * len(region), NO_UNIT, dtype=torch.int32, device="cpu")
-        return cls(parameter, region, nothing, nothing, additive=False)
 
     @property
     def is_fixed(self) -> bool:

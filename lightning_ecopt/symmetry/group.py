@@ -56,7 +56,7 @@ class ScalingGroup:
         couplings: how they scale.
         monomials: the scales that the couplings refer to, as products of powers of units.
         costs: for each operation that fixed scales, how many of them would otherwise have been free.
-        unseen: names of parameters that no traced call has used; they are held fixed.
+        unseen: names of parameters that no traced call has used, and no coupling has.
         gathering: modules that gather sharded parameters for their calls.
 
     Example::
@@ -76,9 +76,8 @@ class ScalingGroup:
     def from_solution(
         cls, parameters: Mapping[str, nn.Parameter], solution: Solution, unseen: tuple[str, ...]
     ) -> ScalingGroup:
-        """Make the group of ``parameters`` from the solution of a trace, which holds ``unseen`` ones fixed."""
-        fixed = [Coupling.fixed(name, parameters[name].shape) for name in unseen]
-        return cls(parameters, [*solution.couplings, *fixed], solution.monomials, Counter(solution.costs), unseen)
+        """Make the group of ``parameters`` from the solution of a trace."""
+        return cls(parameters, solution.couplings, solution.monomials, Counter(solution.costs), unseen)
 
     @property
     def num_units(self) -> int:

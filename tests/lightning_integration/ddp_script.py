@@ -23,7 +23,6 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook, fp16_compress_hook
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
-from torch.multiprocessing import ProcessRaisedException
 from torch.nn import functional as F
 from torch.optim import AdamW
 from torch.utils.data import DataLoader, DistributedSampler
@@ -372,8 +371,8 @@ def cases(rule: str) -> dict[str, Case]:
 
 #: The ways in which the gradients are others than those of one process.
 APPROXIMATE = ("low rank",)
-#: The ways that cannot go well.
-WRONG = ("never used", "used by one rank", "other first steps", "other first calls", "other examples")
+#: The ways in which ranks find other freedoms by themselves, and which one process cannot follow.
+APART = ("other first steps", "other first calls", "other examples")
 #: What is run in four processes, and in two that are spawned.
 FORKED = (
     ("example", "unit"),
@@ -442,8 +441,6 @@ def launched(folder: Path, *names: str) -> None:
         for name, case in cases(rule).items():
             if names and name not in names:
                 continue
-            if name == "used by one rank":  # while that waits for the other
-                continue
             path = folder / f"{name}, {rule}"
             try:
                 case.train(2, "popen", path)
@@ -460,10 +457,6 @@ def started(folder: Path) -> None:
         cases(rule)[name].train(4, "fork", folder / f"{name}, {rule}")
     for name, rule in SPAWNED:
         cases(rule)[name].train(2, "spawn", folder / f"{name}, {rule}, spawned")
-    try:
-        cases("unit")["used by one rank"].train(2, "fork")
-    except ProcessRaisedException as error:
-        Record.failed(folder / "used by one rank", error, 0)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ FLAGS = {
     "unit": [
         f"--trainer.callbacks+={NAME}",
         "--trainer.callbacks.rule=unit",
-        "--trainer.callbacks.refresh=3",
+        "--trainer.callbacks.refresh_interval=3",
         "--trainer.callbacks.representative=current",
         "--trainer.callbacks.implementation=wrapped",
         "--trainer.callbacks.verbose=false",
@@ -38,7 +38,7 @@ FLAGS = {
     "path": [
         f"--trainer.callbacks+={NAME}",
         "--trainer.callbacks.rule=path",
-        "--trainer.callbacks.refresh=3",
+        "--trainer.callbacks.refresh_interval=3",
         "--trainer.callbacks.max_path_ratio=1.5",
         "--trainer.callbacks.free_start=0.5",
         "--trainer.callbacks.skeleton=diagonal",
@@ -46,10 +46,16 @@ FLAGS = {
     ],
 }
 OPTIONS: dict[str, dict[str, Any]] = {
-    "unit": {"rule": "unit", "refresh": 3, "representative": "current", "implementation": "wrapped", "verbose": False},
+    "unit": {
+        "rule": "unit",
+        "refresh_interval": 3,
+        "representative": "current",
+        "implementation": "wrapped",
+        "verbose": False,
+    },
     "path": {
         "rule": "path",
-        "refresh": 3,
+        "refresh_interval": 3,
         "max_path_ratio": 1.5,
         "free_start": 0.5,
         "skeleton": "diagonal",
@@ -105,7 +111,7 @@ def test_a_file_adds_the_callback_with_its_options_to_a_run(tmp_path: Path, rule
 def test_refresh_is_a_word_a_number_or_null(
     monkeypatch: pytest.MonkeyPatch, spelled: str, refreshes: int, rule: str
 ) -> None:
-    flags = [f"--trainer.callbacks.rule={rule}", f"--trainer.callbacks.refresh={spelled}"]
+    flags = [f"--trainer.callbacks.rule={rule}", f"--trainer.callbacks.refresh_interval={spelled}"]
     made = cli(*QUIET, f"--trainer.callbacks+={NAME}", *flags, run=False)
     found: list[int] = []
     balance_ = ScalingGroup.balance_
@@ -138,7 +144,7 @@ def test_the_printed_configuration_shows_the_callback_and_can_be_run(
 
 
 @pytest.mark.parametrize(
-    "option", ["rule=paths", "refresh=often", "skeleton=none", "max_path_ratio=wide", "max_path_ratio=0.5"]
+    "option", ["rule=paths", "refresh_interval=often", "skeleton=none", "max_path_ratio=wide", "max_path_ratio=0.5"]
 )
 def test_wrong_options_are_refused_with_their_name(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises((SystemExit, ValueError)) as refused:
@@ -188,7 +194,11 @@ def test_an_optimizer_by_name_is_bound_by_the_first_step(rule: str) -> None:
 
 
 def test_an_optimizer_by_name_is_bound_by_the_callback_and_keeps_its_options() -> None:
-    flags = [f"--trainer.callbacks+={NAME}", "--trainer.callbacks.verbose=false", "--trainer.callbacks.refresh=null"]
+    flags = [
+        f"--trainer.callbacks+={NAME}",
+        "--trainer.callbacks.verbose=false",
+        "--trainer.callbacks.refresh_interval=null",
+    ]
     made = named("fit", *QUIET, *NAMED, "--optimizer.rule=path", "--optimizer.refresh_interval=3", *flags)
     assert made.trainer.optimizers[0].group is _callback(made).group
     assert same(weights(made.model), _in_code(3, "path"))
@@ -219,14 +229,14 @@ class Linked(LightningCLI):
         parser.add_lightning_class_args(EquivalentClassOptimization, "ecopt")
         parser.add_argument("--every", type=int, default=2)
         parser.link_arguments("model.rate", "optimizer.lr")
-        parser.link_arguments("every", "ecopt.refresh")
+        parser.link_arguments("every", "ecopt.refresh_interval")
 
 
 def test_arguments_can_be_linked() -> None:
     made = named("fit", *QUIET, "--model.rate=0.003", "--every=7", "--ecopt.verbose=false", kind=Linked)
     assert type(made.trainer.optimizers[0]) is ECAdamW
     assert made.trainer.optimizers[0].param_groups[0]["lr"] == 0.003
-    assert _callback(made).refresh == 7
+    assert _callback(made)._options.refresh_interval == 7
 
 
 @pytest.mark.parametrize("option", ["rule=paths", "free_start=-1", "nesterov=maybe"])

@@ -97,10 +97,13 @@ class Unused(Classifier):
 @EXAMPLES
 def test_a_parameter_that_the_trace_never_saw_is_named(example: Tensor | None) -> None:
     # With an example it is found before training; in the first step it is the optimizer that finds it.
-    error = ValueError if example is None else MisconfigurationException
-    refuses(
-        Unused(example), r"never used .*idle\.weight, idle\.bias.*leave them out of the optimizer, or freeze", error
-    )
+    module, reference = Unused(example), Classifier(mlp(), example=example)
+    module.net.load_state_dict(reference.net.state_dict())
+    with pytest.warns(UserWarning, match=r"No traced call has used.*: idle\.weight, idle\.bias\. They are trained"):
+        fit(module, quiet())
+    fit(reference, quiet())
+    assert same(weights(module.net), weights(reference.net))
+    assert is_clean(module)
 
 
 @EXAMPLES
@@ -116,13 +119,23 @@ def test_a_parameter_that_the_trace_never_saw_may_be_frozen_or_left_out(example:
 
 
 @EXAMPLES
-def test_parameters_of_another_module_are_refused(example: Tensor | None) -> None:
-    other = mlp(seed=4)
-    before = weights(other)
-    refuses(Classifier(mlp(), lambda m: sgd(other), example), "pass the module that owns all of them")
-    both = Classifier(mlp(), lambda m: sgd(nn.ModuleList([m.net, other])), example)
-    refuses(both, "6 of the given parameters .*pass the module that owns all of them")
-    assert same(weights(other), before)
+def test_parameters_of_another_module_are_trained_as_ever(example: Tensor | None) -> None:
+    class Outside(Classifier):
+        def __init__(self) -> None:
+            super().__init__(mlp(), lambda m: sgd(m.other[0]), example)
+            self.other = [mlp(seed=4)]  # out of sight
+
+        def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+            return F.cross_entropy(self.other[0](batch[0]) + self(batch[0]), batch[1])
+
+    ours, plain, other = Outside(), Outside(), mlp(seed=4)
+    with pytest.warns(UserWarning, match=r"No traced call has used these parameters.*one of shape \[16, 64\]"):
+        fit(ours, quiet())
+    fit(plain)
+    assert same(weights(ours.other[0]), weights(plain.other[0]))
+    assert not same(weights(ours.other[0]), weights(other))
+    with pytest.raises(ValueError, match=r"6 of the given parameters .*pass the module that owns all of them"):
+        ec_sgd(mlp(), other.parameters(), lr=0.1)
 
 
 def test_a_group_of_another_module_is_refused() -> None:
@@ -145,8 +158,12 @@ def test_an_optimizer_that_computes_gradients_by_itself_is_refused(example: Tens
 
 @EXAMPLES
 def test_an_optimizer_is_wrapped_once_only(example: Tensor | None) -> None:
-    module = Classifier(mlp(), lambda m: ec_sgd(m, lr=0.1), example)
-    refuses(module, r"wrap it once, either in configure_optimizers \(ec_sgd\) or with the callback")
+    module, reference = (
+        Classifier(mlp(), lambda m: ec_sgd(m, lr=0.1, refresh_interval="epoch"), example) for _ in "ab"
+    )
+    fit(module, quiet())
+    fit(reference)
+    assert same(weights(module), weights(reference))
     net = mlp()
     group = scaling_group(net, EXAMPLE)
     once = EquivalentClassOptimizer(sgd(net), group)

@@ -22,9 +22,8 @@ def test_defaults_and_types_are_those_of_the_options(kind: Any) -> None:
     parameters, hints = inspect.signature(kind).parameters, get_type_hints(kind.__init__)
     its_own, options = get_type_hints(Options), Options()
     for name in NAMES:
-        if kind is EquivalentClassOptimization and name == "refresh_interval":  # refresh="epoch" stands for it
-            continue
-        assert (parameters[name].default or {}) == (getattr(options, name) or {})
+        is_callback = kind is EquivalentClassOptimization and name == "refresh_interval"
+        assert (parameters[name].default or {}) == ("epoch" if is_callback else getattr(options, name) or {})
         assert hints[name] == its_own[name]
 
 

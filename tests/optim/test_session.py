@@ -76,7 +76,7 @@ def test_a_state_of_another_network_is_refused_and_changes_nothing(rule: str) ->
     foreign = made(other, scaling_group(other, x2), rule)
     train(other, foreign, x2, y2, range(2))
     stage, twin = optimizer._session.stage, copy.deepcopy((module, optimizer))
-    with pytest.raises(ValueError, match=r"load it into the network|parameter group|size"):
+    with pytest.raises(ValueError, match=r"load it into the network"):
         optimizer.load_state_dict(copy.deepcopy(foreign.state_dict()))
     assert optimizer._session.stage is stage
     train(module, optimizer, x, y, range(2, 5))
@@ -112,7 +112,7 @@ def test_a_step_after_too_small_a_call_may_be_tried_again_after_the_right_one() 
     module, x, y = problem(4, 6, 3)
     optimizer = made(module, None, "unit")
     module[:2](x).sum().backward()
-    with pytest.raises(ValueError, match="never used these parameters"):
+    with pytest.warns(UserWarning, match=r"No traced call has used these parameters.*: parameter 2, parameter 3\."):
         optimizer.step()
     train(module, optimizer, x, y, range(2))
     assert optimizer.group is not None

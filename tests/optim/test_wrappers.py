@@ -77,7 +77,9 @@ METHODS: dict[str, Method] = {
     "add_param_group": add_parameter,
     "zero_grad": lambda o, module, x: o.zero_grad(),
     "group": lambda o, module, x: o.group.fingerprint(),
-    "is_bound": lambda o, module, x: o.is_bound,
+    "has_group_of_user": lambda o, module, x: o.has_group_of_user,
+    "follow_epochs": lambda o, module, x: o.follow_epochs(lambda: 3),
+    "rest": lambda o, module, x: o.rest(),
     "param_groups": lambda o, module, x: [{**group, "params": len(group["params"])} for group in o.param_groups],
     "state": lambda o, module, x: len(o.state),
     "defaults": lambda o, module, x: o.defaults,
@@ -127,7 +129,7 @@ def test_a_method_does_the_same_through_a_wrapper(name: str, wrap: Any, rule: st
         module, optimizer, x, y = started(rule)
         outer = wrap(module, optimizer) if wrapped else optimizer
         result = METHODS[name](outer, module, x)
-        told = optimizer.rule_state(), optimizer.group.fingerprint(), optimizer.is_bound
+        told = optimizer.rule_state(), optimizer.group.fingerprint(), optimizer.has_group_of_user
         step(module, optimizer, x, y, 4)
         results.append([result, *told, optimizer.state_dict(), [p.detach() for p in module.parameters()]])
     assert_equal(*results)
@@ -144,9 +146,9 @@ def test_a_group_given_through_a_wrapper_is_the_optimizers(wrap: Any) -> None:
     module, x, _ = problem(4, 6, 3)
     optimizer = ECSGD(module.parameters(), lr=0.1)
     group = scaling_group(module, x)
-    assert not optimizer.is_bound
+    assert not optimizer.has_group_of_user
     outer = wrap(module, optimizer)
     outer.bind(group)
     assert optimizer.group is group
     assert outer.group is group
-    assert optimizer.is_bound
+    assert optimizer.has_group_of_user

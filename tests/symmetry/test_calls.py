@@ -160,7 +160,8 @@ def test_a_step_before_any_call_says_what_to_do() -> None:
     optimizer = EquivalentClassOptimizer(torch.optim.SGD(module.parameters()))
     for p in module.parameters():
         p.grad = torch.ones_like(p)
-    with pytest.raises(RuntimeError, match="no module with the optimizer's parameters has been called"):
+    with pytest.warns(UserWarning, match="no module with the optimizer's parameters has been called"):
         optimizer.step()
+    assert optimizer.group is None
     optimizer.bind(scaling_group(module, torch.randn(1, 4)))
     optimizer.step()

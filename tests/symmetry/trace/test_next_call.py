@@ -150,11 +150,13 @@ def test_cancelling_spares_what_someone_else_has_put_there_since() -> None:
     assert vars(module)["forward"] is own
 
 
-def test_a_pending_group_refuses_foreign_parameters_before_it_touches_the_module() -> None:
-    module = Trained()
-    with pytest.raises(ValueError, match="not parameters of Trained"):
-        GroupFromNextCall(module, "forward", [nn.Parameter(torch.zeros(1))])
-    assert "forward" not in vars(module)
+def test_a_pending_group_leaves_out_parameters_of_others(batch: Tensor) -> None:
+    module, foreign = Trained(), nn.Parameter(torch.zeros(1))
+    pending = GroupFromNextCall(module, "forward", [*module.parameters(), foreign])
+    module(batch)
+    assert pending.covers([foreign])
+    assert pending.group is not None
+    assert pending.group.fingerprint() == scaling_group(module, batch).fingerprint()
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
