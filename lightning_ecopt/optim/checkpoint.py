@@ -21,8 +21,8 @@ from lightning_ecopt.steps import RULES
 
 KEY = "equivalent_class"
 OTHER_FREEDOMS = (
-    "The checkpoint was made while the network had other freedoms, or other parameters were trained, so that the rule "
-    "begins anew. The base optimizer goes on from its own state."
+    "The checkpoint was made with a network that has other freedoms, so that the rule begins anew. The base optimizer "
+    "goes on from its own state."
 )
 
 
@@ -144,8 +144,8 @@ def restore(session: Session) -> bool:
     if not isinstance(stage, Ready) or not stage.saved:
         return False
     state, network = stage.saved, stage.network
-    if not network.fits(state):
-        warnings.warn(OTHER_FREEDOMS, stacklevel=2)
+    if not network.fits(state) and network.group.parameters.keys() == set(state["parameters"]):
+        warnings.warn(OTHER_FREEDOMS, stacklevel=2)  # if other parameters are trained, the rule begins anew anyway
     if not network.fits(state) or state.get("rule", options.rule) != options.rule:
         session.stage = Ready(network)
         return False
