@@ -75,6 +75,7 @@ class Equations:
         num_scales: how many scales there are, ``FIXED`` among them.
         operation: the operation that equations are written for at the moment.
         uses: for each parameter how the elements of its regions scale.
+        hidden_uses: the same, of elements that have met zeros only: these say nothing about ``outgoing``.
         seen: names of the parameters that an operation has consumed.
         equalities: pairs of equal scales, arrays ``[N, 2]``.
         relations: equations with other coefficients, or more terms.
@@ -93,6 +94,7 @@ class Equations:
     num_scales: int = 1
     operation: Operation = Operation("input", "")
     uses: dict[str, list[Use]] = field(default_factory=dict)
+    hidden_uses: dict[str, list[Use]] = field(default_factory=dict)
     seen: set[str] = field(default_factory=set)
     equalities: list[IntArray] = field(default_factory=list)
     relations: list[Relations] = field(default_factory=list)
@@ -274,7 +276,8 @@ class Equations:
         """Record that the elements of ``view`` scale by ``incoming / outgoing``, labels that broadcast to the view.
 
         Every further use of the same elements must agree. A use whose elements are not a regular box of the parameter,
-        or overlap another box in part only, holds the whole parameter fixed.
+        or overlap another box in part only, holds the whole parameter fixed. A use whose elements meet zeros only, as
+        those of a recurrent weight in its first step, demands nothing: any other use decides.
         """
         for part in view.parts():
             self._assign(part, incoming, outgoing, additive)
@@ -283,16 +286,20 @@ class Equations:
         self.seen.add(view.name)
         if (view.factor > FIXED).any():
             incoming, outgoing = self._without_factor(view, incoming, outgoing)
-        region = box(view, self.shapes[view.name])
+        region, is_hidden = box(view, self.shapes[view.name]), bool((outgoing == ZERO).all())
         if region is None:
-            self._fix_parameter(view.name, (incoming, outgoing))
+            if not is_hidden:
+                self._fix_parameter(view.name, (incoming, outgoing))
             return
         use = Use(region, self._pull_back(view, incoming), self._pull_back(view, outgoing), additive)
+        if is_hidden:
+            self.hidden_uses.setdefault(view.name, []).append(use)
+            return
         for earlier in self.uses.setdefault(view.name, []):
             if earlier.region == use.region:
                 self._agree(earlier, use)
                 return
-            if _overlap(earlier.region, use.region, self.shapes[view.name]):
+            if overlap(earlier.region, use.region, self.shapes[view.name]):
                 self._fix_parameter(view.name, (incoming, outgoing))
                 return
         self.uses[view.name].append(use)
@@ -376,7 +383,8 @@ def box(view: ParameterView, shape: Sequence[int]) -> tuple[slice, ...] | None:
     return tuple(region)
 
 
-def _overlap(first: Sequence[slice], second: Sequence[slice], shape: Sequence[int]) -> bool:
+def overlap(first: Sequence[slice], second: Sequence[slice], shape: Sequence[int]) -> bool:
+    """Whether two regions of a parameter have elements in common."""
     return all(
         len(np.intersect1d(np.arange(size)[a], np.arange(size)[b]))
         for a, b, size in zip(first, second, shape, strict=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_ecopt.symmetry.coupling import NO_UNIT, Coupling
 from lightning_ecopt.symmetry.elimination import BoolArray, Powers, SparseEquations, Unknowns, eliminate, simplify
-from lightning_ecopt.symmetry.equations import Equations, Operation, Use
+from lightning_ecopt.symmetry.equations import Equations, Operation, Use, overlap
 from lightning_ecopt.symmetry.labels import FIXED, ZERO, IntArray
 from lightning_ecopt.symmetry.monomials import Monomials
 
@@ -49,9 +49,9 @@ def solve(equations: Equations) -> Solution:
         scaling_group(net, x).couplings[0].incoming  # of 0.weight: tensor([[0], [1]])
     """
     unknowns = Unknowns(equations.num_scales)
-    _merge_equalities(unknowns, equations)
+    uses, agreements = _used_regions(equations)
+    _merge_equalities(unknowns, [*equations.equalities, *agreements])
     costs = _charge_fixings(unknowns, equations)
-    uses = _used_regions(equations)
     labels = [np.where(ids == ZERO, FIXED, ids) for _, use in uses for ids in (use.incoming, use.outgoing)]
     visible = np.unique(np.concatenate([ids.ravel() for ids in labels])) if labels else np.empty(0, np.int64)
     powers = _eliminate_products(unknowns, equations, visible)
@@ -70,9 +70,9 @@ def solve(equations: Equations) -> Solution:
 # From scales to unknowns ----------------------------------------------------------------------------------------------
 
 
-def _merge_equalities(unknowns: Unknowns, equations: Equations) -> None:
+def _merge_equalities(unknowns: Unknowns, equalities: Sequence[IntArray]) -> None:
     """Make scales that are equal one unknown, and fix the unknown of the scale ``FIXED``."""
-    pairs = np.concatenate(equations.equalities) if equations.equalities else np.empty((0, 2), np.int64)
+    pairs = np.concatenate(equalities) if equalities else np.empty((0, 2), np.int64)
     unknowns.merge(pairs[:, 0], pairs[:, 1], np.ones(len(pairs), np.int64))
     unknowns.fixed[unknowns.number[FIXED]] = True
 
@@ -98,13 +98,34 @@ def _eliminate_products(unknowns: Unknowns, equations: Equations, visible: IntAr
 # Regions of parameters ------------------------------------------------------------------------------------------------
 
 
-def _used_regions(equations: Equations) -> list[tuple[str, Use]]:
-    """List all uses with the name of their parameter, in the module's order."""
-    return [
-        (name, use)
-        for name, shape in equations.shapes.items()
-        for use in _completed(equations.uses.get(name, []), shape)
-    ]
+def _used_regions(equations: Equations) -> tuple[list[tuple[str, Use]], list[IntArray]]:
+    """List all uses with the name of their parameter, in the module's order; and pairs of scales that must agree."""
+    uses: list[tuple[str, Use]] = []
+    agreements: list[IntArray] = []
+    for name, shape in equations.shapes.items():
+        own = equations.uses.get(name, [])
+        hidden, pairs = _only_hidden(equations.hidden_uses.get(name, []), own, shape)
+        uses += [(name, use) for use in _completed([*own, *hidden], shape)]
+        agreements += pairs
+    return uses, agreements
+
+
+def _only_hidden(hidden: list[Use], own: list[Use], shape: tuple[int, ...]) -> tuple[list[Use], list[IntArray]]:
+    """The uses by zeros of elements that have no other use, and pairs of scales that must agree.
+
+    The output of this call would stay for any factors of such elements, as they are multiplied by zeros. But the zeros
+    may be the initial state of what other calls give another state. So the elements scale as if they met a constant:
+    with the output, and by nothing else.
+    """
+    kept: list[Use] = []
+    pairs: list[IntArray] = []
+    for use in hidden:
+        same = next((other for other in kept if other.region == use.region), None)
+        if same is not None:
+            pairs.append(np.stack(np.broadcast_arrays(same.incoming, use.incoming), -1).reshape(-1, 2))
+        elif not any(overlap(other.region, use.region, shape) for other in [*own, *kept]):
+            kept.append(use)
+    return kept, pairs
 
 
 def _completed(uses: list[Use], shape: tuple[int, ...]) -> list[Use]:
