@@ -137,6 +137,13 @@ class Equations:
         else:
             self.equate(value, constant(FIXED, value.ndim))
 
+    def hold_all_fixed(self) -> None:
+        """Demand that no parameter changes, and forget all that was demanded before."""
+        for demands in (self.uses, self.hidden_uses, self.equalities, self.relations, self.fixings):
+            demands.clear()
+        for name, shape in self.shapes.items():
+            self.hold_fixed(ParameterView.whole(name, shape))
+
     def uniform(self, ids: IntArray, axes: Iterable[int]) -> IntArray:
         """Demand one label along ``axes``; returns the label with size 1 there."""
         axes = tuple(axis for axis in axes if ids.shape[axis] > 1)

@@ -388,7 +388,7 @@ def _held(module: nn.Module) -> list[Any]:
 
 @contextmanager
 def _arrays_kept(held: list[Any]) -> Iterator[None]:
-    before = [(array, array.copy()) for array in held if is_a(array, np.ndarray) and array.flags.writeable]
+    before = [(array, np.ndarray.copy(array)) for array in held if is_a(array, np.ndarray) and array.flags.writeable]
     try:
         yield
     finally:
@@ -442,5 +442,5 @@ def _tensors_kept(tensors: list[Tensor]) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for tensor, values in before:
-                if tensor.layout is not torch.strided or not torch.equal(tensor, values):
+                if tensor.layout is not torch.strided or tensor.is_nested or not torch.equal(tensor, values):
                     tensor.copy_(values)

@@ -172,10 +172,9 @@ def _parameter_product(call: Call, left: IntArray, weight: ParameterView) -> Int
 
 @rule("dot", "vdot")
 def inner_product(call: Call) -> IntArray:
-    products = call.equations.combine(
-        (1, call.ids("self")), (1, call.ids(call["tensor" if "tensor" in call.arguments else "other"]))
-    )
-    return call.equations.uniform(products, [0]).reshape(())
+    row = map_value(call.value("self"), lambda ids: ids[None])
+    other = call["tensor" if "tensor" in call.arguments else "other"]
+    return contract(call, row, map_value(call.value(other), lambda ids: ids[:, None]), 2).reshape(())
 
 
 @rule("addr")
