@@ -16,6 +16,8 @@ from lightning_ecopt.symmetry import scaling_group
 from tests.networks import mlp
 from tests.selection import few
 from tests.symmetry.helpers import assert_complete, assert_same, draw_, evaluate, normal
+from tests.symmetry.rules import test_contractions, test_indexing
+from tests.symmetry.rules.ops import Around, Op
 from tests.symmetry.zoo.case import Case
 from tests.symmetry.zoo.tiny import TINY
 
@@ -115,6 +117,7 @@ def _packed(m: Any, x: Tensor) -> Tensor:
 def no_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "Using padding='same'")
         yield
 
 
@@ -180,3 +183,26 @@ def test_a_batch_without_rows_holds_fixed_what_it_cannot_tell(case: Case) -> Non
     before = evaluate(module, inputs)
     group.act_(torch.linspace(-1, 1, group.num_units, dtype=torch.float64))
     assert_same(evaluate(module, inputs), before)
+
+
+NAMES = ("addr", "_trilinear", "convolution", "mm", "index")
+OPS = [
+    op for family in (test_contractions, test_indexing) for op in family.OPS if op.name in NAMES and not op.inference
+]
+FIRST = [next(op for op in OPS if op.name == name) for name in ("addr", "_trilinear", "index")]
+
+
+@pytest.mark.parametrize("op", few(OPS, FIRST), ids=lambda op: op.name)
+def test_an_operation_on_no_rows_frees_nothing(op: Op) -> None:
+    module = Around(op)
+    draw_(module, torch.Generator().manual_seed(2))
+    x = module.example()
+    try:
+        module(x[:0])
+    except (RuntimeError, IndexError, ValueError):
+        pytest.skip("the operation takes no such batch")
+    group = scaling_group(module, x[:0])
+    before = evaluate(module, (x,))
+    group.act_(torch.linspace(-1, 1, group.num_units, dtype=torch.float64))
+    assert_same(evaluate(module, (x,)), before)
+    assert group.unseen == ()
