@@ -75,6 +75,7 @@ class Equations:
         num_scales: how many scales there are, ``FIXED`` among them.
         operation: the operation that equations are written for at the moment.
         uses: for each parameter how the elements of its regions scale.
+        hidden_uses: the same, of elements that have met zeros only: these say nothing about ``outgoing``.
         seen: names of the parameters that an operation has consumed.
         equalities: pairs of equal scales, arrays ``[N, 2]``.
         relations: equations with other coefficients, or more terms.
@@ -93,6 +94,7 @@ class Equations:
     num_scales: int = 1
     operation: Operation = Operation("input", "")
     uses: dict[str, list[Use]] = field(default_factory=dict)
+    hidden_uses: dict[str, list[Use]] = field(default_factory=dict)
     seen: set[str] = field(default_factory=set)
     equalities: list[IntArray] = field(default_factory=list)
     relations: list[Relations] = field(default_factory=list)
@@ -134,6 +136,13 @@ class Equations:
             self.assign(value, constant(FIXED, 0), constant(FIXED, 0), additive=False)
         else:
             self.equate(value, constant(FIXED, value.ndim))
+
+    def hold_all_fixed(self) -> None:
+        """Demand that no parameter changes, and forget all that was demanded before."""
+        for demands in (self.uses, self.hidden_uses, self.equalities, self.relations, self.fixings):
+            demands.clear()
+        for name, shape in self.shapes.items():
+            self.hold_fixed(ParameterView.whole(name, shape))
 
     def uniform(self, ids: IntArray, axes: Iterable[int]) -> IntArray:
         """Demand one label along ``axes``; returns the label with size 1 there."""
@@ -274,7 +283,8 @@ class Equations:
         """Record that the elements of ``view`` scale by ``incoming / outgoing``, labels that broadcast to the view.
 
         Every further use of the same elements must agree. A use whose elements are not a regular box of the parameter,
-        or overlap another box in part only, holds the whole parameter fixed.
+        or overlap another box in part only, holds the whole parameter fixed. A use whose elements meet zeros only, as
+        those of a recurrent weight in its first step, demands nothing: any other use decides.
         """
         for part in view.parts():
             self._assign(part, incoming, outgoing, additive)
@@ -283,11 +293,16 @@ class Equations:
         self.seen.add(view.name)
         if (view.factor > FIXED).any():
             incoming, outgoing = self._without_factor(view, incoming, outgoing)
-        region = box(view, self.shapes[view.name])
+        region, is_hidden = box(view, self.shapes[view.name]), bool((outgoing == ZERO).all())
         if region is None:
-            self._fix_parameter(view.name, (incoming, outgoing))
+            if not is_hidden:
+                self._fix_parameter(view.name, (incoming, outgoing))
             return
-        self._add(view.name, Use(region, self._pull_back(view, incoming), self._pull_back(view, outgoing), additive))
+        use = Use(region, self._pull_back(view, incoming), self._pull_back(view, outgoing), additive)
+        if is_hidden:
+            self.hidden_uses.setdefault(view.name, []).append(use)
+        else:
+            self._add(view.name, use)
 
     def _add(self, name: str, use: Use) -> None:
         """Record a use of a region, which earlier uses of its elements must agree with."""
@@ -295,7 +310,7 @@ class Equations:
             if earlier.region == use.region:
                 self._agree(earlier, use)
                 return
-            if _overlap(earlier.region, use.region, self.shapes[name]):
+            if overlap(earlier.region, use.region, self.shapes[name]):
                 self._fix_parameter(name, (use.incoming, use.outgoing))
                 return
         self.uses[name].append(use)
@@ -354,8 +369,8 @@ class Equations:
     def renamed(self, names: Mapping[str, str]) -> Equations:
         """The same equations with other names of the parameters."""
         shapes = {names[name]: shape for name, shape in self.shapes.items()}
-        uses = {names[name]: own for name, own in self.uses.items()}
-        return replace(self, shapes=shapes, uses=uses, seen={names[name] for name in self.seen})
+        uses, hidden = ({names[name]: own for name, own in of.items()} for of in (self.uses, self.hidden_uses))
+        return replace(self, shapes=shapes, uses=uses, hidden_uses=hidden, seen={names[name] for name in self.seen})
 
     def absorb(self, other: Equations) -> None:
         """Demand what the equations of another call of the same parameters demand, too."""
@@ -371,10 +386,15 @@ class Equations:
         self.relations += [replace(relation, scales=renumbered(relation.scales)) for relation in other.relations]
         self.fixings += [(operation, renumbered(ids)) for operation, ids in other.fixings]
         self.operation = Operation("another call", "")
+
+        def moved(use: Use) -> Use:
+            return replace(use, incoming=renumbered(use.incoming), outgoing=renumbered(use.outgoing))
+
+        for name, uses in other.hidden_uses.items():
+            self.hidden_uses.setdefault(name, []).extend(map(moved, uses))
         for name, uses in other.uses.items():
             for use in uses:
-                incoming, outgoing = renumbered(use.incoming), renumbered(use.outgoing)
-                self._add(name, replace(use, incoming=incoming, outgoing=outgoing))
+                self._add(name, moved(use))
 
 
 def _varying(*labels: IntArray) -> set[int]:
@@ -404,7 +424,8 @@ def box(view: ParameterView, shape: Sequence[int]) -> tuple[slice, ...] | None:
     return tuple(region)
 
 
-def _overlap(first: Sequence[slice], second: Sequence[slice], shape: Sequence[int]) -> bool:
+def overlap(first: Sequence[slice], second: Sequence[slice], shape: Sequence[int]) -> bool:
+    """Whether two regions of a parameter have elements in common."""
     return all(
         len(np.intersect1d(np.arange(size)[a], np.arange(size)[b]))
         for a, b, size in zip(first, second, shape, strict=True)

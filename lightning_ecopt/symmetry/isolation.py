@@ -11,6 +11,7 @@ stance of ``torch.compile``: eager                        process  every trace, 
                                                                    anyone waits, :func:`wait_for_calls`
 cuDNN: off                                                process  fake traces, :func:`fake_tensors`
 where ``torch.tensor`` makes its tensors                  process  fake traces, :func:`fake_tensors`
+log of torch of errors in fake tensors: none              thread   fake traces, :func:`fake_tensors`
 the mode of fake tensors, gradients: on                   thread   fake traces, :func:`fake_tensors`
 random numbers of Python and NumPy                        process  all but awaited calls, :func:`attributes_kept`
 random numbers of torch                                   process  real traces, :func:`values_kept`
@@ -30,9 +31,9 @@ methods do nothing on threads that no trace is on.
 
 from __future__ import annotations
 
-import copy
 import functools
 import itertools
+import logging
 import random
 import threading
 import types
@@ -50,7 +51,7 @@ import torch._dynamo  # remembers Module.__call__ when it is imported, which mus
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lightning_ecopt.common.nested import walk
+from lightning_ecopt.common.nested import CONTAINERS, contents, dictionary, elements, is_a, put_back, walk
 
 # Changes that threads share -------------------------------------------------------------------------------------------
 
@@ -141,6 +142,11 @@ def _lifting() -> AbstractContextManager[None]:
     return _set(read, write, read() or not torch.cuda.is_available())
 
 
+def _is_wanted(record: logging.LogRecord) -> bool:
+    # Torch logs the traceback of an error in an operation on fake tensors; the real call that follows raises it again.
+    return record.levelno < logging.ERROR or not any(entry.trace.is_fake for entry in _thread.entries)
+
+
 UNCOMPILED = Shared(lambda: torch.compiler.set_stance("force_eager"))
 # The fast path of attention is one operation for a whole layer, for inference only.
 _MHA = torch.backends.mha
@@ -148,6 +154,8 @@ _SLOW_ATTENTION = Shared(lambda: _set(_MHA.get_fastpath_enabled, _MHA.set_fastpa
 # cuDNN runs a recurrent network as one operation.
 _NO_CUDNN = Shared(lambda: _set(torch._C._get_cudnn_enabled, torch._C._set_cudnn_enabled, False))
 _LIFTING = Shared(_lifting)
+_LOG = logging.getLogger(torch._subclasses.fake_tensor.__name__)
+_QUIET = Shared(lambda: _set(lambda: False, lambda on: (_LOG.addFilter if on else _LOG.removeFilter)(_is_wanted), True))
 _THREAD_STARTS = Shared(lambda: _replaced(threading.Thread, "start", _starting_traced))
 _MODULE_CALLS = Shared(lambda: _replaced(nn.Module, "__call__", _calling_traced))
 _PYTHON_RANDOMNESS = Shared(_random_numbers_of_python_and_numpy)
@@ -321,7 +329,7 @@ def _run_module(original: Callable[..., Any], module: nn.Module, /, *args: Any, 
 @contextmanager
 def fake_tensors() -> Iterator[FakeTensorMode]:
     """Compute shapes only, no values, on this thread."""
-    with _NO_CUDNN(), _LIFTING(), FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.enable_grad():
+    with _NO_CUDNN(), _LIFTING(), _QUIET(), FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.enable_grad():
         yield mode
 
 
@@ -337,11 +345,11 @@ def attributes_kept(module: nn.Module, replaced: Mapping[int, Tensor]) -> Iterat
         replaced: tensors that stand for others in the meantime, by ``id`` of the others.
     """
     held = _held(module)
-    containers = [item for item in held if isinstance(item, _CONTAINERS)]
+    containers = [item for item in held if is_a(item, CONTAINERS)]
     with _PYTHON_RANDOMNESS(), _generators_kept(held), _arrays_kept(held), _contents_kept(containers):
         for container in containers:
-            if isinstance(container, list | dict):
-                for key, value in list(container.items() if isinstance(container, dict) else enumerate(container)):
+            if is_a(container, (list, dict)):
+                for key, value in elements(container) if is_a(container, dict) else list(enumerate(container)):
                     if id(value) in replaced:
                         container[key] = replaced[id(value)]
         yield
@@ -349,26 +357,14 @@ def attributes_kept(module: nn.Module, replaced: Mapping[int, Tensor]) -> Iterat
 
 @contextmanager
 def _contents_kept(containers: list[Any]) -> Iterator[None]:
-    before = [(container, copy.copy(container)) for container in containers]
+    before = [(container, elements(container)) for container in containers]
     try:
         yield
     finally:
         for container, content in before:
-            if list(map(id, _flat(container))) != list(map(id, _flat(content))):
-                container.clear()
-                if isinstance(container, list | deque):
-                    container.extend(content)
-                else:
-                    container.update(content)
+            put_back(container, content)
 
 
-def _flat(container: Any) -> list[Any]:
-    if isinstance(container, dict):
-        return [part for item in container.items() for part in item]
-    return list(container)
-
-
-_CONTAINERS = (dict, list, set, deque)
 _KINDS = (dict, OrderedDict, defaultdict, Counter, list, set, deque)
 
 
@@ -382,17 +378,17 @@ def _held(module: nn.Module) -> list[Any]:
             continue
         if type(item) in _KINDS:
             found[id(item)] = item
-            waiting.extend(item.values() if isinstance(item, dict) else item)
-        elif isinstance(item, types.SimpleNamespace | UserDict | UserList):
-            waiting.append(vars(item))
-        elif isinstance(item, np.ndarray | np.random.Generator | torch.Generator | Tensor):
+            waiting.extend(contents(item))
+        elif is_a(item, types.SimpleNamespace | UserDict | UserList):
+            waiting.append(dictionary(item))
+        elif is_a(item, np.ndarray | np.random.Generator | torch.Generator | Tensor):
             found[id(item)] = item
     return list(found.values())
 
 
 @contextmanager
 def _arrays_kept(held: list[Any]) -> Iterator[None]:
-    before = [(array, array.copy()) for array in held if isinstance(array, np.ndarray)]
+    before = [(array, np.ndarray.copy(array)) for array in held if is_a(array, np.ndarray) and array.flags.writeable]
     try:
         yield
     finally:
@@ -403,8 +399,8 @@ def _arrays_kept(held: list[Any]) -> Iterator[None]:
 
 @contextmanager
 def _generators_kept(held: list[Any]) -> Iterator[None]:
-    torchs = [(item, item.get_state()) for item in held if isinstance(item, torch.Generator)]
-    numpys = [(item, item.bit_generator.state) for item in held if isinstance(item, np.random.Generator)]
+    torchs = [(item, item.get_state()) for item in held if is_a(item, torch.Generator)]
+    numpys = [(item, item.bit_generator.state) for item in held if is_a(item, np.random.Generator)]
     try:
         yield
     finally:
@@ -417,16 +413,16 @@ def _generators_kept(held: list[Any]) -> Iterator[None]:
 @contextmanager
 def inputs_kept(inputs: Any) -> Iterator[None]:
     """Put back what the inputs of a call hold: values of tensors, contents of containers, attributes of objects."""
-    parts = [part for item in walk(inputs, objects=True) for part in (item, getattr(item, "__dict__", None))]
-    containers = [part for part in parts if isinstance(part, _CONTAINERS)]
-    with _contents_kept(containers), _tensors_kept([part for part in parts if isinstance(part, Tensor)]):
+    parts: list[Any] = [part for item in walk(inputs, objects=True) for part in (item, dictionary(item))]
+    containers = [part for part in parts if is_a(part, CONTAINERS)]
+    with _contents_kept(containers), _tensors_kept([part for part in parts if is_a(part, Tensor)]):
         yield
 
 
 @contextmanager
 def values_kept(module: nn.Module) -> Iterator[None]:
     """Put back the values of parameters, gradients, buffers and attributes of a module, and randomness."""
-    tensors = [item for item in _held(module) if isinstance(item, Tensor)]
+    tensors = [item for item in _held(module) if is_a(item, Tensor)]
     tensors += [p.grad for p in module.parameters() if p.grad is not None]
     gradients = [(p, p.requires_grad, p.grad) for p in module.parameters()]
     with _TORCH_RANDOMNESS(), attributes_kept(module, {}), _tensors_kept(tensors):
@@ -446,5 +442,5 @@ def _tensors_kept(tensors: list[Tensor]) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for tensor, values in before:
-                if tensor.layout is not torch.strided or not torch.equal(tensor, values):
+                if tensor.layout is not torch.strided or tensor.is_nested or not torch.equal(tensor, values):
                     tensor.copy_(values)

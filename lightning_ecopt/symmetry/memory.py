@@ -126,7 +126,7 @@ class Memory:
         if found is None or not is_inexact(tensor) or (tensor.numel() == 0 and not always_empty):
             self.equations.hold_fixed(value)
             value = constant(FIXED, tensor.dim())
-        if tensor.numel() == 0:
+        elif tensor.numel() == 0:
             value = constant(ZERO, tensor.dim())
         if found is not None:
             value = value if isinstance(value, ParameterView) else compress(value)

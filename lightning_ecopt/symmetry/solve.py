@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_ecopt.symmetry.coupling import NO_UNIT, Coupling
 from lightning_ecopt.symmetry.elimination import BoolArray, Powers, SparseEquations, Unknowns, eliminate, simplify
-from lightning_ecopt.symmetry.equations import Equations, Operation, Use
+from lightning_ecopt.symmetry.equations import Equations, Operation, Use, overlap
 from lightning_ecopt.symmetry.labels import FIXED, ZERO, IntArray
 from lightning_ecopt.symmetry.monomials import Monomials
 
@@ -54,9 +54,10 @@ def solve(equations: Equations, trained: Collection[str] | None = None) -> Solut
     """
     unknowns = Unknowns(equations.num_scales)
     names = [name for name in equations.shapes if trained is None or name in trained]
-    _merge_equalities(unknowns, equations, equations.uses.keys() - set(names))
+    uses, agreements = _used_regions(equations, names)
+    agreements += _frozen_sides(equations, names)
+    _merge_equalities(unknowns, [*equations.equalities, *agreements])
     costs = _charge_fixings(unknowns, equations)
-    uses = _used_regions(equations, names)
     labels = [np.where(ids == ZERO, FIXED, ids) for _, use in uses for ids in (use.incoming, use.outgoing)]
     visible = np.unique(np.concatenate([ids.ravel() for ids in labels])) if labels else np.empty(0, np.int64)
     powers = _eliminate_products(unknowns, equations, visible)
@@ -75,12 +76,17 @@ def solve(equations: Equations, trained: Collection[str] | None = None) -> Solut
 # From scales to unknowns ----------------------------------------------------------------------------------------------
 
 
-def _merge_equalities(unknowns: Unknowns, equations: Equations, frozen: Collection[str]) -> None:
-    """Make scales that are equal one unknown, those on the two sides of frozen parameters too, and fix ``FIXED``."""
-    sides = [pair for name in sorted(frozen) for use in equations.uses[name] for pair in _both_sides(use)]
-    pairs = np.concatenate([np.empty((0, 2), np.int64), *equations.equalities, *sides])
+def _merge_equalities(unknowns: Unknowns, equalities: Sequence[IntArray]) -> None:
+    """Make scales that are equal one unknown, and fix the unknown of the scale ``FIXED``."""
+    pairs = np.concatenate(equalities) if equalities else np.empty((0, 2), np.int64)
     unknowns.merge(pairs[:, 0], pairs[:, 1], np.ones(len(pairs), np.int64))
     unknowns.fixed[unknowns.number[FIXED]] = True
+
+
+def _frozen_sides(equations: Equations, names: Sequence[str]) -> list[IntArray]:
+    """Pairs of scales that are equal because the parameters other than those named are not rescaled."""
+    frozen = [name for name in equations.shapes if name not in set(names)]
+    return [pairs for name in frozen for use in equations.uses.get(name, []) for pairs in _both_sides(use)]
 
 
 def _both_sides(use: Use) -> list[IntArray]:
@@ -123,9 +129,34 @@ def _eliminate_products(unknowns: Unknowns, equations: Equations, visible: IntAr
 # Regions of parameters ------------------------------------------------------------------------------------------------
 
 
-def _used_regions(equations: Equations, names: Sequence[str]) -> list[tuple[str, Use]]:
-    """List all uses of the named parameters with the name, in the module's order."""
-    return [(name, use) for name in names for use in _completed(equations.uses.get(name, []), equations.shapes[name])]
+def _used_regions(equations: Equations, names: Sequence[str]) -> tuple[list[tuple[str, Use]], list[IntArray]]:
+    """List all uses of the named parameters with the name, in that order; and pairs of scales that must agree."""
+    uses: list[tuple[str, Use]] = []
+    agreements: list[IntArray] = []
+    for name in names:
+        shape, own = equations.shapes[name], equations.uses.get(name, [])
+        hidden, pairs = _only_hidden(equations.hidden_uses.get(name, []), own, shape)
+        uses += [(name, use) for use in _completed([*own, *hidden], shape)]
+        agreements += pairs
+    return uses, agreements
+
+
+def _only_hidden(hidden: list[Use], own: list[Use], shape: tuple[int, ...]) -> tuple[list[Use], list[IntArray]]:
+    """The uses by zeros of elements that have no other use, and pairs of scales that must agree.
+
+    The output of this call would stay for any factors of such elements, as they are multiplied by zeros. But the zeros
+    may be the initial state of what other calls give another state. So the elements scale as if they met a constant:
+    with the output, and by nothing else.
+    """
+    kept: list[Use] = []
+    pairs: list[IntArray] = []
+    for use in hidden:
+        same = next((other for other in kept if other.region == use.region), None)
+        if same is not None:
+            pairs.append(np.stack(np.broadcast_arrays(same.incoming, use.incoming), -1).reshape(-1, 2))
+        elif not any(overlap(other.region, use.region, shape) for other in [*own, *kept]):
+            kept.append(use)
+    return kept, pairs
 
 
 def _completed(uses: list[Use], shape: tuple[int, ...]) -> list[Use]:

@@ -61,6 +61,7 @@ class TraceMode(TorchDispatchMode):
         self.equations = Equations({name: tuple(tensor.shape) or (1,) for name, tensor in parameters.items()})
         self.memory = Memory(self.equations)
         self.constants = Constants()
+        self.has_failed = False
         self.is_fake = any(isinstance(tensor, FakeTensor) for tensor in parameters.values())
         self._names = {id(part): name for name, part in module.named_modules()}
         self._parameters = list(parameters.values())
@@ -103,6 +104,7 @@ class TraceMode(TorchDispatchMode):
 
         # 2. Read the labels and shapes of the inputs, which the operation may change.
         operation = self._operation(name)
+        labels: dict[int, Value] = {}
         with self._taking_down(operation):
             labels = {id(tensor): self._read(tensor) for tensor in tensors}
             shapes = {id(tensor): tuple(tensor.shape) for tensor in tensors if not tensor.is_nested}
@@ -112,6 +114,8 @@ class TraceMode(TorchDispatchMode):
 
         # 4. Ask the rule for the labels of the outputs, or hold all that was touched fixed.
         with self._taking_down(operation):
+            if self.has_failed:  # perhaps above
+                return output
             arguments = named_arguments(func, args, kwargs)
             if are_plain and arguments is not None:
                 constants = self.constants.follow(func, args, kwargs, output)  # of operations without a rule, too
@@ -127,10 +131,27 @@ class TraceMode(TorchDispatchMode):
 
     @contextmanager
     def _taking_down(self, operation: Operation) -> Iterator[None]:
-        """Write down equations in the name of an operation, alone among threads and unseen by other modes."""
+        """Write down equations in the name of an operation, alone among threads and unseen by other modes.
+
+        What fails here must not end a call that trains: all parameters are held fixed then. After a trace with fake
+        tensors there is another one with real tensors.
+        """
         with self._lock, torch._C.DisableTorchFunction():
             self.equations.operation = operation
-            yield
+            try:
+                yield
+            except Exception as error:
+                if self.is_fake:
+                    raise
+                self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        """Hold all parameters fixed, whatever the call does from now on."""
+        self.equations.hold_all_fixed()
+        if not self.has_failed:
+            self.has_failed = True
+            name = self.equations.operation.name
+            warnings.warn(f"{name} cannot be watched, so all parameters are held fixed: {error!r}", stacklevel=2)
 
     def _read(self, tensor: Tensor) -> Value:
         """The label of an input. If no operation was seen that made it, all that it was made of is held fixed."""
@@ -199,7 +220,7 @@ class TraceMode(TorchDispatchMode):
 
     def register_inputs(self, tensors: Iterable[Tensor]) -> None:
         """Take tensors for constants that the call is given."""
-        with torch._C.DisableTorchFunction():
+        with self._taking_down(Operation("input", "")):
             for tensor in tensors:
                 self.memory.read(tensor)
 
@@ -215,9 +236,10 @@ class TraceMode(TorchDispatchMode):
 
     def hold_new_fixed(self, tensors: Iterable[Tensor], name: str) -> None:
         """Demand that tensors stay as they are if the call has made them."""
-        with torch._C.DisableTorchFunction():
-            new = [tensor for tensor in tensors if self.memory.is_new(tensor)]
-        self.hold_fixed(new, name)
+        with self._taking_down(Operation(name, "")):
+            for tensor in tensors:
+                if self.memory.is_new(tensor):
+                    self.equations.hold_fixed(self._read(tensor))
 
     def hold_escaped_fixed(self, tensor: Tensor, name: str) -> None:
         """Demand that a tensor stays as it is, whose values leave torch in the module that is running."""

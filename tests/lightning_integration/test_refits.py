@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,7 @@ def test_options_that_an_optimizer_has_of_its_own_are_named() -> None:
         fit(module, callback)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        fit(Classifier(mlp(), lambda m: ECSGD(m.parameters(), lr=0.1, rule="path")), quiet(), quiet=None)
+        fit(Classifier(mlp(), lambda m: ECSGD(m.parameters(), lr=0.1, rule="path")), quiet())
 
 
 def test_the_report_describes_the_rule_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,10 +165,8 @@ def test_the_report_describes_the_rule_that_runs(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(ScalingGroup, "summary", spy)
     for rule in ("path", "unit"):
-        fit(
-            Classifier(mlp(), lambda m, rule=rule: ECSGD(m.parameters(), lr=0.1, rule=rule)),
-            EquivalentClassOptimization(),
-        )
+        make = partial(ECSGD, lr=0.1, rule=rule)
+        fit(Classifier(mlp(), lambda m, make=make: make(m.parameters())), EquivalentClassOptimization())
     assert needs_paths == [True, False]
 
 

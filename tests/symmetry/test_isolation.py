@@ -40,6 +40,7 @@ def process() -> dict[str, Any]:
         "Thread.start": threading.Thread.start,
         "Module.__call__": nn.Module.__call__,
         "module hooks": (len(hooks._global_forward_hooks), len(hooks._global_forward_pre_hooks)),
+        "log": list(isolation._LOG.filters),
         "cuDNN": torch.backends.cudnn.enabled,
         "cuDNN's choice": (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic),
         "lifting": torch._C._only_lift_cpu_tensors(),
@@ -192,6 +193,32 @@ def test_an_exception_in_a_hook_of_the_outermost_call_leaves_nothing(kind: type[
         module(X)
         assert pending.group is not None
         assert pending.group.num_units == 6
+
+
+def test_torch_logs_no_error_of_a_trace_with_fake_tensors_but_those_of_other_threads(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    begun, logged = threading.Event(), threading.Event()
+
+    def log() -> None:
+        begun.wait(20)
+        isolation._LOG.error("theirs")
+        logged.set()
+
+    def meet() -> None:
+        begun.set()
+        logged.wait(20)
+
+    other = threading.Thread(target=log)
+    other.start()
+    isolation._LOG.addHandler(caplog.handler)
+    try:
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            scaling_group(Calling(meet), torch.ones(3, 5))
+    finally:
+        isolation._LOG.removeHandler(caplog.handler)
+        other.join()
+    assert {record.message for record in caplog.records} == {"theirs"}
 
 
 # Waiting --------------------------------------------------------------------------------------------------------------

@@ -72,9 +72,7 @@ def convolution(call: Call) -> IntArray:
     channels, groups = call.output.shape[1], call["groups"]
     ids = call.equations.uniform(ids, [axis for axis in range(ids.ndim) if axis != 1])
     inputs = np.broadcast_to(ids.reshape(-1), call.shape("input")[1]).reshape(groups, -1)
-    if (inputs == ZERO).all():
-        label = constant(ZERO, 1)
-    elif isinstance(weight, ParameterView):
+    if isinstance(weight, ParameterView):
         label = call.equations.fresh((channels,))
         outputs = label.reshape(groups, -1)
         if call["transposed"]:
@@ -146,11 +144,10 @@ def _transposed(value: Value, ndim: int) -> Value:
 def _parameter_product(call: Call, left: IntArray, weight: ParameterView) -> IntArray:
     """The label of ``x @ w`` for a parameter ``w``: element (n, p) has a scale of row n, times a new scale of column p.
 
-    Rows of ``x`` that differ in their labels, [..., n, k], may do so by a factor per row only, [..., n, 1].
+    Rows of ``x`` that differ in their labels, [..., n, k], may do so by a factor per row only, [..., n, 1]. The product
+    with zeros has new scales, too, so that ``w`` follows what it is added to.
     """
     ndim = left.ndim
-    if (left == ZERO).all():
-        return constant(ZERO, ndim)
     varying = weight.varying()
     batch = [axis for axis in range(ndim - 2) if axis in varying]
     rows = [axis for axis in range(ndim - 1) if axis not in batch]
@@ -175,10 +172,9 @@ def _parameter_product(call: Call, left: IntArray, weight: ParameterView) -> Int
 
 @rule("dot", "vdot")
 def inner_product(call: Call) -> IntArray:
-    products = call.equations.combine(
-        (1, call.ids("self")), (1, call.ids(call["tensor" if "tensor" in call.arguments else "other"]))
-    )
-    return call.equations.uniform(products, [0]).reshape(())
+    row = map_value(call.value("self"), lambda ids: ids[None])
+    other = call["tensor" if "tensor" in call.arguments else "other"]
+    return contract(call, row, map_value(call.value(other), lambda ids: ids[:, None]), 2).reshape(())
 
 
 @rule("addr")

@@ -193,7 +193,8 @@ def _gain(call: Call, ids: IntArray, vector: ParameterView) -> IntArray:
     If x changes along axes on which g does not, then g gets a label of its own, and the label of y is the product.
     """
     varying = vector.varying()
-    if any(size > 1 for k, size in enumerate(ids.shape) if k not in varying) or (ids == ZERO).any():
+    zero = ids == ZERO
+    if any(size > 1 for k, size in enumerate(ids.shape) if k not in varying) or (zero.any() and not zero.all()):
         return call.equations.combine((1, ids), (1, call.equations.materialise(vector)))
     output = call.equations.fresh(
         [max(a.shape[k] for a in vector.axes) if k in varying else 1 for k in range(ids.ndim)]

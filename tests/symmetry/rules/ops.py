@@ -79,7 +79,7 @@ class Around(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.op.call(self, self.first(x))
-        return self.last(y.reshape(len(x), -1).to(x.dtype))
+        return self.last(y.reshape(len(x), self.last.in_features).to(x.dtype))
 
 
 def every(ops: Sequence[Op]) -> pytest.MarkDecorator:
