@@ -213,7 +213,7 @@ class EquivalentClassOptimization(Callback):
         for group in {id(optimizer.group): optimizer.group for optimizer in self._optimizers}.values():
             if group is not None and group not in self._reported:
                 self._reported.append(group)
-                usable = torch.zeros(group.num_units, dtype=torch.bool)
+                usable = torch.zeros(group.num_units, dtype=torch.bool, device="cpu")
                 for optimizer in self._optimizers:
                     if optimizer.group is group:
                         usable |= optimizer.usable_units()

@@ -195,7 +195,9 @@ class FusedStep:
         first = of_groups[0]
         if all(value is first or (isinstance(value, float | int) and value == first) for value in of_groups):
             return first
-        return torch.stack([torch.as_tensor(value, dtype=torch.float64) for value in of_groups])[self._group_of]
+        return torch.stack([torch.as_tensor(value, dtype=torch.float64, device="cpu") for value in of_groups])[
+            self._group_of
+        ]
 
     def _count_step(self, gradients: Tensors) -> Value:
         """Add one to the step counts of the parameters that move, and return the counts."""

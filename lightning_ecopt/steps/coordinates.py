@@ -81,9 +81,9 @@ class SkeletonElements:
             self.places[name] = (slots.to(device), at.to(device))
             self.units_of_free[name] = (slots[slots >= self.num_units] - self.num_units).to(device)
             order.append(slots)
-        position = torch.full((2 * skeleton.num_units,), -1)  # the last entry is a zero
+        position = torch.full((2 * skeleton.num_units,), -1, device="cpu")  # the last entry is a zero
         if order:
-            position[torch.cat(order)] = torch.arange(sum(len(slots) for slots in order))
+            position[torch.cat(order)] = torch.arange(sum(map(len, order)), device="cpu")
         device = next(iter(parameters.values())).device
         self._position = position.to(device)
         self._zero = torch.zeros(1, dtype=dtype, device=device)

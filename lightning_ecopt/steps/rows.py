@@ -58,8 +58,10 @@ class Rows:
 
         self.sizes = _cat([part.sizes for part in parts], device).to(self.dtype)
         self.single = _cat([part.filled(part.is_single) for part in parts], device).to(torch.bool)
-        self._owners = _cat([torch.tensor([self.names.index(part.coupling.parameter)]) for part in parts], device)
-        self._lengths = _cat([torch.tensor([len(part.units)]) for part in parts], device)
+        self._owners = _cat(
+            [torch.tensor([self.names.index(part.coupling.parameter)], device="cpu") for part in parts], device
+        )
+        self._lengths = _cat([torch.tensor([len(part.units)], device="cpu") for part in parts], device)
         self._blocks = _Blocks.of(parts, parameters, device)
         self.covered = _covered(self.names, self._blocks.boxes, parameters)
 
@@ -80,7 +82,7 @@ class Rows:
         """Which parameters have a tensor, ``bool[N]``; ``None`` if all have one."""
         if tensors.keys() >= self._all_names:
             return None
-        return to_device(torch.tensor([name in tensors for name in self.names]), self.sizes.device)
+        return to_device(torch.tensor([name in tensors for name in self.names], device="cpu"), self.sizes.device)
 
     def spread(self, values: Tensor) -> Tensor:
         """What each parameter has, ``[N]``, for each of its rows: ``[R]``."""
@@ -138,7 +140,7 @@ class Rows:
 
 
 def _cat(parts: Sequence[Tensor], device: torch.device) -> Tensor:
-    return torch.cat([torch.zeros(0, dtype=torch.int64), *parts]).to(device)
+    return torch.cat([torch.zeros(0, dtype=torch.int64, device="cpu"), *parts]).to(device)
 
 
 @dataclass(frozen=True)
@@ -167,10 +169,10 @@ class _Part:
             places = shape
         units = coupling.incoming.expand(places).reshape(-1)
         # One unit may be met at several places: in a grouped transposed convolution, once for each input of the group.
-        apart = torch.where(units < 0, -1 - torch.arange(len(units)), units)
+        apart = torch.where(units < 0, -1 - torch.arange(len(units), device="cpu"), units)
         met, row, times = apart.unique(return_inverse=True, return_counts=True)
         if len(met) == len(units):  # keep the order of the elements
-            met, row, times = units, torch.arange(len(units)), torch.ones_like(units)
+            met, row, times = units, torch.arange(len(units), device="cpu"), torch.ones_like(units)
         return cls(coupling, met, row.view(places), times * (prod(shape) // max(len(units), 1)))
 
     def filled(self, value: bool) -> Tensor:

@@ -117,7 +117,7 @@ def choose_skeleton(
     meets_fixed = (target != NO_UNIT) & (outgoing.coupling == incoming.coupling[target])
     meets_fixed &= outgoing.index == incoming.index[target]
     free = active & ~meets_fixed
-    root = torch.where(meets_fixed, target, torch.arange(len(active)))
+    root = torch.where(meets_fixed, target, torch.arange(len(active), device="cpu"))
     while not bool((root == root[root]).all()):
         root = root[root]
     return Skeleton(
@@ -157,7 +157,7 @@ def _grow(edges: Sequence[Edges], active: Tensor) -> _Forest:
     """Grow a forest over all active units, from what belongs to no unit."""
     num_units = len(active)
     coupling, index, other = (np.full(num_units, NO_UNIT) for _ in range(3))
-    reached = torch.zeros(num_units + 1, dtype=torch.bool)
+    reached = torch.zeros(num_units + 1, dtype=torch.bool, device="cpu")
     reached[NO_UNIT] = True
     wanted = padded(active, False)
     while bool(wanted.any()):

@@ -163,7 +163,7 @@ class UnitRule:
     @staticmethod
     def usable_units(group: ScalingGroup) -> Tensor:
         """All units, ``bool[H]``."""
-        return torch.ones(group.num_units, dtype=torch.bool)
+        return torch.ones(group.num_units, dtype=torch.bool, device="cpu")
 
     @staticmethod
     def check(group: ScalingGroup) -> None:

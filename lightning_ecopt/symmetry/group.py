@@ -160,7 +160,7 @@ class ScalingGroup:
             scaling_group(model, x).summary()
         """
         used = None if usable is None else usable.cpu()
-        unused = torch.zeros(self.num_units, dtype=torch.bool) if used is None else ~used
+        unused = torch.zeros(self.num_units, dtype=torch.bool, device="cpu") if used is None else ~used
         pathless = unused & ~self.monomials.simple & needs_paths
         overview = Overview(self.num_parameters, self.unit_sets(), self.costs, self.unseen, used, pathless)
         print_report(overview, console)
@@ -248,7 +248,9 @@ class ScalingGroup:
         Such a unit divides nothing, and nothing else scales its weights: with one side only, it has no balance.
         Balancing gives its rows a mean sum of squares of one.
         """
-        alone = torch.zeros(self.monomials.num_scales, dtype=torch.bool)  # scales that some element has alone
+        alone = torch.zeros(
+            self.monomials.num_scales, dtype=torch.bool, device="cpu"
+        )  # scales that some element has alone
         others = torch.zeros_like(alone)  # scales that divide, or multiply together with another
         for coupling in self.couplings:
             incoming, outgoing = coupling.incoming, coupling.outgoing
@@ -293,7 +295,7 @@ class ScalingGroup:
         squares = self._squares(ranks)
         if active is None:
             active = self._alive(squares, ranks)
-        log_scale = torch.zeros(0, dtype=torch.double)
+        log_scale = torch.zeros(0, dtype=torch.double, device="cpu")
         if squares:
             active = active.to(squares[0].roots.device)
             invariant = active & self.scale_invariant.to(active.device)
@@ -314,7 +316,7 @@ class ScalingGroup:
         ranks = Ranks(self.parameters)
         squares = self._squares(ranks)
         if not squares:
-            return torch.ones(())
+            return torch.ones((), dtype=torch.double, device="cpu")
         incoming, outgoing = sums_of_squares(squares, self.monomials, ranks)
         invariant = self.scale_invariant.to(incoming.device)
         ratio = torch.where(invariant, mean_square(squares, self.monomials, ranks), incoming / outgoing)
