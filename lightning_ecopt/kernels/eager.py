@@ -311,9 +311,10 @@ def _adam_(
     if shift is not None:
         d.add_(shift)
     _add_product_(d, w, decay)
-    # m = m + first (d - m);  v = v + second (d^2 - v)
+    # m = m + first (d - m);  v = (1 - second) v + second d^2, which is infinite where d^2 has overflown, and never NaN
     m.lerp_(d, first)
-    v.lerp_(d.mul_(d), second)
+    d.mul_(second**0.5)
+    v.mul_(1 - second).addcmul_(d, d)
     if largest is not None:
         torch.maximum(largest, v, out=largest)
         v = largest
@@ -321,4 +322,5 @@ def _adam_(
     if keep is not None:
         w.mul_(keep)
     torch.sqrt(v, out=d)
-    w.add_(d.mul_(root).add_(eps).reciprocal_().mul_(m).mul_(move))
+    torch.div(m, d.mul_(root).add_(eps), out=d)
+    w.addcmul_(d, move)

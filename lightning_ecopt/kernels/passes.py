@@ -26,7 +26,7 @@ Three change views in place, of weights w, gradients g, momentum m and mean squa
 
     adam_      d = gain g + shift + decay w
                m = m + first (d - m)
-               v = v + second (d^2 - v)
+               v = (1 - second) v + second d^2
                w = keep w + move m / (root sqrt(v) + eps)    AMSGrad: with the largest v so far in the place of v
 
 An equivalent-class step divides the weights by scales s, changes the gradients, lets the base optimizer take its step

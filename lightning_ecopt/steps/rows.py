@@ -36,7 +36,7 @@ class Rows:
         dtype: of vectors over the rows.
         sizes: numbers of elements, ``[R]``, on all ranks.
         single: whether a row has no direction: it is one element, or added to others' (a bias), ``bool[R]``.
-        names: names of the N parameters that have rows.
+        names: names of the N parameters that have rows; those without elements have none.
         covered: names of the parameters all of whose elements belong to rows.
 
     Example::
@@ -187,7 +187,9 @@ class _Part:
 
 def _parts(couplings: Sequence[Coupling], names: list[str]) -> list[_Part]:
     """The rows of the named parameters; first those with one element at each place, together no more than a vector."""
-    found = [_Part.of(coupling) for coupling in couplings if coupling.parameter in names]
+    own = [coupling for coupling in couplings if coupling.parameter in names]
+    # What has no elements has no rows: their means would be 0 / 0.
+    found = [_Part.of(coupling) for coupling in own if 0 not in lengths(coupling.region)]
 
     def order(part: _Part) -> tuple[bool, int, int]:
         region = part.coupling.region
@@ -284,7 +286,8 @@ def _covered(names: Sequence[str], boxes: Sequence[_Box], parameters: Tensors) -
     elements = dict.fromkeys(names, 0)  # a rank that holds nothing of a parameter lacks nothing of it
     for box in boxes:
         elements[box.parameter] += box.view(local(parameters[box.parameter])).numel()
-    return {name for name, count in elements.items() if count == local(parameters[name]).numel()}
+    empty = {name for name, parameter in parameters.items() if parameter.numel() == 0}
+    return empty | {name for name, count in elements.items() if count == local(parameters[name]).numel()}
 
 
 def lengths(region: Sequence[slice]) -> tuple[int, ...]:

@@ -205,7 +205,7 @@ def _largest(
     # One unit may own several rows.
     units = target.reshape(-1).numpy()
     most = np.zeros(int(units.max(initial=NO_UNIT)) + 2)
-    np.maximum.at(most, units, found)
+    np.fmax.at(most, units, found)  # NaN, of units that are not wanted, never is the largest
     rows_kept = np.flatnonzero((found > 0) & (units != NO_UNIT) & (found >= most[units] * (1 - tie)))
     owners, first = np.unique(units[rows_kept], return_index=True)
     return owners, most[owners], places[rows_kept[first]]
