@@ -186,7 +186,9 @@ def _update_each_(
     counts = [prod(shape) for shape in shapes]
     split = {name: vector.split(counts) for name, vector in vectors.items()}
     for k, (view, shape) in enumerate(zip(first, shapes, strict=True)):
-        own = {name: parts[k].view(shape).to(view.dtype) for name, parts in split.items()}
+        # Of sixteen bits are only tensors: factors that such a type cannot hold may have products that it can.
+        dtype = torch.promote_types(view.dtype, torch.float32)
+        own = {name: parts[k].view(shape).to(dtype) for name, parts in split.items()}
         for piece in _pieces(view, in_pieces):
             tensors = [None if views is None else _cut(views[k], piece) for views in lists]
             # A coefficient that broadcasts along the first axis is the same for all pieces.
@@ -233,7 +235,7 @@ def _products(views: Views, others: Views, shapes: Shapes, dtype: torch.dtype, i
         axes = _axes(view, shape)
         parts = []
         for piece in _pieces(view, in_pieces):
-            product = _cut(view, piece) * _cut(other, piece)
+            product = _cut(view, piece).to(dtype) * _cut(other, piece)  # which may fit where the factors' type ends
             parts.append(product.sum(axes, dtype=dtype) if axes else product.to(dtype))
         # Pieces lie along the first axis: they have places of their own, or each has a part of every sum.
         whole = parts[0] if len(parts) == 1 else torch.cat(parts) if shape[0] > 1 else torch.stack(parts).sum(0)

@@ -268,6 +268,8 @@ class UnitRule:
         before = {name: weight.clone() for name, weight in low.items()}
         for tensors in (weights, *weight_averages(entries)):
             scale_(tensors, 1 / here.weight_scale)
+        for weight in low.values():  # where float16 ends, there is still room for the step, which is all that returns
+            weight.clamp_(-torch.finfo(weight.dtype).max / 2, torch.finfo(weight.dtype).max / 2)
         entered = {name: weight.clone() for name, weight in low.items()}
 
         def to_weights_(entries: StateEntries) -> None:

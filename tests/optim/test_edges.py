@@ -199,3 +199,71 @@ def test_gradients_that_overflow_do_the_same_in_all_implementations(
 def test_adam_stays_finite_where_the_plain_one_does(name: str, rule: str, form: Implementation) -> None:
     last = steps_with_spoilt_gradients(name, rule, "squares_overflow", form)[-1]
     assert all(bool(p.isfinite().all()) for p in last)
+
+
+# Sixteen bits ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("power", [1, -1, -2])
+def test_factors_need_not_fit_where_their_products_do(power: int, dtype: torch.dtype) -> None:
+    module, x = mlp(4, 3, 2).to(dtype), torch.randn(2, 4, dtype=dtype)
+    group = scaling_group(module, x)
+    reach = 60.0 if dtype == torch.float16 else 8e37  # half of the largest power of two, or less
+    spans = torch.tensor([1.0, 1e3, 1e-3], dtype=torch.float64) * reach
+    log_scale = torch.log(spans) / power
+    ratio = [spans[:, None], spans, 1 / spans]
+    tensors = {
+        name: (torch.ones(p.shape, dtype=torch.float64) / size).to(dtype)
+        for (name, p), size in zip(group.parameters.items(), ratio, strict=False)
+    }
+    expected = {name: tensor.double() * size for (name, tensor), size in zip(tensors.items(), ratio, strict=False)}
+    group.rescale_(tensors, log_scale, power=power)
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(tensor.double(), expected[name], rtol=2 * torch.finfo(dtype).eps, atol=0)
+
+
+def far_from_balance(dtype: torch.dtype) -> tuple[nn.Sequential, Tensor]:
+    """Weights of less than 60000 whose squares, factors and intermediate products have no place in float16."""
+    torch.manual_seed(0)
+    module = mlp(6, 8, 8, 3).to(dtype)
+    with torch.no_grad():
+        module[0].weight[0] *= 30000
+        module[0].bias[0] *= 30000
+        module[2].weight[:, 0] /= 1000
+        module[2].weight[1:] /= 100
+        module[2].bias[1:] /= 100
+        module[4].weight[:, 1:] *= 1000
+    return module, torch.randn(5, 6).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_balancing_in_sixteen_bits_is_that_of_float64(dtype: torch.dtype) -> None:
+    module, x = far_from_balance(dtype)
+    exact = copy.deepcopy(module).double()
+    scaling_group(module, x).balance_()
+    scaling_group(exact, x.double()).balance_()
+    for p, q in zip(module.parameters(), exact.parameters(), strict=True):
+        torch.testing.assert_close(p.double(), q.detach(), rtol=8 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+@RULES
+@pytest.mark.parametrize("name", ["sgd", "momentum"])
+@pytest.mark.parametrize("size", [1e-2, 1e4])
+def test_large_and_small_gradients_of_float16_take_steps_of_float32(size: float, name: str, rule: str) -> None:
+    found = []
+    for dtype in (torch.float16, torch.float32):
+        torch.manual_seed(0)
+        module, x = mlp(6, 5, 3), torch.randn(8, 6)
+        module[0].weight.data[0] /= 100  # a row whose factor float16 cannot hold, where gradients are large
+        module, x = module.half().to(dtype), x.to(dtype)
+        rate = 0.05 if rule == "unit" else 1e-3 / size
+        base = optim.SGD(module.parameters(), lr=rate, momentum=0.5 * (name == "momentum"))
+        optimizer = EquivalentClassOptimizer(base, scaling_group(module, x), rule=rule, representative="current")
+        for _ in range(3):
+            for p in module.parameters():
+                p.grad = (size * torch.randn(p.shape)).half().to(dtype)
+            optimizer.step()
+        found.append([p.detach().float() for p in module.parameters()])
+    for low, exact in zip(*found, strict=True):
+        torch.testing.assert_close(low, exact, rtol=0.02, atol=0.005)
