@@ -84,14 +84,19 @@ class WrappedStep:
         """While entered, gradients can be changed there and back; most of them are the parameters' own.
 
         Gradients are copied if a change could not be undone: sixteen bits would be rounded, a graph would be broken,
-        and memory that two gradients share would be changed twice.
+        and memory that two gradients share would be changed twice. So are those that only ``torch.inference_mode``
+        lets be changed.
         """
         own = self._parameters
         memory = Counter(gradient.data_ptr() for gradient in gradients.values())
         before = {
             name: own[name].grad
             for name, g in gradients.items()
-            if updates_by_difference(g) or g.requires_grad or memory[g.data_ptr()] > 1 or 0 in g.stride()
+            if updates_by_difference(g)
+            or g.requires_grad
+            or g.is_inference()
+            or memory[g.data_ptr()] > 1
+            or 0 in g.stride()
         }
         shown = dict(gradients)
         try:

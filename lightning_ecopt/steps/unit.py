@@ -43,7 +43,7 @@ from torch import Tensor
 
 from lightning_ecopt.common.segment_sum import SegmentSum
 from lightning_ecopt.common.sharding import local
-from lightning_ecopt.common.tensors import Tensors, updates_by_difference
+from lightning_ecopt.common.tensors import Tensors, ordinary_tensors, updates_by_difference
 from lightning_ecopt.kernels import Coefficient, Kernels
 from lightning_ecopt.steps.rows import Rows
 from lightning_ecopt.steps.rule import Advance, Allocation, Reparametrization, Rule, Setting, UnitStatistics
@@ -133,6 +133,7 @@ class UnitRule:
         means: of gradients, by name, from the base's momentum: mean(means**2) counts as one earlier mean(c**2).
     """
 
+    @ordinary_tensors()
     def __init__(
         self,
         couplings: Sequence[Coupling],
@@ -232,6 +233,7 @@ class UnitRule:
         of_rows = _at_least_a_share((squares / self._size).sqrt(), rho)
         return torch.where(rows.single, SINGLE * _at_least_a_share(single, mean_norm), of_rows), rho
 
+    @ordinary_tensors()
     def reparametrization(self, weights: Tensors, gradients: Tensors, to_mean: Coefficient) -> Reparametrization:
         """The base steps at v = w / s_k, so that its step in v is s_k times as long in w."""
         self._moving = set(gradients)

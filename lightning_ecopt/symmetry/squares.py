@@ -134,9 +134,10 @@ def multiply_(tensor: Tensor, first: Tensor, second: Tensor) -> None:
 
     The result is rounded once. Only it must fit the type of the tensor: the factors need not.
     """
-    for rows in pieces(tensor, "refresh"):
-        factor, other = (each[rows] if len(each) > 1 else each for each in (first, second))
-        tensor[rows].copy_(tensor[rows] * (factor * other))
+    with torch.inference_mode(tensor.is_inference()), torch.no_grad():  # a gradient may have been made in that mode
+        for rows in pieces(tensor, "refresh"):
+            factor, other = (each[rows] if len(each) > 1 else each for each in (first, second))
+            tensor[rows].copy_(tensor[rows] * (factor * other))
 
 
 def joined(squares: Sequence[SquaredWeights], fixed: int) -> list[SquaredWeights]:

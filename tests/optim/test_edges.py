@@ -14,6 +14,7 @@ from lightning_ecopt import (
     EquivalentClassDistance,
     EquivalentClassOptimizer,
     PathNorm,
+    ScalingGroup,
     UnitImbalance,
     scaling_group,
 )
@@ -267,3 +268,49 @@ def test_large_and_small_gradients_of_float16_take_steps_of_float32(size: float,
         found.append([p.detach().float() for p in module.parameters()])
     for low, exact in zip(*found, strict=True):
         torch.testing.assert_close(low, exact, rtol=0.02, atol=0.005)
+
+
+# Inference mode -------------------------------------------------------------------------------------------------------
+
+WITHIN = [{"group"}, {"first step"}, {"refresh"}, {"gradients"}, {"load"}, {"group", "first step", "refresh", "load"}]
+
+
+@pytest.mark.parametrize("within", few(WITHIN, 4))
+@FORMS
+@RULES
+@pytest.mark.parametrize("name", few(["sgd", "momentum", "adamw", "rmsprop"], ["sgd", "adamw"]))
+def test_inference_mode_leaves_no_tensors_that_cannot_change(
+    name: str, rule: str, form: Implementation, within: set[str]
+) -> None:
+    """The state of the base is its own: as with torch alone, it must not be made in this mode."""
+    found = []
+    for modes in (set(), within):
+        torch.manual_seed(0)
+        module, x, y = mlp(6, 5, 3), torch.randn(8, 6), torch.arange(8) % 3
+        with torch.inference_mode("group" in modes):
+            group = scaling_group(module, x)
+
+        def make(module: nn.Module = module, group: ScalingGroup = group) -> EquivalentClassOptimizer:
+            base = MAKE[name]([*module.parameters()])
+            return EquivalentClassOptimizer(base, group, rule=rule, implementation=form)
+
+        optimizer = make()
+        for step in range(5):
+            module.zero_grad()
+            loss_of(module, x, y).backward()
+            if "gradients" in modes:
+                with torch.inference_mode():
+                    for p in module.parameters():
+                        p.grad = p.grad.clone()
+            if step == 2:
+                optimizer.refresh()
+            if step == 3:
+                saved = copy.deepcopy(optimizer.state_dict())
+                optimizer = make()
+                optimizer.load_state_dict(saved)
+            event = {0: "first step" if name == "sgd" else "", 2: "refresh", 3: "load"}.get(step)
+            with torch.inference_mode(event in modes):
+                optimizer.step()
+        found.append([p.detach().clone() for p in module.parameters()])
+    for p, q in zip(*found, strict=True):
+        torch.testing.assert_close(p, q)
