@@ -51,6 +51,7 @@ class Rows:
         widest = max((p.dtype for p in parameters.values()), key=lambda kind: torch.finfo(kind).bits)
         self.dtype = torch.promote_types(torch.float32, widest)
         self._couplings, self._order = couplings, list(parameters)
+        self._kinds = [(p.dtype, local(p).device) for p in parameters.values()]
         parts = _parts(couplings, self._order)
         self.names = list(dict.fromkeys(part.coupling.parameter for part in parts))
         self._all_names = frozenset(self.names)
@@ -67,6 +68,10 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.sizes)
+
+    def fit(self, tensors: Tensors) -> bool:
+        """Whether the parameters, given by name, still have the types and devices that they had."""
+        return [(tensors[name].dtype, tensors[name].device) for name in self._order] == self._kinds
 
     def units(self) -> Tensor:
         """The unit that each row leads into, ``int32[R]``; ``NO_UNIT`` if it is held fixed. Found anew at each call."""

@@ -152,7 +152,9 @@ class UnitRule:
         self._clipped = torch.zeros((), dtype=torch.int64, device=self._size.device)
         self._steps = 0
         self._moving: set[str] = set()  # names of the parameters that have a gradient in this step
-        self._second = (1 - MEMORY) * self._sums_and_squares(means or {})[1] / self._size
+        # Momentum keeps its type when somebody gives the parameters another one.
+        means = {name: mean.to(parameters[name].dtype) for name, mean in (means or {}).items()}
+        self._second = (1 - MEMORY) * self._sums_and_squares(means)[1] / self._size
         self._weight = (self._second > 0).to(self.rows.dtype) * (1 - MEMORY)
         self._next = (self._second, self._weight, self._clipped)  # taken over when the step succeeds
         weights = {name: local(parameter) for name, parameter in parameters.items()}

@@ -314,3 +314,73 @@ def test_inference_mode_leaves_no_tensors_that_cannot_change(
         found.append([p.detach().clone() for p in module.parameters()])
     for p, q in zip(*found, strict=True):
         torch.testing.assert_close(p, q)
+
+
+# Types that change ----------------------------------------------------------------------------------------------------
+
+KINDS = [(torch.float32, torch.float64), (torch.float64, torch.float32), (torch.float32, torch.bfloat16)]
+
+
+def run_with_another_dtype(
+    dtypes: tuple[torch.dtype, torch.dtype], at: int, make: Make, rule: str | None, form: Implementation
+) -> tuple[list[Tensor], str]:
+    """The weights after each step, whose gradients are given; and the error that ended it."""
+    torch.manual_seed(0)
+    module, x = mlp(6, 5, 3).to(dtypes[0]), torch.randn(8, 6).to(dtypes[0])
+    optimizer = make([*module.parameters()])
+    if rule is not None:
+        optimizer = EquivalentClassOptimizer(
+            optimizer, scaling_group(module, x), rule=rule, implementation=form, refresh_interval=3
+        )
+    for step in range(6):
+        if step == at:
+            module.to(dtypes[1])
+        for p in module.parameters():
+            p.grad = torch.randn(p.shape, dtype=torch.float32).to(p.dtype)
+        before = [p.detach().clone() for p in module.parameters()]
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            near = 8 * torch.finfo(module[0].weight.dtype).eps
+            for p, q in zip(module.parameters(), before, strict=True):
+                torch.testing.assert_close(p.detach(), q * (1 - 0.01 * 0.01), rtol=near + 2e-4, atol=near)
+            return before, str(error)
+    return [p.detach().clone() for p in module.parameters()], ""
+
+
+@pytest.mark.parametrize("at", few([0, 1, 2, 3, 5], [0, 2]))
+@FORMS
+@RULES
+@pytest.mark.parametrize("name", few(["sgd", "momentum", "nesterov", "adamw", "rmsprop"], ["momentum", "adamw"]))
+@pytest.mark.parametrize(("before", "after"), few(KINDS, 2))
+def test_a_module_may_change_its_dtype_between_steps(
+    before: torch.dtype, after: torch.dtype, name: str, rule: str, form: Implementation, at: int
+) -> None:
+    """The steps go on, as exactly as the types allow, or end in the error of plain torch."""
+    dtypes = before, after
+    _, expected = run_with_another_dtype(dtypes, at, MAKE[name], None, form)
+    found, error = run_with_another_dtype(dtypes, at, MAKE[name], rule, form)
+    assert error == expected
+    assert all(p.dtype == after for p in found)
+    if not error:
+        exact, _ = run_with_another_dtype((torch.float64, torch.float64), 9, MAKE[name], rule, form)
+        near = 0.1 if after == torch.bfloat16 else 1e-4
+        for p, q in zip(found, exact, strict=True):
+            torch.testing.assert_close(p.double(), q, rtol=near, atol=near)
+
+
+@RULES
+def test_after_a_change_to_float64_steps_are_as_exact(rule: str) -> None:
+    """Vectors over rows follow, and with them the way into coordinates and back."""
+    torch.manual_seed(0)
+    module, x, y = mlp(6, 5, 3), torch.randn(8, 6), torch.arange(8) % 3
+    optimizer = EquivalentClassOptimizer(
+        optim.RMSprop(module.parameters(), lr=0.01), scaling_group(module, x), rule=rule, refresh_interval=None
+    )
+    train(module, optimizer, x, y, range(3))
+    module.double()
+    optimizer.param_groups[0]["lr"] = 0.0
+    before = copy.deepcopy(module)
+    train(module, optimizer, x.double(), y, range(3))
+    for p, q in zip(module.parameters(), before.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-14, atol=1e-14)
