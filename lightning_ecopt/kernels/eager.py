@@ -56,7 +56,12 @@ class EagerKernels:
 
     def affine_(self, views: Views, *, shapes: Shapes, **coefficients: Coefficient | None) -> None:
         """See :class:`~lightning_ecopt.kernels.Kernels`."""
-        self._in_place(_affine_, [views], shapes, coefficients)
+        before = [0 if view.is_inference() else view._version for view in views]
+        try:
+            self._in_place(_affine_, [views], shapes, coefficients)
+        except BaseException:
+            _take_back_(views, before, shapes, **coefficients)
+            raise
 
     def sgd_(
         self,
@@ -157,6 +162,24 @@ class EagerKernels:
             self.run(_update_each_, update, rest, shapes[few:], vectors, numbers, in_pieces)
 
 
+def _take_back_(
+    views: Views, before: Sequence[int], shapes: Shapes, times: Coefficient, plus: Coefficient | None = None
+) -> None:
+    """Undo an affine pass that has failed on the way, where views have another version than ``before``."""
+    changes: dict[int, int] = {}  # of each memory: its views share a version, and change in their order
+    first = 0
+    for view, version, shape in zip(views, before, shapes, strict=True):
+        places, first = slice(first, first + prod(shape)), first + prod(shape)
+        memory = view.untyped_storage().data_ptr()
+        left = changes.setdefault(memory, 0 if view.is_inference() else view._version - version)
+        if left > 0:
+            changes[memory] -= 1
+            factor, shift = (
+                c[places].view(shape) if _is_vector(c) else c for c in (times, 0.0 if plus is None else plus)
+            )
+            view.sub_(shift).div_(factor)
+
+
 def _is_vector(value: Coefficient) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor) and value.ndim == 1
 
@@ -249,9 +272,11 @@ def _axes(view: Tensor, shape: tuple[int, ...]) -> list[int]:
 
 
 def _affine_(x: Tensor, *, times: Coefficient, plus: Coefficient | None = None) -> None:
-    x.mul_(times)
-    if plus is not None:
-        x.add_(plus)
+    if plus is None:
+        x.mul_(times)
+    else:  # one operation, so that a failure finds a tensor changed or unchanged
+        plus, times = (value if isinstance(value, Tensor) else x.new_tensor(value) for value in (plus, times))
+        torch.addcmul(plus, x, times, out=x)
 
 
 def _sgd_(

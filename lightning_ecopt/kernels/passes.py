@@ -87,7 +87,7 @@ class Kernels(Protocol):
         """Return the sums of the products of two tensors at each place, ``[1, P]`` in ``dtype``."""
 
     def affine_(self, views: Views, *, shapes: Shapes, **coefficients: Coefficient | None) -> None:
-        """Multiply by ``times`` and add ``plus``."""
+        """Multiply by ``times`` and add ``plus``; if an operation fails, no view has changed, but for rounding."""
 
     def sgd_(
         self,

@@ -36,6 +36,7 @@ weight_decay * w / s_k to g_v, which enters its momentum or second moments.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -270,11 +271,16 @@ class UnitRule:
 
         low = {name: w for name, w in weights.items() if name in self._moving and updates_by_difference(w)}
         before = {name: weight.clone() for name, weight in low.items()}
-        for tensors in (weights, *weight_averages(entries)):
-            scale_(tensors, 1 / here.weight_scale)
-        for weight in low.values():  # where float16 ends, there is still room for the step, which is all that returns
-            weight.clamp_(-torch.finfo(weight.dtype).max / 2, torch.finfo(weight.dtype).max / 2)
-        entered = {name: weight.clone() for name, weight in low.items()}
+        with ExitStack() as failed:
+            for name, weight in low.items():
+                failed.callback(weight.copy_, before[name])
+            for tensors in (weights, *weight_averages(entries)):
+                scale_(tensors, 1 / here.weight_scale)
+                failed.callback(scale_, tensors, here.weight_scale)
+            for weight in low.values():  # where float16 ends, the step, which is all that returns, still finds room
+                weight.clamp_(-torch.finfo(weight.dtype).max / 2, torch.finfo(weight.dtype).max / 2)
+            entered = {name: weight.clone() for name, weight in low.items()}
+            failed.pop_all()
 
         def to_weights_(entries: StateEntries) -> None:
             for name, weight in low.items():  # only the step is scaled back, so that no weight is rounded twice

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ecopt.common.sharding import Ranks, gathering_modules, local, release
+from lightning_ecopt.common.signals import uninterrupted
 from lightning_ecopt.common.tensors import padded, widest
 from lightning_ecopt.symmetry.balance import alive_units, balancing_scale, mean_square, sums_of_squares
 from lightning_ecopt.symmetry.coupling import NO_UNIT, Coupling, couplings_here
@@ -230,11 +231,12 @@ class ScalingGroup:
         """
         log_scale = power * self.monomials.to(log_scale.device).of(log_scale.to(widest(log_scale.device)))
         factors = padded(log_scale, 0).exp()  # [S + 1], one for NO_UNIT
-        for coupling in self._couplings_here:
-            tensor = tensors.get(coupling.parameter)
-            if tensor is not None:
-                here = coupling.to(factors.device)
-                multiply_(here.view(local(tensor)), factors[here.incoming], 1 / factors[here.outgoing])
+        with uninterrupted():
+            for coupling in self._couplings_here:
+                tensor = tensors.get(coupling.parameter)
+                if tensor is not None:
+                    here = coupling.to(factors.device)
+                    multiply_(here.view(local(tensor)), factors[here.incoming], 1 / factors[here.outgoing])
 
     @cached_property
     def _couplings_here(self) -> list[Coupling]:

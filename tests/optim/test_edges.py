@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import signal
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn, optim
+from torch.nn import functional as F
 from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
 
 from lightning_ecopt import (
     EquivalentClassDistance,
@@ -18,10 +23,11 @@ from lightning_ecopt import (
     UnitImbalance,
     scaling_group,
 )
+from lightning_ecopt.common.signals import uninterrupted
 from lightning_ecopt.kernels.choose import Implementation
 from tests.networks import mlp
 from tests.optim.training import RULES, loss_of, train
-from tests.selection import few
+from tests.selection import everything, few
 
 Make = Callable[[list[nn.Parameter]], Optimizer]
 MAKE: dict[str, Make] = {
@@ -117,15 +123,13 @@ def test_parameters_without_elements_do_not_keep_a_step_from_being_fused() -> No
 @FORMS
 @RULES
 @BASES
-@pytest.mark.parametrize("layers", few([(0,), (2,), (4,), (0, 2, 4)], [(2,), (0, 2, 4)]))
+@pytest.mark.parametrize("layers", few(["0", "2", "4", "0 2 4"], ["2", "0 2 4"]))
 @pytest.mark.parametrize("own", [False, True])
-def test_layers_of_zeros_have_finite_steps(
-    layers: tuple[int, ...], own: bool, name: str, rule: str, form: Implementation
-) -> None:
+def test_layers_of_zeros_have_finite_steps(layers: str, own: bool, name: str, rule: str, form: Implementation) -> None:
     """In parameter groups of their own, or in optimizers of their own."""
     torch.manual_seed(0)
     module, x, y = mlp(6, 5, 5, 3), torch.randn(8, 6), torch.arange(8) % 3
-    for k in layers:
+    for k in map(int, layers.split()):
         nn.init.zeros_(module[k].weight)
         nn.init.zeros_(module[k].bias)
     group, parts = scaling_group(module, x), [[*module[k].parameters()] for k in (0, 2, 4)]
@@ -330,7 +334,7 @@ def run_with_another_dtype(
     optimizer = make([*module.parameters()])
     if rule is not None:
         optimizer = EquivalentClassOptimizer(
-            optimizer, scaling_group(module, x), rule=rule, implementation=form, refresh_interval=3
+            optimizer, scaling_group(module, x), rule=rule, implementation=form, refresh_interval=4
         )
     for step in range(6):
         if step == at:
@@ -384,3 +388,115 @@ def test_after_a_change_to_float64_steps_are_as_exact(rule: str) -> None:
     train(module, optimizer, x.double(), y, range(3))
     for p, q in zip(module.parameters(), before.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-14, atol=1e-14)
+
+
+# Steps that fail ------------------------------------------------------------------------------------------------------
+
+
+class Nth(TorchFunctionMode):
+    """Raises an error in place of a call of torch, or sends Ctrl-C after it."""
+
+    def __init__(self, number: int, interrupt: bool = False) -> None:
+        super().__init__()
+        self.left, self.interrupt = number, interrupt
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.left -= 1
+        if self.left == 0 and not self.interrupt:
+            raise MemoryError("no room")
+        result = func(*args, **(kwargs or {}))
+        if self.left == 0:
+            signal.raise_signal(signal.SIGINT)
+        return result
+
+
+class Shared(nn.Module):
+    """Three layers in one parameter, and a bias that is used twice, so that blocks share their memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.packed, self.biases = nn.Parameter(torch.randn(12, 4)), nn.Parameter(torch.randn(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second, third = self.packed.split(4)
+        one, two = self.biases.split(4)
+        return F.linear(F.relu(F.linear(F.relu(F.linear(x, first, one)), second, two)), third)
+
+
+def before_a_step(
+    shared: bool, rule: str, name: str, form: Implementation, dtype: torch.dtype
+) -> tuple[nn.Module, EquivalentClassOptimizer]:
+    torch.manual_seed(0)
+    module, x = (Shared() if shared else mlp(4, 5, 3)), torch.randn(8, 4)
+    module, x = module.to(dtype), x.to(dtype)
+    base = MAKE[name]([*module.parameters()])
+    optimizer = EquivalentClassOptimizer(base, scaling_group(module, x), rule=rule, implementation=form)
+    for _ in range(2):
+        for p in module.parameters():
+            p.grad = torch.randn(p.shape).to(dtype)
+        optimizer.step()
+    for p in module.parameters():
+        p.grad = torch.randn(p.shape).to(dtype)
+    return module, optimizer
+
+
+@pytest.mark.parametrize("dtype", few([torch.float64, torch.bfloat16], 1))
+@pytest.mark.parametrize("shared", [False, True])
+@RULES
+def test_a_step_that_fails_anywhere_on_the_way_into_coordinates_leaves_weights(
+    rule: str, shared: bool, dtype: torch.dtype
+) -> None:
+    """Each call of torch before the base's step fails in turn; in the default run some of them."""
+    for number in range(1, 600, 1 if everything() else 23):
+        module, optimizer = before_a_step(shared, rule, "rmsprop", "wrapped", dtype)
+        weights = [p.detach().clone() for p in module.parameters()]
+        gradients = [p.grad for p in module.parameters()]
+        values = [p.grad.clone() for p in module.parameters()]
+        reached = []
+        optimizer.optimizer.step = lambda reached=reached: reached.append(1)
+        with contextlib.suppress(MemoryError), Nth(number):
+            optimizer.step()
+        if reached:
+            break
+        near = 32 * torch.finfo(dtype).eps
+        for p, w, g, v in zip(module.parameters(), weights, gradients, values, strict=True):
+            torch.testing.assert_close(p.detach(), w, rtol=near, atol=near, msg=lambda m, n=number: f"{n}: {m}")
+            assert p.grad is g
+            torch.testing.assert_close(g, v, rtol=near, atol=near, msg=lambda m, n=number: f"{n}: {m}")
+    assert reached
+    assert number > 50
+
+
+@pytest.mark.parametrize("form", ["wrapped", "eager"])
+@RULES
+def test_ctrl_c_waits_for_the_end_of_a_step(rule: str, form: Implementation) -> None:
+    expected, optimizer = before_a_step(False, rule, "adamw", form, torch.float64)
+    optimizer.step()
+    for number in range(1, 400, 7 if everything() else 40):
+        module, optimizer = before_a_step(False, rule, "adamw", form, torch.float64)
+        start = [p.detach().clone() for p in module.parameters()]
+        try:
+            with Nth(number, interrupt=True):
+                optimizer.step()
+        except KeyboardInterrupt:
+            moved = [not torch.equal(p, q) for p, q in zip(module.parameters(), start, strict=True)]
+            assert all(moved) or not any(moved)
+            if any(moved):
+                for p, q in zip(module.parameters(), expected.parameters(), strict=True):
+                    torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_ctrl_c_does_not_wait() -> None:
+    reached = []
+
+    def block() -> None:
+        with uninterrupted():
+            for number in (1, 2):
+                signal.raise_signal(signal.SIGINT)
+                reached.append(number)
+
+    with pytest.raises(KeyboardInterrupt):
+        block()
+    assert reached == [1]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
