@@ -163,9 +163,11 @@ class EagerKernels:
 
 
 def _take_back_(
-    views: Views, before: Sequence[int], shapes: Shapes, times: Coefficient, plus: Coefficient | None = None
+    views: Views, before: Sequence[int], shapes: Shapes, times: Coefficient | None, plus: Coefficient | None = None
 ) -> None:
     """Undo an affine pass that has failed on the way, where views have another version than ``before``."""
+    assert times is not None  # the pass needs it
+    both = (times, 0.0 if plus is None else plus)
     changes: dict[int, int] = {}  # of each memory: its views share a version, and change in their order
     first = 0
     for view, version, shape in zip(views, before, shapes, strict=True):
@@ -174,9 +176,7 @@ def _take_back_(
         left = changes.setdefault(memory, 0 if view.is_inference() else view._version - version)
         if left > 0:
             changes[memory] -= 1
-            factor, shift = (
-                c[places].view(shape) if _is_vector(c) else c for c in (times, 0.0 if plus is None else plus)
-            )
+            factor, shift = (c[places].view(shape) if _is_vector(c) else c for c in both)
             view.sub_(shift).div_(factor)
 
 
