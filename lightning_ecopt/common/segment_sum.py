@@ -39,14 +39,14 @@ class SegmentSum:
         counts = torch.bincount(groups, minlength=num_groups)
         while bool((counts > 1).any()):
             rows = (counts + WIDTH - 1) // WIDTH
-            rank = torch.arange(len(groups)) - (counts.cumsum(0) - counts)[groups]
+            rank = torch.arange(len(groups), device="cpu") - (counts.cumsum(0) - counts)[groups]
             row = (rows.cumsum(0) - rows)[groups] + rank // WIDTH
-            index = torch.full((int(rows.sum()), WIDTH), end)
+            index = torch.full((int(rows.sum()), WIDTH), end, device="cpu")
             index[row, rank % WIDTH] = entries
             self._levels.append(index.to(device, torch.int32))
-            groups, counts = torch.arange(num_groups).repeat_interleave(rows), rows
-            entries, end = torch.arange(len(groups)), len(groups)
-        last = torch.full((num_groups,), end)
+            groups, counts = torch.arange(num_groups, device="cpu").repeat_interleave(rows), rows
+            entries, end = torch.arange(len(groups), device="cpu"), len(groups)
+        last = torch.full((num_groups,), end, device="cpu")
         last[groups] = entries
         self._last = last.to(device, torch.int32)
 

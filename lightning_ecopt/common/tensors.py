@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Literal, NamedTuple
 
 import torch
@@ -93,6 +94,13 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
     """Copy a small tensor to a device; from the CPU to a GPU without waiting for the copy."""
     from_host = values.device.type == "cpu" and device.type == "cuda"
     return values.pin_memory().to(device, non_blocking=True) if from_host else values.to(device)
+
+
+@contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """Make tensors that can be changed later, also within ``torch.inference_mode``; they require no gradient."""
+    with torch.inference_mode(False), torch.no_grad():  # the first one alone would switch gradients on
+        yield
 
 
 def widest(device: torch.device) -> torch.dtype:

@@ -60,7 +60,7 @@ class CompiledKernels(EagerKernels):
         # Numbers would become part of the code, which would be compiled again when one changes.
         dtype = next((view.dtype for view in lists[0] or ()), None)
         return {
-            name: torch.tensor(value, dtype=dtype) if isinstance(value, float) else value
+            name: torch.tensor(value, dtype=dtype, device="cpu") if isinstance(value, float) else value
             for name, value in coefficients.items()
         }
 

@@ -56,7 +56,12 @@ class EagerKernels:
 
     def affine_(self, views: Views, *, shapes: Shapes, **coefficients: Coefficient | None) -> None:
         """See :class:`~lightning_ecopt.kernels.Kernels`."""
-        self._in_place(_affine_, [views], shapes, coefficients)
+        before = [0 if view.is_inference() else view._version for view in views]
+        try:
+            self._in_place(_affine_, [views], shapes, coefficients)
+        except BaseException:
+            _take_back_(views, before, shapes, **coefficients)
+            raise
 
     def sgd_(
         self,
@@ -157,6 +162,24 @@ class EagerKernels:
             self.run(_update_each_, update, rest, shapes[few:], vectors, numbers, in_pieces)
 
 
+def _take_back_(
+    views: Views, before: Sequence[int], shapes: Shapes, times: Coefficient | None, plus: Coefficient | None = None
+) -> None:
+    """Undo an affine pass that has failed on the way, where views have another version than ``before``."""
+    assert times is not None  # the pass needs it
+    both = (times, 0.0 if plus is None else plus)
+    changes: dict[int, int] = {}  # of each memory: its views share a version, and change in their order
+    first = 0
+    for view, version, shape in zip(views, before, shapes, strict=True):
+        places, first = slice(first, first + prod(shape)), first + prod(shape)
+        memory = view.untyped_storage().data_ptr()
+        left = changes.setdefault(memory, 0 if view.is_inference() else view._version - version)
+        if left > 0:
+            changes[memory] -= 1
+            factor, shift = (c[places].view(shape) if _is_vector(c) else c for c in both)
+            view.sub_(shift).div_(factor)
+
+
 def _is_vector(value: Coefficient) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor) and value.ndim == 1
 
@@ -186,7 +209,9 @@ def _update_each_(
     counts = [prod(shape) for shape in shapes]
     split = {name: vector.split(counts) for name, vector in vectors.items()}
     for k, (view, shape) in enumerate(zip(first, shapes, strict=True)):
-        own = {name: parts[k].view(shape).to(view.dtype) for name, parts in split.items()}
+        # Of sixteen bits are only tensors: factors that such a type cannot hold may have products that it can.
+        dtype = torch.promote_types(view.dtype, torch.float32)
+        own = {name: parts[k].view(shape).to(dtype) for name, parts in split.items()}
         for piece in _pieces(view, in_pieces):
             tensors = [None if views is None else _cut(views[k], piece) for views in lists]
             # A coefficient that broadcasts along the first axis is the same for all pieces.
@@ -233,7 +258,7 @@ def _products(views: Views, others: Views, shapes: Shapes, dtype: torch.dtype, i
         axes = _axes(view, shape)
         parts = []
         for piece in _pieces(view, in_pieces):
-            product = _cut(view, piece) * _cut(other, piece)
+            product = _cut(view, piece).to(dtype) * _cut(other, piece)  # which may fit where the factors' type ends
             parts.append(product.sum(axes, dtype=dtype) if axes else product.to(dtype))
         # Pieces lie along the first axis: they have places of their own, or each has a part of every sum.
         whole = parts[0] if len(parts) == 1 else torch.cat(parts) if shape[0] > 1 else torch.stack(parts).sum(0)
@@ -247,9 +272,11 @@ def _axes(view: Tensor, shape: tuple[int, ...]) -> list[int]:
 
 
 def _affine_(x: Tensor, *, times: Coefficient, plus: Coefficient | None = None) -> None:
-    x.mul_(times)
-    if plus is not None:
-        x.add_(plus)
+    if plus is None:
+        x.mul_(times)
+    else:  # one operation, so that a failure finds a tensor changed or unchanged
+        plus, times = (value if isinstance(value, Tensor) else x.new_tensor(value) for value in (plus, times))
+        torch.addcmul(plus, x, times, out=x)
 
 
 def _sgd_(
@@ -311,9 +338,10 @@ def _adam_(
     if shift is not None:
         d.add_(shift)
     _add_product_(d, w, decay)
-    # m = m + first (d - m);  v = v + second (d^2 - v)
+    # m = m + first (d - m);  v = (1 - second) v + second d^2, which is infinite where d^2 has overflown, and never NaN
     m.lerp_(d, first)
-    v.lerp_(d.mul_(d), second)
+    d.mul_(second**0.5)
+    v.mul_(1 - second).addcmul_(d, d)
     if largest is not None:
         torch.maximum(largest, v, out=largest)
         v = largest
@@ -321,4 +349,5 @@ def _adam_(
     if keep is not None:
         w.mul_(keep)
     torch.sqrt(v, out=d)
-    w.add_(d.mul_(root).add_(eps).reciprocal_().mul_(m).mul_(move))
+    torch.div(m, d.mul_(root).add_(eps), out=d)
+    w.addcmul_(d, move)

@@ -26,7 +26,7 @@ Three change views in place, of weights w, gradients g, momentum m and mean squa
 
     adam_      d = gain g + shift + decay w
                m = m + first (d - m)
-               v = v + second (d^2 - v)
+               v = (1 - second) v + second d^2
                w = keep w + move m / (root sqrt(v) + eps)    AMSGrad: with the largest v so far in the place of v
 
 An equivalent-class step divides the weights by scales s, changes the gradients, lets the base optimizer take its step
@@ -87,7 +87,7 @@ class Kernels(Protocol):
         """Return the sums of the products of two tensors at each place, ``[1, P]`` in ``dtype``."""
 
     def affine_(self, views: Views, *, shapes: Shapes, **coefficients: Coefficient | None) -> None:
-        """Multiply by ``times`` and add ``plus``."""
+        """Multiply by ``times`` and add ``plus``; if an operation fails, no view has changed, but for rounding."""
 
     def sgd_(
         self,

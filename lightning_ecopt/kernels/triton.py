@@ -256,7 +256,8 @@ def _adam_quotient(
     m = _lerp(tl.load(means, mask=inside), d, _coefficient(table, at, known, GIVEN, FIRST, DTYPE))
     tl.store(means, m, mask=inside)
     squares = tl.load(tensors + 3).to(tl.pointer_type(DTYPE)) + offsets
-    v = _lerp(tl.load(squares, mask=inside), d * d, _coefficient(table, at, known, GIVEN, SECOND, DTYPE))
+    second = _coefficient(table, at, known, GIVEN, SECOND, DTYPE)
+    v = (1 - second) * tl.load(squares, mask=inside) + second * d * d  # no difference: infinities stay infinite
     tl.store(squares, v, mask=inside)
     if TENSORS > 4:
         maxima = tl.load(tensors + 4).to(tl.pointer_type(DTYPE)) + offsets

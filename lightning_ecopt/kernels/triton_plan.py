@@ -152,10 +152,10 @@ class _Items:
 
     def __init__(self, rows: Sequence[Sequence[int]], counts: Sequence[int], device: torch.device) -> None:
         first = [0, *accumulate(counts)]
-        owner = torch.arange(len(rows)).repeat_interleave(torch.tensor(counts))
+        owner = torch.arange(len(rows), device="cpu").repeat_interleave(torch.tensor(counts, device="cpu"))
         self.count = first[-1]
         self.owner = owner.to(device, torch.int32)
-        self.blocks = torch.tensor([[start, *row] for start, row in zip(first, rows, strict=False)]).to(device)
+        self.blocks = torch.tensor([[start, *row] for start, row in zip(first, rows, strict=False)], device=device)
 
 
 class _Group:
@@ -182,7 +182,7 @@ class _Group:
         words = coefficients + [views[k].data_ptr() for k in self._numbers for views in lists]
         if words != self._words:
             device = self._table.device
-            host = torch.tensor(words, dtype=torch.int64, pin_memory=device.type == "cuda")
+            host = torch.tensor(words, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
             self._words, self._table = words, host.to(device, non_blocking=True)
         return self._table
 

@@ -32,8 +32,8 @@ class MeanOverUpdates(Metric):
     def __init__(self, name: str, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._sum = f"sum_of_{name}"
-        self.add_state(self._sum, torch.zeros((), dtype=_DTYPE), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state(self._sum, torch.zeros((), dtype=_DTYPE, device="cpu"), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.long, device="cpu"), dist_reduce_fx="sum")
 
     def _add(self, value: Tensor) -> None:
         """Add the number of one update."""

@@ -194,6 +194,10 @@ def _sizes(given: int | Sequence[int], spatial: int, default: Sequence[int] = ()
     return sizes * spatial if len(sizes) == 1 else sizes
 
 
+def _counts(number: int) -> Tensor:
+    return torch.arange(number, device="cpu")
+
+
 def _windows(
     length: int, kernel: int, stride: int, padding: int, dilation: int, *, ceil_mode: bool
 ) -> tuple[Tensor, Tensor]:
@@ -207,8 +211,8 @@ def _windows(
     count = (math.ceil(steps) if ceil_mode else math.floor(steps)) + 1
     if ceil_mode and (count - 1) * stride >= length + padding:
         count -= 1
-    positions = torch.arange(count)[:, None] * stride - padding + torch.arange(kernel) * dilation
-    return positions, (positions[..., None] == torch.arange(length)).sum(1).double()
+    positions = _counts(count)[:, None] * stride - padding + _counts(kernel) * dilation
+    return positions, (positions[..., None] == _counts(length)).sum(1).double()
 
 
 def _max_pool(operation: PathOperation, spatial: int) -> tuple[Tensor, Tensor]:
@@ -240,7 +244,7 @@ def _avg_pool(operation: PathOperation, spatial: int) -> Tensor:
 
 def _adaptive(length: int, count: int) -> Tensor:
     """Return which elements are in each window of an adaptive pooling along one axis, ``[out, in]``."""
-    numbers, places = torch.arange(count)[:, None], torch.arange(length)
+    numbers, places = _counts(count)[:, None], _counts(length)
     first, end = numbers * length // count, -(-(numbers + 1) * length // count)
     return ((places >= first) & (places < end)).double()
 

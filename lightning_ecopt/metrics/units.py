@@ -125,7 +125,7 @@ class EquivalentClassDistance(MeanOverUpdates):
 def _norm(tensors: Iterable[Tensor]) -> Tensor:
     """Return the norm of all elements of some tensors, which may be on several devices."""
     norms = [tensor.norm() for tensor in tensors]
-    return torch.stack([norm.to(norms[0].device) for norm in norms]).norm() if norms else torch.zeros(())
+    return torch.stack([norm.to(norms[0].device) for norm in norms]).norm() if norms else torch.zeros((), device="cpu")
 
 
 def _whole(parameter: Tensor) -> Tensor:
@@ -179,7 +179,7 @@ def _remove_dormant_(group: ScalingGroup) -> None:
     """Set to zero all elements that lead to or from dormant units, except units in products of powers."""
     # A unit that is dormant with all units in products held fixed is dormant whatever their scales are.
     paired = group.monomials.simple & ~group.scale_invariant
-    none = torch.zeros(0, dtype=torch.long)
+    none = torch.zeros(0, dtype=torch.long, device="cpu")
     alone = replace(
         group,
         couplings=[coupling.restricted(paired) for coupling in group.couplings],

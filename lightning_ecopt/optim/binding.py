@@ -162,7 +162,7 @@ class Network:
 
 def _scales_of_others(group: ScalingGroup, own: set[int]) -> Tensor:
     """Scales of parameters that this optimizer does not train: another does, or they are frozen by now; ``bool[S]``."""
-    found = torch.zeros(group.monomials.num_scales, dtype=torch.bool)
+    found = torch.zeros(group.monomials.num_scales, dtype=torch.bool, device="cpu")
     for coupling in group.couplings:
         if id(group.parameters[coupling.parameter]) not in own:
             for scales in (coupling.incoming, coupling.outgoing):

@@ -15,6 +15,7 @@ from lightning_ecopt.common.sharding import is_sharded
 from lightning_ecopt.kernels import Implementation
 from lightning_ecopt.optim import checkpoint
 from lightning_ecopt.optim.binding import Source, find_by_module_calls, trainable_parameters
+from lightning_ecopt.optim.following import follow
 from lightning_ecopt.optim.options import Options, RefreshInterval, Representative, RuleName, SkeletonChoice
 from lightning_ecopt.optim.session import Idle, Ready, Running, Session, Waiting
 from lightning_ecopt.steps.rule import PathStatistics, UnitStatistics
@@ -191,6 +192,7 @@ class EquivalentClassOptimizer(Optimizer):
     def _refreshed(self) -> Idle | Running:
         """The stage in which the next step is taken, after a refresh if one is due."""
         session = self._session
+        follow(session)
         is_over = session.interval_is_over()
         if (session.refresh_due or is_over) and (not checkpoint.restore(session) or session.refresh_due):
             session.refresh(session.network)

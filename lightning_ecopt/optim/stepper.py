@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_ecopt.common.sharding import local
+from lightning_ecopt.common.signals import uninterrupted
 from lightning_ecopt.common.tensors import Tensors, to_device, updates_by_difference
 from lightning_ecopt.kernels import Coefficient, EagerKernels
 from lightning_ecopt.optim.bases import BASES, Base, Value, momentum_to_mean
@@ -45,11 +46,12 @@ class Stepper:
         """
         here = self._rule.reparametrization(weights, gradients, self._fused.to_mean)
         fusible = self._fused.entries(gradients)
-        if fusible is None:
-            self._wrapped.take(here, weights, gradients, entries)
-        else:
-            self._fused.take(here, weights, gradients, fusible)
-        self._rule.commit()
+        with uninterrupted():
+            if fusible is None:
+                self._wrapped.take(here, weights, gradients, entries)
+            else:
+                self._fused.take(here, weights, gradients, fusible)
+            self._rule.commit()
 
 
 class WrappedStep:
@@ -75,8 +77,17 @@ class WrappedStep:
         # Also if the step fails, no weight and no gradient may stay in coordinates.
         with self._writable(gradients) as shown, ExitStack() as ways_back:
             ways_back.callback(self._rule.transform_gradients_(here, shown))
-            to_weights_ = self._rule.to_coordinates_(here, weights, entries())
-            ways_back.callback(lambda: to_weights_(entries()))
+            found = entries()
+            to_weights_ = self._rule.to_coordinates_(here, weights, found)
+
+            @ways_back.callback
+            def _() -> None:
+                moved = found
+                try:
+                    moved = entries()  # a first step has made some; and may warn, which may be an error
+                finally:
+                    to_weights_(moved)
+
             self._base.step()
 
     @contextmanager
@@ -84,14 +95,19 @@ class WrappedStep:
         """While entered, gradients can be changed there and back; most of them are the parameters' own.
 
         Gradients are copied if a change could not be undone: sixteen bits would be rounded, a graph would be broken,
-        and memory that two gradients share would be changed twice.
+        and memory that two gradients share would be changed twice. So are those that only ``torch.inference_mode``
+        lets be changed.
         """
         own = self._parameters
         memory = Counter(gradient.data_ptr() for gradient in gradients.values())
         before = {
             name: own[name].grad
             for name, g in gradients.items()
-            if updates_by_difference(g) or g.requires_grad or memory[g.data_ptr()] > 1 or 0 in g.stride()
+            if updates_by_difference(g)
+            or g.requires_grad
+            or g.is_inference()
+            or memory[g.data_ptr()] > 1
+            or 0 in g.stride()
         }
         shown = dict(gradients)
         try:
@@ -180,8 +196,10 @@ class FusedStep:
         own = {name: _over(value, rows.spread, here.weight_scale) for name, value in rates.items()}
         coefficients = base.coefficients(here.weight_scale, here.grad_scale, here.grad_shift, back.to_weights, **own)
         moving = {name: weights[name] for name in gradients}
-        rows.apply_(rule.kernels, base.kernel, moving, gradients, *entries, *rest, **coefficients)
-        back.finish_()
+        try:
+            rows.apply_(rule.kernels, base.kernel, moving, gradients, *entries, *rest, **coefficients)
+        finally:
+            back.finish_()  # the pass has left no weights where it puts some right
         self._optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers look for it; the base's step sets it
 
     def _rates(self, base: Base, gradients: Tensors) -> dict[str, Value]:
@@ -195,7 +213,9 @@ class FusedStep:
         first = of_groups[0]
         if all(value is first or (isinstance(value, float | int) and value == first) for value in of_groups):
             return first
-        return torch.stack([torch.as_tensor(value, dtype=torch.float64) for value in of_groups])[self._group_of]
+        return torch.stack([torch.as_tensor(value, dtype=torch.float64, device="cpu") for value in of_groups])[
+            self._group_of
+        ]
 
     def _count_step(self, gradients: Tensors) -> Value:
         """Add one to the step counts of the parameters that move, and return the counts."""

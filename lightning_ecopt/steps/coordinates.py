@@ -30,6 +30,7 @@ only coordinate, and r_h = 0, because nothing else leads into h. A step that dou
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -81,9 +82,9 @@ class SkeletonElements:
             self.places[name] = (slots.to(device), at.to(device))
             self.units_of_free[name] = (slots[slots >= self.num_units] - self.num_units).to(device)
             order.append(slots)
-        position = torch.full((2 * skeleton.num_units,), -1)  # the last entry is a zero
+        position = torch.full((2 * skeleton.num_units,), -1, device="cpu")  # the last entry is a zero
         if order:
-            position[torch.cat(order)] = torch.arange(sum(len(slots) for slots in order))
+            position[torch.cat(order)] = torch.arange(sum(map(len, order)), device="cpu")
         device = next(iter(parameters.values())).device
         self._position = position.to(device)
         self._zero = torch.zeros(1, dtype=dtype, device=device)
@@ -201,14 +202,13 @@ class PathCoordinates:
     def transform_gradients_(self, gradients: Tensors, free: FreeWeights) -> Callable[[], None]:
         """Inverse chain rule: turn dL/dw into dL/dv in place; returns the way back."""
         before, beta = self.elements.read(gradients), self.beta.clone()
-        self.multiply_by_beta_(gradients, -1)
-        self.elements.write_(gradients, self._none, free.gradient)
-
-        def undo() -> None:
-            self._multiply_(gradients, beta)
-            self.elements.write_(gradients, *before)
-
-        return undo
+        with ExitStack() as failed:
+            failed.callback(self.elements.write_, gradients, *before)
+            self.multiply_by_beta_(gradients, -1)
+            failed.callback(self._multiply_, gradients, beta)
+            self.elements.write_(gradients, self._none, free.gradient)
+            way_back = failed.pop_all()
+        return way_back.close
 
     def multiply_by_beta_(self, tensors: Tensors, power: int) -> None:
         """Multiply every element into unit h by beta_h to the ``power``."""
@@ -231,9 +231,15 @@ class PathCoordinates:
         skeleton_weights = self.elements.read(weights)
         touched = self.scaled | self.elements.places.keys()
         kept = {name: weights[name].clone() for name in touched if updates_by_difference(weights[name])}
-        self.multiply_by_beta_(weights, 1)
-        self.elements.write_(weights, self._none, self.free_values)
-        values = torch.where(self._is_free, self.elements.read(weights)[1], 1.0)
+        with ExitStack() as failed:
+            for name, value in kept.items():
+                failed.callback(weights[name].copy_, value)
+            failed.callback(self.elements.write_, weights, *skeleton_weights)
+            self.multiply_by_beta_(weights, 1)
+            failed.callback(self.multiply_by_beta_, weights, -1)
+            self.elements.write_(weights, self._none, self.free_values)
+            values = torch.where(self._is_free, self.elements.read(weights)[1], 1.0)
+            failed.pop_all()
 
         def allocate_(max_ratio: float | None) -> Tensor:
             before = {name: weight.clone() for name, weight in kept.items()}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_ecopt.common.sharding import is_sharded
-from lightning_ecopt.common.tensors import Tensors
+from lightning_ecopt.common.tensors import Tensors, ordinary_tensors
 from lightning_ecopt.kernels import Coefficient, Kernels
 from lightning_ecopt.steps.coordinates import FreeWeights, PathCoordinates
 from lightning_ecopt.steps.rule import Advance, Allocation, PathStatistics, Reparametrization, Rule, Setting
@@ -41,6 +41,7 @@ class PathRule:
     name = "path"
     needs_paths = True
 
+    @ordinary_tensors()
     def __init__(
         self,
         group: ScalingGroup,

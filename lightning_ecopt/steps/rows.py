@@ -36,7 +36,7 @@ class Rows:
         dtype: of vectors over the rows.
         sizes: numbers of elements, ``[R]``, on all ranks.
         single: whether a row has no direction: it is one element, or added to others' (a bias), ``bool[R]``.
-        names: names of the N parameters that have rows.
+        names: names of the N parameters that have rows; those without elements have none.
         covered: names of the parameters all of whose elements belong to rows.
 
     Example::
@@ -51,6 +51,7 @@ class Rows:
         widest = max((p.dtype for p in parameters.values()), key=lambda kind: torch.finfo(kind).bits)
         self.dtype = torch.promote_types(torch.float32, widest)
         self._couplings, self._order = couplings, list(parameters)
+        self._kinds = [(p.dtype, local(p).device) for p in parameters.values()]
         parts = _parts(couplings, self._order)
         self.names = list(dict.fromkeys(part.coupling.parameter for part in parts))
         self._all_names = frozenset(self.names)
@@ -58,13 +59,19 @@ class Rows:
 
         self.sizes = _cat([part.sizes for part in parts], device).to(self.dtype)
         self.single = _cat([part.filled(part.is_single) for part in parts], device).to(torch.bool)
-        self._owners = _cat([torch.tensor([self.names.index(part.coupling.parameter)]) for part in parts], device)
-        self._lengths = _cat([torch.tensor([len(part.units)]) for part in parts], device)
+        self._owners = _cat(
+            [torch.tensor([self.names.index(part.coupling.parameter)], device="cpu") for part in parts], device
+        )
+        self._lengths = _cat([torch.tensor([len(part.units)], device="cpu") for part in parts], device)
         self._blocks = _Blocks.of(parts, parameters, device)
         self.covered = _covered(self.names, self._blocks.boxes, parameters)
 
     def __len__(self) -> int:
         return len(self.sizes)
+
+    def fit(self, tensors: Tensors) -> bool:
+        """Whether the parameters, given by name, still have the types and devices that they had."""
+        return [(tensors[name].dtype, tensors[name].device) for name in self._order] == self._kinds
 
     def units(self) -> Tensor:
         """The unit that each row leads into, ``int32[R]``; ``NO_UNIT`` if it is held fixed. Found anew at each call."""
@@ -80,7 +87,7 @@ class Rows:
         """Which parameters have a tensor, ``bool[N]``; ``None`` if all have one."""
         if tensors.keys() >= self._all_names:
             return None
-        return to_device(torch.tensor([name in tensors for name in self.names]), self.sizes.device)
+        return to_device(torch.tensor([name in tensors for name in self.names], device="cpu"), self.sizes.device)
 
     def spread(self, values: Tensor) -> Tensor:
         """What each parameter has, ``[N]``, for each of its rows: ``[R]``."""
@@ -138,7 +145,7 @@ class Rows:
 
 
 def _cat(parts: Sequence[Tensor], device: torch.device) -> Tensor:
-    return torch.cat([torch.zeros(0, dtype=torch.int64), *parts]).to(device)
+    return torch.cat([torch.zeros(0, dtype=torch.int64, device="cpu"), *parts]).to(device)
 
 
 @dataclass(frozen=True)
@@ -167,10 +174,10 @@ class _Part:
             places = shape
         units = coupling.incoming.expand(places).reshape(-1)
         # One unit may be met at several places: in a grouped transposed convolution, once for each input of the group.
-        apart = torch.where(units < 0, -1 - torch.arange(len(units)), units)
+        apart = torch.where(units < 0, -1 - torch.arange(len(units), device="cpu"), units)
         met, row, times = apart.unique(return_inverse=True, return_counts=True)
         if len(met) == len(units):  # keep the order of the elements
-            met, row, times = units, torch.arange(len(units)), torch.ones_like(units)
+            met, row, times = units, torch.arange(len(units), device="cpu"), torch.ones_like(units)
         return cls(coupling, met, row.view(places), times * (prod(shape) // max(len(units), 1)))
 
     def filled(self, value: bool) -> Tensor:
@@ -185,7 +192,9 @@ class _Part:
 
 def _parts(couplings: Sequence[Coupling], names: list[str]) -> list[_Part]:
     """The rows of the named parameters; first those with one element at each place, together no more than a vector."""
-    found = [_Part.of(coupling) for coupling in couplings if coupling.parameter in names]
+    own = [coupling for coupling in couplings if coupling.parameter in names]
+    # What has no elements has no rows: their means would be 0 / 0.
+    found = [_Part.of(coupling) for coupling in own if 0 not in lengths(coupling.region)]
 
     def order(part: _Part) -> tuple[bool, int, int]:
         region = part.coupling.region
@@ -282,7 +291,8 @@ def _covered(names: Sequence[str], boxes: Sequence[_Box], parameters: Tensors) -
     elements = dict.fromkeys(names, 0)  # a rank that holds nothing of a parameter lacks nothing of it
     for box in boxes:
         elements[box.parameter] += box.view(local(parameters[box.parameter])).numel()
-    return {name for name, count in elements.items() if count == local(parameters[name]).numel()}
+    empty = {name for name, parameter in parameters.items() if parameter.numel() == 0}
+    return empty | {name for name, count in elements.items() if count == local(parameters[name]).numel()}
 
 
 def lengths(region: Sequence[slice]) -> tuple[int, ...]:

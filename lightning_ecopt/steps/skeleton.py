@@ -117,7 +117,7 @@ def choose_skeleton(
     meets_fixed = (target != NO_UNIT) & (outgoing.coupling == incoming.coupling[target])
     meets_fixed &= outgoing.index == incoming.index[target]
     free = active & ~meets_fixed
-    root = torch.where(meets_fixed, target, torch.arange(len(active)))
+    root = torch.where(meets_fixed, target, torch.arange(len(active), device="cpu"))
     while not bool((root == root[root]).all()):
         root = root[root]
     return Skeleton(
@@ -157,7 +157,7 @@ def _grow(edges: Sequence[Edges], active: Tensor) -> _Forest:
     """Grow a forest over all active units, from what belongs to no unit."""
     num_units = len(active)
     coupling, index, other = (np.full(num_units, NO_UNIT) for _ in range(3))
-    reached = torch.zeros(num_units + 1, dtype=torch.bool)
+    reached = torch.zeros(num_units + 1, dtype=torch.bool, device="cpu")
     reached[NO_UNIT] = True
     wanted = padded(active, False)
     while bool(wanted.any()):
@@ -205,7 +205,7 @@ def _largest(
     # One unit may own several rows.
     units = target.reshape(-1).numpy()
     most = np.zeros(int(units.max(initial=NO_UNIT)) + 2)
-    np.maximum.at(most, units, found)
+    np.fmax.at(most, units, found)  # NaN, of units that are not wanted, never is the largest
     rows_kept = np.flatnonzero((found > 0) & (units != NO_UNIT) & (found >= most[units] * (1 - tie)))
     owners, first = np.unique(units[rows_kept], return_index=True)
     return owners, most[owners], places[rows_kept[first]]

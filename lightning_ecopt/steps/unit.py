@@ -36,6 +36,7 @@ weight_decay * w / s_k to g_v, which enters its momentum or second moments.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ from torch import Tensor
 
 from lightning_ecopt.common.segment_sum import SegmentSum
 from lightning_ecopt.common.sharding import local
-from lightning_ecopt.common.tensors import Tensors, updates_by_difference
+from lightning_ecopt.common.tensors import Tensors, ordinary_tensors, updates_by_difference
 from lightning_ecopt.kernels import Coefficient, Kernels
 from lightning_ecopt.steps.rows import Rows
 from lightning_ecopt.steps.rule import Advance, Allocation, Reparametrization, Rule, Setting, UnitStatistics
@@ -133,6 +134,7 @@ class UnitRule:
         means: of gradients, by name, from the base's momentum: mean(means**2) counts as one earlier mean(c**2).
     """
 
+    @ordinary_tensors()
     def __init__(
         self,
         couplings: Sequence[Coupling],
@@ -151,7 +153,9 @@ class UnitRule:
         self._clipped = torch.zeros((), dtype=torch.int64, device=self._size.device)
         self._steps = 0
         self._moving: set[str] = set()  # names of the parameters that have a gradient in this step
-        self._second = (1 - MEMORY) * self._sums_and_squares(means or {})[1] / self._size
+        # Momentum keeps its type when somebody gives the parameters another one.
+        means = {name: mean.to(parameters[name].dtype) for name, mean in (means or {}).items()}
+        self._second = (1 - MEMORY) * self._sums_and_squares(means)[1] / self._size
         self._weight = (self._second > 0).to(self.rows.dtype) * (1 - MEMORY)
         self._next = (self._second, self._weight, self._clipped)  # taken over when the step succeeds
         weights = {name: local(parameter) for name, parameter in parameters.items()}
@@ -163,7 +167,7 @@ class UnitRule:
     @staticmethod
     def usable_units(group: ScalingGroup) -> Tensor:
         """All units, ``bool[H]``."""
-        return torch.ones(group.num_units, dtype=torch.bool)
+        return torch.ones(group.num_units, dtype=torch.bool, device="cpu")
 
     @staticmethod
     def check(group: ScalingGroup) -> None:
@@ -232,6 +236,7 @@ class UnitRule:
         of_rows = _at_least_a_share((squares / self._size).sqrt(), rho)
         return torch.where(rows.single, SINGLE * _at_least_a_share(single, mean_norm), of_rows), rho
 
+    @ordinary_tensors()
     def reparametrization(self, weights: Tensors, gradients: Tensors, to_mean: Coefficient) -> Reparametrization:
         """The base steps at v = w / s_k, so that its step in v is s_k times as long in w."""
         self._moving = set(gradients)
@@ -266,9 +271,16 @@ class UnitRule:
 
         low = {name: w for name, w in weights.items() if name in self._moving and updates_by_difference(w)}
         before = {name: weight.clone() for name, weight in low.items()}
-        for tensors in (weights, *weight_averages(entries)):
-            scale_(tensors, 1 / here.weight_scale)
-        entered = {name: weight.clone() for name, weight in low.items()}
+        with ExitStack() as failed:
+            for name, weight in low.items():
+                failed.callback(weight.copy_, before[name])
+            for tensors in (weights, *weight_averages(entries)):
+                scale_(tensors, 1 / here.weight_scale)
+                failed.callback(scale_, tensors, here.weight_scale)
+            for weight in low.values():  # where float16 ends, the step, which is all that returns, still finds room
+                weight.clamp_(-torch.finfo(weight.dtype).max / 2, torch.finfo(weight.dtype).max / 2)
+            entered = {name: weight.clone() for name, weight in low.items()}
+            failed.pop_all()
 
         def to_weights_(entries: StateEntries) -> None:
             for name, weight in low.items():  # only the step is scaled back, so that no weight is rounded twice

@@ -105,7 +105,7 @@ def mean_square(squares: Sequence[SquaredWeights], monomials: Monomials, ranks: 
 
 def sums_of_squares(squares: Sequence[SquaredWeights], monomials: Monomials, ranks: Ranks) -> tuple[Tensor, Tensor]:
     """Sum the squares that grow and those that shrink with each unit, ``[H]`` both; equal at the balanced member."""
-    active = torch.ones(monomials.num_units, dtype=torch.bool)
+    active = torch.ones(monomials.num_units, dtype=torch.bool, device="cpu")
     here = _Problem(squares, monomials, active, ranks).start()
     return here.incoming, here.outgoing
 

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ecopt.common.sharding import Ranks, gathering_modules, local, release
+from lightning_ecopt.common.signals import uninterrupted
 from lightning_ecopt.common.tensors import padded, widest
 from lightning_ecopt.symmetry.balance import alive_units, balancing_scale, mean_square, sums_of_squares
 from lightning_ecopt.symmetry.coupling import NO_UNIT, Coupling, couplings_here
@@ -167,7 +168,7 @@ class ScalingGroup:
             scaling_group(model, x).summary()
         """
         used = None if usable is None else usable.cpu()
-        unused = torch.zeros(self.num_units, dtype=torch.bool) if used is None else ~used
+        unused = torch.zeros(self.num_units, dtype=torch.bool, device="cpu") if used is None else ~used
         pathless = unused & ~self.monomials.simple & needs_paths
         overview = Overview(self.num_parameters, self.unit_sets(), self.costs, self.unseen, used, pathless)
         print_report(overview, console)
@@ -237,11 +238,12 @@ class ScalingGroup:
         """
         log_scale = power * self.monomials.to(log_scale.device).of(log_scale.to(widest(log_scale.device)))
         factors = padded(log_scale, 0).exp()  # [S + 1], one for NO_UNIT
-        for coupling in self._couplings_here:
-            tensor = tensors.get(coupling.parameter)
-            if tensor is not None:
-                here = coupling.to(factors.device)
-                multiply_(here.view(local(tensor)), factors[here.incoming], 1 / factors[here.outgoing])
+        with uninterrupted():
+            for coupling in self._couplings_here:
+                tensor = tensors.get(coupling.parameter)
+                if tensor is not None:
+                    here = coupling.to(factors.device)
+                    multiply_(here.view(local(tensor)), factors[here.incoming], 1 / factors[here.outgoing])
 
     @cached_property
     def _couplings_here(self) -> list[Coupling]:
@@ -255,7 +257,9 @@ class ScalingGroup:
         Such a unit divides nothing, and nothing else scales its weights: with one side only, it has no balance.
         Balancing gives its rows a mean sum of squares of one.
         """
-        alone = torch.zeros(self.monomials.num_scales, dtype=torch.bool)  # scales that some element has alone
+        alone = torch.zeros(
+            self.monomials.num_scales, dtype=torch.bool, device="cpu"
+        )  # scales that some element has alone
         others = torch.zeros_like(alone)  # scales that divide, or multiply together with another
         for coupling in self.couplings:
             incoming, outgoing = coupling.incoming, coupling.outgoing
@@ -300,7 +304,7 @@ class ScalingGroup:
         squares = self._squares(ranks)
         if active is None:
             active = self._alive(squares, ranks)
-        log_scale = torch.zeros(0, dtype=torch.double)
+        log_scale = torch.zeros(0, dtype=torch.double, device="cpu")
         if squares:
             active = active.to(squares[0].roots.device)
             invariant = active & self.scale_invariant.to(active.device)
@@ -321,7 +325,7 @@ class ScalingGroup:
         ranks = Ranks(self.parameters)
         squares = self._squares(ranks)
         if not squares:
-            return torch.ones(())
+            return torch.ones((), dtype=torch.double, device="cpu")
         incoming, outgoing = sums_of_squares(squares, self.monomials, ranks)
         invariant = self.scale_invariant.to(incoming.device)
         ratio = torch.where(invariant, mean_square(squares, self.monomials, ranks), incoming / outgoing)

@@ -92,7 +92,7 @@ class Monomials:
         grows, shrinks = self._sum(rising, positive), self._sum(falling, positive)
         if not self._has_products:
             return grows, shrinks
-        own = torch.zeros(self.num_units).to(rising)  # the units themselves have an exponent of one
+        own = rising.new_zeros(self.num_units)  # the units themselves have an exponent of one
         falling, rising = (torch.cat([own, values[self.num_units :]]) for values in (falling, rising))
         return grows + self._sum(falling, negative), shrinks + self._sum(rising, negative)
 

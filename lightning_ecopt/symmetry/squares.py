@@ -130,10 +130,14 @@ def _norms(weight: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 def multiply_(tensor: Tensor, first: Tensor, second: Tensor) -> None:
-    """Multiply a tensor in place by two others that broadcast to it: rounded once, in memory for one piece."""
-    for rows in pieces(tensor, "refresh"):
-        factor, other = (each[rows] if len(each) > 1 else each for each in (first, second))
-        tensor[rows].mul_((factor * other).to(tensor))
+    """Multiply a tensor in place by two others that broadcast to it, in their type, in memory for one piece.
+
+    The result is rounded once. Only it must fit the type of the tensor: the factors need not.
+    """
+    with torch.inference_mode(tensor.is_inference()), torch.no_grad():  # a gradient may have been made in that mode
+        for rows in pieces(tensor, "refresh"):
+            factor, other = (each[rows] if len(each) > 1 else each for each in (first, second))
+            tensor[rows].copy_(tensor[rows] * (factor * other))
 
 
 def joined(squares: Sequence[SquaredWeights], fixed: int) -> list[SquaredWeights]:

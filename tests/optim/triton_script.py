@@ -247,7 +247,7 @@ def what_is_not_finite(device: str) -> Iterator[str]:
             for spoilt in range(count):
                 tensors = state(blocks, count)
                 for base in tensors[spoilt].bases:
-                    base[0, 0], base[1, 1] = torch.nan, torch.inf
+                    base[0, 0], base[1, 1], base[0, 1] = torch.nan, torch.inf, 1e25  # whose square overflows
                 given = coefficients((one for one in names if one not in left), blocks)
                 yield from (f"tensor {spoilt} spoilt: {one}" for one in wrong_step(name, tensors, given))
 

@@ -1,0 +1,27 @@
+"""What happens when a module is given another type, or is moved, between two steps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from lightning_ecopt.kernels import choose_kernels
+from lightning_ecopt.optim.bases import BASES
+from lightning_ecopt.optim.session import Running, Session
+from lightning_ecopt.steps import RULES
+
+
+def follow(session: Session) -> None:
+    """Make the rule anew from its own state if parameters have another type or device by now, as if it were resumed.
+
+    The state of the base optimizer stays as it is: what torch does with it is the same without the rule.
+    """
+    stage, options = session.stage, session.options
+    if not isinstance(stage, Running) or stage.rule.rows.fit(session.weights(stage.network)):
+        return
+    is_fused = type(session.base) in BASES and options.implementation != "wrapped"
+    parameters = list(stage.network.group.parameters.values())
+    network = replace(stage.network, kernels=choose_kernels(options.implementation, parameters, is_fused))
+    entries = session.entries(network)
+    state = stage.rule.state_dict(entries)
+    rule = RULES[options.rule].resume(session.setting(network, stage.active), state, entries)
+    session.stage = session.running(network, stage.active, rule)
