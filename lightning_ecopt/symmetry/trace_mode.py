@@ -14,7 +14,6 @@ detached copy or the result of an in-place operation is found again whatever obj
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from math import prod
@@ -28,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_ecopt.common.nested import tensors_in
+from lightning_ecopt.common.warn import warn
 from lightning_ecopt.symmetry.aten import base_name, named_arguments, written_to
 from lightning_ecopt.symmetry.constants import Constants
 from lightning_ecopt.symmetry.equations import Equations, Operation
@@ -163,7 +163,7 @@ class TraceMode(TorchDispatchMode):
             self._write(labels if isinstance(labels, list | tuple) else [labels], func, call)
         except Exception as error:  # a form of the operation that the rule does not know must not stop training
             name = self.equations.operation.name
-            warnings.warn(f"The rule for {name} failed, so what it touches is held fixed: {error!r}", stacklevel=3)
+            warn(f"The rule for {name} failed, so what it touches is held fixed: {error!r}")
             return False
         return True
 
