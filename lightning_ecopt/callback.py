@@ -21,7 +21,7 @@ from lightning_ecopt.configure import find_group
 from lightning_ecopt.kernels.choose import Implementation
 from lightning_ecopt.optim import EquivalentClassOptimizer
 from lightning_ecopt.optim.optimizer import check_base
-from lightning_ecopt.optim.options import Options, Representative, RuleName, SkeletonChoice
+from lightning_ecopt.optim.options import Options, Representative, RuleName, SkeletonChoice, is_interval, shown
 from lightning_ecopt.steps import RULES
 from lightning_ecopt.symmetry import DeferredGroup, ScalingGroup
 
@@ -91,11 +91,22 @@ class EquivalentClassOptimization(Callback):
         verbose: bool = True,
         log: bool = True,
     ) -> None:
-        if isinstance(refresh, str) and refresh != "epoch":
-            raise ValueError(f"refresh must be 'epoch', a positive number of steps, or None, got {refresh!r}")
+        if refresh != "epoch" and not is_interval(refresh):
+            raise ValueError(
+                f"{type(self).__name__}: refresh must be 'epoch', a positive number of steps, or None, got "
+                f"{shown(refresh)}"
+            )
         interval = None if isinstance(refresh, str) else refresh
-        self._options = Options(
-            rule, interval, representative, skeleton, max_path_ratio, free_start, state_powers, implementation
+        self._options = Options.of(
+            type(self),
+            rule=rule,
+            refresh_interval=interval,
+            representative=representative,
+            skeleton=skeleton,
+            max_path_ratio=max_path_ratio,
+            free_start=free_start,
+            state_powers=state_powers,
+            implementation=implementation,
         )
         self.refresh = refresh
         self._verbose = verbose

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_ecopt.common.sharding import can_be_rescaled
 from lightning_ecopt.common.tensors import listing
+from lightning_ecopt.common.warn import warn
 from lightning_ecopt.kernels import Kernels, choose_kernels
 from lightning_ecopt.optim.bases import BASES
 from lightning_ecopt.optim.options import Options
@@ -39,13 +40,9 @@ def find_by_module_calls(parameters: Sequence[Tensor]) -> DeferredGroup:
 
 
 def trainable_parameters(base: Optimizer) -> list[Tensor]:
-    """The parameters of an optimizer that require a gradient, in its order."""
-    return [p for options in base.param_groups for p in options["params"] if p.requires_grad]
-
-
-def trained_ids(base: Optimizer) -> list[int]:
-    """The ``id`` of each trainable parameter: other numbers mean that other parameters are trained."""
-    return list(map(id, trainable_parameters(base)))
+    """The parameters of an optimizer that require a gradient and can be rescaled, in its order."""
+    own = (p for options in base.param_groups for p in options["params"])
+    return [p for p in own if p.requires_grad and can_be_rescaled(p)]
 
 
 class Binding:
@@ -57,15 +54,19 @@ class Binding:
 
     Attributes:
         source: as given.
-        trained: identities of the parameters that were trainable when the group was last looked for.
+        trained: the parameters that were trainable when the group was last looked for.
         deferred: the group, now or later.
     """
 
     def __init__(self, base: Optimizer, source: Source) -> None:
         self.source = source
-        self.trained = trained_ids(base)
-        found = source if isinstance(source, ScalingGroup | DeferredGroup) else source(trainable_parameters(base))
+        self.trained = trainable_parameters(base)  # themselves, not their ids, so that a copy has its own
+        found = source if isinstance(source, ScalingGroup | DeferredGroup) else source(self.trained)
         self.deferred: DeferredGroup = KnownGroup(found) if isinstance(found, ScalingGroup) else found
+
+    def trains(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether the group was last looked for when these very parameters were trainable."""
+        return list(map(id, parameters)) == list(map(id, self.trained))
 
     @property
     def is_default(self) -> bool:
@@ -128,7 +129,7 @@ class Network:
         check_known(group, trainable)
         RULES[options.rule].check(group)
         if group.num_units == 0:
-            warnings.warn(NO_FREEDOMS, stacklevel=2)
+            warn(NO_FREEDOMS)
         own = {id(p) for groups in base.param_groups for p in groups["params"]}
         is_fused = type(base) in BASES and options.implementation != "wrapped"
         return cls(

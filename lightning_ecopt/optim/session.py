@@ -12,7 +12,6 @@ used.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,8 +22,10 @@ from torch.optim import SGD, Optimizer
 
 from lightning_ecopt.common.sharding import Ranks, local
 from lightning_ecopt.common.tensors import listing
+from lightning_ecopt.common.warn import warn
 from lightning_ecopt.optim.bases import LINEAR, momentum_to_mean
-from lightning_ecopt.optim.binding import Binding, Network, Source, trained_ids
+from lightning_ecopt.optim.binding import Binding, Network, Source, trainable_parameters
+from lightning_ecopt.optim.calls import states_in
 from lightning_ecopt.optim.options import Options
 from lightning_ecopt.optim.stepper import Stepper
 from lightning_ecopt.steps import RULES
@@ -101,6 +102,7 @@ class Session:
     Attributes:
         steps_since_refresh: number of steps since the last refresh.
         refresh_due: whether the next step refreshes.
+        closure_comes_first: whether the base is known to call its closure before it moves anything.
     """
 
     def __init__(self, base: Optimizer, options: Options, source: Source) -> None:
@@ -109,6 +111,7 @@ class Session:
         self.stage: Stage = Waiting()
         self.steps_since_refresh = 0
         self.refresh_due = True
+        self.closure_comes_first = type(base).__module__.startswith("torch.optim.")
         self._named: set[str] = set()  # state entries that a warning has named
         self.binding = Binding(base, source)
         self.find_network()
@@ -168,20 +171,20 @@ class Session:
         network.check_state(saved, self.options)
         with torch.no_grad():
             self._leave_rule()
-        self.binding.trained = trained_ids(self.base)
+        self.binding.trained = trainable_parameters(self.base)
         self.stage, self.refresh_due = Ready(network, saved), True
 
     def renew(self) -> None:
         """Look for the freedoms again if other parameters require a gradient now."""
-        trained = trained_ids(self.base)
-        if trained == self.binding.trained:
+        trained = trainable_parameters(self.base)
+        if self.binding.trains(trained):
             return
         if self.binding.finds_again:
             if isinstance(self.stage, Waiting | Ready):
                 # The saved rule describes other parameters; the base's state, which came with it, stays.
                 self.stage = replace(self.stage, saved={})
             self.bind(self.binding.source)
-        elif self.group is not None and {id(p) for p in self.group.parameters.values()}.issuperset(trained):
+        elif self.group is not None and {id(p) for p in self.group.parameters.values()}.issuperset(map(id, trained)):
             self.use(self.group)
 
     # Weights, gradients and state, by parameter name
@@ -197,14 +200,19 @@ class Session:
 
     def entries(self, network: Network) -> dict[str, StateEntry]:
         """The entries of the base's state that have one number for each weight."""
-        entries, unknown = entries_of(self.base.state, network.group.parameters, self.options.degrees)
+        entries: dict[str, StateEntry] = {}
+        unknown: set[str] = set()
+        for number, state in enumerate(states_in(self.base)):
+            found, nameless = entries_of(state, network.group.parameters, self.options.degrees)
+            # Two optimizers, one within the other, may use one name.
+            entries |= {name if name not in entries else f"{name} {number}": entry for name, entry in found.items()}
+            unknown |= nameless
         if unknown - self._named:
             self._named |= unknown
-            warnings.warn(
+            warn(
                 f"What a rescaling of the weights does to {listing(sorted(unknown))} in the state of "
                 f"{type(self.base).__name__} is not known: they stay as they are at a refresh. Tell it with "
-                f"state_powers={{{sorted(unknown)[0]!r}: ...}}; 0 is what happens now.",
-                stacklevel=2,
+                f"state_powers={{{sorted(unknown)[0]!r}: ...}}; 0 is what happens now."
             )
         return entries
 
@@ -291,7 +299,11 @@ class Session:
 
     def entries_if_averaged(self, network: Network) -> StateEntries:
         """The base's state if some of it averages weights, as in few optimizers; else nothing, which costs nothing."""
-        return self.entries(network) if has_weight_averages(self.base.state, self.options.degrees) else {}
+        return (
+            self.entries(network)
+            if any(has_weight_averages(of, self.options.degrees) for of in states_in(self.base))
+            else {}
+        )
 
     # What is told
 
@@ -314,7 +326,7 @@ class Session:
     def only_makes_state(self) -> bool:
         """Whether ``torch.distributed.checkpoint`` makes the base's state, by a step with lr and gradients of zero."""
         groups = self.base.param_groups
-        if self.base.state or any(options.get("lr") != 0 for options in groups):
+        if any(states_in(self.base)) or any(options.get("lr") != 0 for options in groups):
             return False
         own = {str(k): p for k, p in enumerate(p for options in groups for p in options["params"])}
         moves = [local(p.grad).any() for p in own.values() if p.grad is not None]

@@ -21,7 +21,7 @@ from torch._guards import detect_fake_mode
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_ecopt.common.nested import tensors_in
-from lightning_ecopt.common.sharding import is_sharded
+from lightning_ecopt.common.sharding import can_be_rescaled, is_sharded
 from lightning_ecopt.common.tensors import listing
 from lightning_ecopt.symmetry.deferred import DeferredGroup
 from lightning_ecopt.symmetry.group import ScalingGroup
@@ -175,7 +175,7 @@ class GroupFromModuleCalls(DeferredGroup):
 
     def __init__(self, parameters: Iterable[Tensor], check: Callable[[ScalingGroup], object] | None = None) -> None:
         super().__init__(check)
-        self._own = {id(p): cast(nn.Parameter, p) for p in parameters if p.requires_grad}
+        self._own = {id(p): cast(nn.Parameter, p) for p in parameters if p.requires_grad and can_be_rescaled(p)}
         self._named: dict[str, nn.Parameter] = {}  # the same, once a module gives them names
         self._mode: TraceMode | None = None  # takes down all traced calls; there from the first one on
         self._running: list[nn.Module] = []  # whose traced calls have begun and not ended, on all threads

@@ -6,7 +6,6 @@ arithmetic. Where that is impossible, as for control flow that depends on values
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -18,7 +17,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from lightning_ecopt.common.nested import tensors_in
-from lightning_ecopt.common.sharding import Ranks, gathering_modules, is_sharded, release, stop_gathering_
+from lightning_ecopt.common.sharding import (
+    Ranks,
+    can_be_rescaled,
+    gathering_modules,
+    is_sharded,
+    release,
+    stop_gathering_,
+)
+from lightning_ecopt.common.warn import warn
 from lightning_ecopt.symmetry.group import ScalingGroup
 from lightning_ecopt.symmetry.isolation import attributes_kept, fake_tensors, inputs_kept, values_kept
 from lightning_ecopt.symmetry.solve import solve
@@ -51,6 +58,7 @@ def scaling_group(
         The group; ``group.num_units`` is the number of freedoms.
 
     Raises:
+        TypeError: if ``module`` is none.
         ValueError: if one of ``parameters`` is not a parameter of ``module``, or is sharded in a way that is not
             supported, or a sharded module cannot be called with fake tensors.
         Exception: whatever the module raises when it is called.
@@ -61,6 +69,11 @@ def scaling_group(
         group = scaling_group(model, torch.randn(1, 4))
         assert group.num_units == 8
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            "scaling_group takes the module first, then the inputs of its call, but got "
+            f"{type(module).__name__}: scaling_group(model, inputs)."
+        )
     trainable = select_parameters(module, parameters)
     if any(map(is_sharded, module.parameters())):
         try:
@@ -82,9 +95,7 @@ def scaling_group(
     except Exception as error:
         with values_kept(module), inputs_kept((args, kwargs)):
             module(*args, **kwargs)  # raises what the module raises by itself
-        warnings.warn(
-            f"{type(module).__name__} cannot be watched, so that all of it is held fixed: {error!r}", stacklevel=2
-        )
+        warn(f"{type(module).__name__} cannot be watched, so that all of it is held fixed: {error!r}")
         mode = TraceMode(module, trainable)
         mode.hold_all_fixed("call")
         return group_of(mode, trainable)
@@ -103,7 +114,7 @@ def select_parameters(module: nn.Module, parameters: Iterable[Tensor] | None) ->
                 f"{len(wanted) - len(own)} of the given parameters are not parameters of {type(module).__name__}: "
                 "pass the module that owns all of them."
             )
-    trainable = {name: p for name, p in own.items() if p.requires_grad}
+    trainable = {name: p for name, p in own.items() if p.requires_grad and can_be_rescaled(p)}
     Ranks(trainable)  # raises if they are sharded in a way that is not supported
     return trainable
 
