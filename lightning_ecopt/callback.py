@@ -20,6 +20,7 @@ from lightning_ecopt._lightning import (
 )
 from lightning_ecopt.common.sharding import is_sharded
 from lightning_ecopt.common.tensors import listing
+from lightning_ecopt.common.warn import warn
 from lightning_ecopt.configure import current_epoch, find_group
 from lightning_ecopt.kernels.choose import Implementation
 from lightning_ecopt.optim import EquivalentClassOptimizer
@@ -101,12 +102,19 @@ class EquivalentClassOptimization(Callback):
         refresh: Literal["epoch", ""] | int | None = "",
     ) -> None:
         if refresh != "":
-            warnings.warn(
-                "refresh is called refresh_interval now, and goes in version 0.2", FutureWarning, stacklevel=2
-            )
+            message = "refresh is called refresh_interval now; the old name goes in version 0.2"
+            warnings.warn(message, FutureWarning, stacklevel=2)
             refresh_interval = refresh
-        self._options = Options(
-            rule, refresh_interval, representative, skeleton, max_path_ratio, free_start, state_powers, implementation
+        self._options = Options.of(
+            type(self),
+            rule=rule,
+            refresh_interval=refresh_interval,
+            representative=representative,
+            skeleton=skeleton,
+            max_path_ratio=max_path_ratio,
+            free_start=free_start,
+            state_powers=state_powers,
+            implementation=implementation,
         )
         self._verbose = verbose
         self._logs = log  # Lightning puts its own function at `log`
@@ -170,10 +178,9 @@ class EquivalentClassOptimization(Callback):
         chosen = {name: value for name, value in vars(self._options).items() if value != getattr(DEFAULTS, name)}
         unused = [name for name, value in chosen.items() if value != getattr(base, name)]
         if unused:
-            warnings.warn(
+            warn(
                 f"EquivalentClassOptimization: {listing(unused)} not used, because configure_optimizers returns an "
-                f"{type(base).__name__}, which has options of its own: give them there.",
-                stacklevel=2,
+                f"{type(base).__name__}, which has options of its own: give them there."
             )
         return base
 

@@ -12,6 +12,7 @@ from typing_extensions import Unpack
 
 from lightning_ecopt._lightning import LightningModule
 from lightning_ecopt.optim import ECSGD, ECAdamW
+from lightning_ecopt.optim.arguments import check_module
 from lightning_ecopt.optim.named import AdamWArguments, Params, SGDArguments
 from lightning_ecopt.symmetry import DeferredGroup, GroupFromModuleCalls, GroupFromNextCall, ScalingGroup
 from lightning_ecopt.symmetry.equations import Equations
@@ -46,6 +47,7 @@ def ec_sgd(
         def configure_optimizers(self):
             return ec_sgd(self, lr=0.1, momentum=0.9)
     """
+    check_module("ec_sgd", "ECSGD", module, params)
     optimizer = ECSGD(_given(module, params), lr, **options)
     return _bound(optimizer, module)
 
@@ -72,6 +74,7 @@ def ec_adamw(
         def configure_optimizers(self):
             return ec_adamw(self, lr=1e-3)
     """
+    check_module("ec_adamw", "ECAdamW", module, params)
     optimizer = ECAdamW(_given(module, params), lr, **options)
     return _bound(optimizer, module)
 

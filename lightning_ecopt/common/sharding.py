@@ -36,6 +36,16 @@ def is_sharded(tensor: Tensor) -> bool:
     return loaded is not None and isinstance(tensor, loaded.DTensor)
 
 
+def can_be_rescaled(parameter: Tensor) -> bool:
+    """Return whether a parameter has real numbers and is a plain or a sharded tensor.
+
+    Complex numbers, integers and what a subclass of ``Tensor`` makes of its values (a quantised weight, say) are held
+    fixed: the base optimizer steps them where they are.
+    """
+    plain = type(parameter) is nn.Parameter or type(parameter.data) is Tensor  # `data` makes a tensor, which costs more
+    return (plain or is_sharded(parameter)) and parameter.is_floating_point()
+
+
 def local(tensor: Tensor) -> Tensor:
     """Return what this rank holds of a tensor, in the same memory: all of it, if the tensor is not sharded."""
     if not is_sharded(tensor):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from types import FunctionType
 from typing import Any
 
 import torch
 
+from lightning_ecopt.common.warn import warn
 from lightning_ecopt.kernels.eager import EagerKernels
 from lightning_ecopt.kernels.passes import Coefficient, Kernels, Shapes, Views
 
@@ -73,7 +73,7 @@ class CompiledKernels(EagerKernels):
             try:
                 return self._compiled_form(function, arguments)(*arguments)
             except TorchDynamoException as error:
-                warnings.warn(CANNOT_COMPILE.format(error=str(error).strip().splitlines()[0]), stacklevel=2)
+                warn(CANNOT_COMPILE.format(error=str(error).strip().splitlines()[0]))
                 self._can_compile = False
         return function(*arguments)
 

@@ -119,7 +119,7 @@ class Network:
             group,
             ~group.monomials.in_(_scales_of_others(group, {id(p) for p in trainable})),
             frozenset(name for name, p in group.parameters.items() if id(p) in own),
-            [p for p in trainable if id(p) not in seen],
+            [p for p in parameters_of(base) if p.requires_grad and id(p) not in seen],
             choose_kernels(options.implementation, list(group.parameters.values()), is_fused),
         )
 

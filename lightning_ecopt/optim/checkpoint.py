@@ -7,15 +7,17 @@ A state dict is the base optimizer's, at the weights, so that the plain base can
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.optim import Optimizer
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
+from lightning_ecopt.common.warn import warn
 from lightning_ecopt.optim.binding import WAY_OUT, Network, parameters_of
+from lightning_ecopt.optim.calls import without_hooks
 from lightning_ecopt.optim.session import Idle, Ready, Resting, Running, Session, Waiting
 from lightning_ecopt.steps import RULES
 
@@ -28,30 +30,28 @@ OTHER_FREEDOMS = (
 
 def saved(session: Session) -> dict[str, Any]:
     """The state dict of the base optimizer and, under :data:`KEY`, what the rule needs to go on."""
-    state: dict[str, Any] = session.base.state_dict()
+    with without_hooks(session.base):
+        state: dict[str, Any] = session.base.state_dict()
     own = saved_rule(session)
     if own is not None:
         state[KEY] = own
     stage = session.stage
     if isinstance(stage, Running) and not stage.rule.has_weight_entries():
         # The base holds entries of coordinates; the plain base, which may load them, needs entries of weights.
-        numbers = _numbers(session.base, stage.network)
-        state["state"] = {number: dict(entries) for number, entries in state["state"].items()}
+        held = session.entries(stage.network)
         entries = {
             name: replace(entry, tensors={parameter: value.clone() for parameter, value in entry.tensors.items()})
-            for name, entry in session.entries(stage.network).items()
+            for name, entry in held.items()
         }
         stage.rule.to_weight_entries_(entries, session.weights(stage.network))
-        for name, entry in entries.items():
-            for parameter, value in entry.tensors.items():
-                state["state"][numbers[parameter]][name] = value
+        at_weights = {
+            id(value): entries[name].tensors[parameter]
+            for name, entry in held.items()
+            for parameter, value in entry.tensors.items()
+        }
+        # By the tensors themselves, as wrappers of optimizers have forms of their own for their states.
+        state = tree_map_only(Tensor, lambda value: at_weights.get(id(value), value), state)
     return state
-
-
-def _numbers(base: Optimizer, network: Network) -> dict[str, int]:
-    """The number under which the base's state dict has each parameter, by name."""
-    order = {id(p): k for k, p in enumerate(p for options in base.param_groups for p in options["params"])}
-    return {name: order[id(p)] for name, p in network.group.parameters.items() if id(p) in order}
 
 
 def saved_rule(session: Session) -> dict[str, Any] | None:
@@ -84,7 +84,8 @@ def load(session: Session, state_dict: Mapping[str, Any]) -> None:
     rest = dict(state_dict)
     own = rest.pop(KEY, None) or {}
     network = _network_of(session, own)  # before the base has taken anything over
-    session.base.load_state_dict(rest)
+    with without_hooks(session.base):
+        session.base.load_state_dict(rest)
     _go_on_from(session, own, network)
 
 
@@ -145,7 +146,7 @@ def restore(session: Session) -> bool:
         return False
     state, network = stage.saved, stage.network
     if not network.fits(state) and network.group.parameters.keys() == set(state["parameters"]):
-        warnings.warn(OTHER_FREEDOMS, stacklevel=2)  # if other parameters are trained, the rule begins anew anyway
+        warn(OTHER_FREEDOMS)  # if other parameters are trained, the rule begins anew anyway
     if not network.fits(state) or state.get("rule", options.rule) != options.rule:
         session.stage = Ready(network)
         return False

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import SGD, AdamW
 
 from lightning_ecopt.kernels import Implementation
+from lightning_ecopt.optim.arguments import check_params
 from lightning_ecopt.optim.optimizer import EquivalentClassOptimizer
 from lightning_ecopt.optim.options import OptionArguments, RefreshInterval, Representative, RuleName, SkeletonChoice
 
@@ -99,6 +100,7 @@ class ECSGD(EquivalentClassOptimizer):
         state_powers: Mapping[str, int] | None = None,
         implementation: Implementation = "auto",
     ) -> None:
+        check_params(type(self).__name__, "ec_sgd", params, lr)
         base = SGD(
             params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize, foreach=foreach, fused=fused
         )
@@ -173,6 +175,7 @@ class ECAdamW(EquivalentClassOptimizer):
         state_powers: Mapping[str, int] | None = None,
         implementation: Implementation = "auto",
     ) -> None:
+        check_params(type(self).__name__, "ec_adamw", params, lr)
         base = AdamW(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, foreach=foreach, fused=fused)
         super().__init__(
             base,

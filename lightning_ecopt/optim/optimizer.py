@@ -9,38 +9,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import UninitializedParameter
 from torch.optim import LBFGS, Optimizer
 
-from lightning_ecopt.common.sharding import is_sharded
 from lightning_ecopt.kernels import Implementation
 from lightning_ecopt.optim import checkpoint
+from lightning_ecopt.optim.arguments import check_source, check_wrapped
 from lightning_ecopt.optim.binding import Source, find_by_module_calls, trainable_parameters
+from lightning_ecopt.optim.calls import HOOKS, StepCall, optimizers_in
 from lightning_ecopt.optim.following import follow
-from lightning_ecopt.optim.options import Options, RefreshInterval, Representative, RuleName, SkeletonChoice
+from lightning_ecopt.optim.options import Option, Options, RefreshInterval, Representative, RuleName, SkeletonChoice
 from lightning_ecopt.optim.session import Idle, Ready, Running, Session, Waiting
+from lightning_ecopt.optim.undo import undone_if_refused
 from lightning_ecopt.steps.rule import PathStatistics, UnitStatistics
 from lightning_ecopt.symmetry import ScalingGroup
-
-#: The hooks of steps and of checkpoints, which move from the base optimizer to the one that wraps it.
-HOOKS = tuple(
-    f"_optimizer_{event}_{when}_hooks"
-    for event in ("step", "state_dict", "load_state_dict")
-    for when in ("pre", "post")
-)
-
-
-class _Option:
-    """An option as an attribute of the optimizer: a field of ``session.options``, as wrappers share the session."""
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
-
-    def __get__(self, optimizer: EquivalentClassOptimizer | None, owner: type) -> Any:
-        return self if optimizer is None else getattr(optimizer._session.options, self._name)
-
-    def __set__(self, optimizer: EquivalentClassOptimizer, value: Any) -> None:
-        session = optimizer._session
-        session.options = replace(session.options, **{self._name: value})
 
 
 class EquivalentClassOptimizer(Optimizer):
@@ -70,8 +52,10 @@ class EquivalentClassOptimizer(Optimizer):
     refresh on; ``implementation`` is looked at when a group is bound.
 
     Args:
-        optimizer: the base: any optimizer, of torch or not, but :class:`torch.optim.LBFGS`. Its hooks of steps and of
-            state dicts become this one's. Do not call its ``step`` yourself.
+        optimizer: the base: any optimizer, of torch or not, but those that need gradients at several weights in one
+            step (:class:`torch.optim.LBFGS`, SAM; write ``SAM(params, base_optimizer=ECSGD)``). It shares its hooks
+            with this one. Do not call its ``step`` yourself. Parameters that are complex, or tensors of another kind,
+            it steps as ever.
         group: the scaling group of the module that owns the parameters; or a function that finds it for a list of
             parameters, and is called again when other parameters are to be trained; or ``None``, if the calls of
             modules that use the parameters are to be watched until the first step. Instead of a group it may be a
@@ -106,14 +90,14 @@ class EquivalentClassOptimizer(Optimizer):
         optimizer.step()
     """
 
-    rule = _Option()
-    refresh_interval = _Option()
-    representative = _Option()
-    skeleton = _Option()
-    max_path_ratio = _Option()
-    free_start = _Option()
-    state_powers = _Option()
-    implementation = _Option()
+    rule = Option()
+    refresh_interval = Option()
+    representative = Option()
+    skeleton = Option()
+    max_path_ratio = Option()
+    free_start = Option()
+    state_powers = Option()
+    implementation = Option()
 
     def __init__(
         self,
@@ -129,20 +113,26 @@ class EquivalentClassOptimizer(Optimizer):
         state_powers: Mapping[str, int] | None = None,
         implementation: Implementation = "auto",
     ) -> None:
-        options = Options(
-            rule, refresh_interval, representative, skeleton, max_path_ratio, free_start, state_powers, implementation
+        options = Options.of(
+            type(self),
+            rule=rule,
+            refresh_interval=refresh_interval,
+            representative=representative,
+            skeleton=skeleton,
+            max_path_ratio=max_path_ratio,
+            free_start=free_start,
+            state_powers=state_powers,
+            implementation=implementation,
         )
+        check_wrapped(optimizer, group)
         check_base(optimizer)
         # Wrappers of Fabric and Lightning copy the attributes of this object, so what changes is in the session.
         self._session = Session(optimizer, options, find_by_module_calls if group is None else group)
-        self.__setstate__({})  # in place of super().__init__, which would make parameter groups: sets up hooks
-        for hooks in HOOKS:
-            setattr(self, hooks, getattr(optimizer, hooks))  # hooks are to see weights, not coordinates
-            setattr(optimizer, hooks, OrderedDict())
+        self.__setstate__({})  # in place of super().__init__, which would make parameter groups
 
     # The step ---------------------------------------------------------------------------------------------------------
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, *args: Any, **kwargs: Any) -> Any:
         """Take one step of the base optimizer in the equivalent-class space.
 
         1. *Gradients*: the closure, if there is one, computes g = dL/dw.
@@ -158,36 +148,40 @@ class EquivalentClassOptimizer(Optimizer):
         own ``step`` runs. See :mod:`lightning_ecopt.optim.stepper`.
 
         Args:
-            closure: computes the gradients and returns the loss, as for every torch optimizer; it runs once, before
-                anything moves.
+            *args: what the base's own ``step`` takes. The first, or ``closure``, may be a closure, which computes the
+                gradients and returns the loss; it runs once, before anything moves.
+            **kwargs: likewise. A step with more than a closure is not fused.
 
         Returns:
-            The loss of the closure; ``None`` without one.
+            What the base's own ``step`` returns, or else the loss of the closure; ``None`` without one.
 
         Raises:
+            RuntimeError: if the base calls its closure at other weights in the middle of a step; then nothing has
+                changed.
             RuntimeError: if the network has not been traced by now, or parameters are on several devices or have no
                 values.
             ValueError: if the group that is found at this step does not fit the optimizer.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
         session = self._session
-        with torch.no_grad():
-            if session.only_makes_state() or not session.find_network():
-                session.name_missing()
-                session.base.step()
-                return loss
-            session.expect_unused()
-            stage = self._refreshed()
-            session.steps_since_refresh += 1
-            if not isinstance(stage, Running) or all(p.grad is None for p in trainable_parameters(session.base)):
-                session.base.step()
-                return loss
-            w, g = session.weights(stage.network), session.gradients(stage.network)
-            stage.stepper.take(w, g, lambda: session.entries_if_averaged(stage.network))  # phases 3 to 5
-        return loss
+        call = StepCall(session.base, args, kwargs, compare=not session.closure_comes_first)
+        call.run_closure()
+        with torch.no_grad(), undone_if_refused(session, call):
+            result = self._take_step(call)
+        return call.loss if result is None else result
+
+    def _take_step(self, call: StepCall) -> Any:
+        """Phases 2 to 5; returns what the base's own ``step`` has returned, if it was called."""
+        session = self._session
+        if session.only_makes_state() or not session.find_network():
+            session.name_missing()
+            return call.step()
+        session.expect_unused()
+        stage = self._refreshed()
+        session.steps_since_refresh += 1
+        if not isinstance(stage, Running) or all(p.grad is None for p in trainable_parameters(session.base)):
+            return call.step()
+        w, g = session.weights(stage.network), session.gradients(stage.network)
+        return stage.stepper.take(w, g, lambda: session.entries_if_averaged(stage.network), call)
 
     def _refreshed(self) -> Idle | Running:
         """The stage in which the next step is taken, after a refresh if one is due."""
@@ -240,6 +234,7 @@ class EquivalentClassOptimizer(Optimizer):
         Raises:
             ValueError: if the group does not belong to the optimizer's parameters.
         """
+        check_source(group, "optimizer.bind(...)")
         self._session.bind(group)
 
     def follow_epochs(self, epoch: Callable[[], int | None]) -> None:
@@ -347,15 +342,15 @@ class EquivalentClassOptimizer(Optimizer):
     @property
     def defaults(self) -> dict[str, Any]:
         """The default options of the base optimizer."""
-        return self._session.base.defaults
+        return getattr(self._session.base, "defaults", {})  # which some wrappers lack
 
     @defaults.setter
     def defaults(self, defaults: dict[str, Any]) -> None:
         self._session.base.defaults = defaults
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Set gradients to ``None``, or to zero, as the base optimizer does."""
-        self._session.base.zero_grad(set_to_none)
+    def zero_grad(self, *args: Any, **kwargs: Any) -> None:
+        """Set gradients to ``None``, or to zero with ``set_to_none=False``, as the base optimizer does."""
+        self._session.base.zero_grad(*args, **kwargs)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group to the base optimizer, and look for the freedoms that the new parameters bring."""
@@ -386,8 +381,14 @@ class EquivalentClassOptimizer(Optimizer):
 
         return call
 
-    def __getstate__(self) -> dict[str, Any]:
-        return dict(self.__dict__)
+    def __getstate__(self) -> dict[str, Any]:  # as in torch, neither hooks nor what a scheduler has put at `step`
+        return {"_session": self._session}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        base = vars(self._session.base)
+        vars(self).update({hooks: base.get(hooks, OrderedDict()) for hooks in HOOKS})
+        super().__setstate__({})
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._session.base!r}, {self._session.group!r})"
@@ -399,28 +400,34 @@ def check_base(optimizer: Optimizer) -> None:
     Raises:
         TypeError: with what to do instead.
     """
-    if isinstance(optimizer, EquivalentClassOptimizer):
+    if not hasattr(optimizer, "param_groups"):
         raise TypeError(
-            "The optimizer is an EquivalentClassOptimizer already: wrap it once, either in configure_optimizers "
-            "(ec_sgd) or with the callback."
+            f"{type(optimizer).__name__} has no param_groups, so that nobody knows what it trains: use the optimizer "
+            "that it runs, or train without the equivalent-class space."
         )
-    if isinstance(optimizer, LBFGS):
+    for one in optimizers_in(optimizer):
+        if isinstance(one, EquivalentClassOptimizer):
+            what = "The optimizer is" if one is optimizer else f"{type(optimizer).__name__} runs"
+            raise TypeError(
+                f"{what} an EquivalentClassOptimizer already: wrap it once, either in configure_optimizers (ec_sgd) or "
+                "with the callback."
+            )
+        if isinstance(one, LBFGS):
+            raise TypeError(
+                "LBFGS computes gradients several times in a step, at weights of its own: use another optimizer, or "
+                "train without the equivalent-class space."
+            )
+        if getattr(one, "defaults", {}).get("differentiable"):
+            raise TypeError(
+                "A step in the equivalent-class space is not differentiable: leave out differentiable=True, or train "
+                "without the equivalent-class space."
+            )
+    if any(isinstance(p, UninitializedParameter) for options in optimizer.param_groups for p in options["params"]):
         raise TypeError(
-            "LBFGS computes gradients several times in a step, at weights of its own: use another optimizer, or train "
-            "without the equivalent-class space."
+            "Some parameters have no shape yet, as their modules are lazy: neither EquivalentClassOptimizer nor the "
+            "EquivalentClassOptimization callback can trace them. Call the model once with a batch before the "
+            "optimizer is made, and before fit."
         )
-    if optimizer.defaults.get("differentiable"):
-        raise TypeError(
-            "A step in the equivalent-class space is not differentiable: leave out differentiable=True, or train "
-            "without the equivalent-class space."
-        )
-    for options in optimizer.param_groups:
-        for p in options["params"]:
-            if (type(p.data) is not Tensor and not is_sharded(p)) or not p.dtype.is_floating_point:
-                raise TypeError(
-                    f"EquivalentClassOptimizer needs real parameters, plain or sharded by fully_shard, got "
-                    f"{type(p.data).__name__} of {p.dtype}: quantised and complex ones are not supported."
-                )
 
 
 def _or_else(changed: Any, state: Any) -> Any:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, TypedDict, get_args
+from numbers import Integral, Number, Real
+from typing import Any, Literal, TypedDict, TypeGuard, get_args
 
 from lightning_ecopt.common.tensors import listing
 from lightning_ecopt.kernels import Implementation
@@ -57,32 +58,63 @@ class Options:
     state_powers: Mapping[str, int] | None = None
     implementation: Implementation = "auto"
 
+    @classmethod
+    def of(cls, owner: type, **options: Any) -> Options:
+        """The options of a class, which an error names.
+
+        Raises:
+            ValueError: as from the constructor: ``ECSGD: rule must be ...``.
+        """
+        try:
+            return cls(**options)
+        except ValueError as error:
+            raise ValueError(f"{owner.__name__}: {error}") from None
+
     def __post_init__(self) -> None:
         implementations = get_args(Implementation)
         if self.implementation not in implementations:
-            raise ValueError(f"implementation must be one of {listing(implementations)}, got {self.implementation!r}")
+            raise ValueError(
+                f"implementation must be one of {listing(implementations)}, got {shown(self.implementation)}"
+            )
         for name, kind in (("rule", RuleName), ("skeleton", SkeletonChoice), ("representative", Representative)):
             if getattr(self, name) not in get_args(kind):
                 allowed = " or ".join(map(repr, get_args(kind)))
-                raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
+                raise ValueError(f"{name} must be {allowed}, got {shown(getattr(self, name))}")
         ratio, interval, start = self.max_path_ratio, self.refresh_interval, self.free_start
-        if ratio is not None and not (math.isfinite(ratio) and ratio > 1):
-            raise ValueError(f"max_path_ratio must be a finite number greater than 1, or None, got {ratio!r}")
-        is_count = isinstance(interval, int) and not isinstance(interval, bool) and interval > 0
-        if not (is_count or interval is None or interval == "epoch"):
-            raise ValueError(f"refresh_interval must be 'epoch', a positive number of steps, or None, got {interval!r}")
-        if not (math.isfinite(start) and start > 0):
-            raise ValueError(f"free_start must be a finite number greater than 0, got {start!r}")
+        if ratio is not None and not (_is_finite(ratio) and ratio > 1):
+            raise ValueError(f"max_path_ratio must be a finite number greater than 1, or None, got {shown(ratio)}")
+        if not _is_interval(interval):
+            raise ValueError(
+                f"refresh_interval must be 'epoch', a positive number of steps, or None, got {shown(interval)}"
+            )
+        if not (_is_finite(start) and start > 0):
+            raise ValueError(f"free_start must be a finite number greater than 0, got {shown(start)}")
+        if not isinstance(self.state_powers or {}, Mapping):
+            raise ValueError(f"state_powers must be a mapping, got {shown(self.state_powers)}")
         # A copy, so that nothing gets in unchecked when the user changes his.
         object.__setattr__(self, "state_powers", dict(self.state_powers or {}))
         for entry, power in self.degrees.items():
             if not _is_whole(power) or not -2 <= power <= 2:
-                raise ValueError(f"state_powers must be whole numbers from -2 to 2, got {power!r} for {entry!r}")
+                raise ValueError(f"state_powers must be whole numbers from -2 to 2, got {shown(power)} for {entry!r}")
 
     @property
     def degrees(self) -> Mapping[str, int]:
         """``state_powers``, empty if there are none: the degrees of :mod:`lightning_ecopt.steps.state` by entry."""
         return self.state_powers or {}
+
+
+class Option:
+    """An option as an attribute of an optimizer: a field of ``session.options``, as wrappers share the session."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, optimizer: Any, owner: type) -> Any:
+        return self if optimizer is None else getattr(optimizer._session.options, self._name)
+
+    def __set__(self, optimizer: Any, value: Any) -> None:
+        session = optimizer._session
+        session.options = Options.of(type(optimizer), **{**vars(session.options), self._name: value})
 
 
 class OptionArguments(TypedDict, total=False):
@@ -98,5 +130,20 @@ class OptionArguments(TypedDict, total=False):
     implementation: Implementation
 
 
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _is_interval(value: object) -> bool:
+    return value is None or value == "epoch" or (_is_whole(value) and value >= 1)
+
+
+def shown(value: object) -> str:
+    """A value in a message: itself, if it is a number or a word, else its class."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    return repr(value) if isinstance(value, Number | str | None) else type(value).__name__
+
+
+def _is_whole(value: object) -> TypeGuard[int]:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, Real) and math.isfinite(value)

@@ -12,7 +12,6 @@ used.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from operator import is_
@@ -24,8 +23,10 @@ from torch.optim import SGD, Optimizer
 
 from lightning_ecopt.common.sharding import Ranks, local
 from lightning_ecopt.common.tensors import listing
+from lightning_ecopt.common.warn import warn
 from lightning_ecopt.optim.bases import LINEAR, momentum_to_mean
 from lightning_ecopt.optim.binding import NO_FREEDOMS, Binding, Network, Source, parameters_of, trainable_parameters
+from lightning_ecopt.optim.calls import states_in
 from lightning_ecopt.optim.options import Options
 from lightning_ecopt.optim.stepper import Stepper
 from lightning_ecopt.steps import RULES
@@ -135,6 +136,7 @@ class Session:
         trained: the parameters that required a gradient at the last look.
         epoch: returns the number of the current epoch, if somebody knows it.
         last_epoch: of the last step.
+        closure_comes_first: whether the base is known to call its closure before it moves anything.
     """
 
     def __init__(self, base: Optimizer, options: Options, source: Source) -> None:
@@ -149,6 +151,7 @@ class Session:
         self.epoch: Callable[[], int | None] = _no_epoch
         self.last_epoch: int | None = None
         self._version = 0  # of the deferred group at the last look
+        self.closure_comes_first = type(base).__module__.startswith("torch.optim.")
         self.binding = Binding(base, source)
         self.find_network()
 
@@ -258,7 +261,7 @@ class Session:
     def _warn_once(self, message: str) -> None:
         if message not in self._named:
             self._named.add(message)
-            warnings.warn(message, stacklevel=2)
+            warn(message)
 
     # Weights, gradients and state, by parameter name
 
@@ -273,7 +276,13 @@ class Session:
 
     def entries(self, network: Network) -> dict[str, StateEntry]:
         """The entries of the base's state that have one number for each weight."""
-        entries, unknown = entries_of(self.base.state, network.group.parameters, self.options.degrees)
+        entries: dict[str, StateEntry] = {}
+        unknown: set[str] = set()
+        for number, state in enumerate(states_in(self.base)):
+            found, nameless = entries_of(state, network.group.parameters, self.options.degrees)
+            # Two optimizers, one within the other, may use one name.
+            entries |= {name if name not in entries else f"{name} {number}": entry for name, entry in found.items()}
+            unknown |= nameless
         if unknown - self._named:
             self._named |= unknown
             self._warn_once(
@@ -375,7 +384,11 @@ class Session:
 
     def entries_if_averaged(self, network: Network) -> StateEntries:
         """The base's state if some of it averages weights, as in few optimizers; else nothing, which costs nothing."""
-        return self.entries(network) if has_weight_averages(self.base.state, self.options.degrees) else {}
+        return (
+            self.entries(network)
+            if any(has_weight_averages(of, self.options.degrees) for of in states_in(self.base))
+            else {}
+        )
 
     # What is told
 
@@ -400,7 +413,7 @@ class Session:
     def only_makes_state(self) -> bool:
         """Whether ``torch.distributed.checkpoint`` makes the base's state, by a step with lr and gradients of zero."""
         groups = self.base.param_groups
-        if self.base.state or any(options.get("lr") != 0 for options in groups):
+        if any(states_in(self.base)) or any(options.get("lr") != 0 for options in groups):
             return False
         own = {str(k): p for k, p in enumerate(p for options in groups for p in options["params"])}
         moves = [local(p.grad).any() for p in own.values() if p.grad is not None]

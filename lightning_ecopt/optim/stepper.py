@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from lightning_ecopt.common.signals import uninterrupted
 from lightning_ecopt.common.tensors import Tensors, to_device, updates_by_difference
 from lightning_ecopt.kernels import Coefficient, EagerKernels
 from lightning_ecopt.optim.bases import BASES, Base, Value, momentum_to_mean
+from lightning_ecopt.optim.calls import StepCall
 from lightning_ecopt.steps.rule import Reparametrization, Rule
 from lightning_ecopt.steps.state import StateEntries
 
@@ -34,37 +36,42 @@ class Stepper:
     ) -> None:
         self._rule = rule
         self._fused = FusedStep(base, rule, parameters, may_fuse)
-        self._wrapped = WrappedStep(base, rule, parameters)
+        self._wrapped = WrappedStep(rule, parameters)
 
-    def take(self, weights: Tensors, gradients: Tensors, entries: Callable[[], StateEntries]) -> None:
+    def take(self, weights: Tensors, gradients: Tensors, entries: Callable[[], StateEntries], call: StepCall) -> Any:
         """Take one step: w and g to coordinates, the base's step, and back to weights.
 
         Args:
             weights: of the scaling group, by parameter name.
             gradients: by parameter name; parameters without a dense gradient are missing.
             entries: returns the base's state if some of it averages weights, else nothing; a first step makes some.
+            call: the call of the base's own ``step``, if that is to be called.
+
+        Returns:
+            What the base's own ``step`` has returned; ``None`` if the step was fused.
         """
         here = self._rule.reparametrization(weights, gradients, self._fused.to_mean)
-        fusible = self._fused.entries(gradients)
+        fusible = None if call.has_more else self._fused.entries(gradients)
+        result = None
         with uninterrupted():
             if fusible is None:
-                self._wrapped.take(here, weights, gradients, entries)
+                result = self._wrapped.take(here, weights, gradients, entries, call)
             else:
                 self._fused.take(here, weights, gradients, fusible)
             self._rule.commit()
+        return result
 
 
 class WrappedStep:
     """Steps by the base optimizer's own ``step``, with weights and gradients moved to coordinates meanwhile.
 
     Args:
-        base: the optimizer.
         rule: says where the base takes its steps.
         parameters: of the scaling group, by name.
     """
 
-    def __init__(self, base: Optimizer, rule: Rule, parameters: Mapping[str, nn.Parameter]) -> None:
-        self._base, self._rule, self._parameters = base, rule, parameters
+    def __init__(self, rule: Rule, parameters: Mapping[str, nn.Parameter]) -> None:
+        self._rule, self._parameters = rule, parameters
 
     def take(
         self,
@@ -72,7 +79,8 @@ class WrappedStep:
         weights: Tensors,
         gradients: Tensors,
         entries: Callable[[], StateEntries],
-    ) -> None:
+        call: StepCall,
+    ) -> Any:
         """Take one step in the coordinates ``here``; the other arguments are those of :meth:`Stepper.take`."""
         # Also if the step fails, no weight and no gradient may stay in coordinates.
         with self._writable(gradients) as shown, ExitStack() as ways_back:
@@ -88,7 +96,7 @@ class WrappedStep:
                 finally:
                     to_weights_(moved)
 
-            self._base.step()
+            return call.step(in_coordinates=True)
 
     @contextmanager
     def _writable(self, gradients: Tensors) -> Iterator[Tensors]:

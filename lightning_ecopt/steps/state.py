@@ -37,7 +37,9 @@ DEGREES = {
     "momentum": 1,
     "hessian": 2,
     "z": -1,  # schedule-free optimizers
-    "slow_buffer": -1,  # Lookahead
+    "slow_buffer": -1,  # Lookahead, by two names
+    "slow_params": -1,
+    "slow_momentum": 1,
 }
 WEIGHT_AVERAGE = -1
 #: Entries that never are zero, so that a restart leaves them as they are.
@@ -79,6 +81,8 @@ def entries_of(
     unknown = set()
     for name, p in parameters.items():
         entries = state.get(p, {})
+        if not isinstance(entries, Mapping):  # someone else's state, of which nothing is known
+            continue
         if "step" in entries and float(entries["step"]) == 0:  # no gradient was seen; Adagrad starts at an option
             continue
         for entry, value in entries.items():
@@ -100,7 +104,7 @@ def weight_averages(entries: StateEntries) -> list[Mapping[str, Tensor]]:
 
 def has_weight_averages(state: Mapping[Tensor, Mapping[str, Any]], degrees: Mapping[str, int]) -> bool:
     """Whether the state averages weights, judged by the first parameter that has state."""
-    entries = next((entries for entries in state.values() if entries), {})
+    entries = next((entries for entries in state.values() if entries and isinstance(entries, Mapping)), {})
     return any(degrees.get(entry, DEGREES.get(entry)) == WEIGHT_AVERAGE for entry in entries)
 
 

@@ -15,6 +15,7 @@ import copy
 import inspect
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import wraps
 from typing import Any, cast
 
 import torch
@@ -23,11 +24,11 @@ from torch._guards import detect_fake_mode
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_ecopt.common.nested import tensors_in
-from lightning_ecopt.common.sharding import gathering_modules, is_sharded
+from lightning_ecopt.common.sharding import can_be_rescaled, gathering_modules, is_sharded
 from lightning_ecopt.symmetry.equations import Equations
 from lightning_ecopt.symmetry.group import ScalingGroup
 from lightning_ecopt.symmetry.isolation import is_traced_by, wait_for_calls
-from lightning_ecopt.symmetry.trace import can_be_rescaled, select_parameters
+from lightning_ecopt.symmetry.trace import select_parameters
 from lightning_ecopt.symmetry.trace_mode import TraceMode
 from lightning_ecopt.symmetry.traced_calls import Gather, GroupFromCalls, ended, gather_if_different
 
@@ -170,6 +171,16 @@ class _WatchedMethod:
     @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(self._method)
+
+    @property
+    def __func__(self) -> Callable[..., Any]:  # accelerate wraps the function of a method, and binds it to the module
+        function = self._method.__func__  # type: ignore[attr-defined]
+
+        @wraps(function)
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return self(*args, **kwargs) if module is self.pending.module else function(module, *args, **kwargs)
+
+        return call
 
     def __getattr__(self, name: str) -> Any:
         if name == "_method":  # of a copy that is being made

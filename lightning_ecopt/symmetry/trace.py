@@ -6,7 +6,6 @@ arithmetic. Where that is impossible, as for control flow that depends on values
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,11 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map_only
 
 from lightning_ecopt.common.nested import tensors_in
-from lightning_ecopt.common.sharding import Ranks, gathering_modules, is_sharded, release, stop_gathering_
+from lightning_ecopt.common.sharding import (
+    Ranks,
+    can_be_rescaled,
+    gathering_modules,
+    is_sharded,
+    release,
+    stop_gathering_,
+)
+from lightning_ecopt.common.warn import warn
 from lightning_ecopt.symmetry.equations import Equations
 from lightning_ecopt.symmetry.group import ScalingGroup
 from lightning_ecopt.symmetry.isolation import attributes_kept, fake_tensors, inputs_kept, values_kept
@@ -53,6 +59,7 @@ def scaling_group(
         The group; ``group.num_units`` is the number of freedoms.
 
     Raises:
+        TypeError: if ``module`` is none.
         ValueError: if one of ``parameters`` is not a parameter of ``module``, or is sharded in a way that is not
             supported, or a sharded module cannot be called with fake tensors.
         Exception: whatever the module raises when it is called.
@@ -63,6 +70,11 @@ def scaling_group(
         group = scaling_group(model, torch.randn(1, 4))
         assert group.num_units == 8
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            "scaling_group takes the module first, then the inputs of its call, but got "
+            f"{type(module).__name__}: scaling_group(model, inputs)."
+        )
     given = None if parameters is None else list(parameters)
     chosen = select_parameters(module, given)
     foreign = {id(p) for p in given or ()} - {id(p) for p in module.parameters()}
@@ -95,13 +107,6 @@ def select_parameters(module: nn.Module, parameters: Iterable[Tensor] | None = N
     }
     Ranks(own)  # raises if they are sharded in a way that is not supported
     return own
-
-
-def can_be_rescaled(parameter: Tensor) -> bool:
-    """Whether the values of a parameter are real numbers that can be multiplied: no complex or quantised ones."""
-    if is_lazy(parameter):
-        return False
-    return parameter.dtype.is_floating_point and (type(parameter.data) is Tensor or is_sharded(parameter))
 
 
 def solved(
@@ -153,9 +158,7 @@ def trace(module: nn.Module, parameters: Mapping[str, nn.Parameter], /, *args: A
     except Exception as error:
         with values_kept(module), inputs_kept((args, kwargs)):
             module(*args, **kwargs)  # raises what the module raises by itself
-        warnings.warn(
-            f"{type(module).__name__} cannot be watched, so that all of it is held fixed: {error!r}", stacklevel=2
-        )
+        warn(f"{type(module).__name__} cannot be watched, so that all of it is held fixed: {error!r}")
         return all_fixed(module, parameters)
 
 

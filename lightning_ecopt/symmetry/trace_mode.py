@@ -14,7 +14,6 @@ detached copy or the result of an in-place operation is found again whatever obj
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from math import prod
@@ -28,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_ecopt.common.nested import tensors_in
+from lightning_ecopt.common.warn import warn
 from lightning_ecopt.symmetry.aten import base_name, named_arguments, written_to
 from lightning_ecopt.symmetry.constants import Constants
 from lightning_ecopt.symmetry.equations import Equations, Operation
@@ -151,7 +151,7 @@ class TraceMode(TorchDispatchMode):
         if not self.has_failed:
             self.has_failed = True
             name = self.equations.operation.name
-            warnings.warn(f"{name} cannot be watched, so all parameters are held fixed: {error!r}", stacklevel=2)
+            warn(f"{name} cannot be watched, so all parameters are held fixed: {error!r}")
 
     def _read(self, tensor: Tensor) -> Value:
         """The label of an input. If no operation was seen that made it, all that it was made of is held fixed."""
@@ -184,7 +184,7 @@ class TraceMode(TorchDispatchMode):
             self._write(labels if isinstance(labels, list | tuple) else [labels], func, call)
         except Exception as error:  # a form of the operation that the rule does not know must not stop training
             name = self.equations.operation.name
-            warnings.warn(f"The rule for {name} failed, so what it touches is held fixed: {error!r}", stacklevel=3)
+            warn(f"The rule for {name} failed, so what it touches is held fixed: {error!r}")
             return False
         return True
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_ecopt.common.warn import warn
 from lightning_ecopt.symmetry.deferred import DeferredGroup
 from lightning_ecopt.symmetry.equations import Equations
 from lightning_ecopt.symmetry.group import ScalingGroup
@@ -94,7 +94,7 @@ class GroupFromCalls(DeferredGroup):
             try:
                 self._groups[names] = solved(self.parameters, equations, names, self._gathering())
             except Exception as error:  # a fault of ours must not stop training
-                warnings.warn(f"The freedoms cannot be solved for, so that all is held fixed: {error!r}", stacklevel=2)
+                warn(f"The freedoms cannot be solved for, so that all is held fixed: {error!r}")
                 fixed = all_fixed(nn.Module(), self.parameters)
                 self._groups[names] = solved(self.parameters, fixed, names, self._gathering())
         return self._groups[names]
@@ -133,9 +133,7 @@ def ended(mode: TraceMode, module: nn.Module, output: Any, name: str) -> Equatio
     try:
         hold_results_fixed(mode, module, output, name)
     except Exception as error:  # a fault of ours must not stop training
-        warnings.warn(
-            f"What {type(module).__name__} returns cannot be read, so that all is held fixed: {error!r}", stacklevel=2
-        )
+        warn(f"What {type(module).__name__} returns cannot be read, so that all is held fixed: {error!r}")
         mode.hold_all_fixed(name)
     return mode.equations
 

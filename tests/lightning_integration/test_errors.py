@@ -288,7 +288,7 @@ def test_an_example_that_does_not_fit_shows_the_modules_own_error() -> None:
     ],
 )
 def test_options_out_of_range_are_refused_by_name(option: str, value: Any) -> None:
-    match = f"^{option}(_interval)? must be .*got {value!r}"
+    match = rf"^\w+: {option}(_interval)? must be .*got {value!r}"
     with pytest.raises(ValueError, match=match):
         quiet(**{option: value})
     option = {"refresh": "refresh_interval"}.get(option, option)

@@ -22,6 +22,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from lightning_ecopt import ECSGD, scaling_group
+from lightning_ecopt.common.shared import Shared
 from lightning_ecopt.symmetry import GroupFromModuleCalls, GroupFromNextCall, KnownGroup, isolation
 from tests.networks import mlp
 from tests.selection import few
@@ -564,7 +565,7 @@ def test_a_collection_while_a_switch_is_made_does_not_block() -> None:
     def make() -> Change:
         return Change()
 
-    shared = isolation.Shared(make)
+    shared = Shared(make)
     shared.enter()
     with shared._lock:  # as in a collection while the lock is held
         shared.leave()
@@ -578,7 +579,7 @@ def test_a_change_that_fails_counts_no_user() -> None:
     def fail() -> Any:
         raise KeyboardInterrupt
 
-    shared = isolation.Shared(fail)
+    shared = Shared(fail)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             shared.enter()
