@@ -273,7 +273,7 @@ def test_a_schedule_that_is_found_by_itself_trains(tmp_path: Path) -> None:
     saved = library.FTSCheckpoint(dirpath=tmp_path, monitor="badness", save_top_k=1)
     module.goodness = [1.0, 2.0] * 20
     fitting = trainer(
-        *module.callbacks(), phases, stops, saved, enable_checkpointing=True, max_epochs=20, num_sanity_val_steps=0
+        phases, stops, saved, *module.callbacks(), enable_checkpointing=True, max_epochs=20, num_sanity_val_steps=0
     )
     start = weights(module)
     before = float(F.cross_entropy(module(digits()[0]), digits()[1]))
