@@ -105,8 +105,17 @@ def select_parameters(module: nn.Module, parameters: Iterable[Tensor] | None = N
         for name, parameter in module.named_parameters()
         if can_be_rescaled(parameter) and (wanted is None or id(parameter) in wanted)
     }
-    Ranks(own)  # raises if they are sharded in a way that is not supported
-    return own
+    # Raises if they are sharded in a way that is not supported; those are to be frozen.
+    Ranks({name: parameter for name, parameter in own.items() if parameter.requires_grad})
+    return {name: parameter for name, parameter in own.items() if parameter.requires_grad or _is_supported(parameter)}
+
+
+def _is_supported(parameter: Tensor) -> bool:
+    try:
+        Ranks({"parameter": parameter})
+    except ValueError:
+        return False
+    return True
 
 
 def solved(

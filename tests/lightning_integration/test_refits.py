@@ -151,7 +151,7 @@ def test_options_that_an_optimizer_has_of_its_own_are_named() -> None:
     with pytest.warns(UserWarning, match=r"refresh_interval, max_path_ratio not used.*returns an ECSGD"):
         fit(module, callback)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.filterwarnings("error", message="EquivalentClassOptimization")
         fit(Classifier(mlp(), lambda m: ECSGD(m.parameters(), lr=0.1, rule="path")), quiet())
 
 

@@ -200,7 +200,7 @@ def test_a_group_is_added_in_every_form_that_the_base_takes(kind: str, rule: str
 
 
 @RULES
-def test_units_are_found_again_at_a_refresh_when_parameters_of_the_optimizer_thaw(rule: str) -> None:
+def test_units_are_found_again_when_parameters_of_the_optimizer_thaw(rule: str) -> None:
     module, x, y = problem(BASES["adam"])
     module[0].requires_grad_(False)
     asked: list[int] = []
@@ -213,13 +213,11 @@ def test_units_are_found_again_at_a_refresh_when_parameters_of_the_optimizer_tha
         BASES["adam"].make(list(module.parameters())), find, rule=rule, refresh_interval=3
     )
     train(module, optimizer, x, y, range(4))
-    assert asked == [4]
+    assert asked == [6]
     assert optimizer.group.num_units == 5
     module[0].requires_grad_(True)
-    train(module, optimizer, x, y, range(4, 6))
-    assert optimizer.group.num_units == 5
-    train(module, optimizer, x, y, range(6, 8))
-    assert asked == [4, 6]
+    train(module, optimizer, x, y, range(4, 5))
+    assert asked == [6, 6]
     assert optimizer.group.num_units == 11
 
 

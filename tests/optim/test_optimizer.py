@@ -307,24 +307,6 @@ def test_a_base_optimizer_that_cannot_be_run_elsewhere_is_an_error(base: Any, me
         EquivalentClassOptimizer(base(module.parameters()), scaling_group(module, x))
 
 
-class Sharded(Tensor):
-    """Stands for any subclass of a tensor that means more than its values."""
-
-
-def test_parameters_that_are_not_plain_and_real_are_errors() -> None:
-    module, x, _ = problem(4, 6, 3)
-    group = scaling_group(module, x)
-    with pytest.raises(
-        TypeError, match=r"needs real parameters, plain or sharded by fully_shard, got Tensor of torch.complex128"
-    ):
-        EquivalentClassOptimizer(SGD([nn.Parameter(torch.zeros(2, dtype=torch.complex128))], lr=0.1), group)
-    sharded = nn.Parameter(torch.zeros(2).as_subclass(Sharded))
-    with pytest.raises(
-        TypeError, match=r"needs real parameters, plain or sharded by fully_shard, got Sharded of torch.float32"
-    ):
-        EquivalentClassOptimizer(SGD([sharded], lr=0.1), group)
-
-
 def test_a_group_that_knows_none_of_the_parameters_is_an_error() -> None:
     module, x, _ = problem(4, 6, 3)
     other = copy.deepcopy(module)

@@ -53,7 +53,7 @@ LOOKS: dict[str, Callable[[Any], Any]] = {
     "is a method": inspect.ismethod,
     "source": inspect.getsource,
     "owner": lambda method: method.__self__,
-    "function": lambda method: method.__func__,
+    "function": lambda method: inspect.unwrap(method.__func__),
     "code": lambda method: method.__code__,
     "name": lambda method: (method.__name__, method.__qualname__, method.__module__, method.__doc__),
 }
