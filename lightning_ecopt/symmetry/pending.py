@@ -101,7 +101,7 @@ class GroupFromNextCall(GroupFromCalls):
 
     def look_again(self) -> None:
         """Replace the method until its next call."""
-        if self._waits or not self._can_watch:
+        if self._waits or self.is_final or not self._can_watch:
             return
         self._waits = True
         self._method, self._own = getattr(self.module, self.method), vars(self.module).get(self.method)
@@ -290,10 +290,15 @@ class GroupFromModuleCalls(GroupFromCalls):
             self.cancel()
         return group
 
+    def forget(self) -> None:
+        """Drop the equations, and what took them down."""
+        super().forget()
+        self._mode = None
+
     def look_again(self) -> None:
         """Wait for calls."""
         self._count = 0
-        if self._stop_waiting is None:
+        if self._stop_waiting is None and not self.is_final:
             self._stop_waiting = wait_for_calls(self, self._own.values())
 
     def cancel(self) -> None:

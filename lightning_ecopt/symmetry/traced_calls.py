@@ -39,6 +39,7 @@ class GroupFromCalls(DeferredGroup):
         self._trained: frozenset[str] = frozenset()  # names of what has been trained at any time
         self._groups: dict[frozenset[str], ScalingGroup] = {}  # from the calls so far, by the names of the trained
         self._settled: ScalingGroup | None = None
+        self.is_final = False  # whether all parameters are trained and seen, so that the group stays what it is
         self.has_ranks = False  # whether others train together with this process
         self._version = 0
 
@@ -82,6 +83,8 @@ class GroupFromCalls(DeferredGroup):
     @property
     def group(self) -> ScalingGroup | None:
         """The group as far as calls have been traced; ``None`` before the first, and during one."""
+        if self.is_final:
+            return self._settled
         equations = self.equations()
         if equations is None:
             return None
@@ -111,16 +114,25 @@ class GroupFromCalls(DeferredGroup):
             del self._groups[self._trained]
             group = self._solved(self._trained, self._joined(parts))
         self._settled = group
+        if not group.unseen and self._trained >= self.parameters.keys():
+            self.is_final = True
+            self.forget()
         return group
+
+    def forget(self) -> None:
+        """Drop the equations, of which nobody can ask anything more: about one per cent of the size of the weights."""
+        self._calls = []
 
     def take_back(self, names: Collection[str]) -> ScalingGroup | None:
         """The group as it was when these parameters, and no others, had been trained."""
-        equations = self.equations()
-        if equations is None or not self.parameters.keys() >= set(names):
+        wanted, equations = frozenset(names), self.equations()
+        if self.is_final and wanted in self._groups:
+            return self._groups[wanted]
+        if self.is_final or equations is None or not self.parameters.keys() >= wanted:
             return None
-        self._trained = frozenset(names)
+        self._trained = wanted
         self._version += 1
-        self._settled = self._solved(self._trained, equations)
+        self._settled = self._solved(wanted, equations)
         return self._settled
 
     def covers(self, parameters: Iterable[Tensor]) -> bool:
