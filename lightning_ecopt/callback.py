@@ -79,7 +79,8 @@ class EquivalentClassOptimization(Callback):
     Raises:
         ValueError: if an option is out of range.
         MisconfigurationException: at the start of ``fit``, if the strategy shards parameters in a way that is not
-            supported, or an optimizer cannot be wrapped.
+            supported. An optimizer that cannot be run in the equivalent-class space, such as LBFGS, is left as it is,
+            with a warning.
 
     Example::
 
@@ -152,10 +153,8 @@ class EquivalentClassOptimization(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the freedoms and wrap the optimizers."""
-        bases = list(trainer.strategy.optimizers)
+        bases = [base for base in trainer.strategy.optimizers if self._can_run(base)]
         try:
-            for base in bases:
-                check_base(base.optimizer if isinstance(base, EquivalentClassOptimizer) else base)
             self._finder = _Finder(pl_module, bases)
             self._optimizers = [self._equivalent(base, self._finder) for base in bases]
         except (TypeError, ValueError) as error:
@@ -167,8 +166,19 @@ class EquivalentClassOptimization(Callback):
         for optimizer in self._optimizers:
             optimizer.follow_epochs(partial(current_epoch, pl_module))
         if self._optimizers:
-            trainer.strategy.optimizers = list(self._optimizers)
+            ours = {id(base): optimizer for base, optimizer in zip(bases, self._optimizers, strict=True)}
+            trainer.strategy.optimizers = [ours.get(id(base), base) for base in trainer.strategy.optimizers]
         self._report()
+
+    @staticmethod
+    def _can_run(base: Optimizer) -> bool:
+        """Whether an optimizer can be run in the equivalent-class space; warns if it cannot."""
+        try:
+            check_base(base.optimizer if isinstance(base, EquivalentClassOptimizer) else base)
+        except TypeError as error:
+            warn(f"EquivalentClassOptimization leaves {type(base).__name__} as it is. {error}")
+            return False
+        return True
 
     def _equivalent(self, base: Optimizer, finder: _Finder) -> EquivalentClassOptimizer:
         if not isinstance(base, EquivalentClassOptimizer):
@@ -201,7 +211,8 @@ class EquivalentClassOptimization(Callback):
             statistics = optimizer.statistics()
             if statistics is not None:
                 values = {f"{prefix}/{name}": float(value) for name, value in vars(statistics).items()}
-                pl_module.log_dict(values, on_step=True, on_epoch=False)
+                # The batch may be an iterator, whose size Lightning could not tell; for a step it does not matter.
+                pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the module, the optimizers and the order of the callbacks as they were."""

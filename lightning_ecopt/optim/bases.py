@@ -12,12 +12,13 @@ and the state of the base ends as if the three passes had been made.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.optim import ASGD, SGD, Adam, AdamW
+from torch.optim import ASGD, SGD, Adam, AdamW, Optimizer
 
 from lightning_ecopt.kernels import Coefficient
 
@@ -197,6 +198,17 @@ def _adamw_options(options: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _as_they_are(options: dict[str, Value], count: Callable[[], Value]) -> dict[str, Value]:
     return options
+
+
+#: The steps of torch, by class, without what counts and profiles them. Whoever has replaced one wants to be called.
+_STEPS: Mapping[type, Callable[..., Any]] = {kind: inspect.unwrap(kind.step) for kind in (SGD, Adam, AdamW)}
+
+
+def has_own_step(optimizer: Optimizer) -> bool:
+    """Whether an optimizer of torch takes torch's step: nobody has replaced it, for the class or for the instance."""
+    replaced = vars(optimizer).get("step")
+    is_counted = replaced is None or hasattr(replaced, "_wrapped_by_lr_sched")  # schedulers of learning rates count
+    return is_counted and inspect.unwrap(type(optimizer).step) is _STEPS.get(type(optimizer))
 
 
 #: Only these very classes: a subclass may take another step.

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from lightning_ecopt.common.sharding import Ranks, local
+from lightning_ecopt.common.signals import uninterrupted
 from lightning_ecopt.common.tensors import listing
 from lightning_ecopt.common.warn import warn
 from lightning_ecopt.optim.bases import LINEAR, momentum_to_mean
@@ -317,11 +318,12 @@ class Session:
             return
         alive = network.group.alive().cpu()
         active, entries = alive & network.exclusive, self.entries(network)
-        if self.options.representative == "balanced" and bool(active.any()):
-            self._balance(network.group, active, entries)
-        setting = self.setting(network, alive)
-        rule = RULES[self.options.rule].begin(setting, entries, before)
-        self.stage = Idle(network, active) if rule is None else self.running(network, active, rule)
+        with uninterrupted():  # weights and state belong together
+            if self.options.representative == "balanced" and bool(active.any()):
+                self._balance(network.group, active, entries)
+            setting = self.setting(network, alive)
+            rule = RULES[self.options.rule].begin(setting, entries, before)
+            self.stage = Idle(network, active) if rule is None else self.running(network, active, rule)
         self.steps_since_refresh, self.refresh_due = 0, False
 
     def _can_use(self, network: Network) -> bool:

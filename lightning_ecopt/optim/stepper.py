@@ -15,7 +15,7 @@ from lightning_ecopt.common.sharding import local
 from lightning_ecopt.common.signals import uninterrupted
 from lightning_ecopt.common.tensors import Tensors, to_device, updates_by_difference
 from lightning_ecopt.kernels import Coefficient, EagerKernels
-from lightning_ecopt.optim.bases import BASES, Base, Value, momentum_to_mean
+from lightning_ecopt.optim.bases import BASES, Base, Value, has_own_step, momentum_to_mean
 from lightning_ecopt.optim.calls import StepCall
 from lightning_ecopt.steps.rule import Reparametrization, Rule
 from lightning_ecopt.steps.state import StateEntries
@@ -155,13 +155,13 @@ class FusedStep:
     def entries(self, gradients: Tensors) -> list[dict[str, Tensor]] | None:
         """The state that the pass takes, by parameter name; ``None`` if this step has to be wrapped.
 
-        It has to if the base is of another class or has no state yet, for sparse gradients, for gradients of parameters
-        that the scaling group does not know, and for weights of 16 bits.
+        It has to if the base is of another class, takes a step of the user's or has no state yet, for sparse gradients,
+        for gradients of parameters that the scaling group does not know, and for weights of 16 bits.
         """
         groups = self._optimizer.param_groups
         names = None if self._base is None else self._base.entry_names(groups)
         with_gradient = sum(p.grad is not None for options in groups for p in options["params"])
-        if names is None or with_gradient > len(gradients):
+        if names is None or with_gradient > len(gradients) or not has_own_step(self._optimizer):
             return None
         found: list[dict[str, Tensor]] = [{} for _ in names]
         for name, gradient in gradients.items():

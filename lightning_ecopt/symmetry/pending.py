@@ -290,9 +290,9 @@ class GroupFromModuleCalls(GroupFromCalls):
             self.cancel()
         return group
 
-    def forget(self) -> None:
-        """Drop the equations, and what took them down."""
-        super().forget()
+    def pack(self, equations: Equations) -> None:
+        """Keep the equations in little memory, and not what took them down."""
+        super().pack(equations)
         self._mode = None
 
     def look_again(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import zlib
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -36,6 +38,7 @@ class GroupFromCalls(DeferredGroup):
         self.gather = gather
         self._offered = list(offered)
         self._calls = [] if equations is None else [equations]
+        self._packed = b""
         self._trained: frozenset[str] = frozenset()  # names of what has been trained at any time
         self._groups: dict[frozenset[str], ScalingGroup] = {}  # from the calls so far, by the names of the trained
         self._settled: ScalingGroup | None = None
@@ -116,19 +119,20 @@ class GroupFromCalls(DeferredGroup):
         self._settled = group
         if not group.unseen and self._trained >= self.parameters.keys():
             self.is_final = True
-            self.forget()
+            self.pack(equations)
         return group
 
-    def forget(self) -> None:
-        """Drop the equations, of which nobody can ask anything more: about one per cent of the size of the weights."""
-        self._calls = []
+    def pack(self, equations: Equations) -> None:
+        """Keep the equations for an earlier phase alone, in little memory: they take a hundredth of the weights'."""
+        self._calls, self._packed = [], zlib.compress(pickle.dumps(equations), 1)
 
     def take_back(self, names: Collection[str]) -> ScalingGroup | None:
         """The group as it was when these parameters, and no others, had been trained."""
         wanted, equations = frozenset(names), self.equations()
-        if self.is_final and wanted in self._groups:
-            return self._groups[wanted]
-        if self.is_final or equations is None or not self.parameters.keys() >= wanted:
+        if self._packed:
+            equations = pickle.loads(zlib.decompress(self._packed))
+            self._calls, self._packed, self.is_final = [equations], b"", False
+        if equations is None or not self.parameters.keys() >= wanted:
             return None
         self._trained = wanted
         self._version += 1

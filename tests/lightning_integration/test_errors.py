@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import LBFGS, SGD
+from torch.optim import LBFGS
 
 from lightning_ecopt import EquivalentClassOptimizer, ec_sgd, scaling_group
 from tests.lightning_integration.modules import (
@@ -30,7 +30,6 @@ from tests.lightning_integration.modules import (
     quiet,
     same,
     sgd,
-    trainer,
     weights,
 )
 
@@ -148,11 +147,34 @@ def test_a_group_of_another_module_is_refused() -> None:
 
 
 @EXAMPLES
-def test_an_optimizer_that_computes_gradients_by_itself_is_refused(example: Tensor | None) -> None:
-    module = Classifier(mlp(), lambda m: LBFGS(m.parameters()), example)
-    refuses(module, "LBFGS computes gradients several times in a step.*use another optimizer")
-    # Without the callback all is as it was.
-    fit(module)
+def test_an_optimizer_that_computes_gradients_by_itself_is_left_as_it_is(example: Tensor | None) -> None:
+    ours, plain = (Classifier(mlp(), lambda m: LBFGS(m.parameters()), example) for _ in range(2))
+    with pytest.warns(UserWarning, match=r"leaves LBFGS as it is\. LBFGS computes gradients several times"):
+        fit(ours, quiet())
+    fit(plain)
+    assert same(weights(ours), weights(plain))
+
+
+def test_of_two_optimizers_one_may_be_left_as_it_is() -> None:
+    class Two(Classifier):
+        automatic_optimization = False
+
+        def training_step(self, batch: Batch, batch_idx: int) -> None:
+            for optimizer in self.optimizers():
+
+                def closure(optimizer: Any = optimizer) -> Tensor:
+                    optimizer.zero_grad()
+                    loss = F.cross_entropy(self(batch[0]), batch[1])
+                    self.manual_backward(loss)
+                    return loss
+
+                optimizer.step(closure)
+
+    module = Two(mlp(), lambda m: (LBFGS(m.net[4].parameters(), max_iter=2), sgd(m.net[:4])), EXAMPLE)
+    with pytest.warns(UserWarning, match="leaves LBFGS as it is"):
+        run = fit(module, quiet())
+    assert [type(optimizer).__name__ for optimizer in run.optimizers] == ["LBFGS", "EquivalentClassOptimizer"]
+    assert run.optimizers[1].group.num_units == 16  # those between the first two layers
     assert not same(weights(module), weights(mlp()))
 
 
@@ -172,19 +194,6 @@ def test_an_optimizer_is_wrapped_once_only(example: Tensor | None) -> None:
     F.cross_entropy(net(batches()[0][0]), batches()[0][1]).backward()
     once.step()
     assert not same(weights(net), weights(mlp()))
-
-
-def test_an_error_of_one_optimizer_leaves_both_alone() -> None:
-    def configure(module: Classifier) -> Any:
-        return sgd(module.net[:2]), LBFGS(module.net[2:].parameters())
-
-    module = Classifier(mlp(), configure, EXAMPLE)
-    module.automatic_optimization = False
-    run = trainer(quiet())
-    with pytest.raises(MisconfigurationException, match="LBFGS computes gradients several times"):
-        run.fit(module, batches())
-    assert [type(optimizer) for optimizer in run.optimizers] == [SGD, LBFGS]
-    assert same(weights(module), weights(mlp()))
 
 
 # Strategies and loops -------------------------------------------------------------------------------------------------
