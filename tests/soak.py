@@ -47,9 +47,8 @@ MODULES: list[Callable[[Any], Any]] = [
 
 def state() -> dict[str, Any]:
     """What must be the same before and after."""
-    hooks = [
-        value for name, value in vars(module_hooks).items() if name.startswith("_global_") and name.endswith("hooks")
-    ]
+    of_modules = [hooks for name, hooks in vars(module_hooks).items() if name.startswith("_global_")]
+    of_steps = [optimizer_hooks._global_optimizer_pre_hooks, optimizer_hooks._global_optimizer_post_hooks]
     return {
         "dispatch modes": len(_get_current_dispatch_mode_stack()),
         "function modes": len(_get_current_function_mode_stack()),
