@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_ecopt import EquivalentClassOptimization, EquivalentClassOptimizer, scaling_group
 from tests.lightning_integration.ddp_script import APART, APPROXIMATE, FORKED, RESUMED, SPAWNED, Resumed, cases, normed
+from tests.lightning_integration.join_script import COUNTS
 from tests.lightning_integration.modules import EXAMPLE, EXAMPLES, RULES, Classifier, fit, mlp, same, sgd, weights
 from tests.lightning_integration.runs import differences, launch
 from tests.selection import everything, few, full
@@ -207,3 +208,17 @@ def test_two_processes_are_resumed_bit_identical(two: Path, name: str, rank: int
 def test_two_processes_that_are_resumed_end_with_the_same_bits(two: Path, name: str) -> None:
     first, second = results(two, f"resumed, {name}", 2)
     assert differences(first, second) == []
+
+
+# Different numbers of batches -----------------------------------------------------------------------------------------
+
+
+@full
+@RULES
+def test_a_rank_without_batches_lets_the_others_train(tmp_path: Path, rule: str) -> None:
+    launch("join_script", tmp_path, rule)
+    for name, counts in COUNTS.items():
+        first, second = results(tmp_path, name, 2)
+        assert same(first["weights"], second["weights"])
+        assert not same(first["weights"], weights(mlp(0)))
+        assert [rank["units"] for rank in (first, second)] == [32 if count else 0 for count in counts]

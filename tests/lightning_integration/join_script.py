@@ -1,0 +1,42 @@
+"""Two processes train by ``DistributedDataParallel``, with different numbers of batches, which ``join`` evens out."""
+
+from __future__ import annotations
+
+import os
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch import distributed as dist
+from torch import multiprocessing
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_ecopt import ECSGD
+from tests.lightning_integration.modules import batches, mlp, weights
+
+#: How many batches each of two ranks has.
+COUNTS = {"level": (3, 3), "uneven": (5, 2), "one has none": (4, 0)}
+
+
+def train(rank: int, folder: Path, rule: str) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", RANK=str(rank), WORLD_SIZE="2")
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "store"), 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    for name, counts in COUNTS.items():
+        module = DistributedDataParallel(mlp(rank))
+        optimizer = ECSGD(module.parameters(), lr=0.05, momentum=0.9, rule=rule)
+        with module.join():
+            for x, y in batches(8)[4 * rank :][: counts[rank]]:
+                optimizer.zero_grad()
+                F.cross_entropy(module(x), y).backward()
+                optimizer.step()
+        units = 0 if optimizer.group is None else optimizer.group.num_units
+        torch.save({"weights": weights(module.module), "units": units}, folder / f"{name}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    multiprocessing.spawn(train, (Path(sys.argv[1]), sys.argv[2]), nprocs=2)
