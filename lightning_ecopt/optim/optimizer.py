@@ -14,6 +14,7 @@ from torch.optim import LBFGS, Optimizer
 
 from lightning_ecopt.kernels import Implementation
 from lightning_ecopt.optim import checkpoint
+from lightning_ecopt.optim.appearance import seen_as
 from lightning_ecopt.optim.arguments import check_source, check_wrapped
 from lightning_ecopt.optim.binding import Source, find_by_module_calls, trainable_parameters
 from lightning_ecopt.optim.calls import HOOKS, StepCall, optimizers_in
@@ -47,9 +48,10 @@ class EquivalentClassOptimizer(Optimizer):
       refresh. See
       :mod:`lightning_ecopt.steps.coordinates`.
 
-    All methods do the same when they are called on what Fabric's ``setup`` or Lightning's ``self.optimizers()`` return.
-    Every option is an attribute, too. A changed ``refresh_interval`` counts at once, other options from the next
-    refresh on; ``implementation`` is looked at when a group is bound.
+    ``isinstance(optimizer, torch.optim.SGD)`` holds if the base is one. All methods do the same when they are called on
+    what Fabric's ``setup`` or Lightning's ``self.optimizers()`` return. Every option is an attribute, too. A changed
+    ``refresh_interval`` counts at once, other options from the next refresh on; ``implementation`` is looked at when a
+    group is bound.
 
     Args:
         optimizer: the base: any optimizer, of torch or not, but those that need gradients at several weights in one
@@ -127,8 +129,8 @@ class EquivalentClassOptimizer(Optimizer):
         check_wrapped(optimizer, group)
         check_base(optimizer)
         # Wrappers of Fabric and Lightning copy the attributes of this object, so what changes is in the session.
-        self._session = Session(optimizer, options, find_by_module_calls if group is None else group)
-        self.__setstate__({})  # in place of super().__init__, which would make parameter groups
+        session = Session(optimizer, options, find_by_module_calls if group is None else group)
+        self.__setstate__({"_session": session})  # in place of super().__init__, which would make parameter groups
 
     # The step ---------------------------------------------------------------------------------------------------------
 
@@ -158,9 +160,7 @@ class EquivalentClassOptimizer(Optimizer):
         Raises:
             RuntimeError: if the base calls its closure at other weights in the middle of a step; then nothing has
                 changed.
-            RuntimeError: if the network has not been traced by now, or parameters are on several devices or have no
-                values.
-            ValueError: if the group that is found at this step does not fit the optimizer.
+            ValueError: if the rule does not work for the group that is found at this step.
         """
         session = self._session
         call = StepCall(session.base, args, kwargs, compare=not session.closure_comes_first)
@@ -381,14 +381,20 @@ class EquivalentClassOptimizer(Optimizer):
 
         return call
 
-    def __getstate__(self) -> dict[str, Any]:  # as in torch, neither hooks nor what a scheduler has put at `step`
-        return {"_session": self._session}
+    def __reduce__(self) -> tuple[Any, ...]:  # as in torch, neither hooks nor what a scheduler has put at `step`
+        return object.__new__, (type(self),), {"_session": self._session}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         base = vars(self._session.base)
         vars(self).update({hooks: base.get(hooks, OrderedDict()) for hooks in HOOKS})
-        super().__setstate__({})
+        super().__setstate__({})  # makes the step of the class call hooks, of the real class
+        self._is_seen_as_base = True
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # for isinstance; `type(optimizer)` is the real one
+        is_ready = vars(self).get("_is_seen_as_base", False)
+        return seen_as(type(self), type(self._session.base)) if is_ready else type(self)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._session.base!r}, {self._session.group!r})"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from lightning.fabric import Fabric
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import SGD, Adam, Optimizer
 
 from lightning_ecopt import ECSGD, EquivalentClassOptimizer, scaling_group
 from tests.optim.training import RULES, problem
@@ -152,3 +154,29 @@ def test_a_group_given_through_a_wrapper_is_the_optimizers(wrap: Any) -> None:
     assert optimizer.group is group
     assert outer.group is group
     assert optimizer.has_group_of_user
+
+
+class Averaging(SGD):
+    """Has something of its own beyond what torch's optimizers have."""
+
+    rate_of_average = 0.5
+
+    def train(self) -> str:
+        return f"{type(self).__name__} trains"
+
+
+@pytest.mark.parametrize("wrap", [lambda module, optimizer: optimizer, by_fabric, by_lightning])
+def test_it_is_one_of_its_own_class_and_one_of_its_bases(wrap: Any) -> None:
+    module, x, y = problem(4, 6, 3)
+    optimizer = EquivalentClassOptimizer(Averaging(module.parameters(), lr=0.1), scaling_group(module, x))
+    outer = wrap(module, optimizer)
+    assert all(isinstance(outer, kind) for kind in (EquivalentClassOptimizer, Averaging, SGD, Optimizer))
+    assert not isinstance(outer, Adam)
+    assert type(optimizer) is EquivalentClassOptimizer
+    assert optimizer.__class__.__name__ == "EquivalentClassOptimizer"
+    assert (outer.train(), outer.rate_of_average) == ("Averaging trains", 0.5)
+    twin, other = copy.deepcopy((module, optimizer))
+    for one, of in ((module, optimizer), (twin, other)):
+        step(one, of, x, y.argmax(1), 3)
+    assert all(torch.equal(p, q) for p, q in zip(module.parameters(), twin.parameters(), strict=True))
+    assert isinstance(pickle.loads(pickle.dumps(ECSGD(module.parameters(), lr=0.1))), SGD)
