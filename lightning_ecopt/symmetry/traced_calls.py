@@ -114,8 +114,9 @@ class GroupFromCalls(DeferredGroup):
         parts = None if self.gather is None else self.gather(group, equations)
         self.has_ranks = parts is not None
         if parts:
-            del self._groups[self._trained]
-            group = self._solved(self._trained, self._joined(parts))
+            equations, self._groups = self._joined(parts), {}
+            self._calls = [equations]  # the same on all ranks from now on, whichever part of it is solved for
+            group = self._solved(self._trained, equations)
         self._settled = group
         if not group.unseen and self._trained >= self.parameters.keys():
             self.is_final = True
