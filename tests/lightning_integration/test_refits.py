@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import BatchSizeFinder, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -111,21 +111,14 @@ class Stops(Callback):
 @pytest.mark.parametrize("stops", [False, True])
 def test_the_callbacks_of_a_trainer_keep_their_order(stops: bool, tmp_path: Path) -> None:
     own = quiet()
-    callbacks = [BatchSizeFinder(max_trials=1), own, ModelCheckpoint(tmp_path), *([Stops()] if stops else [])]
-
-    class Sized(Classifier):
-        batch_size = 32
-
-        def train_dataloader(self) -> Any:
-            return loader(4, self.batch_size)
-
+    callbacks = [Callback(), own, ModelCheckpoint(tmp_path), *([Stops()] if stops else [])]
     run = trainer(*callbacks, enable_checkpointing=True, max_epochs=1)
     before = list(run.callbacks)
     if stops:
         with pytest.raises(RuntimeError, match="stop"):
-            run.fit(Sized())
+            run.fit(Classifier(), loader())
     else:
-        run.fit(Sized())
+        run.fit(Classifier(), loader())
     assert run.callbacks == before
 
 
