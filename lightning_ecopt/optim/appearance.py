@@ -12,7 +12,10 @@ from typing import Any
 
 
 class _OfBase:
-    """What the class of the base has beyond ours, in a class of both: what ``optimizer.name`` finds in the base."""
+    """What the class of the base has beyond ours, in a class of both: what ``optimizer.name`` finds in the base.
+
+    Lightning's and Fabric's wrappers derive their class from it, and would have methods of the base called on them.
+    """
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -32,5 +35,5 @@ def _of_both(own: type, base: type) -> type:
     body = {"__module__": own.__module__, "__doc__": own.__doc__, **beyond}
     try:
         return new_class(own.__name__, (own, base), exec_body=lambda namespace: namespace.update(body))
-    except TypeError:  # as for classes with slots
+    except Exception:  # classes with slots cannot be joined, and others may not want subclasses
         return own

@@ -94,6 +94,7 @@ class Network:
         exclusive: units that scale trainable parameters of this optimizer alone, ``bool[H]``.
         names: names of the group's parameters that the optimizer has.
         unused: parameters that the optimizer trains and no traced call has used, or that the group does not have.
+        sought: those of them that a further call may use: the others are in no group.
         kernels: make the passes over weights and gradients.
     """
 
@@ -101,6 +102,7 @@ class Network:
     exclusive: Tensor
     names: frozenset[str]
     unused: Sequence[Tensor]
+    sought: Sequence[Tensor]
     kernels: Kernels
 
     @classmethod
@@ -120,6 +122,7 @@ class Network:
             ~group.monomials.in_(_scales_of_others(group, {id(p) for p in trainable})),
             frozenset(name for name, p in group.parameters.items() if id(p) in own),
             [p for p in parameters_of(base) if p.requires_grad and id(p) not in seen],
+            [group.parameters[name] for name in group.unseen if id(group.parameters[name]) in set(map(id, trainable))],
             choose_kernels(options.implementation, list(group.parameters.values()), is_fused),
         )
 

@@ -125,7 +125,7 @@ class StepCall:
         closure: the user's closure; ``None`` if there is none.
         loss: what it has returned.
         has_more: whether there is more than a closure, which only the base's own step can take.
-        closure_came_first: whether the base has called its closure before anything else, if at all.
+        closure_came_first: whether the base has called its closure before anything else; ``None`` if not at all.
     """
 
     def __init__(self, base: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any], compare: bool = False) -> None:
@@ -133,7 +133,7 @@ class StepCall:
         self.closure: Callable[[], Any] | None = given if callable(given) else None
         self.loss: Any = None
         self.has_more = bool(args[1:]) or bool(kwargs.keys() - {"closure"}) or given is not self.closure
-        self.closure_came_first = True
+        self.closure_came_first: bool | None = None
         self._base, self._compare, self._in_coordinates = base, compare, False
         if self.closure is not None and args:
             args = (self._again, *args[1:])
@@ -156,6 +156,7 @@ class StepCall:
 
     def _again(self) -> Any:
         if self._signs() == self._before:
+            self.closure_came_first = self.closure_came_first is not False
             return self.loss
         self.closure_came_first = False
         if self._in_coordinates:

@@ -114,6 +114,8 @@ def _network_of(session: Session, state: Mapping[str, Any]) -> Network | None:
     if not isinstance(state, Mapping):
         raise ValueError(f"The rule's part of the checkpoint is damaged, a {type(state).__name__}: {WAY_OUT}")
     network = None if isinstance(session.stage, Waiting) else session.stage.network
+    if network is None and "parameters" not in state:
+        return None
     names = set(state.get("parameters", () if network is None else network.group.parameters))
     if network is not None and network.group.parameters.keys() == names:
         network.check_state(state, session.options)

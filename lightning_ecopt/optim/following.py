@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from lightning_ecopt.kernels import choose_kernels
-from lightning_ecopt.optim.bases import BASES
+from lightning_ecopt.optim.binding import Network
 from lightning_ecopt.optim.session import Running, Session
 from lightning_ecopt.steps import RULES
 
@@ -16,11 +13,9 @@ def follow(session: Session) -> None:
     The state of the base optimizer stays as it is: what torch does with it is the same without the rule.
     """
     stage, options = session.stage, session.options
-    if not isinstance(stage, Running) or stage.rule.rows.fit(session.weights(stage.network)):
+    if not isinstance(stage, Running) or stage.rule.rows.fit(stage.network.group.parameters):
         return
-    is_fused = type(session.base) in BASES and options.implementation != "wrapped"
-    parameters = list(stage.network.group.parameters.values())
-    network = replace(stage.network, kernels=choose_kernels(options.implementation, parameters, is_fused))
+    network = Network.of(session.base, stage.network.group, options)
     entries = session.entries(network)
     state = stage.rule.state_dict(entries)
     rule = RULES[options.rule].resume(session.setting(network, stage.active), state, entries)

@@ -210,9 +210,8 @@ class EquivalentClassOptimizer(Optimizer):
         do they depend on the class alone.
         """
         session = self._session
-        stage = session.stage
-        if session.refresh_due and not isinstance(stage, Waiting) and not (isinstance(stage, Ready) and stage.saved):
-            session.refresh(stage.network)
+        if session.find_network() and session.refresh_due and not getattr(session.stage, "saved", None):
+            session.refresh(session.network)
 
     @property
     def group(self) -> ScalingGroup | None:

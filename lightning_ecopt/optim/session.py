@@ -4,7 +4,7 @@ The life of an optimizer, stage by stage:
 
     Waiting --the group is found--> Ready --refresh--> Running --refresh--> Running ...
                                       |                  or Idle, if the rule can use no unit
-                                      +--a saved state--> Running
+                                      +--a saved state--> Running --the fit ends--> Resting --the next step--> Running
 
 Loading a state leads back to Ready, and so does another group. While another group is looked for, the present one is
 used.
@@ -239,7 +239,7 @@ class Session:
         A call costs several times its time while it is traced, and may miss the parameter again, as a layer that is
         skipped at random. So it is tried in the 1st, 2nd, 4th, 8th ... step that has such a gradient.
         """
-        if any(p.grad is not None for p in self.network.unused):
+        if any(p.grad is not None for p in self.network.sought):
             self._surprises += 1
             if self._surprises & (self._surprises - 1) == 0:
                 self.binding.deferred.look_again()

@@ -30,7 +30,8 @@ def undone_if_refused(session: Session, call: StepCall) -> Iterator[None]:
     except ClosureError:
         before.put_back()
         raise
-    session.closure_comes_first = call.closure_came_first
+    if call.closure_came_first is not None:
+        session.closure_comes_first = call.closure_came_first
 
 
 class _Copy:
@@ -42,7 +43,7 @@ class _Copy:
         others = [] if group is None else list(group.parameters.values())
         parameters = list({id(p): p for p in [*own, *others]}.values())
         self._session = session
-        self._stage = session.stage, session.steps_since_refresh, session.refresh_due
+        self._stage = session.stage, session.steps_since_refresh, session.refresh_due, session.last_epoch
         self._options = [(options, dict(options)) for options in base.param_groups]
         self._gradients = [(p, p.grad) for p in parameters]
         self._states = [
@@ -63,7 +64,7 @@ class _Copy:
             options.clear()
             options.update(content)
         session = self._session
-        session.stage, session.steps_since_refresh, session.refresh_due = self._stage
+        session.stage, session.steps_since_refresh, session.refresh_due, session.last_epoch = self._stage
 
 
 def _shallow(entries: Any) -> Any:

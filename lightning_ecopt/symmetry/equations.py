@@ -375,8 +375,7 @@ class Equations:
     def absorb(self, other: Equations) -> None:
         """Demand what the equations of another call of the same parameters demand, too."""
         offset = self.num_scales - 1
-        own = self.fresh((other.num_scales - 1,))
-        self.is_fixed[own] = other.is_fixed[1 : other.num_scales]
+        self.fresh((other.num_scales - 1,))
 
         def renumbered(ids: IntArray) -> IntArray:
             return np.where(ids > FIXED, ids + offset, ids)

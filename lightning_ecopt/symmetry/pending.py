@@ -290,13 +290,16 @@ class GroupFromModuleCalls(GroupFromCalls):
             self.cancel()
         return group
 
-    def pack(self, equations: Equations) -> None:
-        """Keep the equations in little memory, and not what took them down."""
-        super().pack(equations)
+    def replace(self, equations: Equations | None) -> None:
+        """Use these equations in place of those of the calls so far, which a new mode adds to."""
+        super().replace(equations)
         self._mode = None
 
     def look_again(self) -> None:
         """Wait for calls."""
+        # Only Lightning's DDP has all that it trains, so that its ranks see the same gradients and ask together.
+        if isinstance(self.gather, _RanksOf) and self.has_ranks:
+            return
         self._count = 0
         if self._stop_waiting is None and not self.is_final:
             self._stop_waiting = wait_for_calls(self, self._own.values())
@@ -314,13 +317,18 @@ class GroupFromModuleCalls(GroupFromCalls):
         in_backward = torch._C._current_graph_task_id() != _NO_TASK  # a checkpoint computes again what has been seen
         if in_backward or not torch.is_grad_enabled() or detect_fake_mode() is not None:
             return False
+        # Lightning's strategies call a whole training step by the `forward` of what wraps the module: not one call of
+        # it, but backward passes and optimizer steps, too.
+        redirected = None if self._module is None else vars(self._module).get("forward")
+        if getattr(redirected, "__qualname__", "").startswith("_ForwardRedirection."):
+            return False
         return any(id(parameter) in self._own for parameter in module.parameters())
 
     def trace_call(self, module: nn.Module, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Return ``call(*args, **kwargs)``, a call of the module, and trace it."""
         mode = self._begin(module)
-        if isinstance(module, DistributedDataParallel) and self.gather is None and not module._join_config.enable:
-            self.gather = _RanksOf(module)  # while others may have joined already, nobody can wait for them
+        if isinstance(module, DistributedDataParallel) and self.gather is None:
+            self.gather = _RanksOf(module)
         mode.register_inputs(tensors_in((args, kwargs), objects=True))
         self.note_trained()
         seen, output = len(mode.equations.seen), None
@@ -329,9 +337,11 @@ class GroupFromModuleCalls(GroupFromCalls):
             with mode.tracing():
                 output = call(*args, **kwargs)
         finally:  # a call that fails may have left something behind, too
-            ended(mode, module, output, "output")
+            try:
+                ended(mode, module, output, "output")
+            finally:
+                self._running.remove(module)
             self.end_call()
-            self._running.remove(module)
             self._count = 0 if len(mode.equations.seen) > seen else self._count + 1
             if self._count >= MOST_CALLS and not self._running:  # perhaps nobody ever takes a step
                 self.cancel()
@@ -352,5 +362,7 @@ class _RanksOf:
     def __init__(self, module: DistributedDataParallel) -> None:
         self._module = module
 
-    def __call__(self, group: ScalingGroup, equations: Equations) -> Sequence[Equations]:
+    def __call__(self, group: ScalingGroup, equations: Equations) -> Sequence[Equations] | None:
+        if self._module._join_config.enable:  # others may have joined already, and would not answer
+            return None
         return gather_if_different(group, equations, process_group=self._module.process_group)

@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_ecopt.symmetry.coupling import NO_UNIT, Coupling
 from lightning_ecopt.symmetry.elimination import BoolArray, Powers, SparseEquations, Unknowns, eliminate, simplify
 from lightning_ecopt.symmetry.equations import Equations, Operation, Use, overlap
-from lightning_ecopt.symmetry.labels import FIXED, ZERO, IntArray
+from lightning_ecopt.symmetry.labels import FIXED, ZERO, IntArray, constant
 from lightning_ecopt.symmetry.monomials import Monomials
 
 
@@ -85,27 +85,33 @@ def _merge_equalities(unknowns: Unknowns, equalities: Sequence[IntArray]) -> Non
 
 def _frozen_sides(equations: Equations, names: Sequence[str]) -> list[IntArray]:
     """Pairs of scales that are equal because the parameters other than those named are not rescaled."""
-    frozen = [name for name in equations.shapes if name not in set(names)]
-    return [pairs for name in frozen for use in equations.uses.get(name, []) for pairs in _both_sides(use)]
+    pairs = []
+    for name in equations.shapes.keys() - set(names):
+        own = equations.uses.get(name, [])
+        hidden, equal = _only_hidden(equations.hidden_uses.get(name, []), own, equations.shapes[name])
+        pairs += equal
+        for use in [*own, *(replace(use, outgoing=constant(FIXED, use.outgoing.ndim)) for use in hidden)]:
+            pairs += _both_sides(use)
+    return pairs
 
 
 def _both_sides(use: Use) -> list[IntArray]:
     """Pairs ``[N, 2]`` of scales that are equal if ``incoming / outgoing`` is one for every element of a region.
 
-    ``a(i, k) = b(j, k)`` for all i, j and k follows from ``a(i, k) = b(0, k)`` and ``a(0, k) = b(j, k)``, so that no
-    pair is needed for each element of a matrix.
+    ``a(i, k) = b(j, k)`` for all i, j and k follows from ``a(i, k) = b(J, k)`` and ``a(I, k) = b(j, k)`` for one I and
+    one J, so that no pair is needed for each element of a matrix. I and J may depend on k.
     """
     incoming, outgoing = use.incoming, use.outgoing
     pairs = []
-    for first, second in ((incoming, _at_zero(outgoing, incoming)), (_at_zero(incoming, outgoing), outgoing)):
+    for first, second in ((incoming, _one_of(outgoing, incoming)), (_one_of(incoming, outgoing), outgoing)):
         found = np.stack([ids.ravel() for ids in np.broadcast_arrays(first, second)], 1)
         pairs.append(found[(found != ZERO).all(1)])  # a zero fits any scale
     return pairs
 
 
-def _at_zero(ids: IntArray, other: IntArray) -> IntArray:
-    """A label at the first place along the axes on which another label does not change."""
-    return ids[tuple(slice(1) if size == 1 else slice(None) for size in other.shape)]
+def _one_of(ids: IntArray, other: IntArray) -> IntArray:
+    """One scale of a label along the axes on which another does not change: no zero, unless there is nothing else."""
+    return ids.max(axis=tuple(axis for axis, size in enumerate(other.shape) if size == 1), keepdims=True)
 
 
 def _charge_fixings(unknowns: Unknowns, equations: Equations) -> Counter[Operation]:

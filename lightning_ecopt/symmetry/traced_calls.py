@@ -48,7 +48,7 @@ class GroupFromCalls(DeferredGroup):
 
     @property
     def version(self) -> int:
-        """Another number than before: a call has been traced, or more is trained."""
+        """Another number than before: a call has been traced, or something else is trained."""
         return self._version
 
     @property
@@ -115,17 +115,21 @@ class GroupFromCalls(DeferredGroup):
         self.has_ranks = parts is not None
         if parts:
             equations, self._groups = self._joined(parts), {}
-            self._calls = [equations]  # the same on all ranks from now on, whichever part of it is solved for
+            self.replace(equations)  # the same on all ranks from now on, whichever part of it is solved for
             group = self._solved(self._trained, equations)
+        before = self._settled
+        if before is not None and before.fingerprint() == group.fingerprint():  # a further call has told nothing new
+            group = self._groups[self._trained] = before
         self._settled = group
         if not group.unseen and self._trained >= self.parameters.keys():
-            self.is_final = True
-            self.pack(equations)
+            # The equations are for earlier phases from now on, and take a hundredth of the memory of the weights.
+            self.is_final, self._packed = True, zlib.compress(pickle.dumps(equations), 1)
+            self.replace(None)
         return group
 
-    def pack(self, equations: Equations) -> None:
-        """Keep the equations for an earlier phase alone, in little memory: they take a hundredth of the weights'."""
-        self._calls, self._packed = [], zlib.compress(pickle.dumps(equations), 1)
+    def replace(self, equations: Equations | None) -> None:
+        """Use these equations in place of those of the calls so far."""
+        self._calls = [] if equations is None else [equations]
 
     def take_back(self, names: Collection[str]) -> ScalingGroup | None:
         """The group as it was when these parameters, and no others, had been trained."""
