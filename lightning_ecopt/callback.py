@@ -154,6 +154,8 @@ class EquivalentClassOptimization(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the freedoms and wrap the optimizers."""
         bases = [base for base in trainer.strategy.optimizers if self._can_run(base)]
+        if not bases:
+            return
         try:
             self._finder = _Finder(pl_module, bases)
             self._optimizers = [self._equivalent(base, self._finder) for base in bases]

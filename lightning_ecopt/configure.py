@@ -8,9 +8,12 @@ from functools import partial
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from typing_extensions import Unpack
 
 from lightning_ecopt._lightning import LightningModule
+from lightning_ecopt.common.sharding import is_sharded
+from lightning_ecopt.common.warn import warn
 from lightning_ecopt.optim import ECSGD, ECAdamW
 from lightning_ecopt.optim.arguments import check_module
 from lightning_ecopt.optim.named import AdamWArguments, Params, SGDArguments
@@ -118,7 +121,7 @@ def find_group(module: nn.Module, parameters: Iterable[Tensor]) -> DeferredGroup
     if not isinstance(module, LightningModule):
         return GroupFromNextCall(module, "forward", parameters)
     gather = partial(_gather, module)
-    equations = None if module.example_input_array is None else _trace_example(module, parameters)
+    equations = _trace_example(module, parameters)
     if not module.automatic_optimization:  # forward and backward calls interleave
         return GroupFromModuleCalls(parameters, gather, module, equations)
     return GroupFromNextCall(module, "training_step", parameters, gather, equations)
@@ -129,7 +132,21 @@ def _gather(module: LightningModule, group: ScalingGroup, equations: Equations) 
     return gather_if_different(group, equations) if trainer is not None and trainer.world_size > 1 else None
 
 
-def _trace_example(module: LightningModule, parameters: Iterable[Tensor]) -> Equations:
+def _trace_example(module: LightningModule, parameters: Iterable[Tensor]) -> Equations | None:
+    """The equations of the example inputs, if there are any that can be traced; otherwise a warning says why not."""
+    if module.example_input_array is None or any(map(is_lazy, module.parameters())):
+        return None
+    try:
+        return _traced_example(module, parameters)
+    except Exception as error:
+        if any(map(is_sharded, module.parameters())):  # whose training step cannot be watched instead
+            raise
+        name = type(module).__name__
+        warn(f"The example_input_array of {name} cannot be traced, so its first training step is watched: {error!r}")
+        return None
+
+
+def _traced_example(module: LightningModule, parameters: Iterable[Tensor]) -> Equations:
     example = module.transfer_batch_to_device(module.example_input_array, module.device, 0)
     trainer = module._trainer
     context: Any = nullcontext()

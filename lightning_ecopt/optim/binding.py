@@ -28,8 +28,8 @@ WAY_OUT = (
     "optimizer's part of it can be loaded by itself: leave out the entry 'equivalent_class' of the state dict."
 )
 NO_FREEDOMS = (
-    "The network has no scaling freedoms, so the base optimizer is used as it is. The report of the callback names the "
-    "operations that cost them."
+    "The network has no scaling freedoms, so the base optimizer is used as it is. The report of the callback, or "
+    "optimizer.group.summary(), names the operations that cost them."
 )
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from lightning_ecopt.common.tensors import listing
 from lightning_ecopt.common.warn import warn
 from lightning_ecopt.optim.binding import WAY_OUT, Network, parameters_of
 from lightning_ecopt.optim.calls import without_hooks
@@ -64,11 +65,13 @@ def saved_rule(session: Session) -> dict[str, Any] | None:
         "steps_since_refresh": session.steps_since_refresh,
         "refresh_due": session.refresh_due,
         "epoch": session.last_epoch,
+        "surprises": session.surprises,
         "active": stage.active.clone(),
         "fingerprint": stage.network.fingerprint,
         "parameters": list(stage.network.group.parameters),
         "trained": [id(p) in trained for p in stage.network.parameters.values()],
         "shapes": _shapes(session),
+        "equations": session.binding.deferred.saved(),
     }
     if isinstance(stage, Running):
         return {"rule": stage.rule.name, **stage.rule.state_dict(session.entries(stage.network)), **counts}
@@ -111,22 +114,58 @@ def _network_of(session: Session, state: Mapping[str, Any]) -> Network | None:
     Raises:
         ValueError: if the state belongs to another network in which the same parameters are trained.
     """
-    if not isinstance(state, Mapping):
-        raise ValueError(f"The rule's part of the checkpoint is damaged, a {type(state).__name__}: {WAY_OUT}")
+    _check_kinds(state)
     network = None if isinstance(session.stage, Waiting) else session.stage.network
+    deferred, equations = session.binding.deferred, state.get("equations")
     if network is None and "parameters" not in state:
         return None
     names = set(state.get("parameters", () if network is None else network.group.parameters))
-    if network is not None and network.group.parameters.keys() == names:
+    if network is not None and network.group.parameters.keys() == names and network.fits(state):
         network.check_state(state, session.options)
         return network
     if "shapes" in state and state["shapes"] != _shapes(session):
         raise ValueError(f"The checkpoint was made with parameters of other shapes: {WAY_OUT}")
-    group = session.binding.deferred.take_back(names)
-    if group is None:
-        return None
-    network = Network.of(session.base, group, session.options)
-    return network if network.fits(state) else None
+    may_differ = deferred.may_differ
+    undo = deferred.load(equations, names)
+    group = deferred.take_back(names)
+    found = None if group is None else Network.of(session.base, group, session.options)
+    if found is not None and found.fits(state):
+        return found
+    if network is not None:
+        undo()
+        if network.group.parameters.keys() == names and not may_differ:
+            network.check_state(state, session.options)  # raises
+    return None
+
+
+#: What the rule's part of a state may hold beside what belongs to the rule.
+_KINDS: Mapping[str, type | tuple[type, ...]] = {
+    "rule": str,
+    "steps_since_refresh": int,
+    "refresh_due": bool,
+    "epoch": (int, type(None)),
+    "surprises": int,
+    "active": Tensor,
+    "fingerprint": str,
+    "parameters": list,
+    "trained": list,
+    "shapes": list,
+    "equations": (Mapping, type(None)),
+}
+
+
+def _check_kinds(state: Any) -> None:
+    """Check what can be checked while the group is unknown.
+
+    Raises:
+        ValueError: if the state is damaged.
+    """
+    damaged = [] if isinstance(state, Mapping) else ["all of it"]
+    if not damaged and state:
+        damaged = [name for name, kinds in _KINDS.items() if name in state and not isinstance(state[name], kinds)]
+        damaged += [name for name in ("steps_since_refresh", "refresh_due") if name not in state]
+    if damaged:
+        raise ValueError(f"The rule's part of the checkpoint is damaged ({listing(damaged)}): {WAY_OUT}")
 
 
 def _go_on_from(session: Session, state: Mapping[str, Any], network: Network | None) -> None:
@@ -143,26 +182,41 @@ def restore(session: Session) -> bool:
     Returns:
         Whether training goes on from it; it begins anew after a state of another rule.
     """
-    stage, options = session.stage, session.options
+    stage = session.stage
     if not isinstance(stage, Ready) or not stage.saved:
         return False
     state, network = stage.saved, stage.network
-    if not network.fits(state) and network.group.parameters.keys() == set(state["parameters"]):
-        warn(OTHER_FREEDOMS)  # if other parameters are trained, the rule begins anew anyway
-    if not network.fits(state) or state.get("rule", options.rule) != options.rule:
+    if not _is_usable(session, state, network):
         session.stage = Ready(network)
         return False
     active = state["active"].cpu() if "active" in state else network.active_units()
     if "rule" in state:
-        rule = RULES[options.rule].resume(session.setting(network, active), state, session.entries(network))
+        rule = RULES[session.options.rule].resume(session.setting(network, active), state, session.entries(network))
         session.stage = session.running(network, active, rule)
     else:
         session.stage = Idle(network, active)
     session.steps_since_refresh = state["steps_since_refresh"]
     session.last_epoch = state.get("epoch", session.last_epoch)
+    session.surprises = state.get("surprises", 0)
     trained = [p.requires_grad for p in network.parameters.values()]
     session.refresh_due = state["refresh_due"] or session.interval_is_over() or state.get("trained", trained) != trained
     return True
+
+
+def _is_usable(session: Session, state: Mapping[str, Any], network: Network) -> bool:
+    """Whether the rule can go on from a state; warns if it cannot although it would have without an interruption."""
+    if not network.fits(state):
+        names = set(state["parameters"])
+        was_waiting = bool((state.get("equations") or {}).get("is_waiting"))  # for what has changed the freedoms now
+        if (names == network.group.parameters.keys() and not was_waiting) or names.isdisjoint(network.group.parameters):
+            warn(OTHER_FREEDOMS)  # otherwise other parts are trained or known, and the rule begins anew anyway
+        return False
+    try:
+        network.check_state(state, session.options)
+    except ValueError as error:  # the group was not known when the state was loaded
+        warn(f"The rule begins anew. {error}")
+        return False
+    return bool(state.get("rule", session.options.rule) == session.options.rule)
 
 
 def rest(session: Session) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.nn import UninitializedParameter
 from torch.optim import LBFGS, Optimizer
 
@@ -134,6 +135,7 @@ class EquivalentClassOptimizer(Optimizer):
 
     # The step ---------------------------------------------------------------------------------------------------------
 
+    @_disable_dynamo  # as torch's own do, of which a compiled function calls the step as it is
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """Take one step of the base optimizer in the equivalent-class space.
 
@@ -293,7 +295,7 @@ class EquivalentClassOptimizer(Optimizer):
             ValueError: if it belongs to a network with other units.
         """
         session = self._session
-        session.renew()
+        session.find_network()
         state_dict = dict(state_dict)
         for changed in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = dict(_or_else(changed(self, state_dict), state_dict))

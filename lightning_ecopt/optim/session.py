@@ -134,6 +134,7 @@ class Session:
     Attributes:
         steps_since_refresh: number of steps since the last refresh.
         refresh_due: whether the next step refreshes.
+        surprises: number of steps in which a parameter had a gradient that no traced call has used.
         trained: the parameters that required a gradient at the last look.
         epoch: returns the number of the current epoch, if somebody knows it.
         last_epoch: of the last step.
@@ -147,7 +148,7 @@ class Session:
         self.steps_since_refresh = 0
         self.refresh_due = True
         self._named: set[Any] = set()  # what warnings have said: messages, state entries, identities of parameters
-        self._surprises = 0  # steps in which a parameter had a gradient that no traced call has used
+        self.surprises = 0
         self.trained: list[Tensor] = []
         self.epoch: Callable[[], int | None] = _no_epoch
         self.last_epoch: int | None = None
@@ -213,6 +214,9 @@ class Session:
         elif has_changed and not isinstance(self.stage, Waiting):
             # The same group; but what is frozen now must not move, at no refresh, and what has thawed may.
             network = Network.of(self.base, self.stage.network.group, self.options)
+            if network.names != self.stage.network.names:  # the rule has other rows then
+                with torch.no_grad():
+                    self.leave_rule()
             self.stage, self.refresh_due = replace(self.stage, network=network), True
             self._name_unused(network)
         self.trained = trained
@@ -240,8 +244,8 @@ class Session:
         skipped at random. So it is tried in the 1st, 2nd, 4th, 8th ... step that has such a gradient.
         """
         if any(p.grad is not None for p in self.network.sought):
-            self._surprises += 1
-            if self._surprises & (self._surprises - 1) == 0:
+            self.surprises += 1
+            if self.surprises & (self.surprises - 1) == 0:
                 self.binding.deferred.look_again()
 
     def name_missing(self) -> None:

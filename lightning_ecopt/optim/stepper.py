@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_ecopt.common.sharding import local
+from lightning_ecopt.common.sharding import is_sharded, local
 from lightning_ecopt.common.signals import uninterrupted
 from lightning_ecopt.common.tensors import Tensors, to_device, updates_by_difference
 from lightning_ecopt.kernels import Coefficient, EagerKernels
@@ -86,17 +86,27 @@ class WrappedStep:
         with self._writable(gradients) as shown, ExitStack() as ways_back:
             ways_back.callback(self._rule.transform_gradients_(here, shown))
             found = entries()
+            memory = {name: self._parameters[name].data for name in weights}
             to_weights_ = self._rule.to_coordinates_(here, weights, found)
 
             @ways_back.callback
             def _() -> None:
                 moved = found
                 try:
+                    self._take_over_replaced(weights, memory)
                     moved = entries()  # a first step has made some; and may warn, which may be an error
                 finally:
                     to_weights_(moved)
 
             return call.step(in_coordinates=True)
+
+    def _take_over_replaced(self, weights: Tensors, memory: Tensors) -> None:
+        """Put values back into the memory of parameters to which the base has assigned others: ``p.data = ...``."""
+        for name, before in memory.items():
+            parameter = self._parameters[name]
+            if not is_sharded(parameter) and parameter.data_ptr() != before.data_ptr():
+                weights[name].copy_(parameter.detach())
+                parameter.data = before
 
     @contextmanager
     def _writable(self, gradients: Tensors) -> Iterator[Tensors]:
@@ -142,9 +152,9 @@ class FusedStep:
     def __init__(self, base: Optimizer, rule: Rule, parameters: Tensors, may_fuse: bool) -> None:
         self._optimizer, self._rule, self._parameters = base, rule, parameters
         self._base: Base | None = BASES.get(type(base)) if may_fuse else None
-        number = {id(p): k for k, options in enumerate(base.param_groups) for p in options["params"]}
         self._able = {name for name in rule.rows.covered if not updates_by_difference(parameters[name])}
-        self._group_of = [number.get(id(parameters[name]), 0) for name in rule.rows.names]
+        self._order: list[list[int]] = []  # the parameter groups that `_group_of` was made for
+        self._group_of: list[int] = []  # by name of a parameter that has rows, ``[N]``
 
     @property
     def to_mean(self) -> Coefficient:
@@ -218,9 +228,15 @@ class FusedStep:
 
     def _of_parameters(self, of_groups: Sequence[Value]) -> Value:
         """What each parameter group has: one number if it is the same, else one for each parameter, ``[N]``."""
+        of_groups = [value.reshape(()) if isinstance(value, Tensor) else value for value in of_groups]
         first = of_groups[0]
         if all(value is first or (isinstance(value, float | int) and value == first) for value in of_groups):
             return first
+        order = [list(map(id, options["params"])) for options in self._optimizer.param_groups]
+        if order != self._order:
+            number = {key: k for k, keys in enumerate(order) for key in keys}
+            self._order = order
+            self._group_of = [number.get(id(self._parameters[name]), 0) for name in self._rule.rows.names]
         return torch.stack([torch.as_tensor(value, dtype=torch.float64, device="cpu") for value in of_groups])[
             self._group_of
         ]

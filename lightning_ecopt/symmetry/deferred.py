@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -52,6 +53,26 @@ class DeferredGroup(ABC):
 
     def look_again(self) -> None:  # noqa: B027
         """Watch one more call: a parameter that no call has used has got a gradient."""
+
+    @property
+    def may_differ(self) -> bool:
+        """Whether another run of the same network may know another group by now: not all was seen in the first call."""
+        return False
+
+    def saved(self) -> dict[str, Any] | None:
+        """What a checkpoint needs for another run to know the same group; ``None`` if nothing does."""
+        return None
+
+    def load(self, state: Mapping[str, Any] | None, names: Collection[str]) -> Callable[[], None]:
+        """Add what :meth:`saved` returned in another run, in which the named parameters had been trained.
+
+        Returns:
+            A function that takes it back.
+
+        Raises:
+            ValueError: if it is damaged.
+        """
+        return lambda: None
 
     def take_back(self, names: Collection[str]) -> ScalingGroup | None:
         """The group as it was when these parameters, and no others, had been trained; ``None`` if that is unknown."""

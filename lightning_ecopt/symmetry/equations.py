@@ -7,7 +7,7 @@ is solved here; :mod:`~lightning_ecopt.symmetry.solve` does that after the call.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from math import lcm, prod
@@ -365,6 +365,13 @@ class Equations:
         result[tuple(positions)] = ids
         self.equate(result[tuple(positions)], ids)  # one element reached twice must have one label
         return compress(result)
+
+    def restricted(self, names: Collection[str]) -> Equations:
+        """The same equations without the uses of parameters that are not among the names."""
+        uses, hidden = (
+            {name: own for name, own in of.items() if name in names} for of in (self.uses, self.hidden_uses)
+        )
+        return replace(self, uses=uses, hidden_uses=hidden, seen=self.seen & set(names))
 
     def renamed(self, names: Mapping[str, str]) -> Equations:
         """The same equations with other names of the parameters."""

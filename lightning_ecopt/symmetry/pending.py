@@ -91,12 +91,17 @@ class GroupFromNextCall(GroupFromCalls):
         """The parameters that are traced, by name."""
         return self._parameters
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the next call is to be traced."""
+        return self._waits
+
     def _gathering(self) -> list[Any]:
         return gathering_modules(self.module)
 
     @property
-    def missing(self) -> str:
-        """What has not happened while there is no group."""
+    def _uncalled(self) -> str:
+        """What nobody has called."""
         return f"nothing has called {self.method}() of {type(self.module).__name__} since the optimizer was made"
 
     def look_again(self) -> None:
@@ -124,6 +129,8 @@ class GroupFromNextCall(GroupFromCalls):
     def call(self, method: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Call the method, and trace the call if one is awaited."""
         if not self._waits or self._is_running or detect_fake_mode() is not None:  # what computes nothing is not real
+            return method(*args, **kwargs)
+        if self.skips(self.module, (args, kwargs)):
             return method(*args, **kwargs)
         self.note_trained()
         mode = TraceMode(self.module, self._parameters)
@@ -237,7 +244,9 @@ class GroupFromModuleCalls(GroupFromCalls):
             self.look_again()
 
     def _names(self, module: nn.Module) -> dict[str, nn.Parameter]:
-        names = {id(parameter): name for name, parameter in module.named_parameters()}
+        while isinstance(module, DistributedDataParallel):
+            module = module.module
+        names = {id(parameter): name.replace("_orig_mod.", "") for name, parameter in module.named_parameters()}
         numbered = enumerate(self._own.items())
         return {names.get(key, f"parameter {number}"): own for number, (key, own) in numbered}
 
@@ -268,8 +277,8 @@ class GroupFromModuleCalls(GroupFromCalls):
         return self._joined(parts) if len(parts) > 1 else parts[0] if parts else None
 
     @property
-    def missing(self) -> str:
-        """What has not happened while there is no group."""
+    def _uncalled(self) -> str:
+        """What nobody has called."""
         return (
             "no module with the optimizer's parameters has been called since the optimizer was made (under a Trainer, "
             "the EquivalentClassOptimization callback does not depend on that)"
@@ -294,6 +303,18 @@ class GroupFromModuleCalls(GroupFromCalls):
         """Use these equations in place of those of the calls so far, which a new mode adds to."""
         super().replace(equations)
         self._mode = None
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the next call is to be traced."""
+        return self._stop_waiting is not None
+
+    def _adopt(self, equations: Equations) -> bool:
+        """Whether equations are those of the same parameters, which may have no names before the first call."""
+        own = [tuple(p.shape) or (1,) for p in self._own.values()]
+        if not self._named and own == list(equations.shapes.values()):
+            self._named = dict(zip(equations.shapes, self._own.values(), strict=True))
+        return super()._adopt(equations)
 
     def look_again(self) -> None:
         """Wait for calls."""
@@ -326,6 +347,8 @@ class GroupFromModuleCalls(GroupFromCalls):
 
     def trace_call(self, module: nn.Module, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Return ``call(*args, **kwargs)``, a call of the module, and trace it."""
+        if self.skips(module, (args, kwargs)):
+            return call(*args, **kwargs)
         mode = self._begin(module)
         if isinstance(module, DistributedDataParallel) and self.gather is None:
             self.gather = _RanksOf(module)

@@ -10,14 +10,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from lightning_ecopt.common.nested import tensors_in
 from lightning_ecopt.common.warn import warn
 from lightning_ecopt.symmetry.deferred import DeferredGroup
 from lightning_ecopt.symmetry.equations import Equations
 from lightning_ecopt.symmetry.group import ScalingGroup
+from lightning_ecopt.symmetry.saved_equations import packed, unpacked
 from lightning_ecopt.symmetry.trace import all_fixed, hold_results_fixed, solved
 from lightning_ecopt.symmetry.trace_mode import TraceMode
 
+#: So many calls are not traced because they show little.
+MOST_SKIPPED = 8
 #: Takes the group and the equations of this rank, and gives all ranks that train together the equations of each of
 #: them, in the order of the ranks; nothing if they have found the same group, ``None`` if there are no other ranks.
 Gather = Callable[[ScalingGroup, Equations], Sequence[Equations] | None]
@@ -43,8 +48,14 @@ class GroupFromCalls(DeferredGroup):
         self._groups: dict[frozenset[str], ScalingGroup] = {}  # from the calls so far, by the names of the trained
         self._settled: ScalingGroup | None = None
         self.is_final = False  # whether all parameters are trained and seen, so that the group stays what it is
+        self._resumed: Equations | None = None  # of the run that is resumed, until a call has confirmed them
+        self._has_news = False  # whether a call has been traced since they were loaded
+        self._saved: Tensor | None = None  # the equations as checkpoints have them
+        self._saved_version = -1  # when that was made
+        self._has_grown = False  # whether further calls have told more than the first
+        self._expected: frozenset[str] = frozenset()  # names of what was trained in a run that is resumed
         self.has_ranks = False  # whether others train together with this process
-        self._version = 0
+        self._version = self._skipped = 0
 
     @property
     def version(self) -> int:
@@ -60,16 +71,44 @@ class GroupFromCalls(DeferredGroup):
         """The modules that gather sharded parameters for their calls."""
         return []
 
+    @property
+    def missing(self) -> str:
+        """What has not happened while there is no group."""
+        if self._skipped:
+            return "the calls so far had a batch without rows, or modules that were lazy"
+        return self._uncalled
+
+    @property
+    @abstractmethod
+    def is_waiting(self) -> bool:
+        """Whether the next call is to be traced."""
+
+    @property
+    @abstractmethod
+    def _uncalled(self) -> str:
+        """What nobody has called."""
+
     def note_trained(self) -> None:
         """Remember which parameters require a gradient now: from now on they belong to the group."""
         before = len(self._trained)
         self._trained |= {name for name, parameter in self.parameters.items() if parameter.requires_grad}
+        self._trained |= self._expected & self.parameters.keys()
         self._version += len(self._trained) > before
 
     def end_call(self) -> None:
         """Take note that there are other equations than before."""
-        self._groups = {}
+        self._groups, self._has_news = {}, True
         self._version += 1
+
+    def skips(self, module: nn.Module, inputs: Any) -> bool:
+        """Whether not to trace a call that shows little: of a batch without rows, of modules that are lazy yet.
+
+        Perhaps all calls have an input without elements, so that this has an end.
+        """
+        is_empty = any(tensor.numel() == 0 for tensor in tensors_in(inputs))
+        shows_little = is_empty or any(map(is_lazy, module.parameters()))
+        self._skipped += shows_little
+        return shows_little and self._skipped <= MOST_SKIPPED
 
     def equations(self) -> Equations | None:
         """The equations of all calls; ``None`` if there was none, or if one is running."""
@@ -108,6 +147,8 @@ class GroupFromCalls(DeferredGroup):
     def settle(self) -> ScalingGroup | None:
         """The group of what is trained now, or has been; what ranks that train together have found is joined."""
         self.note_trained()
+        if self._resumed is not None and self._has_news:
+            self._confirm_resumed(self._resumed)
         group, equations = self.group, self.equations()
         if group is None or equations is None or group is self._settled:
             return group
@@ -120,6 +161,8 @@ class GroupFromCalls(DeferredGroup):
         before = self._settled
         if before is not None and before.fingerprint() == group.fingerprint():  # a further call has told nothing new
             group = self._groups[self._trained] = before
+        elif before is not None and before.parameters.keys() == group.parameters.keys():
+            self._has_grown = True
         self._settled = group
         if not group.unseen and self._trained >= self.parameters.keys():
             # The equations are for earlier phases from now on, and take a hundredth of the memory of the weights.
@@ -131,14 +174,70 @@ class GroupFromCalls(DeferredGroup):
         """Use these equations in place of those of the calls so far."""
         self._calls = [] if equations is None else [equations]
 
+    def _unpacked(self) -> Equations | None:
+        return pickle.loads(zlib.decompress(self._packed)) if self._packed else self.equations()
+
+    @property
+    def may_differ(self) -> bool:
+        """Whether another run of the same network may know another group by now: not all was seen in the first call."""
+        return self._has_grown or (self._settled is not None and bool(self._settled.unseen))
+
+    def saved(self) -> dict[str, Any] | None:
+        """What a checkpoint needs for another run to know the same group, whatever its own first call shows."""
+        if self._saved is None or self._saved_version != self._version:
+            equations = self._unpacked()
+            self._saved = None if equations is None else packed(equations)
+            self._saved_version = self._version
+        return None if self._saved is None else {"packed": self._saved, "is_waiting": self.is_waiting}
+
+    def load(self, state: Mapping[str, Any] | None, names: Collection[str]) -> Callable[[], None]:
+        """Add what :meth:`saved` returned in another run, in which the named parameters had been trained.
+
+        Returns:
+            A function that takes it back.
+        """
+        kept = ("_expected", "_calls", "_packed", "is_final", "_resumed", "_has_news", "_trained", "_settled")
+        before = {name: getattr(self, name) for name in kept}
+
+        def undo() -> None:
+            vars(self).update(before)
+            self.end_call()
+
+        self._expected = frozenset(names)
+        equations = None if state is None else unpacked(state["packed"])
+        if equations is not None and self._adopt(equations):
+            own = self._unpacked()
+            self._calls, self._packed, self.is_final = [*([] if own is None else [own]), equations], b"", False
+            self._resumed = None if state is None or state.get("is_waiting") else equations
+            self.end_call()
+            self._has_news = False
+        return undo
+
+    def _adopt(self, equations: Equations) -> bool:
+        """Whether equations are those of the same parameters."""
+        return equations.shapes == {name: tuple(p.shape) or (1,) for name, p in self.parameters.items()}
+
+    def _confirm_resumed(self, resumed: Equations) -> None:
+        """Forget what a call has used that the resumed run had not by then, if that is all that it has told.
+
+        The run that was interrupted found it later, if at all; the two are to end with the same bits.
+        """
+        self._resumed, equations = None, self.equations()
+        if equations is None or self._settled is None:
+            return
+        again = solved(self.parameters, equations.restricted(resumed.seen), self._trained, self._gathering())
+        if again.fingerprint() == self._settled.fingerprint():
+            self.replace(resumed)
+            self._groups[self._trained] = self._settled
+            self.cancel()
+
     def take_back(self, names: Collection[str]) -> ScalingGroup | None:
         """The group as it was when these parameters, and no others, had been trained."""
-        wanted, equations = frozenset(names), self.equations()
-        if self._packed:
-            equations = pickle.loads(zlib.decompress(self._packed))
-            self._calls, self._packed, self.is_final = [equations], b"", False
+        wanted, equations = frozenset(names), self._unpacked()
         if equations is None or not self.parameters.keys() >= wanted:
             return None
+        if self._packed:
+            self._calls, self._packed, self.is_final = [equations], b"", False
         self._trained = wanted
         self._version += 1
         self._settled = self._solved(wanted, equations)

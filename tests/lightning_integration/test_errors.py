@@ -264,8 +264,12 @@ class Cuts(Classifier):
         super().__init__(mlp(), example=torch.zeros(1, 63))
 
 
-def test_an_example_that_does_not_fit_shows_the_modules_own_error() -> None:
-    refuses(Cuts(), "shapes cannot be multiplied|size mismatch", RuntimeError)
+def test_of_an_example_that_does_not_fit_the_first_step_is_watched() -> None:
+    ours, reference = Cuts(), Classifier(mlp())
+    with pytest.warns(UserWarning, match=r"example_input_array of Cuts cannot be traced.*(multiplied|size mismatch)"):
+        fit(ours, quiet())
+    fit(reference, quiet())
+    assert same(weights(ours), weights(reference))
 
 
 # Options --------------------------------------------------------------------------------------------------------------
