@@ -291,10 +291,7 @@ def test_a_checkpoint_of_a_network_with_other_units_is_an_error(pending: bool, r
     group = GroupFromNextCall(other, "forward") if pending else scaling_group(other, x)
     wrapped = EquivalentClassOptimizer(SGD(other.parameters(), lr=0.03, momentum=0.9), group, rule=rule)
     state = optimizer.state_dict()
-    message = "The checkpoint was made with 6 units, this network has 7"
-    if pending:  # the units are known at the first step only
-        message = "The checkpoint was made with parameters of other shapes"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="The checkpoint was made with parameters of other shapes"):
         wrapped.load_state_dict(state)
     assert not wrapped.state
 

@@ -156,26 +156,15 @@ def test_a_saved_state_does_not_move_on_with_the_run() -> None:
     assert not torch.equal(saved(optimizer)["second"], frozen["second"])
 
 
-@pytest.mark.parametrize(
-    ("widths", "message"),
-    [
-        ((4, 7, 3), "made with 6 units, this network has 7"),
-        ((4, 6, 2), "made with a network that has other freedoms: load it into the network"),
-    ],
-)
-def test_a_checkpoint_of_a_network_with_other_rows_is_an_error(widths: tuple[int, ...], message: str) -> None:
+@pytest.mark.parametrize("widths", [(4, 7, 3), (4, 6, 2)])
+def test_a_checkpoint_of_a_network_with_other_rows_is_an_error(widths: tuple[int, ...]) -> None:
     module, x, y = problem(4, 6, 3)
     optimizer = unit(module, x, "sgd")
     train(module, optimizer, x, y, range(2))
     other, x, y = problem(*widths)
     wrapped = unit(other, x, "sgd")
-
-    def load_and_go_on() -> None:
+    with pytest.raises(ValueError, match="made with parameters of other shapes: load it into the network"):
         wrapped.load_state_dict(through_a_file(optimizer.state_dict()))
-        train(other, wrapped, x, y, range(1))
-
-    with pytest.raises(ValueError, match=message):
-        load_and_go_on()
 
 
 # Statistics -----------------------------------------------------------------------------------------------------------
