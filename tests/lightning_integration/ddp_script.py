@@ -170,8 +170,8 @@ class Fickle(Follower):
 class Manual(Follower):
     """Takes its steps by itself."""
 
-    def __init__(self) -> None:
-        super().__init__(example=DOUBLE)
+    def __init__(self, example: Tensor | None = DOUBLE) -> None:
+        super().__init__(example=example)
         self.automatic_optimization = False
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
@@ -345,6 +345,7 @@ def cases(rule: str) -> dict[str, Case]:
         ),
         "static graph": Case(plain(), callback, {"static_graph": True}),
         "manual": Case(lambda world: Manual(), callback),
+        "manual, first step": Case(lambda world: Manual(None), callback),
         "unused at times": Case(lambda world: Sometimes(world, at_even_steps), callback, finds_unused=True),
         "unused at first": Case(lambda world: Sometimes(world, at_odd_steps, DOUBLE), callback, finds_unused=True),
         "unused by turns": Case(lambda world: Sometimes(world, by_turns), callback, finds_unused=True),

@@ -218,3 +218,12 @@ def test_unused_parameters_take_the_steps_of_the_base(rule: str) -> None:
             plain.step()
             module.zero_grad()
     torch.testing.assert_close(extra, alone, rtol=0, atol=0)
+
+
+def test_balancing_before_the_first_step_leaves_what_has_been_frozen() -> None:
+    module, x, _ = problem(4, 6, 5, 3)
+    optimizer = EquivalentClassOptimizer(SGD(module.parameters(), lr=0.1), scaling_group(module, x))
+    module[2].requires_grad_(False)
+    before = copy.deepcopy(module[2])
+    optimizer.start()
+    assert same_bits(module[2], before)

@@ -322,3 +322,42 @@ def test_what_cannot_be_rescaled_is_stepped_by_the_base(make: Any, bound: bool, 
     assert int(optimizer.usable_units().sum()) >= 16
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     optimizer.step()
+
+
+class Descends(Optimizer):
+    """Plain gradient descent that changes its parameters, or gives them other tensors."""
+
+    def __init__(self, params: Any, lr: float, assigns: bool) -> None:
+        super().__init__(params, {"lr": lr})
+        self.assigns = assigns
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for options in self.param_groups:
+            for p in options["params"]:
+                if self.assigns:
+                    p.data = p.data - options["lr"] * p.grad
+                else:
+                    p.sub_(options["lr"] * p.grad)
+
+
+@RULES
+def test_a_base_that_assigns_data_steps_as_one_that_changes_it(rule: str) -> None:
+    module, x, y = problem(4, 6, 3)
+    twin = copy.deepcopy(module)
+    for net, assigns in ((module, True), (twin, False)):
+        base = Descends(net.parameters(), 0.05, assigns)
+        optimizer = EquivalentClassOptimizer(base, scaling_group(net, x), rule=rule)
+        train(net, optimizer, x, y, range(4))
+    assert same_bits(module, twin)
+
+
+@pytest.mark.parametrize("base", [SGD, torch.optim.AdamW])
+def test_a_rate_may_be_a_tensor_of_one_element(base: Any) -> None:
+    module, x, y = problem(4, 6, 3)
+    twin = copy.deepcopy(module)
+    for net, lr in ((module, torch.tensor([0.05])), (twin, 0.05)):
+        optimizer = EquivalentClassOptimizer(base(net.parameters(), lr=lr), scaling_group(net, x))
+        train(net, optimizer, x, y, range(4))
+    for p, q in zip(module.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)

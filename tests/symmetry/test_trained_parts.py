@@ -13,6 +13,7 @@ from lightning_ecopt.symmetry import GroupFromModuleCalls, GroupFromNextCall, Sc
 from lightning_ecopt.symmetry.trace import select_parameters, solved, trace
 from tests.networks import mlp
 from tests.selection import few
+from tests.symmetry.helpers import assert_same, draw_, evaluate
 from tests.symmetry.zoo import FAST, ZOO
 from tests.symmetry.zoo.case import Case
 
@@ -35,6 +36,64 @@ def test_what_is_frozen_after_a_trace_is_held_fixed_as_if_it_had_been_frozen_bef
         assert late.num_units == early.num_units
         assert late.parameters.keys() == early.parameters.keys() == {n for n in parameters if n in names}
         assert late.unseen == early.unseen
+        draw_(module, generator)
+        before = evaluate(module, inputs)
+        late.act_(torch.randn(late.num_units, generator=generator, dtype=torch.float64))
+        assert_same(evaluate(module, inputs), before)
+
+
+class HalfZeros(nn.Module):
+    """Its second layer reads zeros beside what the first has given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.last = nn.Linear(4, 5), nn.Linear(6, 5, bias=False), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.cat([torch.zeros(len(x), 1, dtype=x.dtype), self.first(x).relu()], 1)
+        return self.last(self.second(h).relu())
+
+
+def test_a_frozen_weight_that_reads_zeros_in_part_ties_what_it_reads_to_what_it_gives() -> None:
+    module, x = HalfZeros().double(), torch.randn(3, 4).double()
+    parameters = select_parameters(module)
+    equations = trace(module, parameters, x)
+    module.second.requires_grad_(False)
+    group = solved(parameters, equations, set(parameters) - {"second.weight"})
+    assert group.num_units == scaling_group(module, x).num_units == 1
+    before = module(x)
+    group.act_(torch.ones(1, dtype=torch.float64))
+    torch.testing.assert_close(module(x), before)
+
+
+class Gated(nn.Module):
+    """A product in the first call; one of its factors goes another way in the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.left, self.right, self.out, self.other = (nn.Linear(4, 4, bias=False) for _ in range(4))
+        self.goes_on = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        product = self.left(x) * self.right(x)
+        return self.other(product) if self.goes_on else self.out(product)
+
+
+def test_products_of_an_earlier_call_are_kept() -> None:
+    module, x = Gated().double(), torch.randn(3, 4).double()
+    pending = GroupFromNextCall(module, "forward")
+    for module.goes_on in (False, True):
+        pending.look_again()
+        module(x)
+        group = pending.settle()
+    assert group is not None
+    assert group.num_units == 8
+    before = [module(x) for module.goes_on in (False, True)]
+    group.act_(torch.randn(8).double())
+    after = [module(x) for module.goes_on in (False, True)]
+    torch.testing.assert_close(after, before)
 
 
 def sum_of(first: nn.Module, second: nn.Module, x: Tensor) -> Tensor:
