@@ -16,7 +16,7 @@ from lightning_ecopt.symmetry.labels import IntArray
 
 
 def packed(equations: Equations) -> Tensor:
-    """The equations in little memory, about a thousandth of the weights', as bytes: ``uint8[N]``."""
+    """The equations in little memory, one to two thousandths of the weights', as bytes: ``uint8[N]``."""
     file = io.BytesIO()
     torch.save(_to_state(equations), file)
     return torch.frombuffer(bytearray(zlib.compress(file.getvalue(), 1)), dtype=torch.uint8)
