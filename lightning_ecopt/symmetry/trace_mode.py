@@ -32,7 +32,7 @@ from lightning_ecopt.symmetry.aten import base_name, named_arguments, written_to
 from lightning_ecopt.symmetry.constants import Constants
 from lightning_ecopt.symmetry.equations import Equations, Operation
 from lightning_ecopt.symmetry.isolation import running_module, traced
-from lightning_ecopt.symmetry.labels import FIXED, Value, constant
+from lightning_ecopt.symmetry.labels import FIXED, ZERO, ParameterView, Value, constant
 from lightning_ecopt.symmetry.memory import Memory, is_ordinary
 from lightning_ecopt.symmetry.rules import RULES, Call
 from lightning_ecopt.symmetry.rules.registry import Rule
@@ -194,7 +194,8 @@ class TraceMode(TorchDispatchMode):
         written = written_to(func)
         if torch.Tag.inplace_view in func.tags or len(written) != len(outputs):  # a list of views is one output
             written = [None] * len(outputs)
-        always_empty = all(prod(shape) for shape in call.shapes.values())  # if an output is, though no input is empty
+        # An output without elements has none for every batch, unless it follows from an input that may have some.
+        always_empty = all(prod(shape) or _is_zero(call.values[key]) for key, shape in call.shapes.items())
         for tensor, label, name in zip(outputs, labels, written, strict=True):
             if not isinstance(tensor, Tensor) or label is None:
                 continue
@@ -247,6 +248,11 @@ class TraceMode(TorchDispatchMode):
             self.equations.hold_fixed(self._read(tensor))
             if is_ordinary(tensor):
                 self.constants.forget(tensor)
+
+
+def _is_zero(label: Value) -> bool:
+    """Whether a tensor is zero, or empty whatever the batch."""
+    return not isinstance(label, ParameterView) and bool((label == ZERO).all())
 
 
 class _Escapes(TorchFunctionMode):

@@ -44,12 +44,11 @@ def distance(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     return max(float((ours[name] - theirs[name]).abs().max() / theirs[name].abs().max()) for name in theirs)
 
 
-def equal(one: dict[str, Any], two: dict[str, Any]) -> bool:
-    """Whether two flat states agree bit for bit."""
-    return one.keys() == two.keys() and all(
-        torch.equal(one[name], value) if isinstance(value, Tensor) else one[name] == value
-        for name, value in two.items()
-    )
+def equal(one: Any, two: Any) -> bool:
+    """Whether two states agree bit for bit."""
+    if isinstance(one, dict):
+        return one.keys() == two.keys() and all(equal(value, two[name]) for name, value in one.items())
+    return torch.equal(one, two) if isinstance(one, Tensor) else bool(one == two)
 
 
 # The optimizer --------------------------------------------------------------------------------------------------------

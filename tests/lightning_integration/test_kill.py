@@ -47,6 +47,5 @@ def test_a_killed_run_goes_on_to_the_same_bits(left: Any, name: str) -> None:
         assert differences(ends[0][part], ends[1][part]) == [], part
     ours = [end["callbacks"].get("EquivalentClassOptimization") for end in ends]
     assert ours[0] == ours[1]
-    assert (ours[0] is None) == (RUNS[name].rule is None)
     assert "equivalent_class" in ends[0]["optimizer_states"][0]
     assert differences(ends[0]["optimizer_states"], torch.load(again / f"step={LAST}.ckpt")["optimizer_states"]) != []

@@ -63,7 +63,7 @@ ec_sgd(net, lr=0.1, momentun=0.9)  # wrong
 ec_adamw(net, lr=0.1, rule="paths")  # wrong
 ECSGD(net.parameters(), refresh=5)  # wrong
 ECAdamW(net.parameters(), lr="0.1")  # wrong
-EquivalentClassOptimization(refresh_interval=5)  # wrong
+EquivalentClassOptimization(interval=5)  # wrong
 """
 
 

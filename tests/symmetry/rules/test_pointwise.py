@@ -335,7 +335,8 @@ OPS = [
     Op("mul", lambda m, h: h @ (m.w * (m.matrix > 0)), 8, shapes={"w": (4, 4)}),
     Op("mul", lambda m, h: h.mean(1, keepdim=True) * m.g, 5, shapes={"g": (4,)}),
     Op("mul", lambda m, h: h * (m.g * m.k), 12, shapes={"g": (4,), "k": (4,)}),
-    Op("mul", lambda m, h: torch.zeros_like(h) * m.g + h, 8, 0, GAIN),
+    # A gain that meets zeros follows what its product is added to, though any factor would do.
+    Op("mul", lambda m, h: torch.zeros_like(h) * m.g + h, 4, 0, GAIN),
     Op("mul", lambda m, h: F.linear(h, m.w * m.g[:, None]), 4 + 5 + 5, 0, {"w": (5, 4), "g": (5,)}),
     Op("mul", lambda m, h: F.linear(h, m.g * m.w), 4 + 5 + 4, 0, {"w": (5, 4), "g": (4,)}),
     Op("mul", lambda m, h: F.linear(
