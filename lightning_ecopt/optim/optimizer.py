@@ -295,6 +295,8 @@ class EquivalentClassOptimizer(Optimizer):
             ValueError: if it belongs to a network with other units.
         """
         session = self._session
+        if session.group is None:
+            session.renew()  # for parameters that have been added and are frozen yet
         session.find_network()
         state_dict = dict(state_dict)
         for changed in self._optimizer_load_state_dict_pre_hooks.values():
