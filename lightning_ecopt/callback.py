@@ -24,6 +24,7 @@ from lightning_ecopt.common.warn import warn
 from lightning_ecopt.configure import current_epoch, find_group
 from lightning_ecopt.kernels.choose import Implementation
 from lightning_ecopt.optim import EquivalentClassOptimizer
+from lightning_ecopt.optim.binding import parameters_of
 from lightning_ecopt.optim.optimizer import check_base
 from lightning_ecopt.optim.options import Options, RefreshInterval, Representative, RuleName, SkeletonChoice
 from lightning_ecopt.steps import RULES
@@ -232,8 +233,7 @@ class EquivalentClassOptimization(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The states of the rules, if parameters are sharded; otherwise they are in the optimizers' states."""
-        groups = [options for optimizer in self._optimizers for options in optimizer.param_groups]
-        if any(is_sharded(p) for options in groups for p in options["params"]):
+        if any(is_sharded(p) for optimizer in self._optimizers for p in parameters_of(optimizer)):
             return {"rules": [optimizer.rule_state() for optimizer in self._optimizers]}
         return {}
 
@@ -292,4 +292,4 @@ class _Finder:
         return self.found
 
     def _held(self) -> list[Tensor]:
-        return [p for optimizer in self._optimizers for group in optimizer.param_groups for p in group["params"]]
+        return [p for optimizer in self._optimizers for p in parameters_of(optimizer)]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_ecopt.common.sharding import local
+from lightning_ecopt.optim.binding import parameters_of
 from lightning_ecopt.optim.calls import ClosureError, StepCall, states_in
 from lightning_ecopt.optim.session import Session
 
@@ -39,9 +40,8 @@ class _Copy:
 
     def __init__(self, session: Session) -> None:
         base, group = session.base, session.group
-        own = [p for options in base.param_groups for p in options["params"]]
         others = [] if group is None else list(group.parameters.values())
-        parameters = list({id(p): p for p in [*own, *others]}.values())
+        parameters = list({id(p): p for p in [*parameters_of(base), *others]}.values())
         self._session = session
         self._stage = session.stage, session.steps_since_refresh, session.refresh_due, session.last_epoch
         self._options = [(options, dict(options)) for options in base.param_groups]

@@ -16,7 +16,7 @@ from lightning_ecopt.symmetry.labels import IntArray
 
 
 def packed(equations: Equations) -> Tensor:
-    """The equations in little memory, one to two thousandths of the weights', as bytes: ``uint8[N]``."""
+    """The equations in little memory, as bytes: ``uint8[N]``."""
     file = io.BytesIO()
     torch.save(_to_state(equations), file)
     return torch.frombuffer(bytearray(zlib.compress(file.getvalue(), 1)), dtype=torch.uint8)
@@ -30,7 +30,7 @@ def unpacked(data: Tensor) -> Equations:
     """
     try:
         file = io.BytesIO(zlib.decompress(data.cpu().numpy().tobytes()))
-        return _from_state(torch.load(file, weights_only=True))
+        return _from_state(torch.load(file, map_location="cpu", weights_only=True))
     except Exception as error:
         raise ValueError(f"The equations in the checkpoint are damaged: {error!r}") from error
 

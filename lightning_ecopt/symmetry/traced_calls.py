@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-import zlib
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -43,7 +41,7 @@ class GroupFromCalls(DeferredGroup):
         self.gather = gather
         self._offered = list(offered)
         self._calls = [] if equations is None else [equations]
-        self._packed = b""
+        self._packed: Tensor | None = None  # the equations in little memory, once they are for earlier phases alone
         self._trained: frozenset[str] = frozenset()  # names of what has been trained at any time
         self._groups: dict[frozenset[str], ScalingGroup] = {}  # from the calls so far, by the names of the trained
         self._settled: ScalingGroup | None = None
@@ -165,8 +163,7 @@ class GroupFromCalls(DeferredGroup):
             self._has_grown = True
         self._settled = group
         if not group.unseen and self._trained >= self.parameters.keys():
-            # The equations are for earlier phases from now on, and take a hundredth of the memory of the weights.
-            self.is_final, self._packed = True, zlib.compress(pickle.dumps(equations), 1)
+            self.is_final, self._packed = True, packed(equations)
             self.replace(None)
         return group
 
@@ -175,7 +172,7 @@ class GroupFromCalls(DeferredGroup):
         self._calls = [] if equations is None else [equations]
 
     def _unpacked(self) -> Equations | None:
-        return pickle.loads(zlib.decompress(self._packed)) if self._packed else self.equations()
+        return self.equations() if self._packed is None else unpacked(self._packed)
 
     @property
     def may_differ(self) -> bool:
@@ -184,8 +181,10 @@ class GroupFromCalls(DeferredGroup):
 
     def saved(self) -> dict[str, Any] | None:
         """What a checkpoint needs for another run to know the same group, whatever its own first call shows."""
+        if self._packed is not None:
+            return {"packed": self._packed, "is_waiting": self.is_waiting}
         if self._saved is None or self._saved_version != self._version:
-            equations = self._unpacked()
+            equations = self.equations()
             self._saved = None if equations is None else packed(equations)
             self._saved_version = self._version
         return None if self._saved is None else {"packed": self._saved, "is_waiting": self.is_waiting}
@@ -207,7 +206,7 @@ class GroupFromCalls(DeferredGroup):
         equations = None if state is None else unpacked(state["packed"])
         if equations is not None and self._adopt(equations):
             own = self._unpacked()
-            self._calls, self._packed, self.is_final = [*([] if own is None else [own]), equations], b"", False
+            self._calls, self._packed, self.is_final = [*([] if own is None else [own]), equations], None, False
             self._resumed = None if state is None or state.get("is_waiting") else equations
             self.end_call()
             self._has_news = False
@@ -236,8 +235,8 @@ class GroupFromCalls(DeferredGroup):
         wanted, equations = frozenset(names), self._unpacked()
         if equations is None or not self.parameters.keys() >= wanted:
             return None
-        if self._packed:
-            self._calls, self._packed, self.is_final = [equations], b"", False
+        if self._packed is not None:
+            self._calls, self._packed, self.is_final = [equations], None, False
         self._trained = wanted
         self._version += 1
         self._settled = self._solved(wanted, equations)
