@@ -69,7 +69,7 @@ class Binding:
         self._base = base
         self.source = source
         found = source if isinstance(source, ScalingGroup | DeferredGroup) else source(parameters_of(base))
-        self.deferred: DeferredGroup = KnownGroup(found) if isinstance(found, ScalingGroup) else found
+        self.deferred: DeferredGroup = KnownGroup.of(found) if isinstance(found, ScalingGroup) else found
         if isinstance(self.deferred, KnownGroup):
             check_belongs(self.deferred.group, trainable_parameters(base))
 

@@ -34,6 +34,7 @@ from lightning_ecopt.steps import RULES
 from lightning_ecopt.steps.rule import PathStatistics, Rule, Setting, UnitStatistics
 from lightning_ecopt.steps.state import StateEntries, StateEntry, entries_of, has_weight_averages
 from lightning_ecopt.symmetry import ScalingGroup
+from lightning_ecopt.symmetry.equations import Operation
 
 UNUSED = (
     "No traced call has used these parameters, or they cannot be rescaled (complex ones, those of other modules): {}. "
@@ -236,6 +237,16 @@ class Session:
         if group.num_units == 0:
             self._warn_once(NO_FREEDOMS)
         self._name_unused(network)
+
+    def hold(self, units: Tensor, why: Operation) -> None:
+        """Hold units of the present group fixed from now on, and go on in the group of the others.
+
+        Args:
+            units: ``bool[H]``; the same on all ranks that train together.
+            why: for the report.
+        """
+        self.binding.deferred.hold(units, why)
+        self.find_network()
 
     def expect_unused(self) -> None:
         """Have one more call traced if a parameter has a gradient that no traced call has used.

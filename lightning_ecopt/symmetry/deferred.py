@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
+from weakref import WeakValueDictionary
 
 from torch import Tensor
 
+from lightning_ecopt.symmetry.equations import Operation
 from lightning_ecopt.symmetry.group import ScalingGroup
+from lightning_ecopt.symmetry.held import HeldUnits
 
 
 class DeferredGroup(ABC):
@@ -20,7 +24,13 @@ class DeferredGroup(ABC):
         assert deferred.settle() is None
         model(x)
         assert deferred.settle().num_units == 8
+
+    Attributes:
+        held: units that are held fixed, although the traced calls leave them free.
     """
+
+    def __init__(self) -> None:
+        self.held = HeldUnits()
 
     @property
     @abstractmethod
@@ -51,6 +61,15 @@ class DeferredGroup(ABC):
     def cancel(self) -> None:  # noqa: B027
         """Wait no longer. The group stays if it is known."""
 
+    @abstractmethod
+    def hold(self, units: Tensor, why: Operation) -> None:
+        """Hold units of the present group fixed from now on, for all optimizers that have the group from here.
+
+        Args:
+            units: ``bool[H]``; the same on all ranks that train together.
+            why: for the report.
+        """
+
     def look_again(self) -> None:  # noqa: B027
         """Watch one more call: a parameter that no call has used has got a gradient."""
 
@@ -61,10 +80,13 @@ class DeferredGroup(ABC):
 
     def saved(self) -> dict[str, Any] | None:
         """What a checkpoint needs for another run to know the same group; ``None`` if nothing does."""
-        return None
+        return {"held": self.held.saved()} if self.held else None
 
+    @abstractmethod
     def load(self, state: Mapping[str, Any] | None, names: Collection[str]) -> Callable[[], None]:
         """Add what :meth:`saved` returned in another run, in which the named parameters had been trained.
+
+        The units that were held then are held, and no others.
 
         Returns:
             A function that takes it back.
@@ -72,7 +94,6 @@ class DeferredGroup(ABC):
         Raises:
             ValueError: if it is damaged.
         """
-        return lambda: None
 
     def take_back(self, names: Collection[str]) -> ScalingGroup | None:
         """The group as it was when these parameters, and no others, had been trained; ``None`` if that is unknown."""
@@ -87,13 +108,28 @@ class KnownGroup(DeferredGroup):
         group: the group.
     """
 
+    #: By the identity of what was given, which each keeps alive.
+    _shared: ClassVar[WeakValueDictionary[int, KnownGroup]] = WeakValueDictionary()
+
+    @classmethod
+    def of(cls, group: ScalingGroup) -> KnownGroup:
+        """The one object for a group: optimizers that are given the same group hold the same units fixed."""
+        return cls._shared.setdefault(id(group), cls(group))
+
     def __init__(self, group: ScalingGroup) -> None:
-        self._group = group
+        super().__init__()
+        self._given = self._group = group
+        self._version = 0
 
     @property
     def group(self) -> ScalingGroup:
-        """The group."""
+        """The group, without units that are held."""
         return self._group
+
+    @property
+    def version(self) -> int:
+        """How often other units have been held."""
+        return self._version
 
     @property
     def missing(self) -> str:
@@ -101,8 +137,28 @@ class KnownGroup(DeferredGroup):
         return ""
 
     def settle(self) -> ScalingGroup:
-        """The group."""
+        """The group, without units that are held."""
         return self._group
+
+    def hold(self, units: Tensor, why: Operation) -> None:
+        """Hold units of the present group fixed from now on."""
+        self.held.add(self._group, units, why)
+        self._apply_held()
+
+    def load(self, state: Mapping[str, Any] | None, names: Collection[str]) -> Callable[[], None]:
+        """Hold the units that were held in another run, and no others."""
+        before = self.held.saved()
+
+        def hold(marks: Any) -> None:
+            self.held.load(marks)
+            self._apply_held()
+
+        hold((state or {}).get("held", ()))
+        return partial(hold, before)
+
+    def _apply_held(self) -> None:
+        self._group = self.held.applied(self._given)
+        self._version += 1
 
     def covers(self, parameters: Iterable[Tensor]) -> bool:
         """Whether the group knows all of them that are trained."""

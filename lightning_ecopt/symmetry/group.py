@@ -44,6 +44,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+#: What the report says of units that :meth:`ScalingGroup.without` has left out.
+NOT_WANTED = Operation("left out by the user", "")
+
+
 @dataclass(frozen=True, eq=False)
 class ScalingGroup:
     """All rescalings of hidden units that leave the function of a module unchanged.
@@ -127,6 +131,31 @@ class ScalingGroup:
         parameters = {name: own[name] for name in self.parameters}
         Ranks(parameters)  # raises if the layout is not supported
         return replace(self, parameters=parameters, gathering=gathering)
+
+    def without(self, units: Tensor, why: Operation = NOT_WANTED) -> ScalingGroup:
+        """Return the group in which some units are held fixed, as for a loss that looks at the values behind them.
+
+        Args:
+            units: ``bool[H]``, those that are held. The others keep their order.
+            why: what the report says of them.
+
+        Raises:
+            ValueError: if the shape is not ``[H]``.
+
+        Example::
+
+            group = group.without(~group.monomials.simple)  # only units that are in no product
+        """
+        if units.shape != (self.num_units,) or units.dtype != torch.bool:
+            found = f"{units.dtype} of shape {list(units.shape)}"
+            raise ValueError(f"units must be bool of shape [{self.num_units}], one per unit, got {found}")
+        number, monomials = self.monomials.without(units.cpu())
+        couplings = [
+            replace(each, incoming=number[each.incoming.cpu()], outgoing=number[each.outgoing.cpu()])
+            for each in self.couplings
+        ]
+        costs = Counter(self.costs) + Counter({why: int(units.sum())})
+        return replace(self, couplings=couplings, monomials=monomials, costs=costs)
 
     def fingerprint(self) -> str:
         """Return a hash that is equal for groups that rescale parameters of the same names in the same way.

@@ -152,6 +152,32 @@ class Monomials:
         above[self.units[(caps & rises) | (floors & ~rises)]] = True
         below[self.units[(floors & rises) | (caps & ~rises)]] = True
 
+    # Fewer units ------------------------------------------------------------------------------------------------------
+
+    def without(self, units: Tensor) -> tuple[Tensor, Monomials]:
+        """Set the scales of some units to one.
+
+        Args:
+            units: ``bool[H]``; the other units keep their order, and products that lose all factors but one are units.
+
+        Returns:
+            For each scale its new number, or -1 if it is one now, ``int32[S + 1]`` with a -1 at the end; and the new
+            scales.
+        """
+        kept = ~units[self.units]
+        products, factors, exponents = self.products[kept], self.units[kept], self.exponents[kept]
+        count, cpu = int((~units).sum()), torch.device("cpu")
+        number = torch.full((self.num_scales + 1,), -1, dtype=torch.int32, device=cpu)
+        number[: self.num_units][~units] = torch.arange(count, dtype=torch.int32, device=cpu)
+        terms = torch.bincount(products, minlength=self.num_scales)
+        is_unit = (terms[products] == 1) & (exponents == 1)
+        number[products[is_unit]] = number[factors[is_unit]]
+        products, factors, exponents = products[~is_unit], factors[~is_unit], exponents[~is_unit]
+        proper = products.unique()
+        number[proper] = torch.arange(count, count + len(proper), dtype=torch.int32, device=cpu)
+        columns = number[products].long(), number[factors].long(), exponents
+        return number, Monomials(count, count + len(proper), *columns)
+
     # Masks of units ---------------------------------------------------------------------------------------------------
 
     def in_(self, scales: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from lightning_ecopt.common.nested import tensors_in
 from lightning_ecopt.common.warn import warn
 from lightning_ecopt.symmetry.deferred import DeferredGroup
-from lightning_ecopt.symmetry.equations import Equations
+from lightning_ecopt.symmetry.equations import Equations, Operation
 from lightning_ecopt.symmetry.group import ScalingGroup
 from lightning_ecopt.symmetry.saved_equations import packed, unpacked
 from lightning_ecopt.symmetry.trace import all_fixed, hold_results_fixed, solved
@@ -38,6 +38,7 @@ class GroupFromCalls(DeferredGroup):
     def __init__(
         self, offered: Iterable[Tensor], gather: Gather | None = None, equations: Equations | None = None
     ) -> None:
+        super().__init__()
         self.gather = gather
         self._offered = list(offered)
         self._calls = [] if equations is None else [equations]
@@ -135,12 +136,22 @@ class GroupFromCalls(DeferredGroup):
     def _solved(self, names: frozenset[str], equations: Equations) -> ScalingGroup:
         if names not in self._groups:
             try:
-                self._groups[names] = solved(self.parameters, equations, names, self._gathering())
+                found = solved(self.parameters, equations, names, self._gathering())
             except Exception as error:  # a fault of ours must not stop training
                 warn(f"The freedoms cannot be solved for, so that all is held fixed: {error!r}")
                 fixed = all_fixed(nn.Module(), self.parameters)
-                self._groups[names] = solved(self.parameters, fixed, names, self._gathering())
+                found = solved(self.parameters, fixed, names, self._gathering())
+            self._groups[names] = self.held.applied(found)
         return self._groups[names]
+
+    def hold(self, units: Tensor, why: Operation) -> None:
+        """Hold units of the present group fixed from now on."""
+        if self._settled is None:
+            raise RuntimeError("Units are held fixed once a group is in use.")
+        self.held.add(self._settled, units, why)
+        self._settled = self.held.applied(self._settled)
+        self._groups = {self._trained: self._settled}
+        self._version += 1
 
     def settle(self) -> ScalingGroup | None:
         """The group of what is trained now, or has been; what ranks that train together have found is joined."""
@@ -181,13 +192,14 @@ class GroupFromCalls(DeferredGroup):
 
     def saved(self) -> dict[str, Any] | None:
         """What a checkpoint needs for another run to know the same group, whatever its own first call shows."""
+        held = super().saved() or {}
         if self._packed is not None:
-            return {"packed": self._packed, "is_waiting": self.is_waiting}
+            return {"packed": self._packed, "is_waiting": self.is_waiting, **held}
         if self._saved is None or self._saved_version != self._version:
             equations = self.equations()
             self._saved = None if equations is None else packed(equations)
             self._saved_version = self._version
-        return None if self._saved is None else {"packed": self._saved, "is_waiting": self.is_waiting}
+        return None if self._saved is None else {"packed": self._saved, "is_waiting": self.is_waiting, **held}
 
     def load(self, state: Mapping[str, Any] | None, names: Collection[str]) -> Callable[[], None]:
         """Add what :meth:`saved` returned in another run, in which the named parameters had been trained.
@@ -196,12 +208,15 @@ class GroupFromCalls(DeferredGroup):
             A function that takes it back.
         """
         kept = ("_expected", "_calls", "_packed", "is_final", "_resumed", "_has_news", "_trained", "_settled")
-        before = {name: getattr(self, name) for name in kept}
+        before, held = {name: getattr(self, name) for name in kept}, self.held.saved()
 
         def undo() -> None:
             vars(self).update(before)
+            self.held.load(held)
             self.end_call()
 
+        self.held.load((state or {}).get("held", ()))
+        self._groups = {}
         self._expected = frozenset(names)
         equations = None if state is None else unpacked(state["packed"])
         if equations is not None and self._adopt(equations):
@@ -225,6 +240,7 @@ class GroupFromCalls(DeferredGroup):
         if equations is None or self._settled is None:
             return
         again = solved(self.parameters, equations.restricted(resumed.seen), self._trained, self._gathering())
+        again = self.held.applied(again)
         if again.fingerprint() == self._settled.fingerprint():
             self.replace(resumed)
             self._groups[self._trained] = self._settled
