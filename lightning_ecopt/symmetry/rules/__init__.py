@@ -43,6 +43,7 @@ from __future__ import annotations
 
 from lightning_ecopt.symmetry.rules import (
     attention,
+    complex_numbers,
     contractions,
     factories,
     gradients,
@@ -60,6 +61,7 @@ __all__ = [
     "RULES",
     "Call",
     "attention",
+    "complex_numbers",
     "contractions",
     "factories",
     "gradients",
