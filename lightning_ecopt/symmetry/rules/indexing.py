@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from math import isinf
 
 import numpy as np
 from torch import Tensor
@@ -236,3 +237,17 @@ def unpacked(call: Call) -> list[IntArray]:
     if call["padding_value"] != 0:
         call.hold_fixed("data")
     return [call.uniform("data", [0])[None], constant(FIXED, 1)]
+
+
+@rule("_jagged_to_padded_dense_forward")
+def padded_rows(call: Call) -> IntArray:
+    """[rows, channels] to [batch, time, channels], filled up: zero and infinity stay what they are times a scale."""
+    if call["padding_value"] != 0 and not isinf(call["padding_value"]):
+        call.hold_fixed("values")
+    return call.uniform("values", [0])[None]
+
+
+@rule("_padded_dense_to_jagged_forward")
+def rows_of_padded(call: Call) -> IntArray:
+    """[batch, time, channels] to [rows, channels]."""
+    return call.uniform("dense", [0, 1])[0]

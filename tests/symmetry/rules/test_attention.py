@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_ecopt.symmetry.equations import Equations
+from lightning_ecopt.symmetry.labels import FIXED
 from tests.symmetry.rules.ops import Op, check, detached, directly, every
 
 TWO = {"q": (4, 4), "k": (4, 4)}
@@ -122,3 +123,45 @@ def test_accelerators_attention_makes_the_same_demands(name: str, outputs: int) 
     for actual, expected in zip(demands(name, outputs), demands(CPU, 2), strict=True):
         for first, second in zip(actual, expected, strict=True):
             np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("name", "outputs", "leading"),
+    [
+        ("_flash_attention_forward", 5, False),
+        ("_efficient_attention_forward", 6, True),
+        ("_cudnn_attention_forward", 9, False),
+    ],
+)
+def test_attention_of_jagged_tensors_has_heads_and_length_in_the_other_order(
+    name: str, outputs: int, leading: bool
+) -> None:
+    def demands(name: str, outputs: int, swapped: bool) -> tuple[list[np.ndarray], np.ndarray]:
+        equations = Equations({})
+
+        def given(heads: int, length: int, channels: int) -> tuple[Any, Any]:
+            tensor, ids = torch.zeros(heads, length, channels), equations.fresh((heads, 1, channels))
+            tensor, ids = (tensor.transpose(0, 1), ids.swapaxes(0, 1)) if swapped else (tensor, ids)
+            return (tensor[None], ids[None]) if leading else (tensor, ids)
+
+        tensors = {"query": given(4, 5, 3), "key": given(2, 6, 3), "value": given(2, 6, 7)}
+        output = given(4, 5, 7)[0]
+        labels = directly(name, equations, (output, *[torch.zeros(4, 5)] * (outputs - 1)), tensors)
+        assert len(labels) == outputs
+        imposed = [relation.scales for relation in equations.relations] + equations.equalities
+        imposed += [numbers for _, numbers in equations.fixings]
+        return imposed, labels[0].swapaxes(-2, -3) if swapped else labels[0]
+
+    actual, expected = demands(name, outputs, True), demands(CPU, 2, False)
+    for first, second in zip([*actual[0], actual[1]], [*expected[0], expected[1]], strict=True):
+        np.testing.assert_array_equal(first, second)
+
+
+def test_keys_in_pages_are_held_fixed() -> None:
+    equations = Equations({})
+    label = equations.fresh((1, 2, 3))
+    tensors = {name: (torch.zeros(5, 2, 3), label) for name in ("query", "key", "value")}
+    output = torch.zeros(5, 2, 3)
+    (ids,) = directly("_flash_attention_forward", equations, (output,), tensors, block_table=torch.zeros(1))
+    assert (ids == FIXED).all()
+    assert equations.is_fixed[label].all()

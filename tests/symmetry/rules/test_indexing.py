@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from math import inf
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nested._internal.nested_tensor import nested_from_padded
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from tests.symmetry.rules.ops import Op, check, detached, every, out_of, traced
 
 GAIN, TABLE, WIDE = {"g": (4,)}, {"w": (5, 4)}, {"w": (5, 4)}
+OFFSETS = torch.tensor([0, 3, 8])
 LENGTHS = torch.tensor([4, 4, 3, 3, 2, 2, 1, 1])
 ops = torch.ops.aten
 
@@ -34,6 +37,14 @@ def distinct(*shape: int) -> Tensor:
 def larger(source: Tensor, *shape: int) -> Tensor:
     """A source is allowed to be larger than its index, but then has no gradient."""
     return source if traced() else source[tuple(map(slice, shape))]
+
+
+def _padded(h: Tensor, value: float) -> Tensor:
+    return torch.nested.nested_tensor_from_jagged(h, OFFSETS).to_padded_tensor(value)
+
+
+def _not_padded(h: Tensor) -> Tensor:
+    return nested_from_padded(h.view(2, 4, 4), torch.tensor([0, 4, 8])).values()
 
 
 def order(count: int = 4) -> Tensor:
@@ -290,6 +301,10 @@ OPS = [
         pack_padded_sequence(h.mT, LENGTHS, True), True)[0], 4, 1, inference=True),
     Op("_pad_packed_sequence", lambda m, h: pad_packed_sequence(
         pack_padded_sequence(h.mT, LENGTHS, True), padding_value=1.0)[0].transpose(0, 1), 0, 1, inference=True),
+    Op("_jagged_to_padded_dense_forward", lambda m, h: _padded(h, 0.0).sum(1)[four(8) % 2], counted=False),
+    Op("_jagged_to_padded_dense_forward", lambda m, h: _padded(h, -inf).amax(1)[four(8) % 2], counted=False),
+    Op("_jagged_to_padded_dense_forward", lambda m, h: _padded(h, 0.5).sum(1)[four(8) % 2], 0, counted=False),
+    Op("_padded_dense_to_jagged_forward", lambda m, h: _not_padded(h), counted=False),
 ]  # fmt: skip
 
 
