@@ -79,6 +79,16 @@ def _adapted(m: Any, x: Tensor) -> Tensor:
     return F.linear(h, m.w - 0.1 * step)
 
 
+def _functional(m: Any, x: Tensor) -> Tensor:
+    """Forces of every row by itself."""
+    return torch.vmap(torch.func.grad(lambda row: m.net(row).squeeze()))(x)
+
+
+def _forward(m: Any, x: Tensor) -> Tensor:
+    """Derivatives in one direction, in forward mode."""
+    return torch.func.jvp(m.net, (x,), (torch.ones_like(x),))[1]
+
+
 def _critic() -> nn.Sequential:
     return nn.Sequential(nn.Conv1d(2, 3, 3, padding=1), nn.LeakyReLU(0.2), nn.ConvTranspose1d(3, 4, 2, 2), nn.PReLU())
 
@@ -87,6 +97,8 @@ def _critic() -> nn.Sequential:
     ("make", "shape", "units"),
     [
         pytest.param(lambda: Net(_forces, net=mlp(3, 4, 5, 1, activation=nn.LeakyReLU)), (8, 3), 9, id="forces"),
+        pytest.param(lambda: Net(_functional, net=mlp(3, 4, 5, 1)), (8, 3), 9, id="functional"),
+        pytest.param(lambda: Net(_forward, net=mlp(3, 4, 5, 2, activation=nn.PReLU)), (8, 3), 9, id="forward mode"),
         pytest.param(lambda: Net(_penalty, net=_critic(), head=nn.Linear(16, 1)), (4, 2, 4), 7, id="penalty"),
         pytest.param(lambda: Net(_residual, down=nn.Linear(1, 4), up=nn.Linear(4, 1)), (8, 1), 4, id="residual"),
         pytest.param(

@@ -33,6 +33,19 @@ def attention_of_jagged(call: Call) -> list[IntArray]:
     return [ids.swapaxes(-2, -3), *others]
 
 
+@rule("_scaled_dot_product_flash_attention_for_cpu_backward")
+def gradients_of_attention(call: Call) -> list[IntArray]:
+    """Of v a sum of g; of scores s = p (g v.T - a sum over keys), where p is fixed; of q and k then s k and s.T q."""
+    call.hold_fixed("attn_mask")
+    names = ("grad_out", "query", "key", "value")
+    above, query, key, value = (call.uniform(name, [len(call.shape(name)) - 2]) for name in names)
+    if call.shape("key")[-3] != call.shape("query")[-3]:  # heads that are shared, whose gradients are summed
+        call.hold_fixed(*names)
+        return [constant(FIXED, above.ndim)] * 3
+    scores = call.equations.uniform(call.equations.combine((1, above), (1, value)), [above.ndim - 1])
+    return [call.equations.combine((1, scores), (1, ids)) for ids in (key, query)] + [above]
+
+
 def _attended(call: Call, heads_at: int) -> list[IntArray]:
     """The labels of outputs [..., heads, length, channels], for inputs that have their heads at this axis."""
     call.hold_fixed("attn_mask", "attn_bias", "bias", "alibi_slopes")

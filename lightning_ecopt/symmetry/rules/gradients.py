@@ -18,6 +18,7 @@ from lightning_ecopt.symmetry.labels import (
     FIXED,
     ZERO,
     IntArray,
+    Value,
     align,
     along_channels,
     constant,
@@ -25,7 +26,7 @@ from lightning_ecopt.symmetry.labels import (
 )
 from lightning_ecopt.symmetry.rules.contractions import convolution
 from lightning_ecopt.symmetry.rules.indexing import put_into
-from lightning_ecopt.symmetry.rules.pointwise import all_equal
+from lightning_ecopt.symmetry.rules.pointwise import add, all_equal, multiply
 from lightning_ecopt.symmetry.rules.registry import Call, rule
 
 _NAMES = ("grad_output", "grad_out", "grad", "grad_in")
@@ -247,3 +248,26 @@ def _by_channel(call: Call) -> tuple[IntArray, IntArray]:
     if call["weight"] is None:
         return ids, ids
     return ids, call.equations.combine((1, ids), (1, along_channels(call.ids("weight"), ndim)))
+
+
+# Forward mode ---------------------------------------------------------------------------------------------------------
+
+
+@rule("_efficientzerotensor")
+def zero_tangent(call: Call) -> IntArray:
+    return constant(ZERO, call.output.ndim)
+
+
+@rule("prims::add")
+def sum_of_tangents(call: Call) -> Value:
+    return add(call, call.value("self"), call.value("other"), call.output.ndim)
+
+
+@rule("prims::mul")
+def product_with_a_tangent(call: Call) -> Value:
+    return multiply(call, call.value("self"), call.value("other"), call.output.ndim)
+
+
+@rule("is_same_size", "_has_same_storage_numel")
+def asked(call: Call) -> None:
+    """A question about shapes."""

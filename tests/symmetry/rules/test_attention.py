@@ -31,6 +31,19 @@ def attend(m: Any, h: Tensor, count: int = 2, fewer: int = 2, length: int = 4, *
     return F.scaled_dot_product_attention(heads(query, count), heads(key, fewer), heads(value, fewer), **options)
 
 
+def gradient(m: Any, h: Tensor, of: str, fewer: int = 2) -> Tensor:
+    """The gradient of queries, keys or values, where h comes from above."""
+    with torch.enable_grad():
+        made = {
+            "q": heads(F.linear(h.mT, m.q)),
+            "k": heads(F.linear(h.mT, m.k), fewer),
+            "v": heads(F.linear(h.mT, m.v), fewer),
+        }
+        made = {name: tensor.detach().requires_grad_() for name, tensor in made.items()}
+        y = F.scaled_dot_product_attention(*made.values(), enable_gqa=fewer == 1)
+        return torch.autograd.grad(y, made[of], heads(h.mT))[0].transpose(1, 2).flatten(2)
+
+
 CPU = "_scaled_dot_product_flash_attention_for_cpu"
 WHOLE = "scaled_dot_product_attention"
 
@@ -85,6 +98,9 @@ OPS = [
         heads(F.linear(h.mT, m.q)), heads(F.linear(h.mT, m.k)), heads(h.mT))[0], 4 + 4, 1, TWO, True),
     Op("_scaled_dot_product_attention_math", lambda m, h: ops._scaled_dot_product_attention_math(
         heads(h.mT), heads(h.mT), heads(F.linear(h.mT, m.v)), is_causal=True)[0], 4, 1, {"v": (4, 4)}, True),
+    Op(f"{CPU}_backward", lambda m, h: gradient(m, h, "q"), 4 + 4 + 2, 1, FORMS, counted=False),
+    Op(f"{CPU}_backward", lambda m, h: gradient(m, h, "k"), 4 + 4 + 2, 1, FORMS, counted=False),
+    Op(f"{CPU}_backward", lambda m, h: gradient(m, h, "v"), 4 + 4 + 2, 1, FORMS, counted=False),
 ]  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from lightning_ecopt.symmetry.equations import Equations, Relations
@@ -61,6 +62,12 @@ def _sampled(h: Tensor, other: Tensor, to_grid: bool = False) -> Tensor:
         grid.requires_grad_(to_grid)
         y = F.grid_sample(h, grid, align_corners=False)
         return torch.autograd.grad(y, grid if to_grid else h, other, create_graph=True)[0]
+
+
+def _tangent(of: Callable[[Tensor], Tensor], h: Tensor) -> Tensor:
+    """The derivative at h in the direction of h."""
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(of(forward_ad.make_dual(h, h.abs()))).tangent
 
 
 def _convolved(m: Any, h: Tensor, **options: Any) -> Tensor:
@@ -214,6 +221,15 @@ OPS = [
     Op("native_batch_norm_backward", lambda m, h: _gradient(lambda t: _batch_norm(m, t, m.w), h, same), 4, 0, GAIN),
     Op("native_batch_norm_backward", lambda m, h: _gradient(
         lambda t: _batch_norm(m, t, None, False), h, same), 0, complete=False),  # linear, as eps is all that divides
+    # Forward mode
+    Op("_efficientzerotensor", lambda m, h: _tangent(
+        lambda t: F.linear(t, m.w, m.b), h), 4 + 3, 0, {"w": (3, 4), "b": (3,)}),
+    Op("prims::add", lambda m, h: _tangent(lambda t: (t + m.b).relu().roll(1, 1) + t, h), 1, 0, {"b": (4,)}),
+    Op("prims::add", lambda m, h: _tangent(lambda t: (t + m.known).relu(), h), 0, complete=False),  # known is not zero
+    Op("prims::mul", lambda m, h: _tangent(lambda t: t * m.b, h), 4 + 4, 0, {"b": (4,)}),
+    Op("prims::mul", lambda m, h: _tangent(lambda t: t / m.b + t, h), 4, 0, {"b": (4,)}),
+    Op("is_same_size", lambda m, h: _tangent(lambda t: t.relu().square(), h)),
+    Op("_has_same_storage_numel", lambda m, h: _tangent(lambda t: F.leaky_relu(t.roll(1, 1)), h)),
 ]  # fmt: skip
 
 
