@@ -84,7 +84,7 @@ class TraceMode(TorchDispatchMode):
     # One operation ----------------------------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(issubclass(kind, NestedTensor) for kind in types):
+        if isinstance(func, torch._ops.OpOverload) and any(issubclass(kind, NestedTensor) for kind in types):
             return NotImplemented  # a jagged tensor says what it does as operations on the tensor of its values
         kwargs = kwargs or {}
         name = base_name(func)

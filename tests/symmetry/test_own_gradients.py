@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from lightning_ecopt.symmetry import scaling_group
 from tests.networks import mlp
+from tests.selection import full
 from tests.symmetry.helpers import assert_complete, normal
 from tests.symmetry.soundness.checks import BESIDE, PLAIN, Beside, check
 
@@ -97,10 +98,14 @@ def _critic() -> nn.Sequential:
     ("make", "shape", "units"),
     [
         pytest.param(lambda: Net(_forces, net=mlp(3, 4, 5, 1, activation=nn.LeakyReLU)), (8, 3), 9, id="forces"),
-        pytest.param(lambda: Net(_functional, net=mlp(3, 4, 5, 1)), (8, 3), 9, id="functional"),
-        pytest.param(lambda: Net(_forward, net=mlp(3, 4, 5, 2, activation=nn.PReLU)), (8, 3), 9, id="forward mode"),
+        pytest.param(lambda: Net(_functional, net=mlp(3, 4, 5, 1)), (8, 3), 9, id="functional", marks=full),
+        pytest.param(
+            lambda: Net(_forward, net=mlp(3, 4, 5, 2, activation=nn.PReLU)), (8, 3), 9, id="forward mode", marks=full
+        ),
         pytest.param(lambda: Net(_penalty, net=_critic(), head=nn.Linear(16, 1)), (4, 2, 4), 7, id="penalty"),
-        pytest.param(lambda: Net(_residual, down=nn.Linear(1, 4), up=nn.Linear(4, 1)), (8, 1), 4, id="residual"),
+        pytest.param(
+            lambda: Net(_residual, down=nn.Linear(1, 4), up=nn.Linear(4, 1)), (8, 1), 4, id="residual", marks=full
+        ),
         pytest.param(
             lambda: Net(
                 _potential,
@@ -118,9 +123,14 @@ def _critic() -> nn.Sequential:
             (8, 3),
             4 + 1,
             id="features",
+            marks=full,
         ),
         pytest.param(
-            lambda: Net(_adapted, net=mlp(3, 4, 4), w=nn.Parameter(torch.ones(2, 4))), (8, 3), 4, id="adapted"
+            lambda: Net(_adapted, net=mlp(3, 4, 4), w=nn.Parameter(torch.ones(2, 4))),
+            (8, 3),
+            4,
+            id="adapted",
+            marks=full,
         ),
     ],
 )
