@@ -30,7 +30,7 @@ from lightning_ecopt.symmetry.labels import (
     stretch,
 )
 
-View = tuple[int, tuple[int, ...], tuple[int, ...]]  # offset, shape, strides
+View = tuple[int, tuple[int, ...], tuple[int, ...], int]  # offset, shape and strides in elements; bytes of an element
 
 
 @dataclass(eq=False)
@@ -173,8 +173,8 @@ def storage_of(tensor: Tensor) -> torch.UntypedStorage | None:
 
 
 def view_of(tensor: Tensor) -> View:
-    """Offset, shape and strides of a tensor in its storage."""
-    return int(tensor.storage_offset()), tuple(tensor.shape), tuple(tensor.stride())
+    """Offset, shape and strides of a tensor in its storage, and how large its elements are."""
+    return int(tensor.storage_offset()), tuple(tensor.shape), tuple(tensor.stride()), tensor.element_size()
 
 
 def is_ordinary(tensor: Tensor) -> bool:
@@ -219,12 +219,14 @@ class _Box:
 
 
 def _box(whole: View, view: View) -> _Box | None:
-    """Find the box of ``whole`` that ``view`` shows; ``None`` if it shows no box.
+    """Find the box of ``whole`` that ``view`` shows; ``None`` if it shows no box, or complex numbers as real ones.
 
     An axis of the view belongs to an axis of the whole if its stride is a multiple of that axis' stride, and it does
     not reach beyond that axis' end.
     """
-    offset, shape, strides = whole
+    offset, shape, strides, size_of_element = whole
+    if view[3] != size_of_element:
+        return None
     rest = view[0] - offset
     part = [slice(None)] * len(shape)
     starts = {}
@@ -266,7 +268,10 @@ def _box(whole: View, view: View) -> _Box | None:
 def _same_order(whole: View, view: View) -> bool:
     """Whether both views show the same elements, in the order in which they lie in memory."""
     return (
-        whole[0] == view[0] and prod(whole[1]) == prod(view[1]) and all(_is_contiguous(*v[1:]) for v in (whole, view))
+        whole[0] == view[0]
+        and prod(whole[1]) == prod(view[1])
+        and whole[3] == view[3]
+        and all(_is_contiguous(*v[1:3]) for v in (whole, view))
     )
 
 

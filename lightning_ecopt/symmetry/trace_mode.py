@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nested._internal.nested_tensor import NestedTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -83,6 +84,8 @@ class TraceMode(TorchDispatchMode):
     # One operation ----------------------------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if isinstance(func, torch._ops.OpOverload) and any(issubclass(kind, NestedTensor) for kind in types):
+            return NotImplemented  # a jagged tensor says what it does as operations on the tensor of its values
         kwargs = kwargs or {}
         name = base_name(func)
         if name.startswith("prim::"):  # a question about a tensor, such as its device

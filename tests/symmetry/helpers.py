@@ -29,12 +29,16 @@ def draw_(module: nn.Module, generator: torch.Generator) -> None:
 
 
 def count_freedoms(
-    module: nn.Module, inputs: Callable[[torch.Generator, float], tuple[Any, ...]], generator: torch.Generator
+    module: nn.Module,
+    inputs: Callable[[torch.Generator, float], tuple[Any, ...]],
+    generator: torch.Generator,
+    *,
+    batched: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Rows ``w * df/dw`` over many draws of weights and inputs, and which parameter elements ever mattered.
 
     A direction d with rows @ d = 0 is a rescaling ``w * exp(t d)`` that leaves the outputs unchanged to first order,
-    for all weights: a freedom, whatever the network is made of.
+    for all weights: a freedom, whatever the network is made of. ``batched=False`` computes gradients one by one.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
     count = sum(p.numel() for p in parameters)
@@ -44,9 +48,7 @@ def count_freedoms(
         draw_(module, generator)
         # Wide enough inputs to meet both sides of every bend.
         output = flat_output(module(*inputs(generator, 4.0)))
-        grads = torch.autograd.grad(
-            output, parameters, torch.eye(len(output), dtype=output.dtype), is_grads_batched=True, allow_unused=True
-        )
+        grads = _gradients(output, parameters, batched)
         logarithmic = [
             torch.zeros(len(output), p.numel(), dtype=output.dtype)
             if g is None
@@ -58,6 +60,15 @@ def count_freedoms(
     return matrix, matrix.abs().amax(0) > 0
 
 
+def _gradients(output: Tensor, parameters: list[nn.Parameter], batched: bool) -> Sequence[Tensor | None]:
+    """For each parameter the gradients of all elements of a vector, stacked."""
+    unit = torch.eye(len(output), dtype=output.dtype)
+    if batched:
+        return torch.autograd.grad(output, parameters, unit, is_grads_batched=True, allow_unused=True)
+    one_by_one = [torch.autograd.grad(output, parameters, row, retain_graph=True, allow_unused=True) for row in unit]
+    return [None if grads[0] is None else torch.stack(grads) for grads in zip(*one_by_one, strict=True)]
+
+
 def normal(*shapes: tuple[int, ...]) -> Callable[[torch.Generator, float], tuple[Tensor, ...]]:
     """Draws normally distributed inputs of these shapes."""
     return lambda generator, size: tuple(
@@ -66,13 +77,17 @@ def normal(*shapes: tuple[int, ...]) -> Callable[[torch.Generator, float], tuple
 
 
 def assert_complete(
-    module: nn.Module, inputs: Callable[[torch.Generator, float], tuple[Any, ...]], seed: int = 0
+    module: nn.Module,
+    inputs: Callable[[torch.Generator, float], tuple[Any, ...]],
+    seed: int = 0,
+    *,
+    batched: bool = True,
 ) -> None:
     """The units are freedoms, and there are no others."""
     generator = torch.Generator().manual_seed(seed)
     draw_(module, generator)
     found = directions(scaling_group(module, *inputs(generator, 1.0)))
-    rows, living = count_freedoms(module, inputs, generator)
+    rows, living = count_freedoms(module, inputs, generator, batched=batched)
     rows, found = rows[:, living], found[living]
     assert (rows @ found).abs().sum() < 1e-9 * rows.abs().sum()
     # Units that touch only elements which never matter are no freedoms of the function, in either count.

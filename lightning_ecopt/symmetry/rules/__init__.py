@@ -43,8 +43,10 @@ from __future__ import annotations
 
 from lightning_ecopt.symmetry.rules import (
     attention,
+    complex_numbers,
     contractions,
     factories,
+    gradients,
     images,
     indexing,
     normalization,
@@ -59,8 +61,10 @@ __all__ = [
     "RULES",
     "Call",
     "attention",
+    "complex_numbers",
     "contractions",
     "factories",
+    "gradients",
     "images",
     "indexing",
     "normalization",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from math import isinf
 
 import numpy as np
 from torch import Tensor
@@ -126,6 +127,10 @@ def put_at_indices(call: Call) -> IntArray:
         ndim = len(indices)
         return call.equations.equate(_any_element(call, "self", ndim), _any_element(call, "values", ndim))
     axes = [axis for axis, index in enumerate(indices) if index is not None]
+    if len(axes) == 1:
+        exact = _put_at(call, axes[0], indices[axes[0]], "values", adding=call["accumulate"])
+        if exact is not None:
+            return exact
     ids = call.uniform("self", axes)
     width = max(index.ndim for index in indices if index is not None)
     place = axes[0] if axes[-1] - axes[0] == len(axes) - 1 else 0  # where the axes of the indices stand in what is put
@@ -133,6 +138,23 @@ def put_at_indices(call: Call) -> IntArray:
     values = align(call.ids("values"), ids.ndim - len(axes) + width)
     values = call.equations.uniform(values, among).squeeze(tuple(among))
     return call.equations.equate(ids, np.expand_dims(values, tuple(axes)))
+
+
+def _put_at(call: Call, axis: int, index: Tensor | None, name: str, *, adding: bool) -> IntArray | None:
+    """The label after known places along an axis got new elements, or additions; ``None`` if they are not known."""
+    places = call.constants.get(id(index))
+    if places is None or places.ndim != 1 or call.output.ndim == 0:
+        return None
+    ids, new = call.ids("self"), align(call.ids(name), call.output.ndim)
+    if ids.shape[axis] == new.shape[axis] == 1:
+        return None
+    whole = np.array(stretch(ids, call.output.shape, {axis, *_changing(new)}))
+    where = (slice(None),) * axis + (places,)
+    if adding:
+        new = call.equations.equate(whole[where], new)
+    whole[where] = new
+    call.equations.equate(whole[where], new)  # a place that is named twice has one label
+    return compress(whole)
 
 
 @rule("gather")
@@ -193,6 +215,10 @@ def put_along_axis(call: Call) -> IntArray:
     if call.arguments.get("reduce") == "prod":
         call.hold_fixed("self", "source")
         return constant(FIXED, call.output.ndim)
+    if "reduce" not in call.arguments and axes:
+        exact = _put_at(call, axes[0], call["index"], "source", adding="alpha" in call.arguments)
+        if exact is not None:
+            return exact
     source = align(call.uniform("source", axes) if call.shape("source") else call.ids("source"), call.output.ndim)
     return call.equations.equate(call.uniform("self", axes), source)
 
@@ -236,3 +262,17 @@ def unpacked(call: Call) -> list[IntArray]:
     if call["padding_value"] != 0:
         call.hold_fixed("data")
     return [call.uniform("data", [0])[None], constant(FIXED, 1)]
+
+
+@rule("_jagged_to_padded_dense_forward")
+def padded_rows(call: Call) -> IntArray:
+    """[rows, channels] to [batch, time, channels], filled up: zero and infinity stay what they are times a scale."""
+    if call["padding_value"] != 0 and not isinf(call["padding_value"]):
+        call.hold_fixed("values")
+    return call.uniform("values", [0])[None]
+
+
+@rule("_padded_dense_to_jagged_forward")
+def rows_of_padded(call: Call) -> IntArray:
+    """[batch, time, channels] to [rows, channels]."""
+    return call.uniform("dense", [0, 1])[0]

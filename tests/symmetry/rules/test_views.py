@@ -72,18 +72,6 @@ OPS = [
     Op("lift_fresh", lambda m, h: ops.lift_fresh(h)),
     Op("lift_fresh_copy", lambda m, h: ops.lift_fresh_copy(h)),
     Op("detach_copy", lambda m, h: ops.detach_copy(h), counted=False),  # has no gradient
-    Op("_conj", lambda m, h: torch.complex(h, h.relu()).conj().abs()),
-    Op("_conj", lambda m, h: torch.complex(h, h.relu()).conj().imag + h.roll(1, 1), 0, complete=False),  # seen negated
-    Op("_conj", lambda m, h: torch.complex(h, h.relu()).mH.real.T, inference=True),
-    Op("_conj_physical", lambda m, h: torch._conj_physical(torch.complex(h, h.relu())).imag + h.roll(1, 1), 1),
-    Op("conj_physical", lambda m, h: torch.complex(h, h.relu()).conj_physical_().imag + h.roll(1, 1), 1),
-    Op("conj_physical", lambda m, h: torch.conj_physical(torch.complex(h, h.relu())).imag, inference=True),
-    Op("resolve_conj", lambda m, h: torch.complex(
-        h, h.relu()).conj().resolve_conj().imag + h.roll(1, 1), 1, inference=True),
-    Op("resolve_conj", lambda m, h: torch.resolve_conj(h), inference=True),
-    Op("resolve_neg", lambda m, h: torch.complex(
-        h, h.relu()).conj().imag.resolve_neg(), 0, inference=True, complete=False),  # seen negated
-    Op("resolve_neg", lambda m, h: torch.resolve_neg(h) + h.roll(1, 1), 1, inference=True),
     Op("tril", lambda m, h: F.linear(h, m.w.tril()), 8, 0, SQUARE),
     Op("tril", lambda m, h: h.view(8, 2, 2).tril(-1)),
     Op("tril", lambda m, h: h.tril_() + h.roll(1, 1), 1),
@@ -206,20 +194,7 @@ OPS = [
     Op("diagonal", lambda m, h: (h[:, :, None] * h[:, None]).diagonal(1, 1, 2) + h[:, 1:] * h[:, :3]),
     Op("diagonal", lambda m, h: h * m.w.diagonal(), 4, 0, SQUARE, complete=False),  # no box of the parameter
     # Complex numbers
-    Op("view_as_real", lambda m, h: torch.view_as_real(torch.complex(h, h.relu())).sum(2)),
-    Op("view_as_real", lambda m, h: torch.view_as_real(torch.complex(h, h.relu()))[..., 1] + h.roll(1, 1), 1),
-    Op("view_as_complex", lambda m, h: torch.view_as_complex(h.view(8, 2, 2)).abs(), 2),
-    Op("view_as_complex", lambda m, h: torch.view_as_complex(h.mT.reshape(8, 4, 2, 2).mT.contiguous()).abs(), 2, 1),
-    Op("complex", lambda m, h: torch.complex(h, h.relu()).abs()),
     # Its parts can be taken apart again
-    Op("complex", lambda m, h: torch.complex(h, h[:, :1]).real, 1, complete=False),
-    Op("complex", lambda m, h: torch.complex(h, m.b).abs(), 4, 0, {"b": (4,)}),
-    Op("complex", lambda m, h: (
-        torch.complex(h, h.relu()) * torch.complex(m.g, m.k)).abs(), 8, 0, {"g": (4,), "k": (4,)}),
-    Op("polar", lambda m, h: torch.polar(h.abs(), m.known.expand(8, 4)).real),
-    Op("polar", lambda m, h: torch.polar(h.abs(), h.roll(1, 1)).real, 0),
-    Op("polar", lambda m, h: torch.polar(m.known, h).real, 0),
-    Op("polar", lambda m, h: torch.view_as_real(torch.complex(h, h.relu()) * torch.polar(m.known, m.known)).sum(1), 1),
     # Put together
     Op("cat", lambda m, h: torch.cat([h, h.roll(1, 1)], 1)),
     Op("cat", lambda m, h: torch.cat([torch.zeros(0, dtype=h.dtype), h, m.known.expand(8, 4)], -1)),
