@@ -16,9 +16,10 @@ from torch import Tensor
 
 from lightning_ecopt.symmetry.coupling import NO_UNIT, Coupling
 from lightning_ecopt.symmetry.elimination import BoolArray, Powers, SparseEquations, Unknowns, eliminate, simplify
-from lightning_ecopt.symmetry.equations import Equations, Operation, Use, overlap
+from lightning_ecopt.symmetry.equations import Equations, Operation, Use
 from lightning_ecopt.symmetry.labels import FIXED, ZERO, IntArray, constant
 from lightning_ecopt.symmetry.monomials import Monomials
+from lightning_ecopt.symmetry.regions import overlap
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +89,7 @@ def _frozen_sides(equations: Equations, names: Sequence[str]) -> list[IntArray]:
     pairs = []
     for name in equations.shapes.keys() - set(names):
         own = equations.uses.get(name, [])
-        hidden, equal = _only_hidden(equations.hidden_uses.get(name, []), own, equations.shapes[name])
+        hidden, equal = _only_hidden(equations.hidden_uses.get(name, []), own)
         pairs += equal
         for use in [*own, *(replace(use, outgoing=constant(FIXED, use.outgoing.ndim)) for use in hidden)]:
             pairs += _both_sides(use)
@@ -141,13 +142,13 @@ def _used_regions(equations: Equations, names: Sequence[str]) -> tuple[list[tupl
     agreements: list[IntArray] = []
     for name in names:
         shape, own = equations.shapes[name], equations.uses.get(name, [])
-        hidden, pairs = _only_hidden(equations.hidden_uses.get(name, []), own, shape)
+        hidden, pairs = _only_hidden(equations.hidden_uses.get(name, []), own)
         uses += [(name, use) for use in _completed([*own, *hidden], shape)]
         agreements += pairs
     return uses, agreements
 
 
-def _only_hidden(hidden: list[Use], own: list[Use], shape: tuple[int, ...]) -> tuple[list[Use], list[IntArray]]:
+def _only_hidden(hidden: list[Use], own: list[Use]) -> tuple[list[Use], list[IntArray]]:
     """The uses by zeros of elements that have no other use, and pairs of scales that must agree.
 
     The output of this call would stay for any factors of such elements, as they are multiplied by zeros. But the zeros
@@ -160,7 +161,7 @@ def _only_hidden(hidden: list[Use], own: list[Use], shape: tuple[int, ...]) -> t
         same = next((other for other in kept if other.region == use.region), None)
         if same is not None:
             pairs.append(np.stack(np.broadcast_arrays(same.incoming, use.incoming), -1).reshape(-1, 2))
-        elif not any(overlap(other.region, use.region, shape) for other in [*own, *kept]):
+        elif not any(overlap(other.region, use.region) for other in [*own, *kept]):
             kept.append(use)
     return kept, pairs
 

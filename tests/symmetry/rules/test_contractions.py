@@ -30,7 +30,7 @@ OPS = [
     Op("mm", lambda m, h: torch.cat([h @ m.w, h.relu() @ m.w], 1), 8, shapes={"w": (4, 4)}),
     Op("mm", lambda m, h: torch.cat([h @ m.w[:, :2], h @ m.w[:, 2:]], 1), 8, shapes={"w": (4, 4)}),
     # Parts that overlap
-    Op("mm", lambda m, h: torch.cat([h @ m.w[:, :3], h @ m.w[:, 2:]], 1), 0, 0, SQUARE, complete=False),
+    Op("mm", lambda m, h: torch.cat([h @ m.w[:, :3], h @ m.w[:, 2:]], 1), 8, 0, SQUARE),
     Op("mm", lambda m, h: h @ m.w @ m.v, 4 + 3 + 5, 0, {"w": (4, 3), "v": (3, 5)}),
     Op("mm", lambda m, h: h @ (m.w @ m.v), 4 + 3 + 5, 0, {"w": (4, 3), "v": (3, 5)}),
     Op("mm", lambda m, h: h @ (m.w @ m.w), 4 + 1, 0, SQUARE),

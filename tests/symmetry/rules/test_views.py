@@ -166,9 +166,12 @@ OPS = [
     Op("slice", lambda m, h: F.linear(h[:, :2], m.w[:, :2]) + F.linear(h[:, 2:], m.w[:, 2:]), 4 + 5, 0, WIDE),
     Op("slice", lambda m, h: h * m.g[1:5], 8, 0, {"g": (6,)}),
     Op("slice", lambda m, h: h * m.g[:4] + m.g[4:], 8, 0, {"g": (8,)}),
-    # Parts that overlap hold the parameter fixed
-    Op("slice", lambda m, h: h * m.g[:4] + h.roll(1, 1) * m.g[1:], 0, 0, {"g": (5,)}, complete=False),
-    Op("slice", lambda m, h: torch.cat([F.linear(h, m.w), F.linear(h, m.w[:2])], 1), 0, 0, WIDE, complete=False),
+    # Parts that overlap
+    Op("slice", lambda m, h: h * m.g[:4] + h.roll(1, 1) * m.g[1:], 5, 0, {"g": (5,)}),
+    Op("slice", lambda m, h: torch.cat([F.linear(h, m.w), F.linear(h, m.w[:2])], 1), 4 + 5, 0, WIDE),
+    Op("slice", lambda m, h: torch.cat([h * m.g[1:5], h * m.g[:8:2], h.flip(1) * m.g[4:]], 1), 4 + 8, 0, {"g": (8,)}),
+    Op("slice", lambda m, h: F.linear(h[:, :3], m.w[:4, :3]) + F.linear(h[:, 1:], m.w[1:, 1:]), 5, 0, WIDE),
+    Op("slice", lambda m, h: torch.cat([F.linear(h, m.w[:3]), F.linear(h[:, ::2], m.w[1:, ::3])], 1), 3 + 5, 0, WIDE),
     Op("slice", lambda m, h: torch.cat([h, F.linear(h, m.w[:0])], 1), 4, 0, WIDE),
     Op("slice", lambda m, h: h[-3:, 1:-1].expand(3, 2).sum(0) + 0 * h[:, :1]),
     Op("select", lambda m, h: h[:, -1] * h[:, -1].sign() + h.relu().sum(1) * 0, 1),

@@ -116,13 +116,52 @@ def test_a_parameter_used_twice_agrees_with_itself(joined: bool, x: Tensor) -> N
     assert_same(evaluate(module, (x,)), before)
 
 
-def test_a_parameter_used_in_overlapping_parts_is_grounded(x: Tensor) -> None:
+def test_overlapping_parts_of_a_parameter_agree_where_they_overlap(x: Tensor) -> None:
     class Parts(Net):
         def forward(self, x: Tensor) -> Tensor:
             h = self.body(x)
             return F.linear(h[:, :3], self.head.weight[:, :3]) + F.linear(h[:, 1:], self.head.weight[:, 1:])
 
-    assert scaling_group(Parts(), x).num_units == 0
+    assert scaling_group(Parts(), x).num_units == 4
+
+
+def test_the_first_rows_of_a_table_stand_for_all(x: Tensor) -> None:
+    """Sequences of two lengths read a table of places, and others may be longer."""
+
+    class Places(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.places = nn.Parameter(torch.randn(9, 4))
+
+        def forward(self, long: Tensor, short: Tensor) -> Tensor:
+            return torch.cat([self.head(self.body[0](x) + self.places[: len(x)]) for x in (long, short)])
+
+    module = Places().double()
+    group = scaling_group(module, x, x[:2])
+    assert group.num_units == 4
+    longer = torch.randn(8, 2, dtype=torch.float64)
+    before = evaluate(module, (longer, x))
+    group.act_(torch.linspace(-1, 1, group.num_units, dtype=torch.float64))
+    assert_same(evaluate(module, (longer, x)), before)
+
+
+def test_many_overlapping_parts_hold_a_parameter_fixed(x: Tensor) -> None:
+    class Windows(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gains = nn.Parameter(torch.randn(200))
+            self.count = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.body(x).mean(1, keepdim=True)
+            return self.head(sum((h * self.gains[k : 200 - k])[:, :4] for k in range(self.count)))
+
+    module = Windows()
+    for module.count, is_fixed in ((30, False), (80, True)):
+        group = scaling_group(module, x)
+        before = module.gains.detach().clone()
+        group.act_(torch.linspace(-1, 1, group.num_units))
+        assert torch.allclose(module.gains, before) == is_fixed
 
 
 def test_unit_sets_gather_the_units_of_one_layer(x: Tensor) -> None:
