@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from lightning_ecopt.symmetry.labels import (
     FIXED,
     ZERO,
+    Cases,
     IntArray,
     ParameterView,
     Value,
@@ -154,8 +155,9 @@ class Equations:
                 self.equalities.append(pairs[~is_fixed])
         return compress(np.where(first == ZERO, second, first))
 
-    def hold_fixed(self, value: Value) -> None:
+    def hold_fixed(self, value: Value | Cases) -> None:
         """Demand that the elements do not change."""
+        value = value.value if isinstance(value, Cases) else value
         if isinstance(value, ParameterView):
             self.assign(value, constant(FIXED, 0), constant(FIXED, 0), additive=False)
         else:

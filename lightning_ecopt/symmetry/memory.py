@@ -21,6 +21,7 @@ from lightning_ecopt.symmetry.equations import Equations
 from lightning_ecopt.symmetry.labels import (
     FIXED,
     ZERO,
+    Cases,
     IntArray,
     ParameterView,
     Value,
@@ -29,8 +30,10 @@ from lightning_ecopt.symmetry.labels import (
     reshape,
     stretch,
 )
+from lightning_ecopt.symmetry.picking import in_any_case
 
 View = tuple[int, tuple[int, ...], tuple[int, ...]]  # offset, shape, strides
+_SPECIAL = (ParameterView, Cases)  # no labels
 
 
 @dataclass(eq=False)
@@ -42,7 +45,7 @@ class _Storage:
 
     reference: StorageWeakRef  # keeps the address from being used again, by which the labels are found
     external: bool  # was there before the call, so that others may read it afterwards
-    views: dict[View, Value] = field(default_factory=dict)
+    views: dict[View, Value | Cases] = field(default_factory=dict)
 
 
 class Memory:
@@ -73,7 +76,7 @@ class Memory:
         storage.external = True
         storage.views[view_of(tensor)] = ParameterView.whole(name, tensor.shape)
 
-    def read(self, tensor: Tensor) -> Value:
+    def read(self, tensor: Tensor) -> Value | Cases:
         """The label of a tensor. Memory first met as an input is constant and stays after the call."""
         found = self._find(tensor) if is_ordinary(tensor) else None
         if found is None:
@@ -86,7 +89,9 @@ class Memory:
         if view not in storage.views:  # one that nobody saw being made, or that was not there before a change in place
             self._derive(storage, view)
         value = storage.views[view]
-        if not isinstance(value, ParameterView):
+        if isinstance(value, Cases):
+            value = storage.views[view] = value.simplified(self.equations.simplify)
+        elif not isinstance(value, ParameterView):
             value = storage.views[view] = self.equations.simplify(value)
         return value
 
@@ -94,7 +99,9 @@ class Memory:
         """Find the label of a view from the label of the whole; where that is impossible, hold all views fixed."""
         whole, value = next(iter(storage.views.items()), (view, constant(FIXED, len(view[1]))))
         box = _box(whole, view)
-        if isinstance(value, ParameterView) or (box is None and value.size > 1 and not _same_order(whole, view)):
+        if isinstance(value, ParameterView | Cases) or (
+            box is None and value.size > 1 and not _same_order(whole, view)
+        ):
             self._fix_all(storage)
             value = constant(FIXED, len(view[1]))
         elif value.size == 1:
@@ -116,7 +123,7 @@ class Memory:
         found = None if storage is None else self.storages.get(storage._cdata)
         return found is not None and not found.external
 
-    def write(self, tensor: Tensor, value: Value, *, always_empty: bool = False) -> None:
+    def write(self, tensor: Tensor, value: Value | Cases, *, always_empty: bool = False) -> None:
         """Set the label of the output of an operation.
 
         An empty tensor fits any label, but only if it would be empty for every batch. ``always_empty=True`` says so;
@@ -129,17 +136,35 @@ class Memory:
         elif tensor.numel() == 0:
             value = constant(ZERO, tensor.dim())
         if found is not None:
-            value = value if isinstance(value, ParameterView) else compress(value)
+            if isinstance(value, Cases):
+                value = self._in_place_of(found[0].views.get(view_of(tensor)), value.simplified(compress))
+            elif not isinstance(value, ParameterView):
+                value = compress(value)
             found[0].views[view_of(tensor)] = value
 
-    def overwrite(self, tensor: Tensor, value: Value) -> None:
+    def _in_place_of(self, earlier: Value | Cases | None, value: Value | Cases) -> Value | Cases:
+        """The label of a view that was seen before; one label for all cases if their rows lay along other axes then.
+
+        Views that differ in the order of axes of size one, as in an example with one row, look the same.
+        """
+        if isinstance(earlier, Cases) and isinstance(value, Cases) and earlier.axes != value.axes:
+            return in_any_case(self.equations, value)
+        return value
+
+    def overwrite(self, tensor: Tensor, value: Value | Cases) -> None:
         """Set the label of memory that an operation has changed in place.
 
         A part of the memory may get a label of its own if it is a box of the whole. Otherwise, and if the memory was
         there before the call, all labels of the memory are held fixed, as a later reader would miss the change.
         """
         before = self.read(tensor)
-        if not isinstance(before, ParameterView) and not isinstance(value, ParameterView) and (before == value).all():
+        if isinstance(before, Cases):
+            is_same = before.is_like(value)
+        elif isinstance(before, ParameterView) or isinstance(value, _SPECIAL):
+            is_same = False
+        else:
+            is_same = bool(np.all(before == value))
+        if is_same:
             return
         found = self._find(tensor)
         if found is not None:
@@ -151,7 +176,7 @@ class Memory:
                     return
                 whole, base = next(iter(storage.views.items()))
                 box = _box(whole, view)
-                if box is not None and not isinstance(base, ParameterView) and not isinstance(value, ParameterView):
+                if box is not None and not isinstance(base, _SPECIAL) and not isinstance(value, _SPECIAL):
                     storage.views = {whole: box.put(base, value, whole[1])}  # other views are found from it again
                     return
             self._fix_all(storage)

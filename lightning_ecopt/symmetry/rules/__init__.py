@@ -43,6 +43,7 @@ from __future__ import annotations
 
 from lightning_ecopt.symmetry.rules import (
     attention,
+    cases,
     contractions,
     factories,
     images,
@@ -59,6 +60,7 @@ __all__ = [
     "RULES",
     "Call",
     "attention",
+    "cases",
     "contractions",
     "factories",
     "images",
