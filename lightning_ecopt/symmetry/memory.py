@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lightning_ecopt.symmetry.aten import is_inexact
-from lightning_ecopt.symmetry.equations import Equations
+from lightning_ecopt.symmetry.equations import MOST_ENTRIES, Equations
 from lightning_ecopt.symmetry.labels import (
     FIXED,
     ZERO,
@@ -27,7 +27,7 @@ from lightning_ecopt.symmetry.labels import (
     Value,
     compress,
     constant,
-    reshape,
+    map_value,
     stretch,
 )
 from lightning_ecopt.symmetry.picking import in_any_case
@@ -98,19 +98,11 @@ class Memory:
     def _derive(self, storage: _Storage, view: View) -> None:
         """Find the label of a view from the label of the whole; where that is impossible, hold all views fixed."""
         whole, value = next(iter(storage.views.items()), (view, constant(FIXED, len(view[1]))))
-        box = _box(whole, view)
-        if isinstance(value, ParameterView | Cases) or (
-            box is None and value.size > 1 and not _same_order(whole, view)
-        ):
+        found = None if isinstance(value, Cases) else _derived(value, whole, view)
+        if found is None:
             self._fix_all(storage)
-            value = constant(FIXED, len(view[1]))
-        elif value.size == 1:
-            value = value.reshape((1,) * len(view[1]))
-        elif box is None:
-            value = reshape(value, whole[1], view[1])
-        else:
-            value = box.of(value)
-        storage.views[view] = value
+            found = constant(FIXED, len(view[1]))
+        storage.views[view] = found
 
     def has_seen(self, tensor: Tensor) -> bool:
         """Whether an operation has read or written the memory of the tensor."""
@@ -288,17 +280,57 @@ def _box(whole: View, view: View) -> _Box | None:
     return _Box(tuple(part), tuple(axes))
 
 
-def _same_order(whole: View, view: View) -> bool:
-    """Whether both views show the same elements, in the order in which they lie in memory."""
-    return (
-        whole[0] == view[0] and prod(whole[1]) == prod(view[1]) and all(_is_contiguous(*v[1:]) for v in (whole, view))
-    )
+def _derived(value: Value, whole: View, view: View) -> Value | None:
+    """The label of a view, from that of the whole; ``None`` if it cannot be found."""
+    if not isinstance(value, ParameterView):
+        if value.size == 1:
+            return value.reshape((1,) * len(view[1]))
+        box = _box(whole, view)
+        if box is not None:
+            return box.of(value)
+    if isinstance(value, ParameterView):
+        arrays = [array for part in value.parts() for array in (*part.axes, part.factor)]
+    else:
+        arrays = [value]
+    places = _places(whole, view, {axis for array in arrays for axis, size in enumerate(array.shape) if size > 1})
+    if places is None:
+        return None
+
+    def read(ids: IntArray) -> IntArray:
+        return compress(ids[tuple(place * (size > 1) for place, size in zip(places, ids.shape, strict=True))])
+
+    return map_value(value, read)
 
 
-def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+def _places(whole: View, view: View, axes: set[int]) -> list[IntArray] | None:
+    """The indices along axes of ``whole`` of the elements of a view, which may read some of them twice; 0 along others.
+
+    An element is found by its place in memory. ``None`` if ``whole`` has gaps, the view reads beyond it, or the indices
+    would be too many.
+    """
+    first = view[0] - whole[0]
+    reach = [(size - 1) * step for size, step in zip(*view[1:], strict=True)]
+    if not _is_dense(*whole[1:]) or 0 in view[1] or first < 0 or first + sum(reach) >= prod(whole[1]):
+        return None
+    places = [np.zeros((1,) * len(reach), dtype=np.int64)] * len(whole[1])
+    for axis in axes:
+        size, stride = whole[1][axis], whole[2][axis]
+        steps = {k: step for k, step in enumerate(view[2]) if step % (stride * size)}  # others go round
+        inside = {k for k, step in steps.items() if step % stride}
+        if first % stride + sum(reach[k] for k in inside) < stride:
+            steps = {k: step for k, step in steps.items() if k not in inside}  # these stay at one index
+        place = np.full_like(places[axis], first)
+        for k, step in steps.items():
+            place = place + step * np.expand_dims(np.arange(view[1][k]), [n for n in range(len(reach)) if n != k])
+        places[axis] = place // stride % size
+    return places if prod(np.broadcast_shapes(*(place.shape for place in places))) <= MOST_ENTRIES else None
+
+
+def _is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether the elements lie without gaps, and each by itself."""
     expected = 1
-    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
-        if size > 1 and stride != expected:
+    for stride, size in sorted((stride, size) for size, stride in zip(shape, strides, strict=True) if size > 1):
+        if stride != expected:
             return False
         expected *= size
     return True
