@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,7 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tests.symmetry.rules.ops import Op, check, every, traced
+from lightning_ecopt.symmetry import scaling_group
+from tests.selection import few
+from tests.symmetry.helpers import assert_same, draw_, evaluate
+from tests.symmetry.rules.ops import Around, Op, check, every, traced
 
 EXPERTS, GAINS = {"w": (3, 5, 4), "v": (3, 4, 5)}, {"b": (3, 4), "c": (3, 4)}
 BIASED, WIDE = {**EXPERTS, "b": (3, 5), "c": (3, 4)}, {"w": (3, 8, 4), "v": (3, 4, 8)}
@@ -157,3 +161,58 @@ OPS = [
 @every(OPS)
 def test_a_rule_keeps_the_function_and_loses_no_freedom(op: Op, monkeypatch: pytest.MonkeyPatch) -> None:
     check(op, monkeypatch)
+
+
+MIXING = {
+    "sum": lambda y: y.sum(0, keepdim=True) + 0 * y,
+    "view": lambda y: y.view(1, -1, 5).sum(1) + 0 * y,
+    "flat": lambda y: y.view(-1).view(-1, 5).flip(0) + y,
+    "axes": lambda y: y[None].transpose(0, 1).sum(0) + 0 * y,
+    "same memory": lambda y: (y[None], y[None].transpose(0, 1).neg(), y[None].sum(1) + 0 * y)[2],
+    "outer": lambda y: (y[:, None] * y[None]).sum(1),
+    "squeezed": lambda y: y.squeeze().view(-1, 5).cumsum(0),
+    "expanded": lambda y: y[:1].expand(len(y), 5) + y,
+    "strided": lambda y: y.as_strided((len(y), 5), (5, 1)).sum(0) + 0 * y,
+    "unbound": lambda y: y.unbind(0)[0] + y,
+    "permuted": lambda y: y[:, :, None].permute(2, 0, 1).mean(1) + 0 * y,
+    "in place": lambda y: y.clone().add_(y.flip(0)),
+    "matrix": lambda y: torch.softmax(y.detach() @ y.detach().t(), 1) @ y,
+}
+
+
+@pytest.mark.parametrize("rows", few([1, 3], [1]))
+@pytest.mark.parametrize("mixed", MIXING.values(), ids=MIXING)
+def test_rows_that_are_mixed_have_one_scale_whatever_the_example(mixed: Callable[[Tensor], Tensor], rows: int) -> None:
+    """A batch of one row looks as if nothing were mixed."""
+    op = Op("index", lambda m, h: _times(m.v[(y := _up(m, h))[0]], mixed(y[1])), 0, 0, EXPERTS)
+    module = Around(op)
+    draw_(module, torch.Generator().manual_seed(2))
+    group = scaling_group(module, module.example()[:rows])
+    before = evaluate(module, (module.example(),))
+    group.act_(torch.randn(group.num_units, generator=torch.Generator().manual_seed(4), dtype=torch.float64))
+    assert_same(evaluate(module, (module.example(),)), before)
+    assert rows == 1 or group.num_units >= 4 + 4
+
+
+def _behind_the_back(m: Any, h: Tensor) -> Tensor:
+    """The index changes through NumPy, where no operation shows it."""
+    e = _expert(h)
+    array = e.numpy()
+    y = _times(m.w[e], h).relu()
+    array[:] = array[::-1].copy()
+    return _times(m.v[e], y)
+
+
+def test_an_index_that_has_left_torch_is_never_known_to_be_the_same() -> None:
+    module = Around(Op("index", _behind_the_back, 0, 0, EXPERTS))
+    draw_(module, torch.Generator().manual_seed(2))
+    group = scaling_group(module, module.example())
+    assert group.num_units == 4 + 4 + 5
+    before = evaluate(module, (module.example(),))
+    group.act_(torch.linspace(-1, 1, group.num_units, dtype=torch.float64))
+    assert_same(evaluate(module, (module.example(),)), before)
+
+
+def test_tables_with_very_many_rows_have_one_scale_for_all() -> None:
+    module = Around(Op("index", lambda m, h: h * m.b[e := _expert(h)] * m.c[e], 0, 0, {"b": (2000, 4), "c": (2000, 4)}))
+    assert scaling_group(module, module.example()).num_units == 4 + 4 + 4
