@@ -145,6 +145,32 @@ def test_the_first_rows_of_a_table_stand_for_all(x: Tensor) -> None:
     assert_same(evaluate(module, (longer, x)), before)
 
 
+@pytest.mark.parametrize("hit", [[0, 1, 2], [0, 2], [0, 1], [1]], ids=str)
+def test_experts_that_an_example_leaves_idle_fit_the_next_one(hit: list[int]) -> None:
+    class Loop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head = nn.Linear(2, 4), nn.Linear(4, 2)
+            self.up, self.down = nn.Parameter(torch.randn(3, 5, 4)), nn.Parameter(torch.randn(3, 4, 5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h, experts = self.stem(x).relu(), (x > 0).sum(1)
+            y = torch.zeros_like(h)
+            for k in experts.unique():
+                rows = (experts == k).nonzero()[:, 0]
+                y.index_add_(0, rows, (h[rows] @ self.up[k].t()).relu() @ self.down[k].t())
+            return self.head(y)
+
+    module = Loop().double()
+    x = torch.randn(20, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    some = x[[int(k) in hit for k in (x > 0).sum(1)]]
+    group = scaling_group(module, some)
+    assert group.num_units == 4 + 4 + 5 * len(hit)
+    before = evaluate(module, (x,))
+    group.act_(torch.linspace(-1, 1, group.num_units, dtype=torch.float64))
+    assert_same(evaluate(module, (x,)), before)
+
+
 def test_many_overlapping_parts_hold_a_parameter_fixed(x: Tensor) -> None:
     class Windows(Net):
         def __init__(self) -> None:
