@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -172,6 +173,60 @@ class ParameterView:
 
 
 Value = IntArray | ParameterView
+
+
+class Choice(NamedTuple):
+    """What data choose: which of ``number`` cases holds for each row.
+
+    Choices that are equal choose the same: they are of one kind, and read tensors of the same ``values``.
+    """
+
+    kind: str
+    values: int
+    number: int
+
+
+@dataclass(frozen=True, eq=False)
+class Cases:
+    """Labels of a tensor for whose rows data choose among cases, such as the experts of a mixture.
+
+    Whatever the data choose, the row r of the tensor is row r of one of several tensors that nobody computes, one for
+    each case. These have ``value`` as their label. All that is done row by row is done to each of them.
+
+    Args:
+        choice: by which rows have their cases. Tensors with equal choices, and rows along the same axes, have the same
+            cases in the same rows.
+        axes: the axes along which the rows lie, in the order in which the choice has them.
+        value: the label, or the parameter view, with one more axis in front, that of the cases.
+
+    Example: of ``weight[expert]``, where ``weight`` is [experts, out, in], the rows lie along axis 0. The value is the
+    view [experts, 1, out, in] of all of ``weight``.
+    """
+
+    choice: Choice
+    axes: tuple[int, ...]
+    value: Value
+
+    def simplified(self, simplify: Callable[[IntArray], IntArray]) -> Value | Cases:
+        """The same with a simpler label; the label itself, if it is the same in all cases."""
+        value = self.value if isinstance(self.value, ParameterView) else simplify(self.value)
+        if isinstance(value, ParameterView):
+            arrays = [array for part in value.parts() for array in (*part.axes, part.factor)]
+        else:
+            arrays = [value]
+        if all(array.shape[0] == 1 for array in arrays):
+            return map_value(value, lambda ids: ids[0])
+        return replace(self, value=value)
+
+    def is_like(self, other: object) -> bool:
+        """Whether the other has the same label in the same cases."""
+        return (
+            isinstance(other, Cases)
+            and (self.choice, self.axes) == (other.choice, other.axes)
+            and not isinstance(self.value, ParameterView)
+            and not isinstance(other.value, ParameterView)
+            and np.array_equal(self.value, other.value)
+        )
 
 
 def map_value(value: Value, view: Callable[[IntArray], IntArray]) -> Value:

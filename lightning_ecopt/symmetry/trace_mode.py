@@ -33,9 +33,10 @@ from lightning_ecopt.symmetry.aten import base_name, named_arguments, written_to
 from lightning_ecopt.symmetry.constants import Constants
 from lightning_ecopt.symmetry.equations import Equations, Operation
 from lightning_ecopt.symmetry.isolation import running_module, traced
-from lightning_ecopt.symmetry.labels import FIXED, ZERO, ParameterView, Value, constant
+from lightning_ecopt.symmetry.labels import FIXED, ZERO, Cases, ParameterView, Value, constant
 from lightning_ecopt.symmetry.memory import Memory, is_ordinary
 from lightning_ecopt.symmetry.rules import RULES, Call
+from lightning_ecopt.symmetry.rules.cases import by_case
 from lightning_ecopt.symmetry.rules.registry import Rule
 
 
@@ -107,7 +108,7 @@ class TraceMode(TorchDispatchMode):
 
         # 2. Read the labels and shapes of the inputs, which the operation may change.
         operation = self._operation(name)
-        labels: dict[int, Value] = {}
+        labels: dict[int, Value | Cases] = {}
         with self._taking_down(operation):
             labels = {id(tensor): self._read(tensor) for tensor in tensors}
             shapes = {id(tensor): tuple(tensor.shape) for tensor in tensors if not tensor.is_nested}
@@ -122,9 +123,12 @@ class TraceMode(TorchDispatchMode):
             arguments = named_arguments(func, args, kwargs)
             if are_plain and arguments is not None:
                 constants = self.constants.follow(func, args, kwargs, output)  # of operations without a rule, too
-                call = Call(self.equations, arguments, labels, shapes, output, constants)
+                call = Call(self.equations, arguments, labels, shapes, output, constants, self.constants.name)
                 if rule is not None and self._apply(rule, func, call):
                     return output
+            else:
+                for tensor in filter(is_ordinary, tensors):  # it may have been written to
+                    self.constants.forget(tensor)
             self._hold_touched_fixed(func, labels.values(), (args, kwargs), output)
         return output
 
@@ -156,7 +160,7 @@ class TraceMode(TorchDispatchMode):
             name = self.equations.operation.name
             warn(f"{name} cannot be watched, so all parameters are held fixed: {error!r}")
 
-    def _read(self, tensor: Tensor) -> Value:
+    def _read(self, tensor: Tensor) -> Value | Cases:
         """The label of an input. If no operation was seen that made it, all that it was made of is held fixed."""
         if not is_ordinary(tensor):
             for part in tensors_in(vars(tensor)):
@@ -183,7 +187,7 @@ class TraceMode(TorchDispatchMode):
     def _apply(self, rule: Rule, func: Any, call: Call) -> bool:
         """Label what an operation has made, and say whether its rule was able to."""
         try:
-            labels: Any = rule(call)
+            labels: Any = by_case(self.equations.operation.name, rule, call)
             self._write(labels if isinstance(labels, list | tuple) else [labels], func, call)
         except Exception as error:  # a form of the operation that the rule does not know must not stop training
             name = self.equations.operation.name
@@ -191,7 +195,7 @@ class TraceMode(TorchDispatchMode):
             return False
         return True
 
-    def _write(self, labels: Sequence[Value | None], func: Any, call: Call) -> None:
+    def _write(self, labels: Sequence[Value | Cases | None], func: Any, call: Call) -> None:
         """Write labels to the outputs of an operation, and to the arguments that it has changed in place."""
         outputs = call.output if isinstance(call.output, list | tuple) else [call.output]
         written = written_to(func)
@@ -208,7 +212,7 @@ class TraceMode(TorchDispatchMode):
             if tensor is not target:
                 self.memory.write(tensor, label, always_empty=always_empty)
 
-    def _hold_touched_fixed(self, func: Any, labels: Iterable[Value], inputs: Any, output: Any) -> None:
+    def _hold_touched_fixed(self, func: Any, labels: Iterable[Value | Cases], inputs: Any, output: Any) -> None:
         """Hold the inputs and outputs of an operation fixed, about which nothing is known."""
         for label in labels:
             self.equations.hold_fixed(label)
@@ -250,12 +254,12 @@ class TraceMode(TorchDispatchMode):
         with self._taking_down(self._operation(name)):
             self.equations.hold_fixed(self._read(tensor))
             if is_ordinary(tensor):
-                self.constants.forget(tensor)
+                self.constants.forget(tensor, escaped=True)
 
 
-def _is_zero(label: Value) -> bool:
+def _is_zero(label: Value | Cases) -> bool:
     """Whether a tensor is zero, or empty whatever the batch."""
-    return not isinstance(label, ParameterView) and bool((label == ZERO).all())
+    return not isinstance(label, ParameterView | Cases) and bool((label == ZERO).all())
 
 
 class _Escapes(TorchFunctionMode):

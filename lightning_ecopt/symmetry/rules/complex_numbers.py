@@ -6,7 +6,7 @@ A transform sums over all positions of its axes, which must have one scale; the 
 from __future__ import annotations
 
 from lightning_ecopt.symmetry.labels import FIXED, IntArray, Value, constant, map_value
-from lightning_ecopt.symmetry.rules.indexing import pick
+from lightning_ecopt.symmetry.rules.indexing import chosen
 from lightning_ecopt.symmetry.rules.registry import Call, rule
 from lightning_ecopt.symmetry.rules.views import view
 
@@ -29,7 +29,7 @@ def as_real(call: Call, ids: IntArray) -> IntArray:
 @rule("view_as_complex")
 def as_complex(call: Call) -> Value:
     """A parameter stays one: each number is a pair of its elements, with one scale."""
-    return map_value(pick(call, "self", [call.output.ndim]), lambda ids: ids[..., 0])
+    return map_value(chosen(call, "self", [call.output.ndim]), lambda ids: ids[..., 0])
 
 
 @rule("complex")

@@ -115,7 +115,7 @@ def transposed(call: Call, ids: IntArray) -> IntArray:
 
 @view("t")
 def matrix_transposed(call: Call, ids: IntArray) -> IntArray:
-    return ids.T
+    return ids.swapaxes(-1, -2) if ids.ndim > 1 else ids
 
 
 @view("expand")

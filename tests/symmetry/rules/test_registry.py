@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from lightning_ecopt.symmetry.rules import RULES
 from tests.symmetry.rules import (
     test_attention,
+    test_cases,
     test_complex_numbers,
     test_contractions,
     test_factories,
@@ -28,6 +29,7 @@ from tests.symmetry.rules.ops import Op, find
 
 FAMILIES = [
     test_attention,
+    test_cases,
     test_complex_numbers,
     test_contractions,
     test_factories,
