@@ -17,6 +17,7 @@ from lightning_ecopt.kernels import Implementation
 from lightning_ecopt.optim import checkpoint
 from lightning_ecopt.optim.appearance import seen_as
 from lightning_ecopt.optim.arguments import check_source, check_wrapped
+from lightning_ecopt.optim.between import hold_written, note_weights
 from lightning_ecopt.optim.binding import Source, find_by_module_calls, trainable_parameters
 from lightning_ecopt.optim.calls import HOOKS, StepCall, optimizers_in
 from lightning_ecopt.optim.following import follow
@@ -169,6 +170,7 @@ class EquivalentClassOptimizer(Optimizer):
         call.run_closure()
         with torch.no_grad(), undone_if_refused(session, call):
             result = self._take_step(call)
+            note_weights(session)
         return call.loss if result is None else result
 
     def _take_step(self, call: StepCall) -> Any:
@@ -177,6 +179,7 @@ class EquivalentClassOptimizer(Optimizer):
         if session.only_makes_state() or not session.find_network():
             session.name_missing()
             return call.step()
+        hold_written(session)
         session.expect_unused()
         stage = self._refreshed()
         session.steps_since_refresh += 1
