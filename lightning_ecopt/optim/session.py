@@ -142,6 +142,10 @@ class Session:
         last_epoch: of the last step.
         closure_comes_first: whether the base is known to call its closure before it moves anything.
         writers: watches whether somebody else writes to the weights.
+        steps: number of calls of ``step``.
+        is_resting: whether the base may be used by itself until the next of them.
+        passed: names of methods of the base that have moved weights since the last of them.
+        has_told: whether a warning has said that steps pass by.
     """
 
     def __init__(self, base: Optimizer, options: Options, source: Source) -> None:
@@ -158,6 +162,7 @@ class Session:
         self._version = 0  # of the deferred group at the last look
         self.closure_comes_first = type(base).__module__.startswith("torch.optim.")
         self.writers = Writers()
+        self.steps, self.is_resting, self.passed, self.has_told = 0, False, set[str](), False
         self.binding = Binding(base, source)
         self.find_network()
 
