@@ -24,6 +24,7 @@ from lightning_ecopt.common.warn import warn
 from lightning_ecopt.configure import current_epoch, find_group
 from lightning_ecopt.kernels.choose import Implementation
 from lightning_ecopt.optim import EquivalentClassOptimizer
+from lightning_ecopt.optim.between import StepWatch, step_watches
 from lightning_ecopt.optim.binding import parameters_of
 from lightning_ecopt.optim.optimizer import check_base
 from lightning_ecopt.optim.options import Options, RefreshInterval, Representative, RuleName, SkeletonChoice
@@ -125,6 +126,7 @@ class EquivalentClassOptimization(Callback):
         self._finder: _Finder | None = None
         self._optimizers: list[EquivalentClassOptimizer] = []
         self._reported: list[ScalingGroup] = []
+        self._watches: list[StepWatch] | None = None  # until the first batch of a fit
 
     @property
     def group(self) -> ScalingGroup | None:
@@ -136,6 +138,7 @@ class EquivalentClassOptimization(Callback):
         if stage != "fit":
             return
         self._saved, self._finder, self._optimizers, self._reported = {}, None, [], []
+        self._watches = None
         names = {base.__name__ for base in type(trainer.strategy).__mro__}
         if names & set(UNSUPPORTED_STRATEGIES):
             raise MisconfigurationException(
@@ -201,11 +204,15 @@ class EquivalentClassOptimization(Callback):
         """Look for parameters that have been added, before the training step that uses them is called."""
         for optimizer in self._optimizers:
             optimizer.renew()
+        if self._watches is None:
+            self._watches = step_watches(self._optimizers, trainer.optimizers)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Report once the freedoms are known, and log."""
+        for watch in self._watches or ():
+            watch.look()
         self._report()
         if not self._logs or not trainer._logger_connector.should_update_logs:
             return
@@ -216,6 +223,11 @@ class EquivalentClassOptimization(Callback):
                 values = {f"{prefix}/{name}": float(value) for name, value in vars(statistics).items()}
                 # The batch may be an iterator, whose size Lightning could not tell; for a step it does not matter.
                 pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so if weights move although no step is taken in the equivalent-class space."""
+        for watch in self._watches or ():
+            watch.tell()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the module, the optimizers and the order of the callbacks as they were."""

@@ -221,7 +221,7 @@ def _is_usable(session: Session, state: Mapping[str, Any], network: Network) -> 
 
 def rest(session: Session) -> None:
     """Leave the base's state at the weights, if it is elsewhere; the next step goes on as if it had stayed there."""
-    stage = session.stage
+    session.is_resting, stage = True, session.stage
     if isinstance(stage, Running) and not stage.rule.has_weight_entries():
         state = saved_rule(session) or {}
         with torch.no_grad():

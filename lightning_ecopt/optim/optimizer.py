@@ -17,6 +17,7 @@ from lightning_ecopt.kernels import Implementation
 from lightning_ecopt.optim import checkpoint
 from lightning_ecopt.optim.appearance import seen_as
 from lightning_ecopt.optim.arguments import check_source, check_wrapped
+from lightning_ecopt.optim.between import count_step, hold_written, note_weights, passing, watch_base
 from lightning_ecopt.optim.binding import Source, find_by_module_calls, trainable_parameters
 from lightning_ecopt.optim.calls import HOOKS, StepCall, optimizers_in
 from lightning_ecopt.optim.following import follow
@@ -165,10 +166,12 @@ class EquivalentClassOptimizer(Optimizer):
             ValueError: if the rule does not work for the group that is found at this step.
         """
         session = self._session
+        count_step(session)
         call = StepCall(session.base, args, kwargs, compare=not session.closure_comes_first)
         call.run_closure()
         with torch.no_grad(), undone_if_refused(session, call):
             result = self._take_step(call)
+            note_weights(session)
         return call.loss if result is None else result
 
     def _take_step(self, call: StepCall) -> Any:
@@ -177,6 +180,7 @@ class EquivalentClassOptimizer(Optimizer):
         if session.only_makes_state() or not session.find_network():
             session.name_missing()
             return call.step()
+        hold_written(session)
         session.expect_unused()
         stage = self._refreshed()
         session.steps_since_refresh += 1
@@ -365,7 +369,7 @@ class EquivalentClassOptimizer(Optimizer):
         if name.startswith("_"):  # also the session, of a copy that is being made
             raise AttributeError(name)
         found = getattr(self._session.base, name)
-        return self._in_coordinates(found) if name in ("train", "eval") else found
+        return self._in_coordinates(found) if name in ("train", "eval") else passing(self._session, name, found)
 
     def _in_coordinates(self, method: Callable[..., Any]) -> Callable[..., Any]:
         """A method of the base optimizer that averages weights, to be called where the base averages them."""
@@ -393,6 +397,7 @@ class EquivalentClassOptimizer(Optimizer):
         vars(self).update({hooks: base.get(hooks, OrderedDict()) for hooks in HOOKS})
         super().__setstate__({})  # makes the step of the class call hooks, of the real class
         self._is_seen_as_base = True
+        watch_base(self._session)
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:  # for isinstance; `type(optimizer)` is the real one

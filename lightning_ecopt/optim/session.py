@@ -30,6 +30,7 @@ from lightning_ecopt.optim.binding import NO_FREEDOMS, Binding, Network, Source,
 from lightning_ecopt.optim.calls import states_in
 from lightning_ecopt.optim.options import Options
 from lightning_ecopt.optim.stepper import Stepper
+from lightning_ecopt.optim.writers import Writers
 from lightning_ecopt.steps import RULES
 from lightning_ecopt.steps.rule import PathStatistics, Rule, Setting, UnitStatistics
 from lightning_ecopt.steps.state import StateEntries, StateEntry, entries_of, has_weight_averages
@@ -140,6 +141,11 @@ class Session:
         epoch: returns the number of the current epoch, if somebody knows it.
         last_epoch: of the last step.
         closure_comes_first: whether the base is known to call its closure before it moves anything.
+        writers: watches whether somebody else writes to the weights.
+        steps: number of calls of ``step``.
+        is_resting: whether the base may be used by itself until the next of them.
+        passed: names of methods of the base that have moved weights since the last of them.
+        has_told: whether a warning has said that steps pass by.
     """
 
     def __init__(self, base: Optimizer, options: Options, source: Source) -> None:
@@ -155,6 +161,8 @@ class Session:
         self.last_epoch: int | None = None
         self._version = 0  # of the deferred group at the last look
         self.closure_comes_first = type(base).__module__.startswith("torch.optim.")
+        self.writers = Writers()
+        self.steps, self.is_resting, self.passed, self.has_told = 0, False, set[str](), False
         self.binding = Binding(base, source)
         self.find_network()
 
