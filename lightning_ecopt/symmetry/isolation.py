@@ -9,6 +9,7 @@ stance of ``torch.compile``: eager                        process  every trace, 
 ``threading.Thread.start``                                process  every trace, :func:`traced`
 ``torch.nn.Module.__call__``                              process  every trace, :func:`traced`, and while
                                                                    anyone waits, :func:`wait_for_calls`
+the call of autograd's engine; hooks of all optimizers    process  every trace, :mod:`.left_out`
 cuDNN: off                                                process  fake traces, :func:`fake_tensors`
 where ``torch.tensor`` makes its tensors                  process  fake traces, :func:`fake_tensors`
 log of torch of errors in fake tensors: none              thread   fake traces, :func:`fake_tensors`
@@ -50,6 +51,7 @@ import torch
 import torch._dynamo  # remembers Module.__call__ when it is imported, which must not be while that is replaced
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes, _pop_mode, _push_mode
 
 from lightning_ecopt.common.nested import CONTAINERS, contents, dictionary, elements, is_a, put_back, walk
 from lightning_ecopt.common.shared import Shared
@@ -68,8 +70,8 @@ def _set(read: Callable[[], Any], write: Callable[[Any], Any], value: Any) -> It
 
 
 @contextmanager
-def _replaced(owner: type, name: str, replace: Callable[[Any], Any]) -> Iterator[None]:
-    """Replace a method by ``replace(method)``. Whoever has replaced that since keeps what is theirs."""
+def replaced(owner: Any, name: str, replace: Callable[[Any], Any]) -> Iterator[None]:
+    """Replace a method or function by ``replace(it)``. Whoever has replaced that since keeps what is theirs."""
     original = getattr(owner, name)
     replacement = replace(original)
     setattr(owner, name, replacement)
@@ -110,8 +112,8 @@ _NO_CUDNN = Shared(lambda: _set(torch._C._get_cudnn_enabled, torch._C._set_cudnn
 _LIFTING = Shared(_lifting)
 _LOG = logging.getLogger(torch._subclasses.fake_tensor.__name__)
 _QUIET = Shared(lambda: _set(lambda: False, lambda on: (_LOG.addFilter if on else _LOG.removeFilter)(_is_wanted), True))
-_THREAD_STARTS = Shared(lambda: _replaced(threading.Thread, "start", _starting_traced))
-_MODULE_CALLS = Shared(lambda: _replaced(nn.Module, "__call__", _calling_traced))
+_THREAD_STARTS = Shared(lambda: replaced(threading.Thread, "start", _starting_traced))
+_MODULE_CALLS = Shared(lambda: replaced(nn.Module, "__call__", _calling_traced))
 _PYTHON_RANDOMNESS = Shared(_random_numbers_of_python_and_numpy)
 _TORCH_RANDOMNESS = Shared(
     lambda: torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ())
@@ -129,9 +131,12 @@ class Trace(Protocol):
     def entered(self) -> AbstractContextManager[None]:
         """Take down what this thread does."""
 
+    def hold_all_fixed(self, name: str) -> None:
+        """Demand that no parameter changes."""
+
 
 @dataclass(frozen=True, eq=False)
-class _Entry:
+class Entry:
     """A trace that one thread is in, and the modules that run there, innermost last."""
 
     trace: Trace
@@ -139,10 +144,11 @@ class _Entry:
 
 
 class _Thread(threading.local):
-    """The traces that the current thread is in, innermost last."""
+    """The traces that the current thread is in, innermost last, and what has begun in them and has to end before."""
 
     def __init__(self) -> None:
-        self.entries: list[_Entry] = []
+        self.entries: list[Entry] = []
+        self.begun: list[tuple[object, ExitStack]] = []
 
 
 _thread = _Thread()
@@ -168,13 +174,67 @@ def running_module(trace: Trace) -> nn.Module | None:
 
 @contextmanager
 def _on_this_thread(trace: Trace, *modules: nn.Module) -> Iterator[None]:
-    entry = _Entry(trace, list(modules))
+    entry, depth = Entry(trace, list(modules)), len(_thread.begun)
     with trace.entered():
         _thread.entries.append(entry)
         try:
             yield
         finally:
+            if len(_thread.begun) > depth:  # a step of an optimizer has failed, and nobody said when it was over
+                _end_begun(depth)
+                trace.hold_all_fixed("failed step")
             _thread.entries.remove(entry)
+
+
+def traces_here() -> list[Entry]:
+    """The traces that the current thread is in, outermost first."""
+    return list(_thread.entries)
+
+
+@contextmanager
+def untraced() -> Iterator[None]:
+    """Take nothing down of what the current thread does, and leave other modes of dispatch as they are."""
+    entries, _thread.entries = _thread.entries, []
+    own = {id(entry.trace) for entry in entries}
+    try:
+        with _disable_current_modes() as before:
+            others = [mode for mode in reversed(before) if id(mode) not in own]
+            for mode in others:
+                _push_mode(mode)
+            try:
+                yield
+            finally:
+                for _ in others:
+                    _pop_mode()
+    finally:
+        _thread.entries = entries
+
+
+def begin(key: object, context: AbstractContextManager[Any]) -> None:
+    """Enter a context on this thread until :func:`end` is called, or until the innermost trace ends."""
+    stack = ExitStack()
+    stack.enter_context(context)
+    _thread.begun.append((key, stack))
+
+
+def end(key: object) -> None:
+    """Leave the last context that has begun under this key, and all that have begun since, if there is one."""
+    numbers = [number for number, (other, _) in enumerate(_thread.begun) if other is key]
+    if numbers:
+        _end_begun(numbers[-1])
+
+
+def _end_begun(depth: int) -> None:
+    while len(_thread.begun) > depth:
+        _thread.begun.pop()[1].close()
+
+
+def retraced(entries: list[Entry], call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    """Return ``call(*args, **kwargs)``, and take it down for the traces of :func:`traces_here` although all else is not."""
+    with ExitStack() as stack:
+        for entry in entries:
+            stack.enter_context(_on_this_thread(entry.trace, *entry.modules))
+        return call(*args, **kwargs)
 
 
 def _starting_traced(start: Callable[[threading.Thread], None]) -> Callable[[threading.Thread], None]:
@@ -182,21 +242,14 @@ def _starting_traced(start: Callable[[threading.Thread], None]) -> Callable[[thr
 
     @functools.wraps(start)
     def start_traced(thread: threading.Thread) -> None:
-        handed_on = [_Entry(entry.trace, entry.modules[-1:]) for entry in _thread.entries]
+        handed_on = [Entry(entry.trace, entry.modules[-1:]) for entry in _thread.entries]
         if any(entry.trace.is_fake for entry in handed_on):
             raise RuntimeError("Threads cannot share fake tensors.")  # the module is called with real ones then
         if handed_on:
-            thread.run = partial(_run_traced, handed_on, thread.run)  # type: ignore[method-assign]
+            thread.run = partial(retraced, handed_on, thread.run)  # type: ignore[method-assign]
         start(thread)
 
     return start_traced
-
-
-def _run_traced(handed_on: list[_Entry], run: Callable[[], None]) -> None:
-    with ExitStack() as stack:
-        for entry in handed_on:
-            stack.enter_context(_on_this_thread(entry.trace, *entry.modules))
-        run()
 
 
 # Calls of modules -----------------------------------------------------------------------------------------------------

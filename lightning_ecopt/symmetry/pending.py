@@ -2,7 +2,8 @@
 
 =============================  =====================================================================================
 :class:`GroupFromNextCall`     traces the next call of one method of a module: ``training_step``, or ``forward``
-:class:`GroupFromModuleCalls`  knows parameters only, and traces whichever modules are called that have any of them
+:class:`GroupFromModuleCalls`  knows parameters only, and traces whichever modules are called that have any of them, and
+                               the first closure
 =============================  =====================================================================================
 
 Both keep the equations of all calls that they have traced, over all parameters that they were given, frozen ones too.
@@ -15,7 +16,7 @@ import copy
 import inspect
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, cast
 
 import torch
@@ -35,21 +36,28 @@ from lightning_ecopt.symmetry.traced_calls import Gather, GroupFromCalls, ended,
 _NO_TASK = -1  # of the autograd engine: no backward pass runs on this thread
 #: After so many calls in a row that use no further parameter, :class:`GroupFromModuleCalls` waits no longer.
 MOST_CALLS = 16
+#: The same for training steps under manual optimization, which may train one part in one step, another in the next.
+MOST_STEPS = 8
 
 
 class GroupFromNextCall(GroupFromCalls):
     """The scaling group of a module, from the next real call of one of its methods, traced as it happens.
 
-    The method is replaced on the instance until it has been called once and has returned something. The call itself
-    runs as ever, and the replacement has the signature, the attributes and the pickle of the method. What the method
-    returns, and the tensors that it leaves in attributes, must not change.
+    The method is replaced on the instance until it has been called once and has returned something, or has begun a
+    backward pass. The call itself runs as ever, and the replacement has the signature, the attributes and the pickle of
+    the method. What the method returns, from what backward passes in it start, and the tensors that it leaves in
+    attributes, must not change. The passes themselves and steps of optimizers are not traced.
+
+    Under manual optimization one training step may train one part of the module, and the next another. So further ones
+    are traced until all parameters have been seen, or ``MOST_STEPS`` in a row use no further one.
 
     Args:
         module: the module, in a Lightning pipeline the ``LightningModule``.
         method: name of the method to trace: ``training_step``, so that the loss is traced too, or ``forward``.
         parameters: the parameters that may be rescaled while they require a gradient; by default all.
         gather: passed to :class:`GroupFromCalls`.
-        equations: of a call that has been traced already. Then no call is awaited until :meth:`look_again`.
+        equations: of example inputs that have been traced already. The group is known then, and the next call may tell
+            that it is smaller.
 
     Raises:
         ValueError: if any of the module's parameters is sharded, and there are no equations.
@@ -75,11 +83,16 @@ class GroupFromNextCall(GroupFromCalls):
                 "can be traced instead, or use scaling_group(module, inputs)."
             )
         self._can_watch = not sharded
-        self._waits = self._is_running = False
+        self._waits = False
+        self._mode: TraceMode | None = None  # while a call is traced
+        self._has_begun = False  # whether the method has been called while that was awaited
+        self._count = 0  # of calls since one has used another parameter
         self._method: Callable[..., Any] = getattr(module, method)
         self._own = vars(module).get(method)  # an attribute of the instance, if the user has set one
-        if equations is None:
-            self.look_again()
+        self.look_again()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_mode": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # what is unpickled with its module waits for its next call
         vars(self).update(state)
@@ -117,7 +130,7 @@ class GroupFromNextCall(GroupFromCalls):
 
     def cancel(self) -> None:
         """Give the module its method back, at once or when whoever has replaced it since gives it back."""
-        self._waits = False
+        self._waits, self._count = False, 0
         while True:
             current = vars(self.module).get(self.method)
             if not isinstance(current, _WatchedMethod) or current.pending._waits:
@@ -128,25 +141,57 @@ class GroupFromNextCall(GroupFromCalls):
 
     def call(self, method: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Call the method, and trace the call if one is awaited."""
-        if not self._waits or self._is_running or detect_fake_mode() is not None:  # what computes nothing is not real
+        if not self._may_trace():
             return method(*args, **kwargs)
-        if self.skips(self.module, (args, kwargs)):
-            return method(*args, **kwargs)
+        self._has_begun = True
+        return (method if self.skips(self.module, (args, kwargs)) else partial(self._traced, method))(*args, **kwargs)
+
+    def watch(self, closure: Callable[[], Any]) -> Any:
+        """Return what a closure returns; it is traced as a whole in place of the ``forward`` that it calls."""
+        if self.method != "forward" or not self._may_trace() or self.skips(self.module, ()):
+            return closure()
+        return self._traced(closure)
+
+    def _may_trace(self) -> bool:
+        return self._waits and self._mode is None and detect_fake_mode() is None  # what computes nothing is not real
+
+    def _traced(self, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         self.note_trained()
-        mode = TraceMode(self.module, self._parameters)
-        self._is_running = True
+        mode = self._mode = TraceMode(self.module, self._parameters)
         try:
             with mode.tracing():
-                output = method(*args, **kwargs)
+                output = call(*args, **kwargs)
         finally:
-            self._is_running = False
-        if output is not None:  # a training step may skip its batch
-            name = "loss" if self.method == "training_step" else "output"
+            self._mode = None
+        if output is not None or mode.num_backward_passes:  # a training step may skip its batch
+            known = self.equations()
+            name = "output" if call is self._method and self.method == "forward" else "loss"
             self._calls.append(ended(mode, self.module, output, name))
-            self.end_call()
-            self.note_trained()
-            self.cancel()
+            self._end_traced(known is not None and mode.equations.seen <= known.seen)
         return output
+
+    def _end_traced(self, is_old: bool) -> None:
+        """Wait no longer if a call has told all that it will, or has used no further parameter, several times."""
+        self.is_provisional = False
+        self.end_call()
+        self.note_trained()
+        self._count = self._count + 1 if is_old else 0
+        is_manual = self.method == "training_step" and not getattr(self.module, "automatic_optimization", True)
+        equations = self.equations()
+        if not is_manual or self._count >= MOST_STEPS or (equations and equations.seen >= self._trained):
+            self.cancel()
+
+    def note_step(self, parameters: Iterable[Tensor]) -> bool:
+        """Take note of a step; what the call has computed before it is held fixed if the call uses it afterwards."""
+        if self._mode is not None:
+            self._mode.memory.num_steps += 1
+        elif not (self._has_begun and self._calls):
+            return False
+        if self.is_provisional or self._mode is None:
+            return self.is_provisional and self.method == "training_step"
+        known, own = self.equations(), set(map(id, parameters))
+        names = [name for name, parameter in self.parameters.items() if id(parameter) in own]
+        return known is None or known.seen.isdisjoint(names)
 
 
 class _WatchedMethod:
@@ -209,6 +254,9 @@ def _itself(value: Any) -> Any:
 class GroupFromModuleCalls(GroupFromCalls):
     """The scaling group of parameters, from the outermost calls of modules that have any of them.
 
+    The first closure that is passed to a step is traced as a whole: what it returns, and from what it starts backward
+    passes, must not change.
+
     From the moment it is made it *waits*: each such call with gradients enabled is traced as it happens. What enters
     the call and what it returns must not change; backward passes and optimizer steps, which may come in between, are
     not traced. Each traced call may tell more, so the group is solved for anew when it is asked for next. Once every
@@ -240,6 +288,9 @@ class GroupFromModuleCalls(GroupFromCalls):
         self._count = 0  # of calls since one has used another parameter
         self._lock = threading.Lock()  # two threads may make the first call
         self._stop_waiting: Callable[[], object] | None = None
+        self._closure: TraceMode | None = None  # traces the first closure, while that runs
+        self._outermost: nn.Module | None = None  # the first module that it has called
+        self._awaits_closure = True
         if equations is None:
             self.look_again()
 
@@ -253,6 +304,7 @@ class GroupFromModuleCalls(GroupFromCalls):
     def __getstate__(self) -> dict[str, Any]:  # a copy, or what is unpickled, waits for calls of its own parameters
         equations = self.equations()
         left_out: dict[str, Any] = {"_mode": None, "_running": [], "_lock": None, "_stop_waiting": None, "_own": None}
+        left_out |= {"_closure": None, "_outermost": None}
         waits = self._stop_waiting is not None
         return {**vars(self), **left_out, "_calls": [equations] if equations else [], "waits": waits}
 
@@ -333,6 +385,9 @@ class GroupFromModuleCalls(GroupFromCalls):
 
     def wants(self, module: nn.Module) -> bool:
         """Whether a call that begins is outermost, has gradients enabled, and its module any of the parameters."""
+        if self._closure is not None and is_traced_by(self._closure):
+            self._meet(module)
+            return False
         if self._mode is not None and is_traced_by(self._mode):
             return False
         in_backward = torch._C._current_graph_task_id() != _NO_TASK  # a checkpoint computes again what has been seen
@@ -344,6 +399,38 @@ class GroupFromModuleCalls(GroupFromCalls):
         if getattr(redirected, "__qualname__", "").startswith("_ForwardRedirection."):
             return False
         return any(id(parameter) in self._own for parameter in module.parameters())
+
+    def watch(self, closure: Callable[[], Any]) -> Any:
+        """Return what a closure returns; the first one is traced as a whole, with the calls of modules in it."""
+        if not self._awaits_closure or self.is_final or self._running or detect_fake_mode() is not None:
+            return closure()
+        named = self._named or {f"parameter {number}": own for number, own in enumerate(self._own.values())}
+        mode = self._closure = TraceMode(self._module or nn.Module(), named)
+        self._outermost = self._module
+        try:
+            with mode.tracing():
+                output = closure()
+        finally:
+            module, self._closure, self._outermost = self._outermost, None, None
+        if mode.has_used_parameters:  # perhaps all was computed before
+            equations = ended(mode, module or nn.Module(), output, "loss")
+            if not self._named:
+                self._named = named if module is None else self._names(module)
+                equations = equations.renamed(dict(zip(named, self._named, strict=True)))
+            self._awaits_closure = False
+            self._calls.append(equations)
+            self.end_call()
+            self.note_trained()
+        return output
+
+    def _meet(self, module: nn.Module) -> None:
+        """Take names from the first module with any of the parameters that a closure calls."""
+        if self._outermost is None and any(id(parameter) in self._own for parameter in module.parameters()):
+            self._outermost = module
+            assert self._closure is not None
+            self._closure.name_modules(module)
+            if isinstance(module, DistributedDataParallel) and self.gather is None:
+                self.gather = _RanksOf(module)
 
     def trace_call(self, module: nn.Module, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Return ``call(*args, **kwargs)``, a call of the module, and trace it."""
