@@ -254,8 +254,8 @@ class EquivalentClassOptimization(Callback):
         self._saved = {}
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Balance before gradients are clipped or looked at; the first training step has been watched by then."""
-        if pl_module.automatic_optimization and isinstance(optimizer, EquivalentClassOptimizer):
+        """Balance before the first gradients are clipped; the first training step has been watched by then."""
+        if trainer.gradient_clip_val is not None and isinstance(optimizer, EquivalentClassOptimizer):
             optimizer.start()
 
     def _report(self) -> None:

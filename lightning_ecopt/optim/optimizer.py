@@ -175,7 +175,7 @@ class EquivalentClassOptimizer(Optimizer):
         """Phases 2 to 5; returns what the base's own ``step`` has returned, if it was called."""
         session = self._session
         if session.is_in_first_call():
-            return call.step()
+            return call.step(in_coordinates=True)  # it refuses what it would refuse at the next step
         if session.only_makes_state() or not session.find_network():
             session.name_missing()
             return call.step()
