@@ -214,9 +214,9 @@ class EquivalentClassOptimizer(Optimizer):
         do they depend on the class alone.
         """
         session = self._session
-        if not session.is_in_first_call() and session.find_network():
-            if session.refresh_due and not getattr(session.stage, "saved", None):
-                session.refresh(session.network)
+        is_known = not session.is_in_first_call() and session.find_network()
+        if is_known and session.refresh_due and not getattr(session.stage, "saved", None):
+            session.refresh(session.network)
 
     @property
     def group(self) -> ScalingGroup | None:

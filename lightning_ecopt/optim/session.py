@@ -225,7 +225,7 @@ class Session:
         return not isinstance(self.stage, Waiting)
 
     def is_in_first_call(self) -> bool:
-        """Whether the first call that is traced still runs, as under manual optimization: the base steps by itself then.
+        """Whether the first traced call still runs, as under manual optimization: then the base steps by itself.
 
         So it does if the group is known from example inputs, as the call may tell more.
         """

@@ -35,7 +35,13 @@ MOST_ELEMENTS = 2**16
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation of the call, for reports: its ATen name, and the name of the module that was running."""
+    """One operation of the call, for reports.
+
+    Args:
+        name: its ATen name, or what else demanded something.
+        module: name of the module that was running; outside of any submodule the function and the line in the user's
+            code: ``"training_step, line 23"``.
+    """
 
     name: str
     module: str

@@ -41,8 +41,7 @@ import types
 import weakref
 from collections import Counter, OrderedDict, UserDict, UserList, defaultdict, deque
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, Protocol
 
@@ -51,10 +50,10 @@ import torch
 import torch._dynamo  # remembers Module.__call__ when it is imported, which must not be while that is replaced
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import _disable_current_modes, _pop_mode, _push_mode
 
 from lightning_ecopt.common.nested import CONTAINERS, contents, dictionary, elements, is_a, put_back, walk
 from lightning_ecopt.common.shared import Shared
+from lightning_ecopt.symmetry.threads import Entry, Trace, here, on_this_thread, retraced
 
 # Changes that threads share -------------------------------------------------------------------------------------------
 
@@ -100,7 +99,7 @@ def _lifting() -> AbstractContextManager[None]:
 
 def _is_wanted(record: logging.LogRecord) -> bool:
     # Torch logs the traceback of an error in an operation on fake tensors; the real call that follows raises it again.
-    return record.levelno < logging.ERROR or not any(entry.trace.is_fake for entry in _thread.entries)
+    return record.levelno < logging.ERROR or not any(entry.trace.is_fake for entry in here.entries)
 
 
 UNCOMPILED = Shared(lambda: torch.compiler.set_stance("force_eager"))
@@ -123,118 +122,11 @@ _TORCH_RANDOMNESS = Shared(
 # Traces, on the threads that they concern -----------------------------------------------------------------------------
 
 
-class Trace(Protocol):
-    """What takes down the operations of a call; a :class:`~.trace_mode.TraceMode`."""
-
-    is_fake: bool
-
-    def entered(self) -> AbstractContextManager[None]:
-        """Take down what this thread does."""
-
-    def hold_all_fixed(self, name: str) -> None:
-        """Demand that no parameter changes."""
-
-
-@dataclass(frozen=True, eq=False)
-class Entry:
-    """A trace that one thread is in, and the modules that run there, innermost last."""
-
-    trace: Trace
-    modules: list[nn.Module] = field(default_factory=list)
-
-
-class _Thread(threading.local):
-    """The traces that the current thread is in, innermost last, and what has begun in them and has to end before."""
-
-    def __init__(self) -> None:
-        self.entries: list[Entry] = []
-        self.begun: list[tuple[object, ExitStack]] = []
-
-
-_thread = _Thread()
-
-
 @contextmanager
 def traced(trace: Trace) -> Iterator[None]:
     """Trace what the current thread does, and the threads that it starts meanwhile."""
-    with UNCOMPILED(), _SLOW_ATTENTION(), _THREAD_STARTS(), _MODULE_CALLS(), _on_this_thread(trace):
+    with UNCOMPILED(), _SLOW_ATTENTION(), _THREAD_STARTS(), _MODULE_CALLS(), on_this_thread(trace):
         yield
-
-
-def is_traced_by(trace: Trace) -> bool:
-    """Whether the current thread is in this trace."""
-    return any(entry.trace is trace for entry in _thread.entries)
-
-
-def running_module(trace: Trace) -> nn.Module | None:
-    """The innermost module that has been called on the current thread since the trace began, if there is one."""
-    modules = next((entry.modules for entry in reversed(_thread.entries) if entry.trace is trace), [])
-    return modules[-1] if modules else None
-
-
-@contextmanager
-def _on_this_thread(trace: Trace, *modules: nn.Module) -> Iterator[None]:
-    entry, depth = Entry(trace, list(modules)), len(_thread.begun)
-    with trace.entered():
-        _thread.entries.append(entry)
-        try:
-            yield
-        finally:
-            if len(_thread.begun) > depth:  # a step of an optimizer has failed, and nobody said when it was over
-                _end_begun(depth)
-                trace.hold_all_fixed("failed step")
-            _thread.entries.remove(entry)
-
-
-def traces_here() -> list[Entry]:
-    """The traces that the current thread is in, outermost first."""
-    return list(_thread.entries)
-
-
-@contextmanager
-def untraced() -> Iterator[None]:
-    """Take nothing down of what the current thread does, and leave other modes of dispatch as they are."""
-    entries, _thread.entries = _thread.entries, []
-    own = {id(entry.trace) for entry in entries}
-    try:
-        with _disable_current_modes() as before:
-            others = [mode for mode in reversed(before) if id(mode) not in own]
-            for mode in others:
-                _push_mode(mode)
-            try:
-                yield
-            finally:
-                for _ in others:
-                    _pop_mode()
-    finally:
-        _thread.entries = entries
-
-
-def begin(key: object, context: AbstractContextManager[Any]) -> None:
-    """Enter a context on this thread until :func:`end` is called, or until the innermost trace ends."""
-    stack = ExitStack()
-    stack.enter_context(context)
-    _thread.begun.append((key, stack))
-
-
-def end(key: object) -> None:
-    """Leave the last context that has begun under this key, and all that have begun since, if there is one."""
-    numbers = [number for number, (other, _) in enumerate(_thread.begun) if other is key]
-    if numbers:
-        _end_begun(numbers[-1])
-
-
-def _end_begun(depth: int) -> None:
-    while len(_thread.begun) > depth:
-        _thread.begun.pop()[1].close()
-
-
-def retraced(entries: list[Entry], call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-    """Return ``call(*args, **kwargs)``, and take it down for the traces of :func:`traces_here` although all else is not."""
-    with ExitStack() as stack:
-        for entry in entries:
-            stack.enter_context(_on_this_thread(entry.trace, *entry.modules))
-        return call(*args, **kwargs)
 
 
 def _starting_traced(start: Callable[[threading.Thread], None]) -> Callable[[threading.Thread], None]:
@@ -242,7 +134,7 @@ def _starting_traced(start: Callable[[threading.Thread], None]) -> Callable[[thr
 
     @functools.wraps(start)
     def start_traced(thread: threading.Thread) -> None:
-        handed_on = [Entry(entry.trace, entry.modules[-1:]) for entry in _thread.entries]
+        handed_on = [Entry(entry.trace, entry.modules[-1:]) for entry in here.entries]
         if any(entry.trace.is_fake for entry in handed_on):
             raise RuntimeError("Threads cannot share fake tensors.")  # the module is called with real ones then
         if handed_on:
@@ -256,7 +148,7 @@ def _starting_traced(start: Callable[[threading.Thread], None]) -> Callable[[thr
 
 
 class Waiter(Protocol):
-    """What waits for calls of modules; a :class:`~.pending.GroupFromModuleCalls`."""
+    """What waits for calls of modules; a :class:`~.module_calls.GroupFromModuleCalls`."""
 
     def wants(self, module: nn.Module) -> bool:
         """Whether to trace this call, which is about to begin on the current thread."""
@@ -320,7 +212,7 @@ def _is_awaited(module: nn.Module) -> bool:
 
 
 def _run_module(original: Callable[..., Any], module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
-    entries = list(_thread.entries)
+    entries = list(here.entries)
     for entry in entries:
         entry.modules.append(module)
     try:

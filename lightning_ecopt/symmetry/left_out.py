@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial, wraps
+from types import FrameType
 from typing import Any, Protocol, cast
 
 import torch
@@ -25,7 +26,8 @@ from torch.optim import Optimizer
 from torch.optim import optimizer as of_all
 
 from lightning_ecopt.common.shared import Shared
-from lightning_ecopt.symmetry.isolation import begin, end, replaced, retraced, traces_here, untraced
+from lightning_ecopt.symmetry.isolation import replaced
+from lightning_ecopt.symmetry.threads import begin, begin_within, end, retraced, traces_here, untraced
 
 
 class Watcher(Protocol):
@@ -36,6 +38,9 @@ class Watcher(Protocol):
 
     def note_gradient(self, of: Tensor, gradient: Tensor) -> None:
         """Take note of a gradient that a backward pass has computed, with respect to a tensor."""
+
+    def find_parameters_again(self) -> None:
+        """Take note of parameters that have other memory since a step."""
 
 
 def _running_untraced(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -66,7 +71,8 @@ def _running_untraced(run: Callable[..., Any]) -> Callable[..., Any]:
 def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Take nothing down until the step is over, but for its closure."""
     entries = traces_here()
-    if not entries:
+    if not entries:  # perhaps one optimizer runs another, or an earlier step has failed
+        begin_within(optimizer)
         return None
     begin(optimizer, untraced())
 
@@ -80,6 +86,8 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
 
 def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     end(optimizer)
+    for entry in traces_here():
+        cast(Watcher, entry.trace).find_parameters_again()
 
 
 @contextmanager
@@ -98,22 +106,25 @@ def _hooks_of_all() -> Iterator[None]:
 BACKWARD_PASSES = Shared(lambda: replaced(torch.autograd, "_engine_run_backward", _running_untraced))
 STEPS = Shared(_hooks_of_all)
 
+_ON_THE_WAY = ("torch", "contextlib", "functools", "lightning_ecopt")
 _COMPREHENSIONS = ("<listcomp>", "<setcomp>", "<dictcomp>")
+#: Modules whose frames call code of others: closures, modules, training steps.
+_CALLING = tuple(
+    f"lightning_ecopt.{name}"
+    for name in ("symmetry.isolation", "symmetry.threads", "symmetry.pending", "symmetry.module_calls", "optim.calls")
+)
 
 
 def in_method_of_optimizer() -> bool:
     """Whether the innermost code that is neither torch's nor ours is a method of an optimizer."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None:
-        code = frame.f_code
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code, name = frame.f_code, str(frame.f_globals.get("__name__"))
+        if name in _CALLING:
+            return False
         if code.co_argcount and isinstance(frame.f_locals.get(code.co_varnames[0]), Optimizer):
             return True
-        if not is_of_torch_or_ours(frame.f_globals) and code.co_name not in _COMPREHENSIONS:
+        if name.partition(".")[0] not in _ON_THE_WAY and code.co_name not in _COMPREHENSIONS:
             return False
         frame = frame.f_back
     return False
-
-
-def is_of_torch_or_ours(names: dict[str, Any]) -> bool:
-    """Whether code with these global names belongs to torch, to Python's library of contexts or to this package."""
-    return str(names.get("__name__")).partition(".")[0] in ("torch", "contextlib", "functools", "lightning_ecopt")

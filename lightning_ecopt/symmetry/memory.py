@@ -87,6 +87,15 @@ class Memory:
         storage.external = storage.is_parameter = True
         storage.views[view_of(tensor)] = ParameterView.whole(name, tensor.shape)
 
+    def add_again(self, name: str, tensor: Tensor) -> None:
+        """Register a parameter anew if it has other memory by now: ``p.data = ...``."""
+        storage = storage_of(tensor)
+        found = None if storage is None else self.storages.get(storage._cdata)
+        if found is None or not found.is_parameter:
+            if found is not None:
+                found.views = {}
+            self.add_parameter(name, tensor)
+
     def read(self, tensor: Tensor) -> Value:
         """The label of a tensor. Memory first met as an input is constant and stays after the call."""
         found = self._find(tensor) if is_ordinary(tensor) else None

@@ -8,7 +8,7 @@ from types import FrameType
 
 _SKIPPED = ("torch", "torchmetrics", "lightning", "lightning_fabric", "pytorch_lightning", "contextlib", "functools")
 _OURS = __name__.partition(".")[0]
-_ON_THE_WAY = tuple(f"{__package__}.{name}" for name in ("places", "trace_mode", "isolation", "left_out"))
+_ON_THE_WAY = tuple(f"{__package__}.{name}" for name in ("places", "trace_mode", "isolation", "threads", "left_out"))
 
 
 def line_of_user(home: type) -> str:

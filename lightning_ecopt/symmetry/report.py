@@ -135,7 +135,7 @@ def _costs_table(costs: Mapping[Operation, int]) -> Table:
 
     table = Table(title="Operations that fix scales", title_justify="left")
     table.add_column("operation", overflow="fold")
-    table.add_column("module", overflow="fold")
+    table.add_column("module or line", overflow="fold")
     table.add_column("scales", justify="right")
     by_name: dict[str, list[tuple[str, int]]] = {}
     for operation, count in costs.items():

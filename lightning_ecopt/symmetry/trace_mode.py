@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.graph import GradientEdge
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -32,13 +32,14 @@ from lightning_ecopt.common.warn import warn
 from lightning_ecopt.symmetry.aten import base_name, changed_tensors, named_arguments, written_to
 from lightning_ecopt.symmetry.constants import Constants
 from lightning_ecopt.symmetry.equations import Equations, Operation
-from lightning_ecopt.symmetry.isolation import is_traced_by, running_module, traced
+from lightning_ecopt.symmetry.isolation import traced
 from lightning_ecopt.symmetry.labels import FIXED, ZERO, ParameterView, Value, constant
 from lightning_ecopt.symmetry.left_out import BACKWARD_PASSES, STEPS, in_method_of_optimizer
 from lightning_ecopt.symmetry.memory import Memory, is_ordinary
 from lightning_ecopt.symmetry.places import line_of_user
 from lightning_ecopt.symmetry.rules import RULES, Call
 from lightning_ecopt.symmetry.rules.registry import Rule
+from lightning_ecopt.symmetry.threads import is_traced_by, running_module
 
 
 class TraceMode(TorchDispatchMode):
@@ -191,6 +192,21 @@ class TraceMode(TorchDispatchMode):
             self._hold_sources_fixed(tensor.grad_fn)
         return self.memory.read(tensor)
 
+    def find_parameters_again(self) -> None:
+        """Take note of parameters that have other memory since a step."""
+        with self._taking_down(Operation("step", "")):
+            for name, parameter in zip(self.equations.shapes, self._parameters, strict=True):
+                if is_ordinary(parameter):
+                    self.memory.add_again(name, parameter)
+
+    def give_memory(self, tensor: Tensor) -> None:
+        """Take note of ``tensor.data = ...``, after which a parameter stays as it is, unless its optimizer does so."""
+        with self._taking_down(self._operation("data")):
+            names = [name for name, own in zip(self.equations.shapes, self._parameters, strict=True) if own is tensor]
+            for name in names if not in_method_of_optimizer() else ():
+                self.equations.hold_fixed(ParameterView.whole(name, self.equations.shapes[name]))
+        self.find_parameters_again()
+
     def _hold_sources_fixed(self, node: Any) -> None:
         """Hold fixed the parameters that something was computed from, on another thread for instance."""
         own = {id(parameter): parameter for parameter in self._parameters}
@@ -313,11 +329,15 @@ def _is_zero(label: Value) -> bool:
     return not isinstance(label, ParameterView) and bool((label == ZERO).all())
 
 
-_GRADIENT = Tensor.grad.__get__  # type: ignore[attr-defined]
+_GRADIENT = cast(Any, Tensor.grad).__get__
+_SET_DATA = cast(Any, Tensor.data).__set__
 
 
 class _Escapes(TorchFunctionMode):
-    """Holds tensors fixed whose values leave torch: no operation shows what becomes of them. Sees gradients read, too."""
+    """Holds tensors fixed whose values leave torch: no operation shows what becomes of them.
+
+    It sees gradients that are read and ``p.data = ...``, too, which are no operations either.
+    """
 
     EXITS = frozenset(
         {"numpy", "tolist", "__array__", "__dlpack__", "data_ptr", "__reduce_ex__", "storage", "untyped_storage"}
@@ -331,6 +351,9 @@ class _Escapes(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if not is_traced_by(self.mode):  # in a backward pass, or in a step of an optimizer
             return func(*args, **(kwargs or {}))
+        if func == _SET_DATA:
+            func(*args)
+            return self.mode.give_memory(args[0])
         if func == _GRADIENT:
             gradient = func(*args)
             if isinstance(gradient, Tensor):

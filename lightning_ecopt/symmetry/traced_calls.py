@@ -196,8 +196,8 @@ class GroupFromCalls(DeferredGroup):
         Returns:
             A function that takes it back.
         """
-        kept = ("_expected", "_calls", "_packed", "is_final", "_resumed", "_has_news", "_trained", "_settled")
-        kept += ("is_provisional",)
+        kept = ["_expected", "_calls", "_packed", "is_final", "_resumed", "_has_news", "_trained", "_settled"]
+        kept.append("is_provisional")
         before = {name: getattr(self, name) for name in kept}
 
         def undo() -> None:
