@@ -338,6 +338,10 @@ class Equations:
         terms = [(1, pairs[0][0]), (-1, pairs[0][1]), (-1, pairs[1][0]), (1, pairs[1][1])]
         for k, (first, second) in enumerate(pairs):
             if np.array_equal(first, second):
+                one, other = pairs[1 - k]
+                if one.shape == other.shape or 1 in (one.size, other.size):
+                    self.equate(one, other)
+                    return
                 terms = terms[2:] if k == 0 else terms[:2]
         self.cancel(*terms)
 
