@@ -316,10 +316,15 @@ class Equations:
             if earlier.region == use.region:
                 self._agree(earlier, use)
                 return
-            if overlap(earlier.region, use.region, self.shapes[name]):
-                self._fix_parameter(name, (use.incoming, use.outgoing))
-                return
-        self.uses[name].append(use)
+        overlapping = [one for one in self.uses[name] if overlap(one.region, use.region, self.shapes[name])]
+        if len(overlapping) == 1 and (both := _hull(overlapping[0], use)) is not None:
+            self.uses[name].remove(overlapping[0])
+            self._agree(overlapping[0], use)
+            self._add(name, replace(overlapping[0], region=both))
+        elif overlapping:
+            self._fix_parameter(name, (use.incoming, use.outgoing))
+        else:
+            self.uses[name].append(use)
 
     def _without_factor(self, view: ParameterView, incoming: IntArray, outgoing: IntArray) -> tuple[IntArray, IntArray]:
         """The labels of the parameter alone, if its view times a factor scales by ``incoming / outgoing``."""
@@ -411,6 +416,23 @@ class Equations:
         for name, uses in other.uses.items():
             for use in uses:
                 self._add(name, moved(use))
+
+
+def _hull(first: Use, second: Use) -> tuple[slice, ...] | None:
+    """The union of the regions of two uses that overlap, if it is a box along which neither of them changes.
+
+    So are the first rows of a table of positions in a call with a short sequence, and in one with a long one.
+    """
+    pairs = list(zip(first.region, second.region, strict=True))
+    different = [axis for axis, (one, other) in enumerate(pairs) if one != other]
+    labels = (first.incoming, first.outgoing, second.incoming, second.outgoing)
+    if len(different) != 1 or any(ids.shape[different[0]] > 1 for ids in labels):
+        return None
+    one, other = pairs[different[0]]
+    if one.step != 1 or other.step != 1:
+        return None
+    hull = slice(min(one.start, other.start), max(one.stop, other.stop), 1)
+    return tuple(hull if axis in different else part for axis, part in enumerate(first.region))
 
 
 def _varying(*labels: IntArray) -> set[int]:

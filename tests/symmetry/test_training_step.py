@@ -19,9 +19,10 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from lightning_ecopt import ECSGD, EquivalentClassOptimizer, ec_sgd, scaling_group
 from lightning_ecopt.symmetry import GroupFromNextCall, ScalingGroup, threads
+from lightning_ecopt.symmetry.trace import select_parameters, trace
 from tests.networks import mlp
 from tests.selection import few
-from tests.symmetry.helpers import assert_complete
+from tests.symmetry.helpers import assert_complete, directions
 
 Loss = Callable[[Any, Tensor], Tensor]
 Y = torch.arange(6) % 3
@@ -529,3 +530,68 @@ def test_a_closure_that_has_computed_all_before_tells_nothing() -> None:
     optimizer.step(lambda: loss)
     assert optimizer.group is not None
     assert units(optimizer.group) == (11, 0, 0)
+
+
+# Example inputs and a training step -----------------------------------------------------------------------------------
+
+
+class Positions(nn.Module):
+    """A table of positions of which a sequence uses the first rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.tokens, self.table = nn.Linear(3, 6), nn.Parameter(torch.randn(12, 6))
+        self.head = mlp(6, 5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((self.tokens(x) + self.table[: x.shape[1]]).relu())
+
+    def training_step(self, x: Tensor) -> Tensor:
+        return F.mse_loss(self(x), torch.ones(2))
+
+
+@pytest.mark.parametrize("lengths", [(4, 8), (8, 4), (8, 8), (5, 12)])
+def test_an_example_may_be_shorter_or_longer_than_what_is_trained(lengths: tuple[int, int]) -> None:
+    module = Positions()
+    shown, trained = (torch.randn(2, length, 3) for length in lengths)
+    equations = trace(module, select_parameters(module), shown)
+    pending = GroupFromNextCall(module, "training_step", equations=equations)
+    assert pending.group is not None
+    assert pending.group.num_units == 11
+    module.training_step(trained)
+    assert pending.group.num_units == 11
+    assert "training_step" not in vars(module)
+
+
+@pytest.mark.parametrize("first", [slice(0, 3), slice(2, 5), slice(3, 5)])
+@pytest.mark.parametrize("second", [slice(0, 2), slice(1, 5), slice(0, 5, 2)])
+def test_uses_of_overlapping_rows_are_never_less_than_what_they_demand(first: slice, second: slice) -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w, self.v = nn.Parameter(torch.randn(5, 4)), nn.Parameter(torch.randn(4, 3))
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            return [(x @ self.w[part].T).relu() @ self.v[: len(range(5)[part])] for part in (first, second)]
+
+    module = Both().double()
+    x = torch.randn(7, 4).double()
+    group = scaling_group(module, x)
+    before = torch.cat(module(x), 1)
+    group.act_(torch.randn(group.num_units).double())
+    torch.testing.assert_close(torch.cat(module(x), 1), before)
+
+
+@pytest.mark.parametrize("name", FACES)
+def test_an_example_and_a_training_step_leave_free_what_both_do(name: str) -> None:
+    losses, _ = FACES[name]
+    module, shown = Parts(losses), Parts(FACES["forward"][0])
+    equations = trace(shown, select_parameters(shown), X)
+    pending = GroupFromNextCall(module, "training_step", equations=equations)
+    assert pending.settle() is not None
+    assert units(pending.group) == (11, 5, 11)
+    module.training_step(X)
+    found, both = directions(pending.settle()), directions(scaling_group(Parts([*FACES["forward"][0], *losses]), X))
+    rank = torch.linalg.matrix_rank(torch.cat([found, both], 1))
+    assert rank == found.shape[1] == both.shape[1]
