@@ -139,6 +139,8 @@ def _network_of(session: Session, state: Mapping[str, Any]) -> Network | None:
     names = set(state.get("parameters", () if network is None else network.group.parameters))
     if network is not None and network.group.parameters.keys() == names and network.fits(state):
         network.check_state(state, session.options)
+        if "fingerprint" in state:
+            deferred.confirm()
         return network
     if "shapes" in state and state["shapes"] != _shapes(session):
         raise ValueError(f"The checkpoint was made with parameters of other shapes: {WAY_OUT}")

@@ -85,6 +85,9 @@ class DeferredGroup(ABC):
         """
         return lambda: None
 
+    def confirm(self) -> None:  # noqa: B027
+        """Take note that another run has traced calls, and found the group that is known here."""
+
     def take_back(self, names: Collection[str]) -> ScalingGroup | None:
         """The group as it was when these parameters, and no others, had been trained; ``None`` if that is unknown."""
         group = self.group

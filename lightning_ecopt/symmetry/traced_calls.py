@@ -215,6 +215,10 @@ class GroupFromCalls(DeferredGroup):
             self._has_news = False
         return undo
 
+    def confirm(self) -> None:
+        """Take note that another run has traced calls, and found the group that is known here."""
+        self.is_provisional = False
+
     def _adopt(self, equations: Equations) -> bool:
         """Whether equations are those of the same parameters."""
         return equations.shapes == {name: tuple(p.shape) or (1,) for name, p in self.parameters.items()}

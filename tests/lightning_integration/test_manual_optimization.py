@@ -262,3 +262,82 @@ def test_the_units_between_a_generator_and_its_discriminator_are_left_alone_and_
     torch.testing.assert_close((module.discriminator(real), module.generator(noise)), expected)
     assert not same(weights(module), before)  # of the others a representative is taken
     assert "33.3% of the freedoms used" in " ".join(capsys.readouterr().out.split())
+
+
+class Counts(ManualClosure):
+    """Saves its weights and the optimizer's state after a number of steps, and may begin from what another has saved."""
+
+    def __init__(self, at: int, begin: Any = None, **options: Any) -> None:
+        super().__init__(**options)
+        self.at, self.count, self.saved, self.begin = at, 0, None, begin
+
+    def on_fit_start(self) -> None:
+        if self.begin is not None:
+            weights, state = deepcopy(self.begin)
+            self.net.load_state_dict(weights)
+            self.optimizers().load_state_dict(state)
+            self.count = self.at
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        self.count += 1
+        super().training_step(batches()[self.count % 4], batch_idx)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self.count == self.at:
+            self.saved = deepcopy((self.net.state_dict(), self.optimizers().state_dict()))
+
+
+@SETTINGS
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_run_is_resumed_bit_identical_after_its_first_plain_step(at: int, example: Tensor | None, rule: str) -> None:
+    whole = Counts(at, example=example)
+    fit(whole, quiet(rule=rule, refresh_interval=3), max_epochs=2)
+    resumed = Counts(at, whole.saved, example=example)
+    fit(resumed, quiet(rule=rule, refresh_interval=3), max_epochs=2, max_steps=8 - at)
+    assert (whole.count, resumed.count) == (8, 8)
+    assert same(weights(whole), weights(resumed))
+
+
+class Compares(LightningModule):
+    """A loss on hidden features in the second half of each training step, with gradients that others look at."""
+
+    def __init__(self, compares: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.automatic_optimization, self.compares, self.seen = False, compares, []
+        self.encoder = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8), nn.ReLU())
+        self.head = nn.Linear(8, 3)
+        self.example_input_array = torch.zeros(1, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(x))
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer, x = self.optimizers(), torch.eye(8)
+        losses = [lambda: F.cross_entropy(self(x), torch.arange(8) % 3), lambda: (self.encoder(x) - 1).square().mean()]
+        for number, loss in enumerate(losses[: 1 + self.compares]):
+            with optimizer.toggle_model():
+                value = loss()
+                optimizer.zero_grad()
+                self.manual_backward(value)
+                self.clip_gradients(optimizer, gradient_clip_val=1.0)
+                self.log("norm", torch.stack([p.grad.norm() for p in self.parameters() if p.grad is not None]).norm())
+                optimizer.step()
+            if number:
+                self.seen.append(value.item())
+
+    def configure_optimizers(self) -> Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1e-9)
+
+
+@pytest.mark.parametrize("compares", [False, True])
+@pytest.mark.parametrize("form", ["callback", "ec_sgd"])
+def test_the_whole_training_step_is_watched(form: str, compares: bool, recwarn: pytest.WarningsRecorder) -> None:
+    module, callback = Compares(compares), quiet(refresh_interval=2)
+    if form == "ec_sgd":
+        module.configure_optimizers = lambda: ec_sgd(module, lr=1e-9, refresh_interval=2)
+    run = fit(module, *([callback] if form == "callback" else []))
+    assert run.optimizers[0].group.num_units == (16 if compares else 24)
+    assert module.seen == pytest.approx([module.seen[0]] * len(module.seen) if compares else [], rel=1e-5)
+    assert not [w for w in recwarn if "lightning_ecopt" in str(w.message) or "base optimizer" in str(w.message)]
+    assert is_clean(module)
