@@ -265,7 +265,7 @@ def test_the_units_between_a_generator_and_its_discriminator_are_left_alone_and_
 
 
 class Counts(ManualClosure):
-    """Saves its weights and the optimizer's state after a number of steps, and may begin from what another has saved."""
+    """Saves weights and state after a number of steps, and may begin from what another has saved."""
 
     def __init__(self, at: int, begin: Any = None, **options: Any) -> None:
         super().__init__(**options)
