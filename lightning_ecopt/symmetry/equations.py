@@ -25,7 +25,9 @@ from lightning_ecopt.symmetry.labels import (
     compress,
     constant,
     unique_rows,
+    varying,
 )
+from lightning_ecopt.symmetry.regions import box, overlap
 
 #: A label that would have more entries is held fixed instead.
 MOST_ENTRIES = 2**22
@@ -210,7 +212,7 @@ class Equations:
         # Clusters of terms that share axes; those of one cluster have to be looked at together.
         clusters: list[tuple[set[int], list[tuple[int, IntArray]]]] = []
         for term in terms:
-            axes, members = _varying(term[1]), [term]
+            axes, members = varying(term[1]), [term]
             apart = []
             for cluster in clusters:
                 if cluster[0] & axes or not cluster[0] or not axes:
@@ -329,7 +331,7 @@ class Equations:
     def _without_factor(self, view: ParameterView, incoming: IntArray, outgoing: IntArray) -> tuple[IntArray, IntArray]:
         """The labels of the parameter alone, if its view times a factor scales by ``incoming / outgoing``."""
         incoming, outgoing, factor = (align(ids, view.ndim) for ids in (incoming, outgoing, view.factor))
-        if _varying(factor) & _varying(outgoing) and not _varying(factor) & _varying(incoming):
+        if varying(factor) & varying(outgoing) and not varying(factor) & varying(incoming):
             return incoming, self.combine((1, outgoing), (1, factor))
         return self.combine((1, incoming), (-1, factor)), outgoing
 
@@ -367,9 +369,9 @@ class Equations:
         # The parameter is the same wherever the view only repeats it.
         repeated = [k for k in range(ndim) if ids.shape[k] > 1 and k not in view.varying()]
         ids = compress(self.uniform(ids, repeated))
-        changing = _varying(ids)
+        changing = varying(ids)
         # Axes of the parameter on which the label depends; along the others it has size 1.
-        wanted = {axis for axis, index in enumerate(view.axes) if changing & _varying(index)}
+        wanted = {axis for axis, index in enumerate(view.axes) if changing & varying(index)}
         positions, shape = [], []
         for axis, index in enumerate(view.axes):
             numbers, position = np.unique(index, return_inverse=True)
@@ -433,38 +435,3 @@ def _hull(first: Use, second: Use) -> tuple[slice, ...] | None:
         return None
     hull = slice(min(one.start, other.start), max(one.stop, other.stop), 1)
     return tuple(hull if axis in different else part for axis, part in enumerate(first.region))
-
-
-def _varying(*labels: IntArray) -> set[int]:
-    """Axes along which one of the arrays has more than one entry."""
-    return {k for ids in labels for k, size in enumerate(ids.shape) if size > 1}
-
-
-def box(view: ParameterView, shape: Sequence[int]) -> tuple[slice, ...] | None:
-    """The slices of the parameter that ``view`` covers; ``None`` if it does not cover a regular box."""
-    region = []
-    for axis, (index, size) in enumerate(zip(view.axes, shape, strict=True)):
-        if axis in view.picked:
-            region.append(slice(0, size, 1))
-            continue
-        numbers = np.unique(index)
-        steps = np.unique(np.diff(numbers)) if len(numbers) > 1 else np.ones(1, np.int64)
-        if len(numbers) == 0 or len(steps) > 1:
-            return None
-        region.append(slice(int(numbers[0]), int(numbers[-1]) + 1, int(steps[0])))
-    # Axes that share an axis of the view (flattened together) must still cover their full product.
-    shared = [k for k in view.varying() if sum(axis.shape[k] > 1 for axis in view.axes) > 1]
-    if shared:
-        together = [axis for axis in view.axes if any(axis.shape[k] > 1 for k in shared)]
-        numbers = np.stack([axis.ravel() for axis in np.broadcast_arrays(*together)])
-        if len(np.unique(numbers, axis=1).T) != np.prod([len(np.unique(axis)) for axis in together]):
-            return None
-    return tuple(region)
-
-
-def overlap(first: Sequence[slice], second: Sequence[slice], shape: Sequence[int]) -> bool:
-    """Whether two regions of a parameter have elements in common."""
-    return all(
-        len(np.intersect1d(np.arange(size)[a], np.arange(size)[b]))
-        for a, b, size in zip(first, second, shape, strict=True)
-    )
