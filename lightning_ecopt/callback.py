@@ -45,12 +45,14 @@ class EquivalentClassOptimization(Callback):
     :class:`~lightning_ecopt.ECSGD`, say) keeps its own options, and is only told the freedoms, unless it was given a
     :class:`~lightning_ecopt.ScalingGroup`.
 
-    If the ``LightningModule`` has an ``example_input_array``, its forward call is traced before training; otherwise the
-    first training step is watched as it happens, which costs no extra call (under manual optimization, the calls of the
-    modules in it). The outputs of what is traced (or the loss) are what must not change, so give an
-    ``example_input_array`` only if training uses the module by its ``forward``. Parameters that the trace has not used
-    are held fixed, named in a warning, and looked for again in a training step when they first get a gradient. Each
-    step looks up which parameters require a gradient; when further ones are added, another call is traced.
+    The first training step is watched as it happens, which costs no extra call; the loss, and whatever else a backward
+    pass in it starts from, is what must not change. If the ``LightningModule`` has an ``example_input_array``, its
+    forward call is traced before training, too, so that the freedoms are known by then; the training step may tell that
+    there are fewer. Under manual optimization it is watched through all backward passes and steps of optimizers: these
+    are the base optimizer's own that once, and equivalent-class steps from the second training step on. Parameters that
+    no watched step has used are held fixed, named in a warning, and looked for again in a training step when they first
+    get a gradient. Each step looks up which parameters require a gradient; when further ones are added, another
+    training step is watched.
 
     Args:
         rule: how a step is taken: ``"unit"``, relative to the unit that takes it, or ``"path"``, in the path
@@ -262,9 +264,11 @@ class EquivalentClassOptimization(Callback):
                 if optimizer.refresh_interval == "epoch":
                     optimizer.refresh()
         self._saved = {}
-        if trainer.gradient_clip_val is not None:
-            for optimizer in self._optimizers:
-                optimizer.start()
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Balance before the first gradients are clipped; the first training step has been watched by then."""
+        if trainer.gradient_clip_val is not None and isinstance(optimizer, EquivalentClassOptimizer):
+            optimizer.start()
 
     def _report(self) -> None:
         if not self._verbose:

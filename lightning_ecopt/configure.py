@@ -17,7 +17,7 @@ from lightning_ecopt.common.warn import warn
 from lightning_ecopt.optim import ECSGD, ECAdamW
 from lightning_ecopt.optim.arguments import check_module
 from lightning_ecopt.optim.named import AdamWArguments, Params, SGDArguments
-from lightning_ecopt.symmetry import DeferredGroup, GroupFromModuleCalls, GroupFromNextCall, ScalingGroup
+from lightning_ecopt.symmetry import DeferredGroup, GroupFromNextCall, ScalingGroup
 from lightning_ecopt.symmetry.equations import Equations
 from lightning_ecopt.symmetry.trace import select_parameters, trace
 from lightning_ecopt.symmetry.traced_calls import gather_if_different
@@ -30,9 +30,11 @@ def ec_sgd(
 ) -> ECSGD:
     """EC-SGD for a module, to be returned from ``configure_optimizers``.
 
-    If a ``LightningModule`` has an ``example_input_array``, its forward call is traced here; otherwise its first
-    ``training_step`` is watched as it happens, or, under manual optimization, the calls of its parts until the first
-    step. Of another module the next forward call is watched. When parameters are added later, or begin to require a
+    The first ``training_step`` of a ``LightningModule`` is watched as it happens. Under manual optimization the steps
+    in it are those of plain SGD, as what follows them may tell more; from the second ``training_step`` on they are of
+    EC-SGD. If the module has an ``example_input_array``, its forward call is traced here, so that the freedoms are
+    known before training; the training step may tell that there are fewer. Of another module the next forward call is
+    watched, or all of the closure that the first step is given. When parameters are added later, or begin to require a
     gradient, the freedoms are found again.
 
     Args:
@@ -111,19 +113,16 @@ def current_epoch(module: LightningModule) -> int | None:
 
 
 def find_group(module: nn.Module, parameters: Iterable[Tensor]) -> DeferredGroup:
-    """The group of a module: of its example inputs now, or of its first call later.
+    """The group of a module: of its example inputs now, and of its first call later.
 
-    The example inputs of a ``LightningModule`` are traced at once. Without any, its first ``training_step`` is traced
-    or, under manual optimization, the calls of its parts; of another module, the next call of ``forward``. Parameters
-    that are none of the module's are held fixed.
+    The example inputs of a ``LightningModule`` are traced at once, and its first ``training_step`` as it happens; of
+    another module, the next call of ``forward``. Parameters that are none of the module's are held fixed.
     """
     parameters = list(parameters)
     if not isinstance(module, LightningModule):
         return GroupFromNextCall(module, "forward", parameters)
     gather = partial(_gather, module)
     equations = _trace_example(module, parameters)
-    if not module.automatic_optimization:  # forward and backward calls interleave
-        return GroupFromModuleCalls(parameters, gather, module, equations)
     return GroupFromNextCall(module, "training_step", parameters, gather, equations)
 
 

@@ -35,7 +35,7 @@ NO_FREEDOMS = (
 
 def find_by_module_calls(parameters: Sequence[Tensor]) -> DeferredGroup:
     """Watch the calls of modules that use the parameters: what an optimizer does if nobody tells it of a group."""
-    from lightning_ecopt.symmetry.pending import GroupFromModuleCalls  # which takes long to import
+    from lightning_ecopt.symmetry.module_calls import GroupFromModuleCalls  # which takes long to import
 
     return GroupFromModuleCalls(parameters)
 

@@ -141,11 +141,11 @@ class StepCall:
             kwargs = {**kwargs, "closure": self._again}
         self._args, self._kwargs = args, kwargs
 
-    def run_closure(self) -> None:
-        """Call the closure, which computes gradients at the weights."""
+    def run_closure(self, watch: Callable[[Callable[[], Any]], Any]) -> None:
+        """Call the closure, which computes gradients at the weights, by a function that may watch it meanwhile."""
         if self.closure is not None:
             with torch.enable_grad():
-                self.loss = self.closure()
+                self.loss = watch(self.closure)
 
     def step(self, *, in_coordinates: bool = False) -> Any:
         """Call the base's ``step``, in coordinates or at the weights as they are; returns what that returns."""

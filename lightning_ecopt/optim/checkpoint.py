@@ -59,7 +59,7 @@ def saved_rule(session: Session) -> dict[str, Any] | None:
     """What the rule needs to go on beside the base's state; ``None`` before the first step."""
     stage = session.stage
     if isinstance(stage, Waiting | Ready):
-        return dict(stage.saved) or None
+        return dict(stage.saved) or _saved_group(session)
     trained = set(map(id, session.trained))
     counts = {
         "steps_since_refresh": session.steps_since_refresh,
@@ -76,6 +76,23 @@ def saved_rule(session: Session) -> dict[str, Any] | None:
     if isinstance(stage, Running):
         return {"rule": stage.rule.name, **stage.rule.state_dict(session.entries(stage.network)), **counts}
     return None if session.refresh_due else counts  # there was nothing to be done at the last refresh
+
+
+def _saved_group(session: Session) -> dict[str, Any] | None:
+    """The group that the next step begins with, if the first call was traced and plain steps were taken in it."""
+    deferred = session.binding.deferred
+    group = deferred.group if session.has_stepped_plainly else None
+    if group is None:
+        return None
+    return {
+        "steps_since_refresh": 0,
+        "refresh_due": True,
+        "epoch": session.last_epoch,
+        "fingerprint": group.fingerprint(),
+        "parameters": list(group.parameters),
+        "shapes": _shapes(session),
+        "equations": deferred.saved(),
+    }
 
 
 def load(session: Session, state_dict: Mapping[str, Any]) -> None:
@@ -122,6 +139,8 @@ def _network_of(session: Session, state: Mapping[str, Any]) -> Network | None:
     names = set(state.get("parameters", () if network is None else network.group.parameters))
     if network is not None and network.group.parameters.keys() == names and network.fits(state):
         network.check_state(state, session.options)
+        if "fingerprint" in state:
+            deferred.confirm()
         return network
     if "shapes" in state and state["shapes"] != _shapes(session):
         raise ValueError(f"The checkpoint was made with parameters of other shapes: {WAY_OUT}")

@@ -168,7 +168,7 @@ class EquivalentClassOptimizer(Optimizer):
         session = self._session
         count_step(session)
         call = StepCall(session.base, args, kwargs, compare=not session.closure_comes_first)
-        call.run_closure()
+        call.run_closure(session.binding.deferred.watch)
         with torch.no_grad(), undone_if_refused(session, call):
             result = self._take_step(call)
             note_weights(session)
@@ -177,6 +177,8 @@ class EquivalentClassOptimizer(Optimizer):
     def _take_step(self, call: StepCall) -> Any:
         """Phases 2 to 5; returns what the base's own ``step`` has returned, if it was called."""
         session = self._session
+        if session.is_in_first_call():
+            return call.step(in_coordinates=True)  # it refuses what it would refuse at the next step
         if session.only_makes_state() or not session.find_network():
             session.name_missing()
             return call.step()
@@ -216,7 +218,8 @@ class EquivalentClassOptimizer(Optimizer):
         do they depend on the class alone.
         """
         session = self._session
-        if session.find_network() and session.refresh_due and not getattr(session.stage, "saved", None):
+        is_known = not session.is_in_first_call() and session.find_network()
+        if is_known and session.refresh_due and not getattr(session.stage, "saved", None):
             session.refresh(session.network)
 
     @property

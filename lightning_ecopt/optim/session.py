@@ -137,6 +137,7 @@ class Session:
         steps_since_refresh: number of steps since the last refresh.
         refresh_due: whether the next step refreshes.
         surprises: number of steps in which a parameter had a gradient that no traced call has used.
+        has_stepped_plainly: whether the base has stepped by itself while the first call was traced.
         trained: the parameters that required a gradient at the last look.
         epoch: returns the number of the current epoch, if somebody knows it.
         last_epoch: of the last step.
@@ -156,6 +157,7 @@ class Session:
         self.refresh_due = True
         self._named: set[Any] = set()  # what warnings have said: messages, state entries, identities of parameters
         self.surprises = 0
+        self.has_stepped_plainly = False
         self.trained: list[Tensor] = []
         self.epoch: Callable[[], int | None] = _no_epoch
         self.last_epoch: int | None = None
@@ -230,6 +232,18 @@ class Session:
             self._name_unused(network)
         self.trained = trained
         return not isinstance(self.stage, Waiting)
+
+    def is_in_first_call(self) -> bool:
+        """Whether the first traced call still runs, as under manual optimization: then the base steps by itself.
+
+        So it does if the group is known from example inputs, as the call may tell more.
+        """
+        is_first = self.binding.deferred.note_step(trainable_parameters(self.base))
+        if is_first and isinstance(self.stage, Running):  # its weights were balanced before
+            self.leave_rule()
+            self.refresh_due = True
+        self.has_stepped_plainly |= is_first
+        return is_first
 
     def use(self, group: ScalingGroup) -> None:
         """Use a group from now on, and refresh at the next step. A state that was loaded stays if it fits the group.

@@ -52,8 +52,9 @@ if TYPE_CHECKING:
     from lightning_ecopt.symmetry.deferred import DeferredGroup, KnownGroup
     from lightning_ecopt.symmetry.describe import UnitSet
     from lightning_ecopt.symmetry.group import ScalingGroup
+    from lightning_ecopt.symmetry.module_calls import GroupFromModuleCalls
     from lightning_ecopt.symmetry.monomials import Monomials
-    from lightning_ecopt.symmetry.pending import GroupFromModuleCalls, GroupFromNextCall
+    from lightning_ecopt.symmetry.pending import GroupFromNextCall
     from lightning_ecopt.symmetry.trace import scaling_group
 
 __all__ = [
@@ -74,7 +75,7 @@ __getattr__, __dir__ = lazy_names(
     {
         "Coupling": "coupling",
         "DeferredGroup": "deferred",
-        "GroupFromModuleCalls": "pending",
+        "GroupFromModuleCalls": "module_calls",
         "GroupFromNextCall": "pending",
         "KnownGroup": "deferred",
         "Monomials": "monomials",

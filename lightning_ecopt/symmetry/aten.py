@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_ecopt.common.nested import tensors_in
+
 
 def base_name(func: Any) -> str:
     """The name under which an operation has its rule: ``relu`` for ``aten.relu.default`` and ``aten.relu_.default``.
@@ -50,6 +52,15 @@ def written_to(func: Any) -> list[str | None]:
     }
     aliases = [value.alias_info.before_set if value.alias_info else () for value in func._schema.returns]
     return [next((names[alias] for alias in output if alias in names), None) for output in aliases]
+
+
+def changed_tensors(func: Any, args: Any, kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The arguments that an operation changes in place; all tensors among them if it has no schema."""
+    arguments = named_arguments(func, args, kwargs)
+    if arguments is None:
+        return tensors_in((args, kwargs))
+    changed = [a.name for a in func._schema.arguments if a.alias_info and a.alias_info.is_write]
+    return tensors_in([arguments[name] for name in changed])
 
 
 def is_inexact(tensor: Tensor) -> bool:

@@ -58,6 +58,17 @@ class DeferredGroup(ABC):
     def covers(self, parameters: Iterable[Tensor]) -> bool:
         """Whether the group was looked for with these parameters in view, so that nobody has to look again."""
 
+    def watch(self, closure: Callable[[], Any]) -> Any:
+        """Return what a closure returns that computes a loss for a step, and trace it if more may be told by it."""
+        return closure()
+
+    def note_step(self, parameters: Iterable[Tensor]) -> bool:
+        """Take note of a step of an optimizer with these parameters; returns whether it has to leave scales alone.
+
+        It has to in the midst of the first call that uses them and is traced: nobody knows what the rest will demand.
+        """
+        return False
+
     def cancel(self) -> None:  # noqa: B027
         """Wait no longer. The group stays if it is known."""
 
@@ -94,6 +105,9 @@ class DeferredGroup(ABC):
         Raises:
             ValueError: if it is damaged.
         """
+
+    def confirm(self) -> None:  # noqa: B027
+        """Take note that another run has traced calls, and found the group that is known here."""
 
     def take_back(self, names: Collection[str]) -> ScalingGroup | None:
         """The group as it was when these parameters, and no others, had been trained; ``None`` if that is unknown."""

@@ -26,6 +26,7 @@ from lightning_ecopt.symmetry.labels import (
     compress,
     constant,
     unique_rows,
+    varying,
 )
 from lightning_ecopt.symmetry.regions import Region, box, cut, overlap, without
 
@@ -39,7 +40,13 @@ MOST_PARTS = 64
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation of the call, for reports: its ATen name, and the name of the module that was running."""
+    """One operation of the call, for reports.
+
+    Args:
+        name: its ATen name, or what else demanded something.
+        module: name of the module that was running; outside of any submodule the function and the line in the user's
+            code: ``"training_step, line 23"``.
+    """
 
     name: str
     module: str
@@ -72,7 +79,7 @@ class Use:
         So the first rows of a table that sequences of two lengths read stay one region. ``None`` if none is extended.
         """
         uses = self, other
-        changing = _varying(*(ids for use in uses for ids in (use.incoming, use.outgoing)))
+        changing = varying(*(ids for use in uses for ids in (use.incoming, use.outgoing)))
         pairs = list(enumerate(zip(self.region, other.region, strict=True)))
         if all(a == b or axis in changing for axis, (a, b) in pairs):
             return None
@@ -230,7 +237,7 @@ class Equations:
         # Clusters of terms that share axes; those of one cluster have to be looked at together.
         clusters: list[tuple[set[int], list[tuple[int, IntArray]]]] = []
         for term in terms:
-            axes, members = _varying(term[1]), [term]
+            axes, members = varying(term[1]), [term]
             apart = []
             for cluster in clusters:
                 if cluster[0] & axes or not cluster[0] or not axes:
@@ -356,7 +363,7 @@ class Equations:
     def _without_factor(self, view: ParameterView, incoming: IntArray, outgoing: IntArray) -> tuple[IntArray, IntArray]:
         """The labels of the parameter alone, if its view times a factor scales by ``incoming / outgoing``."""
         incoming, outgoing, factor = (align(ids, view.ndim) for ids in (incoming, outgoing, view.factor))
-        if _varying(factor) & _varying(outgoing) and not _varying(factor) & _varying(incoming):
+        if varying(factor) & varying(outgoing) and not varying(factor) & varying(incoming):
             return incoming, self.combine((1, outgoing), (1, factor))
         return self.combine((1, incoming), (-1, factor)), outgoing
 
@@ -370,6 +377,10 @@ class Equations:
         terms = [(1, pairs[0][0]), (-1, pairs[0][1]), (-1, pairs[1][0]), (1, pairs[1][1])]
         for k, (first, second) in enumerate(pairs):
             if np.array_equal(first, second):
+                one, other = pairs[1 - k]
+                if one.shape == other.shape or 1 in (one.size, other.size):
+                    self.equate(one, other)
+                    return
                 terms = terms[2:] if k == 0 else terms[:2]
         self.cancel(*terms)
 
@@ -390,9 +401,9 @@ class Equations:
         # The parameter is the same wherever the view only repeats it.
         repeated = [k for k in range(ndim) if ids.shape[k] > 1 and k not in view.varying()]
         ids = compress(self.uniform(ids, repeated))
-        changing = _varying(ids)
+        changing = varying(ids)
         # Axes of the parameter on which the label depends; along the others it has size 1.
-        wanted = {axis for axis, index in enumerate(view.axes) if changing & _varying(index)}
+        wanted = {axis for axis, index in enumerate(view.axes) if changing & varying(index)}
         positions, shape = [], []
         for axis, index in enumerate(view.axes):
             numbers, position = np.unique(index, return_inverse=True)
@@ -439,8 +450,3 @@ class Equations:
         for name, uses in other.uses.items():
             for use in uses:
                 self._add(name, moved(use))
-
-
-def _varying(*labels: IntArray) -> set[int]:
-    """Axes along which one of the arrays has more than one entry."""
-    return {k for ids in labels for k, size in enumerate(ids.shape) if size > 1}

@@ -9,6 +9,7 @@ stance of ``torch.compile``: eager                        process  every trace, 
 ``threading.Thread.start``                                process  every trace, :func:`traced`
 ``torch.nn.Module.__call__``                              process  every trace, :func:`traced`, and while
                                                                    anyone waits, :func:`wait_for_calls`
+the call of autograd's engine; hooks of all optimizers    process  every trace, :mod:`.left_out`
 cuDNN: off                                                process  fake traces, :func:`fake_tensors`
 where ``torch.tensor`` makes its tensors                  process  fake traces, :func:`fake_tensors`
 log of torch of errors in fake tensors: none              thread   fake traces, :func:`fake_tensors`
@@ -40,8 +41,7 @@ import types
 import weakref
 from collections import Counter, OrderedDict, UserDict, UserList, defaultdict, deque
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, Protocol
 
@@ -53,6 +53,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_ecopt.common.nested import CONTAINERS, contents, dictionary, elements, is_a, put_back, walk
 from lightning_ecopt.common.shared import Shared
+from lightning_ecopt.symmetry.threads import Entry, Trace, here, on_this_thread, retraced
 
 # Changes that threads share -------------------------------------------------------------------------------------------
 
@@ -68,8 +69,8 @@ def _set(read: Callable[[], Any], write: Callable[[Any], Any], value: Any) -> It
 
 
 @contextmanager
-def _replaced(owner: type, name: str, replace: Callable[[Any], Any]) -> Iterator[None]:
-    """Replace a method by ``replace(method)``. Whoever has replaced that since keeps what is theirs."""
+def replaced(owner: Any, name: str, replace: Callable[[Any], Any]) -> Iterator[None]:
+    """Replace a method or function by ``replace(it)``. Whoever has replaced that since keeps what is theirs."""
     original = getattr(owner, name)
     replacement = replace(original)
     setattr(owner, name, replacement)
@@ -103,7 +104,7 @@ def _lifting() -> AbstractContextManager[None]:
 
 def _is_wanted(record: logging.LogRecord) -> bool:
     # Torch logs the traceback of an error in an operation on fake tensors; the real call that follows raises it again.
-    return record.levelno < logging.ERROR or not any(entry.trace.is_fake for entry in _thread.entries)
+    return record.levelno < logging.ERROR or not any(entry.trace.is_fake for entry in here.entries)
 
 
 UNCOMPILED = Shared(lambda: torch.compiler.set_stance("force_eager"))
@@ -115,68 +116,19 @@ _NO_CUDNN = Shared(lambda: _set(torch._C._get_cudnn_enabled, torch._C._set_cudnn
 _LIFTING = Shared(_lifting)
 _LOG = logging.getLogger(torch._subclasses.fake_tensor.__name__)
 _QUIET = Shared(lambda: _set(lambda: False, lambda on: (_LOG.addFilter if on else _LOG.removeFilter)(_is_wanted), True))
-_THREAD_STARTS = Shared(lambda: _replaced(threading.Thread, "start", _starting_traced))
-_MODULE_CALLS = Shared(lambda: _replaced(nn.Module, "__call__", _calling_traced))
 _RANDOMNESS = Shared(_random_numbers)
+_THREAD_STARTS = Shared(lambda: replaced(threading.Thread, "start", _starting_traced))
+_MODULE_CALLS = Shared(lambda: replaced(nn.Module, "__call__", _calling_traced))
 
 
 # Traces, on the threads that they concern -----------------------------------------------------------------------------
 
 
-class Trace(Protocol):
-    """What takes down the operations of a call; a :class:`~.trace_mode.TraceMode`."""
-
-    is_fake: bool
-
-    def entered(self) -> AbstractContextManager[None]:
-        """Take down what this thread does."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Entry:
-    """A trace that one thread is in, and the modules that run there, innermost last."""
-
-    trace: Trace
-    modules: list[nn.Module] = field(default_factory=list)
-
-
-class _Thread(threading.local):
-    """The traces that the current thread is in, innermost last."""
-
-    def __init__(self) -> None:
-        self.entries: list[_Entry] = []
-
-
-_thread = _Thread()
-
-
 @contextmanager
 def traced(trace: Trace) -> Iterator[None]:
     """Trace what the current thread does, and the threads that it starts meanwhile."""
-    with UNCOMPILED(), _SLOW_ATTENTION(), _THREAD_STARTS(), _MODULE_CALLS(), _on_this_thread(trace):
+    with UNCOMPILED(), _SLOW_ATTENTION(), _THREAD_STARTS(), _MODULE_CALLS(), on_this_thread(trace):
         yield
-
-
-def is_traced_by(trace: Trace) -> bool:
-    """Whether the current thread is in this trace."""
-    return any(entry.trace is trace for entry in _thread.entries)
-
-
-def running_module(trace: Trace) -> nn.Module | None:
-    """The innermost module that has been called on the current thread since the trace began, if there is one."""
-    modules = next((entry.modules for entry in reversed(_thread.entries) if entry.trace is trace), [])
-    return modules[-1] if modules else None
-
-
-@contextmanager
-def _on_this_thread(trace: Trace, *modules: nn.Module) -> Iterator[None]:
-    entry = _Entry(trace, list(modules))
-    with trace.entered():
-        _thread.entries.append(entry)
-        try:
-            yield
-        finally:
-            _thread.entries.remove(entry)
 
 
 def _starting_traced(start: Callable[[threading.Thread], None]) -> Callable[[threading.Thread], None]:
@@ -184,28 +136,21 @@ def _starting_traced(start: Callable[[threading.Thread], None]) -> Callable[[thr
 
     @functools.wraps(start)
     def start_traced(thread: threading.Thread) -> None:
-        handed_on = [_Entry(entry.trace, entry.modules[-1:]) for entry in _thread.entries]
+        handed_on = [Entry(entry.trace, entry.modules[-1:]) for entry in here.entries]
         if any(entry.trace.is_fake for entry in handed_on):
             raise RuntimeError("Threads cannot share fake tensors.")  # the module is called with real ones then
         if handed_on:
-            thread.run = partial(_run_traced, handed_on, thread.run)  # type: ignore[method-assign]
+            thread.run = partial(retraced, handed_on, thread.run)  # type: ignore[method-assign]
         start(thread)
 
     return start_traced
-
-
-def _run_traced(handed_on: list[_Entry], run: Callable[[], None]) -> None:
-    with ExitStack() as stack:
-        for entry in handed_on:
-            stack.enter_context(_on_this_thread(entry.trace, *entry.modules))
-        run()
 
 
 # Calls of modules -----------------------------------------------------------------------------------------------------
 
 
 class Waiter(Protocol):
-    """What waits for calls of modules; a :class:`~.pending.GroupFromModuleCalls`."""
+    """What waits for calls of modules; a :class:`~.module_calls.GroupFromModuleCalls`."""
 
     def wants(self, module: nn.Module) -> bool:
         """Whether to trace this call, which is about to begin on the current thread."""
@@ -269,7 +214,7 @@ def _is_awaited(module: nn.Module) -> bool:
 
 
 def _run_module(original: Callable[..., Any], module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
-    entries = list(_thread.entries)
+    entries = list(here.entries)
     for entry in entries:
         entry.modules.append(module)
     try:

@@ -42,6 +42,11 @@ def compress(ids: IntArray) -> IntArray:
     return ids
 
 
+def varying(*labels: IntArray) -> set[int]:
+    """Axes along which one of the arrays has more than one entry."""
+    return {k for ids in labels for k, size in enumerate(ids.shape) if size > 1}
+
+
 def align(ids: IntArray, ndim: int) -> IntArray:
     """Prepend axes of size 1, as broadcasting does, until there are ``ndim``."""
     return ids.reshape((1,) * (ndim - ids.ndim) + ids.shape)

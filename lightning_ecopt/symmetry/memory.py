@@ -6,7 +6,7 @@ changed, too. So a label belongs to a storage and to a view of it, that is, offs
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
@@ -44,16 +44,30 @@ class _Storage:
     """
 
     reference: StorageWeakRef  # keeps the address from being used again, by which the labels are found
-    external: bool  # was there before the call, so that others may read it afterwards
+    age: int  # how many steps had been taken when it was made
+    external: bool = False  # was there before the call, so that others may read it afterwards
+    is_parameter: bool = False
+    marks: frozenset[str] = frozenset()  # names of parameters from whose gradients it was made
     views: dict[View, Value | Cases] = field(default_factory=dict)
 
 
 class Memory:
-    """Labels of all tensors that the call has touched."""
+    """Labels of all tensors that the call has touched.
+
+    Args:
+        equations: where labels are related.
+
+    Attributes:
+        num_steps: how many steps of optimizers there have been. What was computed before the last one is held fixed if
+            it is read again, because a step may rescale weights, and not what was computed from them.
+        has_marks: whether there are tensors with marks.
+    """
 
     def __init__(self, equations: Equations) -> None:
         self.equations = equations
         self.storages: dict[int, _Storage] = {}
+        self.num_steps = 0
+        self.has_marks = False
 
     def _find(self, tensor: Tensor) -> tuple[_Storage, bool] | None:
         """The storage of a tensor and whether it is new; ``None`` for a tensor without one (sparse, opaque)."""
@@ -62,7 +76,7 @@ class Memory:
             return None
         found = self.storages.get(storage._cdata)
         if found is None:
-            found = self.storages[storage._cdata] = _Storage(StorageWeakRef(storage), external=False)
+            found = self.storages[storage._cdata] = _Storage(StorageWeakRef(storage), self.num_steps)
             return found, True
         return found, False
 
@@ -73,8 +87,17 @@ class Memory:
             self.equations.hold_fixed(ParameterView.whole(name, tensor.shape))
             return
         storage, _ = found
-        storage.external = True
+        storage.external = storage.is_parameter = True
         storage.views[view_of(tensor)] = ParameterView.whole(name, tensor.shape)
+
+    def add_again(self, name: str, tensor: Tensor) -> None:
+        """Register a parameter anew if it has other memory by now: ``p.data = ...``."""
+        storage = storage_of(tensor)
+        found = None if storage is None else self.storages.get(storage._cdata)
+        if found is None or not found.is_parameter:
+            if found is not None:
+                found.views = {}
+            self.add_parameter(name, tensor)
 
     def read(self, tensor: Tensor) -> Value | Cases:
         """The label of a tensor. Memory first met as an input is constant and stays after the call."""
@@ -86,6 +109,9 @@ class Memory:
         if new:
             storage.external = True
             storage.views[view] = constant(FIXED, tensor.ndim)
+        if storage.age < self.num_steps and not storage.is_parameter:
+            self._fix_all(storage)
+            storage.age = self.num_steps
         if view not in storage.views:  # one that nobody saw being made, or that was not there before a change in place
             self._derive(storage, view)
         value = storage.views[view]
@@ -103,6 +129,21 @@ class Memory:
             self._fix_all(storage)
             found = constant(FIXED, len(view[1]))
         storage.views[view] = found
+
+    def mark(self, tensors: Iterable[Tensor], names: Collection[str]) -> None:
+        """Remember that tensors were made from gradients by the named parameters."""
+        for found in map(self._find, tensors) if names else ():
+            if found is not None and not found[0].is_parameter:
+                found[0].marks |= frozenset(names)
+                self.has_marks = True
+
+    def marks(self, tensors: Iterable[Tensor]) -> frozenset[str]:
+        """Names of the parameters from whose gradients any of the tensors was made."""
+        if not self.has_marks:
+            return frozenset()
+        storages = [storage_of(tensor) for tensor in tensors]
+        found = [self.storages.get(storage._cdata) for storage in storages if storage is not None]
+        return frozenset().union(*(storage.marks for storage in found if storage is not None))
 
     def has_seen(self, tensor: Tensor) -> bool:
         """Whether an operation has read or written the memory of the tensor."""

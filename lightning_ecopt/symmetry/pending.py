@@ -1,55 +1,50 @@
-"""Scaling groups that are found in calls that a training makes anyway, traced as they happen.
+"""The scaling group of a module, found in a call that its training makes anyway, traced as it happens.
 
-=============================  =====================================================================================
-:class:`GroupFromNextCall`     traces the next call of one method of a module: ``training_step``, or ``forward``
-:class:`GroupFromModuleCalls`  knows parameters only, and traces whichever modules are called that have any of them
-=============================  =====================================================================================
-
-Both keep the equations of all calls that they have traced, over all parameters that they were given, frozen ones too.
-So another set of trained parameters is solved for without another call.
+It keeps the equations of all calls that it has traced, over all parameters that it was given, frozen ones too. So
+another set of trained parameters is solved for without another call.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import wraps
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial, wraps
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode
-from torch.nn.parallel import DistributedDataParallel
 
-from lightning_ecopt.common.nested import tensors_in
-from lightning_ecopt.common.sharding import can_be_rescaled, gathering_modules, is_sharded
+from lightning_ecopt.common.sharding import gathering_modules, is_sharded
 from lightning_ecopt.symmetry.equations import Equations
-from lightning_ecopt.symmetry.group import ScalingGroup
-from lightning_ecopt.symmetry.isolation import is_traced_by, wait_for_calls
 from lightning_ecopt.symmetry.trace import select_parameters
 from lightning_ecopt.symmetry.trace_mode import TraceMode
-from lightning_ecopt.symmetry.traced_calls import Gather, GroupFromCalls, ended, gather_if_different
+from lightning_ecopt.symmetry.traced_calls import Gather, GroupFromCalls, ended
 
-_NO_TASK = -1  # of the autograd engine: no backward pass runs on this thread
-#: After so many calls in a row that use no further parameter, :class:`GroupFromModuleCalls` waits no longer.
-MOST_CALLS = 16
+#: Under manual optimization, where one training step may train one part and the next another, no further ones are
+#: traced after so many in a row that use no further parameter.
+MOST_STEPS = 8
 
 
 class GroupFromNextCall(GroupFromCalls):
     """The scaling group of a module, from the next real call of one of its methods, traced as it happens.
 
-    The method is replaced on the instance until it has been called once and has returned something. The call itself
-    runs as ever, and the replacement has the signature, the attributes and the pickle of the method. What the method
-    returns, and the tensors that it leaves in attributes, must not change.
+    The method is replaced on the instance until it has been called once and has returned something, or has begun a
+    backward pass. The call itself runs as ever, and the replacement has the signature, the attributes and the pickle of
+    the method. What the method returns, from what backward passes in it start, and the tensors that it leaves in
+    attributes, must not change. The passes themselves and steps of optimizers are not traced.
+
+    Under manual optimization one training step may train one part of the module, and the next another. So further ones
+    are traced until all parameters have been seen, or ``MOST_STEPS`` in a row use no further one.
 
     Args:
         module: the module, in a Lightning pipeline the ``LightningModule``.
         method: name of the method to trace: ``training_step``, so that the loss is traced too, or ``forward``.
         parameters: the parameters that may be rescaled while they require a gradient; by default all.
         gather: passed to :class:`GroupFromCalls`.
-        equations: of a call that has been traced already. Then no call is awaited until :meth:`look_again`.
+        equations: of example inputs that have been traced already. The group is known then, and the next call may tell
+            that it is smaller.
 
     Raises:
         ValueError: if any of the module's parameters is sharded, and there are no equations.
@@ -75,11 +70,16 @@ class GroupFromNextCall(GroupFromCalls):
                 "can be traced instead, or use scaling_group(module, inputs)."
             )
         self._can_watch = not sharded
-        self._waits = self._is_running = False
+        self._waits = False
+        self._mode: TraceMode | None = None  # while a call is traced
+        self._has_begun = False  # whether the method has been called while that was awaited
+        self._count = 0  # of calls since one has used another parameter
         self._method: Callable[..., Any] = getattr(module, method)
         self._own = vars(module).get(method)  # an attribute of the instance, if the user has set one
-        if equations is None:
-            self.look_again()
+        self.look_again()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_mode": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # what is unpickled with its module waits for its next call
         vars(self).update(state)
@@ -117,7 +117,7 @@ class GroupFromNextCall(GroupFromCalls):
 
     def cancel(self) -> None:
         """Give the module its method back, at once or when whoever has replaced it since gives it back."""
-        self._waits = False
+        self._waits, self._count = False, 0
         while True:
             current = vars(self.module).get(self.method)
             if not isinstance(current, _WatchedMethod) or current.pending._waits:
@@ -128,25 +128,57 @@ class GroupFromNextCall(GroupFromCalls):
 
     def call(self, method: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Call the method, and trace the call if one is awaited."""
-        if not self._waits or self._is_running or detect_fake_mode() is not None:  # what computes nothing is not real
+        if not self._may_trace():
             return method(*args, **kwargs)
-        if self.skips(self.module, (args, kwargs)):
-            return method(*args, **kwargs)
+        self._has_begun = True
+        return (method if self.skips(self.module, (args, kwargs)) else partial(self._traced, method))(*args, **kwargs)
+
+    def watch(self, closure: Callable[[], Any]) -> Any:
+        """Return what a closure returns; it is traced as a whole in place of the ``forward`` that it calls."""
+        if self.method != "forward" or not self._may_trace() or self.skips(self.module, ()):
+            return closure()
+        return self._traced(closure)
+
+    def _may_trace(self) -> bool:
+        return self._waits and self._mode is None and detect_fake_mode() is None  # what computes nothing is not real
+
+    def _traced(self, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         self.note_trained()
-        mode = TraceMode(self.module, self._parameters)
-        self._is_running = True
+        mode = self._mode = TraceMode(self.module, self._parameters)
         try:
             with mode.tracing():
-                output = method(*args, **kwargs)
+                output = call(*args, **kwargs)
         finally:
-            self._is_running = False
-        if output is not None:  # a training step may skip its batch
-            name = "loss" if self.method == "training_step" else "output"
+            self._mode = None
+        if output is not None or mode.num_backward_passes:  # a training step may skip its batch
+            known = self.equations()
+            name = "output" if call is self._method and self.method == "forward" else "loss"
             self._calls.append(ended(mode, self.module, output, name))
-            self.end_call()
-            self.note_trained()
-            self.cancel()
+            self._end_traced(known is not None and mode.equations.seen <= known.seen)
         return output
+
+    def _end_traced(self, is_old: bool) -> None:
+        """Wait no longer if a call has told all that it will, or has used no further parameter, several times."""
+        self.is_provisional = False
+        self.end_call()
+        self.note_trained()
+        self._count = self._count + 1 if is_old else 0
+        is_manual = self.method == "training_step" and not getattr(self.module, "automatic_optimization", True)
+        equations = self.equations()
+        if not is_manual or self._count >= MOST_STEPS or (equations and equations.seen >= self._trained):
+            self.cancel()
+
+    def note_step(self, parameters: Iterable[Tensor]) -> bool:
+        """Take note of a step; what the call has computed before it is held fixed if the call uses it afterwards."""
+        if self._mode is not None:
+            self._mode.memory.num_steps += 1
+        elif not (self._has_begun and self._calls):
+            return False
+        if self.is_provisional or self._mode is None:
+            return self.is_provisional and self.method == "training_step"
+        known, own = self.equations(), set(map(id, parameters))
+        names = [name for name, parameter in self.parameters.items() if id(parameter) in own]
+        return known is None or known.seen.isdisjoint(names)
 
 
 class _WatchedMethod:
@@ -204,188 +236,3 @@ class _WatchedMethod:
 
 def _itself(value: Any) -> Any:
     return value
-
-
-class GroupFromModuleCalls(GroupFromCalls):
-    """The scaling group of parameters, from the outermost calls of modules that have any of them.
-
-    From the moment it is made it *waits*: each such call with gradients enabled is traced as it happens. What enters
-    the call and what it returns must not change; backward passes and optimizer steps, which may come in between, are
-    not traced. Each traced call may tell more, so the group is solved for anew when it is asked for next. Once every
-    parameter has been seen, or ``MOST_CALLS`` calls in a row use no further one, or after :meth:`cancel`, or when
-    nobody holds the object, it waits no longer.
-
-    If a call is one of a :class:`~torch.nn.parallel.DistributedDataParallel` module, its ranks find one group together.
-
-    Args:
-        parameters: the parameters that may be rescaled while they require a gradient.
-        gather: passed to :class:`GroupFromCalls`.
-        module: gives the parameters their names; by default the first module that is called.
-        equations: of a call that has been traced already. Then no call is awaited until :meth:`look_again`.
-    """
-
-    def __init__(
-        self,
-        parameters: Iterable[Tensor],
-        gather: Gather | None = None,
-        module: nn.Module | None = None,
-        equations: Equations | None = None,
-    ) -> None:
-        super().__init__(parameters, gather, equations)
-        self._own = {id(p): cast(nn.Parameter, p) for p in self._offered if can_be_rescaled(p)}
-        self._module = module
-        self._named: dict[str, nn.Parameter] = {} if module is None else self._names(module)
-        self._mode: TraceMode | None = None  # takes down all traced calls; there from the first one on
-        self._running: list[nn.Module] = []  # whose traced calls have begun and not ended, on all threads
-        self._count = 0  # of calls since one has used another parameter
-        self._lock = threading.Lock()  # two threads may make the first call
-        self._stop_waiting: Callable[[], object] | None = None
-        if equations is None:
-            self.look_again()
-
-    def _names(self, module: nn.Module) -> dict[str, nn.Parameter]:
-        while isinstance(module, DistributedDataParallel):
-            module = module.module
-        names = {id(parameter): name.replace("_orig_mod.", "") for name, parameter in module.named_parameters()}
-        numbered = enumerate(self._own.items())
-        return {names.get(key, f"parameter {number}"): own for number, (key, own) in numbered}
-
-    def __getstate__(self) -> dict[str, Any]:  # a copy, or what is unpickled, waits for calls of its own parameters
-        equations = self.equations()
-        left_out: dict[str, Any] = {"_mode": None, "_running": [], "_lock": None, "_stop_waiting": None, "_own": None}
-        waits = self._stop_waiting is not None
-        return {**vars(self), **left_out, "_calls": [equations] if equations else [], "waits": waits}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        waits = state.pop("waits")
-        vars(self).update(state)
-        self._lock = threading.Lock()
-        self._own = {id(p): cast(nn.Parameter, p) for p in self._offered if can_be_rescaled(p)}
-        if waits:
-            self.look_again()
-
-    @property
-    def parameters(self) -> Mapping[str, nn.Parameter]:
-        """The parameters that are traced, by name; none before the first call."""
-        return self._named
-
-    def equations(self) -> Equations | None:
-        """The equations of all calls; ``None`` if there was none, or if one is running."""
-        if self._running:
-            return None
-        parts = [*self._calls, *([self._mode.equations] if self._mode is not None else [])]
-        return self._joined(parts) if len(parts) > 1 else parts[0] if parts else None
-
-    @property
-    def _uncalled(self) -> str:
-        """What nobody has called."""
-        return (
-            "no module with the optimizer's parameters has been called since the optimizer was made (under a Trainer, "
-            "the EquivalentClassOptimization callback does not depend on that)"
-        )
-
-    @property
-    def group(self) -> ScalingGroup | None:
-        """The group as far as calls have been traced; ``None`` before the first, and during one."""
-        group = super().group
-        if group is not None and not group.unseen:
-            self.cancel()
-        return group
-
-    def settle(self) -> ScalingGroup | None:
-        """The group of what is trained now, or has been; what ranks that train together have found is joined."""
-        group = super().settle()
-        if group is not None and self.has_ranks:  # ranks that wait longer could wait for each other in different steps
-            self.cancel()
-        return group
-
-    def replace(self, equations: Equations | None) -> None:
-        """Use these equations in place of those of the calls so far, which a new mode adds to."""
-        super().replace(equations)
-        self._mode = None
-
-    @property
-    def is_waiting(self) -> bool:
-        """Whether the next call is to be traced."""
-        return self._stop_waiting is not None
-
-    def _adopt(self, equations: Equations) -> bool:
-        """Whether equations are those of the same parameters, which may have no names before the first call."""
-        own = [tuple(p.shape) or (1,) for p in self._own.values()]
-        if not self._named and own == list(equations.shapes.values()):
-            self._named = dict(zip(equations.shapes, self._own.values(), strict=True))
-        return super()._adopt(equations)
-
-    def look_again(self) -> None:
-        """Wait for calls."""
-        # Only Lightning's DDP has all that it trains, so that its ranks see the same gradients and ask together.
-        if isinstance(self.gather, _RanksOf) and self.has_ranks:
-            return
-        self._count = 0
-        if self._stop_waiting is None and not self.is_final:
-            self._stop_waiting = wait_for_calls(self, self._own.values())
-
-    def cancel(self) -> None:
-        """Wait no longer."""
-        if self._stop_waiting is not None:
-            self._stop_waiting()
-            self._stop_waiting = None
-
-    def wants(self, module: nn.Module) -> bool:
-        """Whether a call that begins is outermost, has gradients enabled, and its module any of the parameters."""
-        if self._mode is not None and is_traced_by(self._mode):
-            return False
-        in_backward = torch._C._current_graph_task_id() != _NO_TASK  # a checkpoint computes again what has been seen
-        if in_backward or not torch.is_grad_enabled() or detect_fake_mode() is not None:
-            return False
-        # Lightning's strategies call a whole training step by the `forward` of what wraps the module: not one call of
-        # it, but backward passes and optimizer steps, too.
-        redirected = None if self._module is None else vars(self._module).get("forward")
-        if getattr(redirected, "__qualname__", "").startswith("_ForwardRedirection."):
-            return False
-        return any(id(parameter) in self._own for parameter in module.parameters())
-
-    def trace_call(self, module: nn.Module, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        """Return ``call(*args, **kwargs)``, a call of the module, and trace it."""
-        if self.skips(module, (args, kwargs)):
-            return call(*args, **kwargs)
-        mode = self._begin(module)
-        if isinstance(module, DistributedDataParallel) and self.gather is None:
-            self.gather = _RanksOf(module)
-        mode.register_inputs(tensors_in((args, kwargs), objects=True))
-        self.note_trained()
-        seen, output = len(mode.equations.seen), None
-        self._running.append(module)
-        try:
-            with mode.tracing():
-                output = call(*args, **kwargs)
-        finally:  # a call that fails may have left something behind, too
-            try:
-                ended(mode, module, output, "output")
-            finally:
-                self._running.remove(module)
-            self.end_call()
-            self._count = 0 if len(mode.equations.seen) > seen else self._count + 1
-            if self._count >= MOST_CALLS and not self._running:  # perhaps nobody ever takes a step
-                self.cancel()
-        return output
-
-    def _begin(self, module: nn.Module) -> TraceMode:
-        """The mode that traces the calls; the first module that is called gives the parameters their names."""
-        with self._lock:
-            if self._mode is None:
-                self._named = self._named or self._names(module)
-                self._mode = TraceMode(self._module or module, self._named)
-            return self._mode
-
-
-class _RanksOf:
-    """Gathers from the ranks of a module, which copies of it may not have any more."""
-
-    def __init__(self, module: DistributedDataParallel) -> None:
-        self._module = module
-
-    def __call__(self, group: ScalingGroup, equations: Equations) -> Sequence[Equations] | None:
-        if self._module._join_config.enable:  # others may have joined already, and would not answer
-            return None
-        return gather_if_different(group, equations, process_group=self._module.process_group)

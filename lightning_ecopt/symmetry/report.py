@@ -136,7 +136,7 @@ def _costs_table(costs: Mapping[Operation, int]) -> Table:
 
     table = Table(title="Operations that fix scales", title_justify="left")
     table.add_column("operation", overflow="fold")
-    table.add_column("module", overflow="fold")
+    table.add_column("module or line", overflow="fold")
     table.add_column("scales", justify="right")
     alike: dict[str, list[Operation]] = {}
     for operation in costs:

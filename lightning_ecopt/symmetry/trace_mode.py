@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.graph import GradientEdge
 from torch.nested._internal.nested_tensor import NestedTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,15 +30,19 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_ecopt.common.nested import tensors_in
 from lightning_ecopt.common.warn import warn
-from lightning_ecopt.symmetry.aten import base_name, named_arguments, written_to
+from lightning_ecopt.symmetry.aten import base_name, changed_tensors, named_arguments, written_to
 from lightning_ecopt.symmetry.constants import Constants
 from lightning_ecopt.symmetry.equations import Equations, Operation
-from lightning_ecopt.symmetry.isolation import running_module, traced
+from lightning_ecopt.symmetry.isolation import traced
 from lightning_ecopt.symmetry.labels import FIXED, ZERO, Cases, ParameterView, Value, constant
+from lightning_ecopt.symmetry.left_out import BACKWARD_PASSES, STEPS, in_method_of_optimizer
 from lightning_ecopt.symmetry.memory import Memory, is_ordinary
+from lightning_ecopt.symmetry.picking import in_any_case
+from lightning_ecopt.symmetry.places import line_of_user
 from lightning_ecopt.symmetry.rules import RULES, Call
 from lightning_ecopt.symmetry.rules.cases import by_case
 from lightning_ecopt.symmetry.rules.registry import Rule
+from lightning_ecopt.symmetry.threads import is_traced_by, running_module
 
 
 class TraceMode(TorchDispatchMode):
@@ -64,17 +69,26 @@ class TraceMode(TorchDispatchMode):
         self.memory = Memory(self.equations)
         self.constants = Constants()
         self.has_failed = False
+        self.has_used_parameters = False  # whether an operation has
+        self.num_backward_passes = 0
         self.is_fake = any(isinstance(tensor, FakeTensor) for tensor in parameters.values())
-        self._names = {id(part): name for name, part in module.named_modules()}
+        self.name_modules(module)
         self._parameters = list(parameters.values())
         self._lock = threading.RLock()  # the call may have threads of its own
         with torch._C.DisableTorchFunction():
             for name, tensor in parameters.items():
                 self.memory.add_parameter(name, tensor)
 
-    def tracing(self) -> AbstractContextManager[None]:
+    def name_modules(self, module: nn.Module) -> None:
+        """Call modules as this one does, of which they are parts."""
+        self._names = {id(part): name for name, part in module.named_modules()}
+        self._home = type(module)
+
+    @contextmanager
+    def tracing(self) -> Iterator[None]:
         """Take down what the current thread does, and the threads that it starts meanwhile."""
-        return traced(self)
+        with BACKWARD_PASSES(), STEPS(), traced(self):
+            yield
 
     @contextmanager
     def entered(self) -> Iterator[None]:
@@ -109,9 +123,12 @@ class TraceMode(TorchDispatchMode):
         # 2. Read the labels and shapes of the inputs, which the operation may change.
         operation = self._operation(name)
         labels: dict[int, Value | Cases] = {}
+        origins: frozenset[str] = frozenset()
         with self._taking_down(operation):
             labels = {id(tensor): self._read(tensor) for tensor in tensors}
             shapes = {id(tensor): tuple(tensor.shape) for tensor in tensors if not tensor.is_nested}
+            origins = self._origins(tensors, labels)
+        is_of_optimizer = bool(origins) and running_module(self) is None and in_method_of_optimizer()
 
         # 3. Run the operation.
         output = func(*args, **kwargs)
@@ -120,6 +137,14 @@ class TraceMode(TorchDispatchMode):
         with self._taking_down(operation):
             if self.has_failed:  # perhaps above
                 return output
+            if is_of_optimizer:  # it moves weights, and computes no loss
+                self.memory.mark([*changed_tensors(func, args, kwargs), *tensors_in(output)], origins)
+                for tensor in filter(is_ordinary, tensors):
+                    self.constants.forget(tensor)
+                return output
+            if self.memory.has_marks:
+                marks = self.memory.marks(tensors)
+                self.memory.mark([*changed_tensors(func, args, kwargs), *tensors_in(output)], marks)
             arguments = named_arguments(func, args, kwargs)
             if are_plain and arguments is not None:
                 constants = self.constants.follow(func, args, kwargs, output)  # of operations without a rule, too
@@ -134,7 +159,15 @@ class TraceMode(TorchDispatchMode):
 
     def _operation(self, name: str) -> Operation:
         module = running_module(self)
-        return Operation(name, "" if module is None else self._names.get(id(module), type(module).__name__))
+        place = "" if module is None else self._names.get(id(module), type(module).__name__)
+        return Operation(name, place or line_of_user(self._home))
+
+    def _origins(self, tensors: Iterable[Tensor], labels: Mapping[int, Value | Cases]) -> frozenset[str]:
+        """Names of the parameters among tensors, and of those from whose gradients others come."""
+        values = [label.value if isinstance(label, Cases) else label for label in labels.values()]
+        views = [value for value in values if isinstance(value, ParameterView)]
+        self.has_used_parameters |= bool(views)
+        return self.memory.marks(tensors).union(*({part.name for part in view.parts()} for view in views))
 
     @contextmanager
     def _taking_down(self, operation: Operation) -> Iterator[None]:
@@ -167,13 +200,28 @@ class TraceMode(TorchDispatchMode):
                 if part is not tensor:
                     self.equations.hold_fixed(self._read(part))
         elif tensor.grad_fn is not None and not self.memory.has_seen(tensor):
-            self._hold_origin_fixed(tensor)
+            self._hold_sources_fixed(tensor.grad_fn)
         return self.memory.read(tensor)
 
-    def _hold_origin_fixed(self, tensor: Tensor) -> None:
-        """Hold fixed the parameters that a tensor was computed from, on another thread for instance."""
+    def find_parameters_again(self) -> None:
+        """Take note of parameters that have other memory since a step."""
+        with self._taking_down(Operation("step", "")):
+            for name, parameter in zip(self.equations.shapes, self._parameters, strict=True):
+                if is_ordinary(parameter):
+                    self.memory.add_again(name, parameter)
+
+    def give_memory(self, tensor: Tensor) -> None:
+        """Take note of ``tensor.data = ...``, after which a parameter stays as it is, unless its optimizer does so."""
+        with self._taking_down(self._operation("data")):
+            names = [name for name, own in zip(self.equations.shapes, self._parameters, strict=True) if own is tensor]
+            for name in names if not in_method_of_optimizer() else ():
+                self.equations.hold_fixed(ParameterView.whole(name, self.equations.shapes[name]))
+        self.find_parameters_again()
+
+    def _hold_sources_fixed(self, node: Any) -> None:
+        """Hold fixed the parameters that something was computed from, on another thread for instance."""
         own = {id(parameter): parameter for parameter in self._parameters}
-        waiting, seen = [tensor.grad_fn], set()
+        waiting, seen = [node], set()
         while waiting:
             node = waiting.pop()
             if node is None or node in seen:
@@ -234,9 +282,15 @@ class TraceMode(TorchDispatchMode):
 
     def hold_fixed(self, tensors: Iterable[Tensor], name: str) -> None:
         """Demand that tensors which leave the call stay as they are; ``name`` is for the report."""
-        with self._taking_down(Operation(name, "")):
-            for tensor in tensors:
+        self._hold_fixed(tensors, Operation(name, ""))
+
+    def _hold_fixed(self, tensors: Iterable[Tensor], operation: Operation, *, only_new: bool = False) -> None:
+        with self._taking_down(operation):
+            held = [tensor for tensor in tensors if not only_new or self.memory.is_new(tensor)]
+            for tensor in held:
                 self.equations.hold_fixed(self._read(tensor))
+            for name in self.memory.marks(held):  # a gradient by one of these is in it
+                self.equations.hold_fixed(ParameterView.whole(name, self.equations.shapes[name]))
 
     def hold_all_fixed(self, name: str) -> None:
         """Demand that no parameter changes."""
@@ -244,10 +298,36 @@ class TraceMode(TorchDispatchMode):
 
     def hold_new_fixed(self, tensors: Iterable[Tensor], name: str) -> None:
         """Demand that tensors stay as they are if the call has made them."""
-        with self._taking_down(Operation(name, "")):
-            for tensor in tensors:
-                if self.memory.is_new(tensor):
-                    self.equations.hold_fixed(self._read(tensor))
+        self._hold_fixed(tensors, Operation(name, ""), only_new=True)
+
+    def begin_backward(self, starts: Sequence[Any], given: Sequence[Any]) -> None:
+        """Hold fixed what a backward pass starts from, tensors or edges of the graph, and the gradients given there."""
+        self.num_backward_passes += 1
+        operation = self._operation("loss")
+        self._hold_fixed([tensor for tensor in (*starts, *given) if isinstance(tensor, Tensor)], operation)
+        with self._taking_down(operation):
+            for edge in starts:
+                if isinstance(edge, GradientEdge):
+                    self._hold_sources_fixed(edge.node)
+
+    def note_gradient(self, of: Tensor, gradient: Tensor) -> None:
+        """Take note of a gradient that a backward pass has computed, with respect to a tensor.
+
+        The loss does not change, so the gradient is divided by what multiplies the tensor. Of a parameter that says
+        less: those who read it, to clip it or to log its norm, cost nothing; but if it gets into a loss, the parameter
+        is held fixed.
+        """
+        with self._taking_down(self._operation("gradient")):
+            if self.has_failed or self.memory.is_new(gradient):  # a pass that was watched has made it
+                return
+            label = self._read(of)
+            if isinstance(label, Cases):
+                label = in_any_case(self.equations, label)
+            if isinstance(label, ParameterView):
+                self.memory.read(gradient)  # which was there before anyone has seen it
+                self.memory.mark([gradient], {part.name for part in label.parts()})
+            elif (label > FIXED).any():
+                self.memory.write(gradient, self.equations.combine((-1, label)))
 
     def hold_escaped_fixed(self, tensor: Tensor, name: str) -> None:
         """Demand that a tensor stays as it is, whose values leave torch in the module that is running."""
@@ -262,8 +342,15 @@ def _is_zero(label: Value | Cases) -> bool:
     return not isinstance(label, ParameterView | Cases) and bool((label == ZERO).all())
 
 
+_GRADIENT = cast(Any, Tensor.grad).__get__
+_SET_DATA = cast(Any, Tensor.data).__set__
+
+
 class _Escapes(TorchFunctionMode):
-    """Holds tensors fixed whose values leave torch: no operation shows what becomes of them."""
+    """Holds tensors fixed whose values leave torch: no operation shows what becomes of them.
+
+    It sees gradients that are read and ``p.data = ...``, too, which are no operations either.
+    """
 
     EXITS = frozenset(
         {"numpy", "tolist", "__array__", "__dlpack__", "data_ptr", "__reduce_ex__", "storage", "untyped_storage"}
@@ -275,6 +362,16 @@ class _Escapes(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
+        if not is_traced_by(self.mode):  # in a backward pass, or in a step of an optimizer
+            return func(*args, **(kwargs or {}))
+        if func == _SET_DATA:
+            func(*args)
+            return self.mode.give_memory(args[0])
+        if func == _GRADIENT:
+            gradient = func(*args)
+            if isinstance(gradient, Tensor):
+                self.mode.note_gradient(args[0], gradient)
+            return gradient
         if name in self.EXITS and args and isinstance(args[0], Tensor):
             if name in ("data_ptr", "__dlpack__") and isinstance(args[0], FakeTensor):
                 raise RuntimeError("A fake tensor has no memory.")  # the module is called with real ones then

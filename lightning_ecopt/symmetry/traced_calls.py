@@ -53,6 +53,7 @@ class GroupFromCalls(DeferredGroup):
         self._saved_version = -1  # when that was made
         self._has_grown = False  # whether further calls have told more than the first
         self._expected: frozenset[str] = frozenset()  # names of what was trained in a run that is resumed
+        self.is_provisional = True  # whether no call that trains has been traced, only example inputs if anything
         self.has_ranks = False  # whether others train together with this process
         self._version = self._skipped = 0
 
@@ -173,7 +174,7 @@ class GroupFromCalls(DeferredGroup):
         elif before is not None and before.parameters.keys() == group.parameters.keys():
             self._has_grown = True
         self._settled = group
-        if not group.unseen and self._trained >= self.parameters.keys():
+        if not group.unseen and not self.is_waiting and self._trained >= self.parameters.keys():
             self.is_final, self._packed = True, packed(equations)
             self.replace(None)
         return group
@@ -207,7 +208,8 @@ class GroupFromCalls(DeferredGroup):
         Returns:
             A function that takes it back.
         """
-        kept = ("_expected", "_calls", "_packed", "is_final", "_resumed", "_has_news", "_trained", "_settled")
+        kept = ["_expected", "_calls", "_packed", "is_final", "_resumed", "_has_news", "_trained", "_settled"]
+        kept.append("is_provisional")
         before, held = {name: getattr(self, name) for name in kept}, self.held.saved()
 
         def undo() -> None:
@@ -222,10 +224,15 @@ class GroupFromCalls(DeferredGroup):
         if equations is not None and self._adopt(equations):
             own = self._unpacked()
             self._calls, self._packed, self.is_final = [*([] if own is None else [own]), equations], None, False
+            self.is_provisional = False
             self._resumed = None if state is None or state.get("is_waiting") else equations
             self.end_call()
             self._has_news = False
         return undo
+
+    def confirm(self) -> None:
+        """Take note that another run has traced calls, and found the group that is known here."""
+        self.is_provisional = False
 
     def _adopt(self, equations: Equations) -> bool:
         """Whether equations are those of the same parameters."""

@@ -135,6 +135,7 @@ def train_plainly(
     before_step: Callable[[], None] | None = None,
     after_step: Callable[[], None] | None = None,
     after_epoch: Callable[[], None] | None = None,
+    first_is_plain: bool = False,
 ) -> None:
     """The loop that the Trainer is to be equal to, with the learning rates of each step if they change.
 
@@ -149,6 +150,7 @@ def train_plainly(
         before_step: called when the gradients are there.
         after_step: called when the step is taken.
         after_epoch: called at the end of an epoch.
+        first_is_plain: whether the base takes the first step by itself, as under manual optimization.
     """
     step = 0
     for epoch in range(epochs):
@@ -164,7 +166,7 @@ def train_plainly(
             F.cross_entropy(net(x), y).backward()
             if before_step is not None:
                 before_step()
-            optimizer.step()
+            (optimizer.optimizer if first_is_plain and step == 0 else optimizer).step()
             if after_step is not None:
                 after_step()
             step += 1

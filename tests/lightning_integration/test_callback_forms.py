@@ -157,12 +157,12 @@ def test_two_optimizers_under_manual_optimization_take_the_steps_of_a_plain_loop
             optimizer.param_groups[0]["lr"] *= decay**epoch
             if epoch > 0:
                 optimizer.refresh()
-        for x, y in batches():
+        for number, (x, y) in enumerate(batches()):
             for optimizer in pair:
                 optimizer.zero_grad()
             F.cross_entropy(twin.net(x), y).backward()
             for optimizer in pair:
-                optimizer.step()
+                (optimizer if epoch or number else optimizer.optimizer).step()
     # 12 units in the middle touch both optimizers, the others are one's own.
     assert group.num_units == 36
     assert [int(optimizer.usable_units().sum()) for optimizer in pair] == [12, 12]
@@ -198,15 +198,16 @@ def test_two_members_of_a_class_end_in_the_same_function(network: Any, example: 
 
 
 @RULES
+@EXAMPLES
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
-def test_clipping_depends_on_the_class_alone_where_the_example_is_traced(algorithm: str, rule: str) -> None:
+def test_clipping_depends_on_the_class_alone(algorithm: str, example: Tensor | None, rule: str) -> None:
     torch.manual_seed(0)
     ends = []
     for spread in (0.0, 1.0):
         net = mlp().double()
         group = scaling_group(net, EXAMPLE.double())
         group.act_(spread * torch.randn(group.num_units, dtype=torch.float64))
-        module = Classifier(net, example=EXAMPLE.double())
+        module = Classifier(net, example=None if example is None else example.double())
         options = {"gradient_clip_val": 0.002, "gradient_clip_algorithm": algorithm}
         fit(module, quiet(rule=rule), precision="64-true", **options)
         ends.append(net(digits()[0].double()).detach())

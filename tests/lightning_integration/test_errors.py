@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import LBFGS
+from torch.optim import LBFGS, SGD
 
 from lightning_ecopt import EquivalentClassOptimizer, ec_sgd, scaling_group
 from tests.lightning_integration.modules import (
@@ -30,8 +30,11 @@ from tests.lightning_integration.modules import (
     quiet,
     same,
     sgd,
+    train_plainly,
     weights,
+    wrapped,
 )
+from tests.lightning_integration.pipelines import plainly
 
 
 def refuses(module: Classifier, match: str, error: type[Exception] = MisconfigurationException) -> None:
@@ -237,11 +240,9 @@ class Manual(Classifier):
 @RULES
 @EXAMPLES
 def test_manual_optimization_needs_no_example(rule: str, example: Tensor | None) -> None:
-    module, reference = Manual(example), Classifier(mlp())
-    callback = quiet(rule=rule)
+    module, callback = Manual(example), quiet(rule=rule)
     fit(module, callback)
-    fit(reference, quiet(rule=rule))
-    assert same(weights(module), weights(reference))
+    assert same(weights(module), plainly(rule, first_is_plain=True))
     assert callback.group is not None
     assert callback.group.num_units == 32
     assert is_clean(module)
@@ -249,11 +250,12 @@ def test_manual_optimization_needs_no_example(rule: str, example: Tensor | None)
 
 @EXAMPLES
 def test_manual_optimization_with_ec_sgd_needs_no_example_either(example: Tensor | None) -> None:
-    module, reference = Manual(example), Classifier(mlp())
-    for one in (module, reference):
-        one._configure = lambda m: ec_sgd(m, lr=0.1)
-        fit(one)
-    assert same(weights(module), weights(reference))
+    module, net = Manual(example), mlp()
+    module._configure = lambda m: ec_sgd(m, lr=0.1)
+    fit(module)
+    optimizer = wrapped(net, SGD(net.parameters(), lr=0.1))
+    train_plainly(net, optimizer, batches(), refresh_each_epoch=False, first_is_plain=True)
+    assert same(weights(module), weights(net))
     assert is_clean(module)
 
 

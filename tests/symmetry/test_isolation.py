@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from lightning_ecopt import ECSGD, scaling_group
 from lightning_ecopt.common.shared import Shared
-from lightning_ecopt.symmetry import GroupFromModuleCalls, GroupFromNextCall, KnownGroup, isolation
+from lightning_ecopt.symmetry import GroupFromModuleCalls, GroupFromNextCall, KnownGroup, isolation, threads
 from tests.networks import mlp
 from tests.selection import few
 
@@ -46,7 +46,7 @@ def process() -> dict[str, Any]:
         "cuDNN's choice": (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic),
         "lifting": torch._C._only_lift_cpu_tensors(),
         "gradients": torch.is_grad_enabled(),
-        "traces of the thread": tuple(isolation._thread.entries),
+        "traces of the thread": tuple(threads.here.entries),
         "waiting": (dict(isolation._waiting), dict(isolation._awaited)),
     }
 
@@ -522,7 +522,7 @@ def test_a_thread_of_the_call_is_traced_and_leaves_nothing_on_itself(kind: type[
     seen: list[tuple[int, int]] = []
 
     def count() -> int:
-        return len(isolation._thread.entries)
+        return len(threads.here.entries)
 
     class Threaded(threading.Thread):
         def run(self) -> None:
