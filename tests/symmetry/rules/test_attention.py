@@ -41,7 +41,7 @@ def gradient(m: Any, h: Tensor, of: str, fewer: int = 2) -> Tensor:
         }
         made = {name: tensor.detach().requires_grad_() for name, tensor in made.items()}
         y = F.scaled_dot_product_attention(*made.values(), enable_gqa=fewer == 1)
-        return torch.autograd.grad(y, made[of], heads(h.mT))[0].transpose(1, 2).flatten(2)
+        return torch.autograd.grad(y, made[of], heads(h.mT), create_graph=True)[0].transpose(1, 2).flatten(2)
 
 
 CPU = "_scaled_dot_product_flash_attention_for_cpu"
