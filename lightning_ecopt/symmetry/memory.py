@@ -24,6 +24,7 @@ from lightning_ecopt.symmetry.labels import (
     IntArray,
     ParameterView,
     Value,
+    align,
     compress,
     constant,
     reshape,
@@ -42,6 +43,7 @@ class _Storage:
 
     reference: StorageWeakRef  # keeps the address from being used again, by which the labels are found
     external: bool  # was there before the call, so that others may read it afterwards
+    is_copy: bool = False  # follows a parameter, so that whatever is written to it must scale like that
     views: dict[View, Value] = field(default_factory=dict)
 
 
@@ -72,6 +74,13 @@ class Memory:
         storage, _ = found
         storage.external = True
         storage.views[view_of(tensor)] = ParameterView.whole(name, tensor.shape)
+
+    def add_copy(self, name: str, tensor: Tensor) -> None:
+        """Register a tensor that is rescaled whenever a parameter is: its uses are uses of the parameter."""
+        self.add_parameter(name, tensor)
+        found = self._find(tensor)
+        if found is not None:
+            found[0].is_copy = True
 
     def read(self, tensor: Tensor) -> Value:
         """The label of a tensor. Memory first met as an input is constant and stays after the call."""
@@ -139,9 +148,15 @@ class Memory:
         there before the call, all labels of the memory are held fixed, as a later reader would miss the change.
         """
         before = self.read(tensor)
-        if not isinstance(before, ParameterView) and not isinstance(value, ParameterView) and (before == value).all():
+        if isinstance(before, ParameterView):
+            if isinstance(value, ParameterView) and before.shows_same(value):
+                return
+        elif not isinstance(value, ParameterView) and (before == value).all():
             return
         found = self._find(tensor)
+        if found is not None and found[0].is_copy and isinstance(before, ParameterView):
+            self.tie(before, value)
+            return
         if found is not None:
             storage, view = found[0], view_of(tensor)
             if not storage.external:
@@ -157,6 +172,11 @@ class Memory:
             self._fix_all(storage)
             storage.views[view] = constant(FIXED, tensor.ndim)
         self.equations.hold_fixed(value)
+
+    def tie(self, parameter: ParameterView, value: Value) -> None:
+        """Demand that the elements of a parameter scale by a label."""
+        ids = self.equations.materialise(value) if isinstance(value, ParameterView) else value
+        self.equations.assign(parameter, align(ids, parameter.ndim), constant(FIXED, 0), additive=False)
 
     def _fix_all(self, storage: _Storage) -> None:
         for view, value in storage.views.items():

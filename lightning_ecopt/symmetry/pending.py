@@ -134,6 +134,7 @@ class GroupFromNextCall(GroupFromCalls):
             return method(*args, **kwargs)
         self.note_trained()
         mode = TraceMode(self.module, self._parameters)
+        mode.add_copies(self.copies())
         self._is_running = True
         try:
             with mode.tracing():
@@ -142,7 +143,7 @@ class GroupFromNextCall(GroupFromCalls):
             self._is_running = False
         if output is not None:  # a training step may skip its batch
             name = "loss" if self.method == "training_step" else "output"
-            self._calls.append(ended(mode, self.module, output, name))
+            self._calls.append(ended(mode, self.module, output, name, self.followers.of(self._parameters)))
             self.end_call()
             self.note_trained()
             self.cancel()
@@ -352,6 +353,7 @@ class GroupFromModuleCalls(GroupFromCalls):
         mode = self._begin(module)
         if isinstance(module, DistributedDataParallel) and self.gather is None:
             self.gather = _RanksOf(module)
+        mode.add_copies(self.copies())
         mode.register_inputs(tensors_in((args, kwargs), objects=True))
         self.note_trained()
         seen, output = len(mode.equations.seen), None
@@ -361,7 +363,7 @@ class GroupFromModuleCalls(GroupFromCalls):
                 output = call(*args, **kwargs)
         finally:  # a call that fails may have left something behind, too
             try:
-                ended(mode, module, output, "output")
+                ended(mode, module, output, "output", self.followers.of(self.parameters))
             finally:
                 self._running.remove(module)
             self.end_call()

@@ -1,0 +1,383 @@
+"""Copies of the weights that are mixed with them, and so have to be rescaled whenever they are.
+
+A target network, t <- m t + (1 - m) w, or an average of weights is a function again only as long as t and w are
+rescaled in the same way. Such a copy *follows*: at every balance it is rescaled as its leader is, by which its own
+function changes as little as the leader's.
+
+Followers are found while they are equal to what they follow, which is before anything has moved, or they are told by
+hand. They are kept by name, so that those of a run that is resumed are known, in which nothing is equal any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from difflib import SequenceMatcher
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_ecopt.common.sharding import Ranks, gathering_modules, local, release
+from lightning_ecopt.common.tensors import listing
+from lightning_ecopt.symmetry.copies import Candidate, Places, form, is_sibling, key, named, tensors_of
+from lightning_ecopt.symmetry.group import ScalingGroup
+
+#: A name in the module, or a module, tensor, or sequence or mapping of tensors itself.
+Side = Any
+#: By what follows, what it follows.
+Given = Mapping[Any, Any]
+
+#: Copies agree to so many units in the last place: a first running mean of equal tensors rounds.
+_ULPS = 4
+
+
+@dataclass(frozen=True, eq=False)
+class _Pair:
+    follower: Side
+    leader: Side
+
+    def __str__(self) -> str:
+        return f"{named(self.follower)} follows {named(self.leader)}"
+
+
+def _unknown() -> None:
+    return None
+
+
+class Followers:
+    """The followers of the weights of a module, and how they are found.
+
+    Args:
+        module: the module that is trained; ``None`` if it is not known, so that followers are told by hand only.
+        given: by hand: what follows, and what it follows, each a name in the module, a module or a tensor.
+        beside: returns what else may hold copies of the module, by name, as callbacks of a Trainer do.
+        trained: returns the ``id`` of all that optimizers train, or ``None`` if it is not known.
+
+    Raises:
+        TypeError: if something is given that is no follower.
+
+    Example::
+
+        followers = Followers(model, {"target": "online"})
+        followers.rescale_(group, group.balance_())
+    """
+
+    def __init__(
+        self,
+        module: nn.Module | None = None,
+        given: Given | None = None,
+        beside: Callable[[], Mapping[str, object]] = dict,
+        trained: Callable[[], Collection[int] | None] = _unknown,
+    ) -> None:
+        self._places = Places(module, beside)
+        self._trained = trained
+        self._pairs: dict[Any, _Pair] = {}
+        self.are_new = False  # whether some have been found since a call was traced
+        self.add(given or {})
+
+    def add(self, given: Given) -> None:
+        """Take followers that are given by hand.
+
+        Raises:
+            TypeError: if it is no mapping, or something in it is neither a name nor a module nor a tensor.
+        """
+        if not isinstance(given, Mapping):
+            raise TypeError(f"followers is a mapping, as in followers={{'target': 'online'}}, got {named(given)}.")
+        for follower, leader in given.items():
+            for side in (follower, leader):
+                is_name = isinstance(side, str) and self._places.module is not None
+                if not is_name and not isinstance(side, nn.Module | Tensor):
+                    ways = "a module or a tensor" if self._places.module is None else "a name, a module or a tensor"
+                    raise TypeError(
+                        f"In followers, {side!r:.60} is not {ways}. EquivalentClassOptimizer, ECSGD and ECAdamW, which "
+                        "know no module, take followers={target: online}, and of tensors "
+                        "followers=dict(zip(copies, online.parameters()))."
+                    )
+            self._pairs[_pair_key(follower)] = _Pair(follower, leader)
+
+    def check(self, parameters: Iterable[Tensor]) -> None:
+        """Check that followers that were told by hand fit what they follow, which is trained.
+
+        Args:
+            parameters: those that are trained.
+
+        Raises:
+            ValueError: if names or shapes differ, if nothing of the leader is trained, or the follower is.
+        """
+        own, leader_of = {id(p) for p in parameters}, self._leaders()
+        for pair in self._pairs.values():
+            tensors = self._matched(pair)
+            trained = [
+                name for name, (follower, _) in tensors.items() if id(follower) in own and follower.requires_grad
+            ]
+            if trained:
+                raise ValueError(
+                    f"followers: {pair}, but an optimizer trains it, {trained[0] or 'it'} first. Freeze it with "
+                    "requires_grad_(False), or leave it out of the optimizer."
+                )
+            if not any(id(_root(leader, leader_of)) in own for _, leader in tensors.values()):
+                raise ValueError(f"followers: {pair}, but no optimizer trains {named(pair.leader)}.")
+
+    # Finding them -----------------------------------------------------------------------------------------------------
+
+    def look(self, parameters: Mapping[str, Tensor]) -> bool:
+        """Look for copies that are equal to what is trained now, and from now on follow it.
+
+        A copy is a module of the same classes, names and shapes, or a list or dictionary of tensors, all of which agree
+        with what is trained; at least one of them must not be constant, as biases and gains often are at the start. An
+        average of torch (``AveragedModel``) or of Lightning follows without being equal: its first update copies.
+
+        Args:
+            parameters: what is trained, or may be.
+
+        Returns:
+            Whether there are any that were not known.
+        """
+        module = self._places.module
+        leaders = {id(p) for p in parameters.values() if p.requires_grad}
+        if module is None or not leaders:
+            return False
+        taken = {key(follower) for follower, _ in self._all()}
+        storages, trained = {key(p)[0] for p in parameters.values() if p.requires_grad}, self._trained()
+        candidates = self._places.candidates(
+            lambda t: key(t)[0] in storages or (t.requires_grad and (trained is None or id(t) in trained))
+        )
+        candidates = [one for one in candidates if not taken >= {key(t) for t in tensors_of(one.held).values()}]
+        if not candidates:
+            return False
+        parts = _leading(module, leaders)
+        pairs = [(one, name) for one in candidates for name, part in parts if _may_follow(one, name, part)]
+        agree = self._agreement(pairs, dict(parts), parameters, leaders)
+        found: dict[str, list[str]] = {}
+        for (one, name), agrees in zip(pairs, agree, strict=True):
+            if agrees:
+                found.setdefault(one.name, []).append(name)
+        new = [(name, _nearest(name, led)) for name, led in found.items() if not _has_parent(name, found)]
+        self._pairs |= {name: _Pair(name, leader) for name, leader in new}
+        self.are_new |= bool(new)
+        return bool(new)
+
+    def _agreement(
+        self,
+        pairs: list[tuple[Candidate, str]],
+        parts: Mapping[str, nn.Module],
+        parameters: Mapping[str, Tensor],
+        leaders: set[int],
+    ) -> list[bool]:
+        """Whether each candidate agrees with a part of the module; on all ranks, if parameters are sharded."""
+        leader_of = self._leaders()
+        marks = torch.zeros(len(pairs), 2, dtype=torch.bool, device="cpu")
+        for (one, name), mark in zip(pairs, marks, strict=True):
+            matched = [
+                (follower, leader)
+                for follower, leader in _match(one.held, parts[name]).values()
+                if id(_root(leader, leader_of)) in leaders
+            ]
+            mark[0] = not matched or (not one.averages and not all(_equal(*both) for both in matched))
+            mark[1] = one.averages or (not mark[0] and any(_varies(leader) for _, leader in matched))
+        Ranks(parameters).any_(marks)
+        return [not bool(differs) and bool(varies) for differs, varies in marks]
+
+    def seen_by_trace(self, parameters: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
+        """What follows some parameters at the start of a traced call, which shows all uses of it."""
+        self.look(parameters)
+        self.are_new = False
+        return self.of(parameters)
+
+    # Using them -------------------------------------------------------------------------------------------------------
+
+    def of(self, parameters: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
+        """The tensors that follow some parameters now, each with the name of the parameter; no tensor twice.
+
+        What is trained by now, was replaced by something else or is gone, follows no more.
+        """
+        if not self._pairs:
+            return []
+        names = {id(p): name for name, p in parameters.items()}
+        trained = {key(p)[0] for p in parameters.values() if p.requires_grad}
+        leader_of = self._leaders()
+        found: dict[Any, tuple[str, Tensor]] = {}
+        for follower, leader in self._all():
+            place, name = key(follower), names.get(id(_root(leader, leader_of)))
+            if name is not None and place[0] not in trained and parameters[name].shape == follower.shape:
+                found.setdefault(place, (name, follower))
+        return list(found.values())
+
+    @torch.no_grad()
+    def rescale_(self, group: ScalingGroup, log_scale: Tensor) -> None:
+        """Rescale all that follows the parameters of a group, as the group has rescaled them.
+
+        Args:
+            group: the group.
+            log_scale: ``[H]``, natural logarithms of the units' factors.
+        """
+        rounds: dict[tuple[int, torch.device], dict[str, Tensor]] = {}
+        for name, tensor in self.of(group.parameters):
+            number = 0
+            while name in rounds.get((number, tensor.device), {}):
+                number += 1
+            rounds.setdefault((number, tensor.device), {})[name] = tensor
+        for (_, device), tensors in rounds.items():
+            couplings = [coupling for coupling in group.couplings if coupling.parameter in tensors]
+            copied: Any = tensors  # cut by their own shards, not by those of the parameters
+            own = replace(group, parameters=copied, couplings=couplings)
+            own.rescale_(tensors, log_scale.to(device))
+
+    def lines(self, parameters: Mapping[str, Tensor]) -> list[str]:
+        """For the report: ``target follows online``, of all that follow some parameters now."""
+        known = {key(tensor) for _, tensor in self.of(parameters)}
+        return [str(pair) for pair in self._pairs.values() if known & {key(follower) for follower, _ in self._of(pair)}]
+
+    def saved(self) -> list[tuple[str, str]]:
+        """What a checkpoint needs: the names of those that have one."""
+        return [
+            (pair.follower, pair.leader)
+            for pair in self._pairs.values()
+            if isinstance(pair.follower, str) and isinstance(pair.leader, str)
+        ]
+
+    def load(self, state: Iterable[tuple[str, str]]) -> None:
+        """Add what :meth:`saved` returned in another run; those that are given by hand stay."""
+        if self._places.module is not None:
+            self._pairs = {str(follower): _Pair(str(follower), str(leader)) for follower, leader in state} | self._pairs
+
+    # Tensors ----------------------------------------------------------------------------------------------------------
+
+    def _all(self) -> list[tuple[Tensor, Tensor]]:
+        return [both for pair in self._pairs.values() for both in self._of(pair)]
+
+    def _of(self, pair: _Pair) -> list[tuple[Tensor, Tensor]]:
+        """What follows what, tensor by tensor; nothing if a side is gone, or does not fit any more."""
+        try:
+            return list(self._matched(pair).values())
+        except ValueError:
+            return []
+
+    def _matched(self, pair: _Pair) -> dict[str, tuple[Tensor, Tensor]]:
+        sides = []
+        for side in (pair.follower, pair.leader):
+            held = self._places.find(side) if isinstance(side, str) else side
+            if held is None:
+                raise ValueError(
+                    f"followers: {type(self._places.module).__name__} has no {side}. It has "
+                    f"{listing(self._places.names()[:12])}."
+                )
+            if isinstance(held, nn.Module):
+                release(gathering_modules(held))
+            sides.append(held)
+        try:
+            return _match(*sides)
+        except ValueError as error:
+            raise ValueError(f"followers: {pair.follower!r:.60} does not fit {pair.leader!r:.60}: {error}") from None
+
+    def _leaders(self) -> dict[Any, Tensor]:
+        """What each tensor follows, by its memory."""
+        return {key(follower): leader for follower, leader in self._all()}
+
+
+def _root(leader: Tensor, leader_of: Mapping[Any, Tensor]) -> Tensor:
+    """What a leader follows in turn, at the end: an average of a pipeline has a copy of its target network, too."""
+    for _ in range(len(leader_of)):
+        if key(leader) not in leader_of:
+            break
+        leader = leader_of[key(leader)]
+    return leader
+
+
+def _pair_key(follower: Side) -> Any:
+    return follower if isinstance(follower, str) else id(follower)
+
+
+def _leading(module: nn.Module, leaders: set[int]) -> list[tuple[str, nn.Module]]:
+    """The parts of a module that are trained, by name."""
+    parts = module.named_modules(remove_duplicate=False)
+    return [(name, part) for name, part in parts if any(id(p) in leaders for p in part.parameters())]
+
+
+def _may_follow(one: Candidate, name: str, part: nn.Module) -> bool:
+    """Whether a candidate has the form of a part of the module. Parts of one list are no copies of each other."""
+    if isinstance(one.held, nn.Module):
+        return not is_sibling(one.name, name) and form(one.held) == form(part)
+    try:
+        return bool(_match(one.held, part))
+    except ValueError:
+        return False
+
+
+def _has_parent(name: str, found: Iterable[str]) -> bool:
+    return any(name != other and name.startswith(f"{other}.") for other in found)
+
+
+def _nearest(name: str, leaders: list[str]) -> str:
+    """Of equal leaders the one whose name is most like the follower's: ``target_critic_2`` follows ``critic_2``."""
+    return max(leaders, key=lambda leader: SequenceMatcher(None, name, leader).ratio())
+
+
+def _match(follower: Side, leader: Side) -> dict[str, tuple[Tensor, Tensor]]:
+    """Pair the tensors of two sides: by their names or, where these differ, by their order.
+
+    Raises:
+        ValueError: if they do not fit; it names what differs.
+    """
+    first, second = tensors_of(follower), tensors_of(leader)
+    if not first or not second:
+        raise ValueError("there are no tensors")
+    if not first.keys() <= second.keys():
+        if isinstance(follower, nn.Module) and isinstance(leader, nn.Module) and not _is_flat(follower):
+            missing = [name for name in first if name not in second]
+            raise ValueError(f"{listing(missing[:6])} is not among {listing(list(second)[:12])}")
+        second = _in_order(first, second, leader)
+    for name, tensor in first.items():
+        if name in second and second[name].shape != tensor.shape:
+            raise ValueError(f"{name or 'it'} has shape {list(tensor.shape)}, and not {list(second[name].shape)}")
+    return {name: (tensor, second[name]) for name, tensor in first.items() if name in second}
+
+
+def _is_flat(module: nn.Module) -> bool:
+    """Whether a module holds buffers of its own only, as those that hold averages under names without dots."""
+    return not list(module.parameters()) and not list(module.children())
+
+
+def _plain(name: str) -> str:
+    return "".join(letter for letter in name if letter.isalnum())
+
+
+def _in_order(first: Mapping[str, Tensor], second: Mapping[str, Tensor], leader: Side) -> dict[str, Tensor]:
+    """The tensors of a leader under the names of its follower: of like spelling, or one after the other.
+
+    Raises:
+        ValueError: if there are others, or more or fewer of them.
+    """
+    spelt = {_plain(name): tensor for name, tensor in second.items()}
+    if any(_plain(name) in spelt for name in first):
+        odd = [name for name, tensor in first.items() if _plain(name) not in spelt and tensor.numel() > 1]
+        if odd:
+            raise ValueError(f"{listing(odd[:6])} is not among {listing(list(second)[:12])}")
+        return {name: spelt[_plain(name)] for name in first if _plain(name) in spelt}
+    orders: list[list[Tensor]] = [list(second.values())]
+    if isinstance(leader, nn.Module):
+        own = list(leader.parameters())
+        orders = [[*own], [p for p in own if p.requires_grad], *orders]
+    for order in orders:
+        if [tensor.shape for tensor in order] == [tensor.shape for tensor in first.values()]:
+            return dict(zip(first, order, strict=True))
+    shapes = [str(list(tensor.shape)) for tensor in first.values()]
+    raise ValueError(
+        f"its {len(first)} tensors, {listing(shapes)} first, are not those of {listing(list(second)[:12])}"
+    )
+
+
+def _equal(follower: Tensor, leader: Tensor) -> bool:
+    """Whether two tensors agree, to rounding, in what this rank holds of them."""
+    one, other = local(follower.detach()), local(leader.detach())
+    if one.is_meta or other.is_meta or one.shape != other.shape:
+        return False
+    tolerance = _ULPS * max(torch.finfo(each.dtype).eps for each in (one, other) if each.is_floating_point())
+    return torch.allclose(one.to(other), other, rtol=tolerance, atol=0.0, equal_nan=True)
+
+
+def _varies(tensor: Tensor) -> bool:
+    """Whether a tensor has different values."""
+    values = local(tensor.detach()).reshape(-1)
+    return bool((values != values[:1]).any())
