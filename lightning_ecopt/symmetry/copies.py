@@ -141,6 +141,8 @@ def tensors_of(held: Any) -> dict[str, Tensor]:
     """The tensors of a module, with its buffers, of a sequence or mapping, or of a tensor itself, by name."""
     if isinstance(held, Tensor):
         return {"": held}
+    if isinstance(held, AveragedModel):
+        held = held.module
     if isinstance(held, nn.Module):
         own = held.named_parameters(remove_duplicate=False), held.named_buffers(remove_duplicate=False)
         return {name: tensor for pairs in own for name, tensor in pairs if not is_lazy(tensor)}
