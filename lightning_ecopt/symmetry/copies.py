@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,9 +20,32 @@ _LISTS: Any = list | tuple | dict
 _OTHERS = {"torch", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_ecopt", "torchmetrics"}
 
 
+@dataclass(frozen=True)
+class Form:
+    """What two modules have in common if one is a copy of the other, or of some of it.
+
+    Args:
+        classes: of its parts by name; another activation function, say, makes other freedoms.
+        shapes: of its tensors by name.
+    """
+
+    classes: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Form:
+        """The form of a module."""
+        classes = {name: type(part).__name__.removeprefix("FSDP") for name, part in module.named_modules()}
+        return cls(classes, {name: tuple(tensor.shape) for name, tensor in tensors_of(module).items()})
+
+    def is_in(self, other: Form) -> bool:
+        """Whether all that is here is there, too."""
+        return self.classes.items() <= other.classes.items() and self.shapes.items() <= other.shapes.items()
+
+
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """What may be a copy of something that is trained.
+    """What may be a copy of something that is trained, or such a thing itself.
 
     Args:
         name: where it is.
@@ -32,6 +56,11 @@ class Candidate:
     name: str
     held: Any
     averages: bool = False
+
+    @cached_property
+    def form(self) -> Form:
+        """The form of a module."""
+        return Form.of(self.held)
 
 
 class Places:
@@ -63,7 +92,7 @@ class Places:
         tensors = tensors_of(self.module)
         return {own.removeprefix(name): tensor for own, tensor in tensors.items() if own.startswith(name)} or None
 
-    def candidates(self, is_trained: Callable[[Tensor], bool]) -> list[Candidate]:
+    def candidates(self, is_trained: Callable[[Tensor, bool], bool]) -> list[Candidate]:
         """What may be a copy, outermost modules first. None of the tensors is trained."""
         search = _Search(is_trained)
         if self.module is not None:
@@ -78,7 +107,7 @@ class Places:
 class _Search:
     """Goes through modules, and through what their attributes hold."""
 
-    def __init__(self, is_trained: Callable[[Tensor], bool]) -> None:
+    def __init__(self, is_trained: Callable[[Tensor, bool], bool]) -> None:
         self.found: list[Candidate] = []
         self._is_trained = is_trained
         self._seen: set[int] = set()
@@ -89,7 +118,7 @@ class _Search:
             return
         self._seen.add(id(module))
         tensors = [tensor for tensor in tensors_of(module).values() if tensor.is_floating_point()]
-        if tensors and not any(map(self._is_trained, tensors)):
+        if tensors and not any(self._is_trained(t, averages) for t in tensors):
             self.found.append(Candidate(name, module, averages))
         for part, child in module.named_children():
             self.in_module(_joined(name, part), child, isinstance(module, AveragedModel))
@@ -104,7 +133,7 @@ class _Search:
         elif is_a(value, _LISTS):
             held = [(element[0] if is_a(value, dict) else k, element[-1]) for k, element in enumerate(elements(value))]
             tensors = [item for _, item in held if is_a(item, Tensor)]
-            if tensors and len(tensors) == len(held) and not any(map(self._is_trained, tensors)):
+            if tensors and len(tensors) == len(held) and not any(self._is_trained(t, averages) for t in tensors):
                 self.found.append(Candidate(name, value))
             for number, item in held:
                 if is_a(item, nn.Module):  # kept in a list, so that it is no part of the module
@@ -150,13 +179,10 @@ def tensors_of(held: Any) -> dict[str, Tensor]:
     return {str(name): tensor for name, tensor in pairs if isinstance(tensor, Tensor)}
 
 
-def form(module: nn.Module) -> tuple[Any, ...]:
-    """The classes of a module and its parts, and the shapes of its tensors, by name: equal for a copy.
-
-    A module with another activation function, say, has other freedoms.
-    """
-    parts = tuple((name, type(part).__name__.removeprefix("FSDP")) for name, part in module.named_modules())
-    return parts, tuple((name, tuple(tensor.shape)) for name, tensor in tensors_of(module).items())
+def averages_in(module: nn.Module) -> dict[int, Tensor]:
+    """The parameters of averages that torch keeps in a module, by ``id``."""
+    averages = [part for part in module.modules() if isinstance(part, AveragedModel)]
+    return {id(p): p for average in averages for p in average.parameters()}
 
 
 def is_sibling(name: str, other: str) -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lightning_ecopt.common.sharding import Ranks, gathering_modules, local, release
 from lightning_ecopt.common.tensors import listing
-from lightning_ecopt.symmetry.copies import Candidate, Places, form, is_sibling, key, named, tensors_of
+from lightning_ecopt.symmetry.copies import Candidate, Places, averages_in, is_sibling, key, named, tensors_of
 from lightning_ecopt.symmetry.group import ScalingGroup
 
 #: A name in the module, or a module, tensor, or sequence or mapping of tensors itself.
@@ -124,8 +124,9 @@ class Followers:
     def look(self, parameters: Mapping[str, Tensor]) -> bool:
         """Look for copies that are equal to what is trained now, and from now on follow it.
 
-        A copy is a module of the same classes, names and shapes, or a list or dictionary of tensors, all of which agree
-        with what is trained; at least one of them must not be constant, as biases and gains often are at the start. An
+        A copy is a module, or a list or dictionary of tensors, with the classes, names and shapes of a trained part or
+        of some of it. All of its tensors agree with what is trained; at least one of them must not be constant, as
+        biases and gains often are at the start. Copies that are parts of something else count if they are all of it. An
         average of torch (``AveragedModel``) or of Lightning follows without being equal: its first update copies.
 
         Args:
@@ -135,43 +136,51 @@ class Followers:
             Whether there are any that were not known.
         """
         module = self._places.module
-        leaders = {id(p) for p in parameters.values() if p.requires_grad}
+        leaders = {id(p) for p in self._leading(parameters)}
         if module is None or not leaders:
             return False
         taken = {key(follower) for follower, _ in self._all()}
-        storages, trained = {key(p)[0] for p in parameters.values() if p.requires_grad}, self._trained()
-        candidates = self._places.candidates(
-            lambda t: key(t)[0] in storages or (t.requires_grad and (trained is None or id(t) in trained))
-        )
+        candidates = self._places.candidates(self._is_trained_by(parameters))
         candidates = [one for one in candidates if not taken >= {key(t) for t in tensors_of(one.held).values()}]
         if not candidates:
             return False
         parts = _leading(module, leaders)
-        pairs = [(one, name) for one in candidates for name, part in parts if _may_follow(one, name, part)]
-        agree = self._agreement(pairs, dict(parts), parameters, leaders)
+        pairs = [(one, part) for one in candidates for part in parts if _may_follow(one, part)]
         found: dict[str, list[str]] = {}
-        for (one, name), agrees in zip(pairs, agree, strict=True):
+        for (one, part), agrees in zip(pairs, self._agreement(pairs, parameters, leaders), strict=True):
             if agrees:
-                found.setdefault(one.name, []).append(name)
-        new = [(name, _nearest(name, led)) for name, led in found.items() if not _has_parent(name, found)]
-        self._pairs |= {name: _Pair(name, leader) for name, leader in new}
+                found.setdefault(one.name, []).append(part.name)
+        outermost = [one for one in candidates if one.name in found and not _has_parent(one.name, found)]
+        new = [one for one in outermost if one.averages or _is_whole(one, outermost, candidates, parts)]
+        self._pairs |= {one.name: _Pair(one.name, _nearest(one.name, found[one.name])) for one in new}
         self.are_new |= bool(new)
         return bool(new)
 
+    def _is_trained_by(self, parameters: Mapping[str, Tensor]) -> Callable[[Tensor, bool], bool]:
+        """Whether a tensor is trained; if nobody knows, what requires a gradient is, but for averages of weights."""
+        storages, trained = {key(p)[0] for p in self._leading(parameters)}, self._trained()
+
+        def is_trained(tensor: Tensor, averages: bool) -> bool:
+            may_be = tensor.requires_grad and not averages and (trained is None or id(tensor) in trained)
+            return may_be or key(tensor)[0] in storages
+
+        return is_trained
+
+    def _leading(self, parameters: Mapping[str, Tensor]) -> list[Tensor]:
+        """What is trained; averages of torch are not, though they may require a gradient and be in an optimizer."""
+        averages = {} if self._places.module is None else averages_in(self._places.module)
+        return [p for p in parameters.values() if p.requires_grad and id(p) not in averages]
+
     def _agreement(
-        self,
-        pairs: list[tuple[Candidate, str]],
-        parts: Mapping[str, nn.Module],
-        parameters: Mapping[str, Tensor],
-        leaders: set[int],
+        self, pairs: list[tuple[Candidate, Candidate]], parameters: Mapping[str, Tensor], leaders: set[int]
     ) -> list[bool]:
         """Whether each candidate agrees with a part of the module; on all ranks, if parameters are sharded."""
         leader_of = self._leaders()
         marks = torch.zeros(len(pairs), 2, dtype=torch.bool, device="cpu")
-        for (one, name), mark in zip(pairs, marks, strict=True):
+        for (one, part), mark in zip(pairs, marks, strict=True):
             matched = [
                 (follower, leader)
-                for follower, leader in _match(one.held, parts[name]).values()
+                for follower, leader in _match(one.held, part.held).values()
                 if id(_root(leader, leader_of)) in leaders
             ]
             mark[0] = not matched or (not one.averages and not all(_equal(*both) for both in matched))
@@ -195,7 +204,7 @@ class Followers:
         if not self._pairs:
             return []
         names = {id(p): name for name, p in parameters.items()}
-        trained = {key(p)[0] for p in parameters.values() if p.requires_grad}
+        trained = {key(p)[0] for p in self._leading(parameters)}
         leader_of = self._leaders()
         found: dict[Any, tuple[str, Tensor]] = {}
         for follower, leader in self._all():
@@ -261,7 +270,7 @@ class Followers:
             if held is None:
                 raise ValueError(
                     f"followers: {type(self._places.module).__name__} has no {side}. It has "
-                    f"{listing(self._places.names()[:12])}."
+                    f"{listing(self._places.names(), 9)}."
                 )
             if isinstance(held, nn.Module):
                 release(gathering_modules(held))
@@ -289,20 +298,38 @@ def _pair_key(follower: Side) -> Any:
     return follower if isinstance(follower, str) else id(follower)
 
 
-def _leading(module: nn.Module, leaders: set[int]) -> list[tuple[str, nn.Module]]:
-    """The parts of a module that are trained, by name."""
+def _leading(module: nn.Module, leaders: set[int]) -> list[Candidate]:
+    """The parts of a module that are trained."""
     parts = module.named_modules(remove_duplicate=False)
-    return [(name, part) for name, part in parts if any(id(p) in leaders for p in part.parameters())]
+    return [Candidate(name, part) for name, part in parts if any(id(p) in leaders for p in part.parameters())]
 
 
-def _may_follow(one: Candidate, name: str, part: nn.Module) -> bool:
-    """Whether a candidate has the form of a part of the module. Parts of one list are no copies of each other."""
+def _may_follow(one: Candidate, part: Candidate) -> bool:
+    """Whether a candidate has the form of a part of the module. Layers of one list are no copies of each other."""
     if isinstance(one.held, nn.Module):
-        return not is_sibling(one.name, name) and form(one.held) == form(part)
+        return not is_sibling(one.name, part.name) and one.form.is_in(part.form)
     try:
-        return bool(_match(one.held, part))
+        return bool(_match(one.held, part.held))
     except ValueError:
         return False
+
+
+def _is_whole(one: Candidate, found: list[Candidate], candidates: list[Candidate], parts: list[Candidate]) -> bool:
+    """Whether a copy is no part of something else that is no copy.
+
+    Whatever is a part of a network with another activation function, say, would change that network.
+    """
+    around = [
+        other
+        for other in candidates
+        if one.name.startswith(f"{other.name}.") and not isinstance(other.held, nn.ModuleList | nn.ModuleDict)
+    ]
+    if not around:
+        return True
+    whole = min(around, key=lambda other: len(other.name))
+    copied = {key(t) for each in found for t in tensors_of(each.held).values()}
+    looks_alike = any(whole.form.shapes.items() <= part.form.shapes.items() for part in parts)
+    return not looks_alike and all(key(t) in copied for t in tensors_of(whole.held).values())
 
 
 def _has_parent(name: str, found: Iterable[str]) -> bool:
@@ -326,7 +353,7 @@ def _match(follower: Side, leader: Side) -> dict[str, tuple[Tensor, Tensor]]:
     if not first.keys() <= second.keys():
         if isinstance(follower, nn.Module) and isinstance(leader, nn.Module) and not _is_flat(follower):
             missing = [name for name in first if name not in second]
-            raise ValueError(f"{listing(missing[:6])} is not among {listing(list(second)[:12])}")
+            raise ValueError(f"{listing(missing)} is not among {listing(list(second), 9)}")
         second = _in_order(first, second, leader)
     for name, tensor in first.items():
         if name in second and second[name].shape != tensor.shape:
@@ -353,7 +380,7 @@ def _in_order(first: Mapping[str, Tensor], second: Mapping[str, Tensor], leader:
     if any(_plain(name) in spelt for name in first):
         odd = [name for name, tensor in first.items() if _plain(name) not in spelt and tensor.numel() > 1]
         if odd:
-            raise ValueError(f"{listing(odd[:6])} is not among {listing(list(second)[:12])}")
+            raise ValueError(f"{listing(odd)} is not among {listing(list(second), 9)}")
         return {name: spelt[_plain(name)] for name in first if _plain(name) in spelt}
     orders: list[list[Tensor]] = [list(second.values())]
     if isinstance(leader, nn.Module):
@@ -363,9 +390,7 @@ def _in_order(first: Mapping[str, Tensor], second: Mapping[str, Tensor], leader:
         if [tensor.shape for tensor in order] == [tensor.shape for tensor in first.values()]:
             return dict(zip(first, order, strict=True))
     shapes = [str(list(tensor.shape)) for tensor in first.values()]
-    raise ValueError(
-        f"its {len(first)} tensors, {listing(shapes)} first, are not those of {listing(list(second)[:12])}"
-    )
+    raise ValueError(f"its {len(first)} tensors, {listing(shapes)} first, are not those of {listing(list(second), 9)}")
 
 
 def _equal(follower: Tensor, leader: Tensor) -> bool:
