@@ -70,8 +70,7 @@ class EquivalentClassOptimization(Callback):
         implementation: how the step is run, which changes its speed alone: ``"auto"``, or one of the ways that
             :func:`~lightning_ecopt.kernels.choose_kernels` lists.
         followers: copies of the weights that are mixed with them, by name, and what they follow, as in
-            ``{"target": "online"}``: they are rescaled whenever that is. Those that are equal to it at the start are
-            found.
+            ``{"target": "online"}``: they are rescaled whenever that is. Those that are near it at the start are found.
         verbose: print a report of the freedoms when they are known.
         log: log whether all is well with the logger, as ``ecopt/...``, every ``log_every_n_steps``: the number of
             dormant units, and the share of clipped gradients (unit) or the extremes of beta and the number of guarded

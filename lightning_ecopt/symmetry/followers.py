@@ -4,8 +4,8 @@ A target network, t <- m t + (1 - m) w, or an average of weights is a function a
 rescaled in the same way. Such a copy *follows*: at every balance it is rescaled as its leader is, by which its own
 function changes as little as the leader's.
 
-Followers are found while they are equal to what they follow, which is before anything has moved, or they are told by
-hand. They are kept by name, so that those of a run that is resumed are known, in which nothing is equal any more.
+Followers are found while they are near what they follow, or they are told by hand. They are kept by name, so that those
+of a run that is resumed are known, however far they are by then.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ Side = Any
 #: By what follows, what it follows.
 Given = Mapping[Any, Any]
 
-#: Copies agree to so many units in the last place: a first running mean of equal tensors rounds.
-_ULPS = 4
+#: A copy is at most so far from what it follows, relative to its length. Networks that have nothing to do with each
+#: other have a distance of 1.4; a copy that has begun to follow, or of a run that goes on, is not equal any more.
+_NEAR = 0.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,12 +123,12 @@ class Followers:
     # Finding them -----------------------------------------------------------------------------------------------------
 
     def look(self, parameters: Mapping[str, Tensor]) -> bool:
-        """Look for copies that are equal to what is trained now, and from now on follow it.
+        """Look for copies of what is trained now, which from now on follow it.
 
         A copy is a module, or a list or dictionary of tensors, with the classes, names and shapes of a trained part or
-        of some of it. All of its tensors agree with what is trained; at least one of them must not be constant, as
-        biases and gains often are at the start. Copies that are parts of something else count if they are all of it. An
-        average of torch (``AveragedModel``) or of Lightning follows without being equal: its first update copies.
+        of some of it, and near it. Copies that are parts of something else count if they are all of it. An average of
+        torch (``AveragedModel``) or of Lightning follows wherever it is: its first update copies. What has been taken
+        for a copy and is none loses nothing, as its function stays what it is.
 
         Args:
             parameters: what is trained, or may be.
@@ -183,10 +184,11 @@ class Followers:
                 for follower, leader in _match(one.held, part.held).values()
                 if id(_root(leader, leader_of)) in leaders
             ]
-            mark[0] = not matched or (not one.averages and not all(_equal(*both) for both in matched))
-            mark[1] = one.averages or (not mark[0] and any(_varies(leader) for _, leader in matched))
+            near = _are_near(matched)
+            mark[0] = not matched or (near is False and not one.averages)
+            mark[1] = one.averages or near is True
         Ranks(parameters).any_(marks)
-        return [not bool(differs) and bool(varies) for differs, varies in marks]
+        return [not bool(differs) and bool(tells) for differs, tells in marks]
 
     def seen_by_trace(self, parameters: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
         """What follows some parameters at the start of a traced call, which shows all uses of it."""
@@ -337,8 +339,8 @@ def _has_parent(name: str, found: Iterable[str]) -> bool:
 
 
 def _nearest(name: str, leaders: list[str]) -> str:
-    """Of equal leaders the one whose name is most like the follower's: ``target_critic_2`` follows ``critic_2``."""
-    return max(leaders, key=lambda leader: SequenceMatcher(None, name, leader).ratio())
+    """Of several leaders the one whose name is most like the follower's: ``target_critic_2`` follows ``critic_2``."""
+    return max(leaders, key=lambda leader: (SequenceMatcher(None, name, leader).ratio(), leader != ""))
 
 
 def _match(follower: Side, leader: Side) -> dict[str, tuple[Tensor, Tensor]]:
@@ -390,19 +392,22 @@ def _in_order(first: Mapping[str, Tensor], second: Mapping[str, Tensor], leader:
         if [tensor.shape for tensor in order] == [tensor.shape for tensor in first.values()]:
             return dict(zip(first, order, strict=True))
     shapes = [str(list(tensor.shape)) for tensor in first.values()]
-    raise ValueError(f"its {len(first)} tensors, {listing(shapes)} first, are not those of {listing(list(second), 9)}")
+    raise ValueError(f"its {len(first)} tensors of shapes {listing(shapes)} are not {listing(list(second), 9)}")
 
 
-def _equal(follower: Tensor, leader: Tensor) -> bool:
-    """Whether two tensors agree, to rounding, in what this rank holds of them."""
-    one, other = local(follower.detach()), local(leader.detach())
-    if one.is_meta or other.is_meta or one.shape != other.shape:
-        return False
-    tolerance = _ULPS * max(torch.finfo(each.dtype).eps for each in (one, other) if each.is_floating_point())
-    return torch.allclose(one.to(other), other, rtol=tolerance, atol=0.0, equal_nan=True)
+def _are_near(matched: Iterable[tuple[Tensor, Tensor]]) -> bool | None:
+    """Whether tensors are near those that they may be copies of; ``None`` if nothing tells, in what this rank holds.
 
-
-def _varies(tensor: Tensor) -> bool:
-    """Whether a tensor has different values."""
-    values = local(tensor.detach()).reshape(-1)
-    return bool((values != values[:1]).any())
+    Only matrices and kernels whose elements differ tell: biases and gains of any two networks may be alike.
+    """
+    distance, size = 0.0, 0.0
+    for follower, leader in matched:
+        one, other = local(follower.detach()), local(leader.detach())
+        if one.is_meta or other.is_meta or one.shape != other.shape:
+            return False
+        if other.ndim > 1 and other.numel() and bool((other != other.reshape(-1)[0]).any()):
+            size += float(other.double().square().sum())
+            distance += float((one.to(other.device).double() - other.double()).square().sum())
+            if distance > _NEAR**2 * size:
+                return False
+    return None if size == 0 else distance <= _NEAR**2 * size

@@ -100,7 +100,7 @@ class GroupFromCalls(DeferredGroup):
         self._version += 1
 
     def copies(self) -> Copies:
-        """The tensors that follow parameters now, those included that are found equal to them at this moment."""
+        """The tensors that follow parameters now, those included that are found at this moment."""
         return self.followers.seen_by_trace(self.parameters)
 
     def follow(self, group: ScalingGroup) -> bool:

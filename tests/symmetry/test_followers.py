@@ -82,7 +82,8 @@ def nearly(net: nn.Module) -> nn.Module:
 
 def moved(net: nn.Module) -> nn.Module:
     other = frozen(net)
-    other[2].weight[0, 0] += 1e-3
+    for p in other.parameters():
+        p += 0.1 * p.std() * torch.randn_like(p)
     return other
 
 
@@ -96,6 +97,7 @@ def averaged(net: nn.Module) -> nn.Module:
 FOUND: dict[str, tuple[Callable[[nn.Module], Any], list[str]]] = {
     "copy": (frozen, ["other follows net"]),
     "rounded": (nearly, ["other follows net"]),
+    "moved": (moved, ["other follows net"]),
     "a part": (lambda net: frozen(net[:3]), ["other follows net"]),
     "parts of a wrapper": (
         lambda net: Wrapper(frozen(net[0]), frozen(net[2])),
@@ -110,7 +112,7 @@ FOUND: dict[str, tuple[Callable[[nn.Module], Any], list[str]]] = {
     "trained": (copy.deepcopy, []),
     "constants": (constants, []),
     "other activation": (other_activation, []),
-    "moved": (moved, []),
+    "another of the same form": (lambda net: mlp(3, 4, 5, 2).double().requires_grad_(False), []),
     "a wrapper with something else": (lambda net: Wrapper(frozen(net[0]), mlp(4, 5)), []),
     "the parameters": (lambda net: list(net.parameters()), []),
     "views of them": (lambda net: [p.detach() for p in net.parameters()], []),
