@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_ecopt.common.sharding import Ranks, gathering_modules, local, release
+from lightning_ecopt.common.sharding import Part, Ranks, gathering_modules, is_sharded, local, release
 from lightning_ecopt.common.tensors import listing
 from lightning_ecopt.symmetry.copies import Candidate, Places, averages_in, is_sibling, key, named, tensors_of
 from lightning_ecopt.symmetry.group import ScalingGroup
@@ -395,6 +395,14 @@ def _in_order(first: Mapping[str, Tensor], second: Mapping[str, Tensor], leader:
     raise ValueError(f"its {len(first)} tensors of shapes {listing(shapes)} are not {listing(list(second), 9)}")
 
 
+def _here(follower: Tensor, leader: Tensor) -> Tensor:
+    """What a tensor that may follow another has where this rank holds that; they may be sharded in different ways."""
+    if is_sharded(follower) or not is_sharded(leader) or follower.shape != leader.shape or follower.ndim == 0:
+        return local(follower)
+    part = Part.of(tuple(slice(0, size, 1) for size in leader.shape), leader)
+    return follower[:0] if part is None else follower[part.rows]
+
+
 def _are_near(matched: Iterable[tuple[Tensor, Tensor]]) -> bool | None:
     """Whether tensors are near those that they may be copies of; ``None`` if nothing tells, in what this rank holds.
 
@@ -402,7 +410,7 @@ def _are_near(matched: Iterable[tuple[Tensor, Tensor]]) -> bool | None:
     """
     distance, size = 0.0, 0.0
     for follower, leader in matched:
-        one, other = local(follower.detach()), local(leader.detach())
+        one, other = _here(follower.detach(), leader), local(leader.detach())
         if one.is_meta or other.is_meta or one.shape != other.shape:
             return False
         if other.ndim > 1 and other.numel() and bool((other != other.reshape(-1)[0]).any()):

@@ -487,3 +487,30 @@ def test_the_average_of_torch_can_be_updated_in_the_step() -> None:
     module.average = AveragedModel(module.net, multi_avg_fn=get_ema_multi_avg_fn(0.9))
     module.average.update_parameters(module.net)
     assert units_of(module) == 9
+
+
+# What nobody sees -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mixed", ["balanced", "as they are"])
+def test_balanced_weights_can_be_mixed_whatever_members_of_their_classes_were_saved(mixed: str) -> None:
+    """As for weights on disk: the mean of two models depends on their functions alone, and lies between near ones."""
+    results, first = [], mlp(3, 8, 7, 2).double()
+    for spread in (0.0, 1.0):
+        one, other = copy.deepcopy(first), copy.deepcopy(first)
+        with torch.no_grad():
+            for p in other.parameters():
+                p += 1e-6
+        group = scaling_group(other, X)
+        torch.manual_seed(3)
+        group.act_(spread * torch.randn(group.num_units))
+        if mixed == "balanced":
+            for each in (one, other):
+                scaling_group(each, X).balance_()
+        with torch.no_grad():
+            for p, q in zip(one.parameters(), other.parameters(), strict=True):
+                p.lerp_(q, 0.5)
+        results.append(one(X).detach())
+    agree = torch.allclose(*results, rtol=1e-9, atol=1e-9)
+    assert agree == (mixed == "balanced")
+    assert torch.allclose(results[1], first(X), atol=1e-4) == (mixed == "balanced")
