@@ -21,7 +21,7 @@ from lightning_ecopt.optim.named import AdamWArguments, Params, SGDArguments
 from lightning_ecopt.symmetry import DeferredGroup, GroupFromModuleCalls, GroupFromNextCall, ScalingGroup
 from lightning_ecopt.symmetry.equations import Equations
 from lightning_ecopt.symmetry.followers import Followers, Given
-from lightning_ecopt.symmetry.trace import select_parameters, trace
+from lightning_ecopt.symmetry.trace import select_parameters, trace_with
 from lightning_ecopt.symmetry.traced_calls import gather_if_different
 
 _Optimizer = TypeVar("_Optimizer", ECSGD, ECAdamW)
@@ -202,10 +202,10 @@ def _traced_example(module: LightningModule, parameters: Iterable[Tensor], follo
     copies = followers.seen_by_trace(chosen)
     with context:
         try:
-            return trace(module, chosen, copies, *args, **kwargs)
+            return trace_with(module, chosen, copies, tuple(args), dict(kwargs))
         except ValueError:  # batch norm in training mode, say, wants more than one value; other mistakes show up again
             with _evaluation_mode(module):
-                return trace(module, chosen, copies, *args, **kwargs)
+                return trace_with(module, chosen, copies, tuple(args), dict(kwargs))
 
 
 @contextmanager

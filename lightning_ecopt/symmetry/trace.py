@@ -87,7 +87,7 @@ def scaling_group(
             "pass the module that owns all of them."
         )
     trained = {name: parameter for name, parameter in chosen.items() if parameter.requires_grad}
-    return solved(trained, trace(module, trained, (), *args, **kwargs), gathering=gathering_modules(module))
+    return solved(trained, trace(module, trained, *args, **kwargs), gathering=gathering_modules(module))
 
 
 def select_parameters(module: nn.Module, parameters: Iterable[Tensor] | None = None) -> dict[str, nn.Parameter]:
@@ -141,18 +141,26 @@ def solved(
     return replace(group, gathering=gathering) if gathering else group
 
 
-def trace(
-    module: nn.Module, parameters: Mapping[str, nn.Parameter], copies: Copies, /, *args: Any, **kwargs: Any
-) -> Equations:
+def trace(module: nn.Module, parameters: Mapping[str, nn.Parameter], /, *args: Any, **kwargs: Any) -> Equations:
     """Trace one call ``module(*args, **kwargs)``, as :func:`scaling_group` says.
 
     Args:
         module: the module.
         parameters: those whose scales are looked for, by name.
-        copies: tensors that are rescaled with a parameter, each with the parameter's name.
         *args: inputs of the call.
         **kwargs: further inputs of the call.
     """
+    return trace_with(module, parameters, (), args, kwargs)
+
+
+def trace_with(
+    module: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    copies: Copies,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Equations:
+    """Trace one call in view of copies, tensors that are rescaled with a parameter, each with the parameter's name."""
     if any(map(is_sharded, module.parameters())):
         try:
             return _trace_fake(module, parameters, copies, args, kwargs)

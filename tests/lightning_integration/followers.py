@@ -297,8 +297,17 @@ class Dqn(Pipeline):
             target = 0.5 * batch + 0.9 * self.q_target(self.x).amax(1)
         return F.mse_loss(self.net(self.inputs(batch))[:, 0], target)
 
+    def warmed(self) -> Any:
+        """The optimizers; the very first step is at rest, as it may be the base's own."""
+        found: Any = self.optimizers()
+        for optimizer in found if isinstance(found, list) else [found]:
+            for group in optimizer.param_groups:
+                rate = group.setdefault("rate", group["lr"])
+                group["lr"] = rate if self.functions else 0.0
+        return found
+
     def training_step(self, batch: int, batch_idx: int) -> None:
-        optimizer: Any = self.optimizers()
+        optimizer = self.warmed()
         loss = self.loss(batch_idx)
         self.losses.append(float(loss))
         optimizer.zero_grad()
@@ -339,7 +348,7 @@ class Sac(Dqn):
         return [self.make(self.actor.parameters()), self.make(critics)]
 
     def training_step(self, batch: int, batch_idx: int) -> None:
-        actor, critics = self.optimizers()
+        actor, critics = self.warmed()
         x = self.inputs(batch_idx)
         action = self.actor(x).tanh()
         with torch.no_grad():
