@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lightning_ecopt.common.sharding import Part, Ranks, gathering_modules, is_sharded, local, release
 from lightning_ecopt.common.tensors import listing
+from lightning_ecopt.common.warn import warn
 from lightning_ecopt.symmetry.copies import Candidate, Places, averages_in, is_sibling, key, named, tensors_of
 from lightning_ecopt.symmetry.group import ScalingGroup
 
@@ -136,6 +137,13 @@ class Followers:
         Returns:
             Whether there are any that were not known.
         """
+        try:
+            return self._look(parameters)
+        except Exception as error:  # whatever a user's objects may raise must not stop training
+            warn(f"Copies that follow the weights cannot be looked for: {error!r}. Tell them with followers=...")
+            return False
+
+    def _look(self, parameters: Mapping[str, Tensor]) -> bool:
         module = self._places.module
         leaders = {id(p) for p in self._leading(parameters)}
         if module is None or not leaders:
