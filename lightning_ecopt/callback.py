@@ -21,7 +21,7 @@ from lightning_ecopt._lightning import (
 from lightning_ecopt.common.sharding import is_sharded
 from lightning_ecopt.common.tensors import listing
 from lightning_ecopt.common.warn import warn
-from lightning_ecopt.configure import current_epoch, find_group
+from lightning_ecopt.configure import current_epoch, find_group, followers_of
 from lightning_ecopt.kernels.choose import Implementation
 from lightning_ecopt.optim import EquivalentClassOptimizer
 from lightning_ecopt.optim.between import StepWatch, step_watches
@@ -30,6 +30,7 @@ from lightning_ecopt.optim.optimizer import check_base
 from lightning_ecopt.optim.options import Options, RefreshInterval, Representative, RuleName, SkeletonChoice
 from lightning_ecopt.steps import RULES
 from lightning_ecopt.symmetry import DeferredGroup, ScalingGroup
+from lightning_ecopt.symmetry.followers import Given
 
 DEFAULTS = Options(refresh_interval="epoch")
 UNSUPPORTED_STRATEGIES = ("FSDPStrategy", "DeepSpeedStrategy", "XLAFSDPStrategy")
@@ -71,6 +72,8 @@ class EquivalentClassOptimization(Callback):
             :class:`~lightning_ecopt.EquivalentClassOptimizer`.
         implementation: how the step is run, which changes its speed alone: ``"auto"``, or one of the ways that
             :func:`~lightning_ecopt.kernels.choose_kernels` lists.
+        followers: copies of the weights that are mixed with them, by name, and what they follow, as in
+            ``{"target": "online"}``: they are rescaled whenever that is. Those that are near it at the start are found.
         verbose: print a report of the freedoms when they are known.
         log: log whether all is well with the logger, as ``ecopt/...``, every ``log_every_n_steps``: the number of
             dormant units, and the share of clipped gradients (unit) or the extremes of beta and the number of guarded
@@ -102,6 +105,7 @@ class EquivalentClassOptimization(Callback):
         free_start: float = 2.0,
         state_powers: Mapping[str, int] | None = None,
         implementation: Implementation = "auto",
+        followers: Mapping[str, str] | None = None,
         verbose: bool = True,
         log: bool = True,
         refresh: Literal["epoch", ""] | int | None = "",
@@ -121,6 +125,7 @@ class EquivalentClassOptimization(Callback):
             state_powers=state_powers,
             implementation=implementation,
         )
+        self._given = followers
         self._verbose = verbose
         self._logs = log  # Lightning puts its own function at `log`
         self._saved: Mapping[str, Any] = {}  # the state that a checkpoint has brought
@@ -163,7 +168,7 @@ class EquivalentClassOptimization(Callback):
         if not bases:
             return
         try:
-            self._finder = _Finder(pl_module, bases)
+            self._finder = _Finder(pl_module, bases, self._given)
             self._optimizers = [self._equivalent(base, self._finder) for base in bases]
         except (TypeError, ValueError) as error:
             raise MisconfigurationException(str(error)) from error
@@ -281,7 +286,8 @@ class EquivalentClassOptimization(Callback):
                 for optimizer in own:
                     usable |= optimizer.usable_units()
                 needs_paths = any(RULES[optimizer.rule].needs_paths for optimizer in own)
-                rank_zero_only(group.summary)(usable=usable, needs_paths=needs_paths)
+                lines = own[0].followers
+                rank_zero_only(group.summary)(usable=usable, needs_paths=needs_paths, followers=lines)
 
 
 class _Finder:
@@ -290,21 +296,23 @@ class _Finder:
     Args:
         module: the module that is trained.
         optimizers: all of them, because a unit may be shared.
+        followers: those that are told by hand.
 
     Attributes:
         found: the group, which may be found later.
     """
 
-    def __init__(self, module: LightningModule, optimizers: list[Optimizer]) -> None:
+    def __init__(self, module: LightningModule, optimizers: list[Optimizer], followers: Given | None) -> None:
         self._module, self._optimizers = module, optimizers
-        self.found = find_group(module, self._held())
+        self._followers = followers_of(module, followers)
+        self.found = find_group(module, self._held(), self._followers)
 
     def __call__(self, parameters: Iterable[Tensor] = ()) -> DeferredGroup:
         """The group of all optimizers, whichever of them asks; what they hold now decides."""
         held = self._held()
         if not self.found.covers(held):
             self.found.cancel()
-            self.found = find_group(self._module, held)
+            self.found = find_group(self._module, held, self._followers)
         return self.found
 
     def _held(self) -> list[Tensor]:

@@ -16,10 +16,12 @@ from lightning_ecopt.common.sharding import is_sharded
 from lightning_ecopt.common.warn import warn
 from lightning_ecopt.optim import ECSGD, ECAdamW
 from lightning_ecopt.optim.arguments import check_module
+from lightning_ecopt.optim.binding import parameters_of
 from lightning_ecopt.optim.named import AdamWArguments, Params, SGDArguments
 from lightning_ecopt.symmetry import DeferredGroup, GroupFromNextCall, ScalingGroup
 from lightning_ecopt.symmetry.equations import Equations
-from lightning_ecopt.symmetry.trace import select_parameters, trace
+from lightning_ecopt.symmetry.followers import Followers, Given
+from lightning_ecopt.symmetry.trace import select_parameters, trace_call
 from lightning_ecopt.symmetry.traced_calls import gather_if_different
 
 _Optimizer = TypeVar("_Optimizer", ECSGD, ECAdamW)
@@ -45,7 +47,7 @@ def ec_sgd(
 
     Raises:
         TypeError: if an option is unknown.
-        ValueError: for options out of range, and parameters that are not the module's.
+        ValueError: for options out of range, parameters that are not the module's, and followers that do not fit.
 
     Example::
 
@@ -53,8 +55,8 @@ def ec_sgd(
             return ec_sgd(self, lr=0.1, momentum=0.9)
     """
     check_module("ec_sgd", "ECSGD", module, params)
-    optimizer = ECSGD(_given(module, params), lr, **options)
-    return _bound(optimizer, module)
+    followers = options.pop("followers", None)  # names, perhaps, which only the module knows
+    return _bound(ECSGD(_given(module, params), lr, **options), module, followers)
 
 
 def ec_adamw(
@@ -80,8 +82,8 @@ def ec_adamw(
             return ec_adamw(self, lr=1e-3)
     """
     check_module("ec_adamw", "ECAdamW", module, params)
-    optimizer = ECAdamW(_given(module, params), lr, **options)
-    return _bound(optimizer, module)
+    followers = options.pop("followers", None)  # names, perhaps, which only the module knows
+    return _bound(ECAdamW(_given(module, params), lr, **options), module, followers)
 
 
 def _given(module: nn.Module, params: Iterable[Any] | None) -> list[Any]:
@@ -100,8 +102,8 @@ def _given(module: nn.Module, params: Iterable[Any] | None) -> list[Any]:
     return given
 
 
-def _bound(optimizer: _Optimizer, module: nn.Module) -> _Optimizer:
-    optimizer.bind(partial(find_group, module))
+def _bound(optimizer: _Optimizer, module: nn.Module, followers: Given | None) -> _Optimizer:
+    optimizer.bind(partial(find_group, module, followers=followers_of(module)), followers)
     if isinstance(module, LightningModule):
         optimizer.follow_epochs(partial(current_epoch, module))
     return optimizer
@@ -112,17 +114,56 @@ def current_epoch(module: LightningModule) -> int | None:
     return None if module._trainer is None else int(module._trainer.current_epoch)
 
 
-def find_group(module: nn.Module, parameters: Iterable[Tensor]) -> DeferredGroup:
+def followers_of(module: nn.Module, given: Given | None = None) -> Followers:
+    """The copies of a module's weights that follow them: in the module, and in the callbacks of its Trainer.
+
+    Args:
+        module: the module.
+        given: those that are told by hand.
+    """
+    if not isinstance(module, LightningModule):
+        return Followers(module, given)
+    return Followers(module, given, partial(_callbacks, module), partial(_trained, module))
+
+
+def _callbacks(module: LightningModule) -> dict[str, object]:
+    callbacks = [] if module._trainer is None else list(module._trainer.callbacks)  # type: ignore[attr-defined]
+    return {type(callback).__name__: callback for callback in reversed(callbacks)}
+
+
+def _trained(module: LightningModule) -> set[int] | None:
+    """The ``id`` of all that optimizers train; ``None`` if there are no optimizers yet."""
+    optimizers = [] if module._trainer is None else module._trainer.optimizers
+    return {id(p) for optimizer in optimizers for p in parameters_of(optimizer)} or None
+
+
+def find_group(module: nn.Module, parameters: Iterable[Tensor], followers: Followers | None = None) -> DeferredGroup:
     """The group of a module: of its example inputs now, and of its first call later.
 
     The example inputs of a ``LightningModule`` are traced at once, and its first ``training_step`` as it happens; of
     another module, the next call of ``forward``. Parameters that are none of the module's are held fixed.
+
+    Args:
+        module: the module.
+        parameters: those that are trained.
+        followers: what follows them; by default what is found.
+
+    Raises:
+        ValueError: if followers that are told by hand do not fit.
     """
     parameters = list(parameters)
+    followers = followers_of(module) if followers is None else followers
+    followers.check(parameters)
+    found = _deferred(module, parameters, followers)
+    found.followers = followers
+    return found
+
+
+def _deferred(module: nn.Module, parameters: list[Tensor], followers: Followers) -> DeferredGroup:
     if not isinstance(module, LightningModule):
         return GroupFromNextCall(module, "forward", parameters)
     gather = partial(_gather, module)
-    equations = _trace_example(module, parameters)
+    equations = _trace_example(module, parameters, followers)
     return GroupFromNextCall(module, "training_step", parameters, gather, equations)
 
 
@@ -131,12 +172,12 @@ def _gather(module: LightningModule, group: ScalingGroup, equations: Equations) 
     return gather_if_different(group, equations) if trainer is not None and trainer.world_size > 1 else None
 
 
-def _trace_example(module: LightningModule, parameters: Iterable[Tensor]) -> Equations | None:
+def _trace_example(module: LightningModule, parameters: Iterable[Tensor], followers: Followers) -> Equations | None:
     """The equations of the example inputs, if there are any that can be traced; otherwise a warning says why not."""
     if module.example_input_array is None or any(map(is_lazy, module.parameters())):
         return None
     try:
-        return _traced_example(module, parameters)
+        return _traced_example(module, parameters, followers)
     except Exception as error:
         if any(map(is_sharded, module.parameters())):  # whose training step cannot be watched instead
             raise
@@ -145,7 +186,7 @@ def _trace_example(module: LightningModule, parameters: Iterable[Tensor]) -> Equ
         return None
 
 
-def _traced_example(module: LightningModule, parameters: Iterable[Tensor]) -> Equations:
+def _traced_example(module: LightningModule, parameters: Iterable[Tensor], followers: Followers) -> Equations:
     example = module.transfer_batch_to_device(module.example_input_array, module.device, 0)
     trainer = module._trainer
     context: Any = nullcontext()
@@ -157,12 +198,13 @@ def _traced_example(module: LightningModule, parameters: Iterable[Tensor]) -> Eq
     if isinstance(example, Mapping):
         args, kwargs = (), example
     chosen = select_parameters(module, parameters)
+    copies = followers.seen_by_trace(chosen)
     with context:
         try:
-            return trace(module, chosen, *args, **kwargs)
+            return trace_call(module, module, chosen, copies, tuple(args), dict(kwargs))
         except ValueError:  # batch norm in training mode, say, wants more than one value; other mistakes show up again
             with _evaluation_mode(module):
-                return trace(module, chosen, *args, **kwargs)
+                return trace_call(module, module, chosen, copies, tuple(args), dict(kwargs))
 
 
 @contextmanager

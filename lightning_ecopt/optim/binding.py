@@ -17,6 +17,7 @@ from lightning_ecopt.optim.options import Options
 from lightning_ecopt.steps import RULES
 from lightning_ecopt.symmetry import DeferredGroup, KnownGroup, ScalingGroup
 from lightning_ecopt.symmetry.coupling import NO_UNIT
+from lightning_ecopt.symmetry.followers import Given
 
 #: Finds the group of a list of parameters, now or later.
 Finder = Callable[[Sequence[Tensor]], ScalingGroup | DeferredGroup]
@@ -56,22 +57,25 @@ class Binding:
     Args:
         base: the optimizer whose parameters the group is to have.
         source: a function is called with all of its parameters, now and when :meth:`is_outgrown` says so.
+        followers: copies of the weights that are told by hand.
 
     Attributes:
         source: as given.
         deferred: the group, now or later.
 
     Raises:
-        ValueError: if a group is given that knows none of the optimizer's parameters.
+        ValueError: if a group is given that knows none of the optimizer's parameters, or followers that do not fit.
     """
 
-    def __init__(self, base: Optimizer, source: Source) -> None:
+    def __init__(self, base: Optimizer, source: Source, followers: Given) -> None:
         self._base = base
         self.source = source
         found = source if isinstance(source, ScalingGroup | DeferredGroup) else source(parameters_of(base))
         self.deferred: DeferredGroup = KnownGroup.of(found) if isinstance(found, ScalingGroup) else found
         if isinstance(self.deferred, KnownGroup):
             check_belongs(self.deferred.group, trainable_parameters(base))
+        self.deferred.followers.add(followers)
+        self.deferred.followers.check(parameters_of(base))
 
     def is_outgrown(self) -> bool:
         """Whether the optimizer has parameters that the source was not asked about, and can be asked again."""

@@ -61,6 +61,11 @@ def without_hooks(base: Optimizer) -> Iterator[None]:
         vars(base).update(own)
 
 
+def or_else(changed: Any, state: Any) -> Any:
+    """What a hook has returned, or the state that it was given if it has returned nothing."""
+    return state if changed is None else changed
+
+
 class _Thread(threading.local):
     inside = 0
 

@@ -61,7 +61,7 @@ def saved_rule(session: Session) -> dict[str, Any] | None:
     if isinstance(stage, Waiting | Ready):
         return dict(stage.saved) or _saved_group(session)
     trained = set(map(id, session.trained))
-    counts = {
+    counts: dict[str, Any] = {
         "steps_since_refresh": session.steps_since_refresh,
         "refresh_due": session.refresh_due,
         "epoch": session.last_epoch,
@@ -73,6 +73,9 @@ def saved_rule(session: Session) -> dict[str, Any] | None:
         "shapes": _shapes(session),
         "equations": session.binding.deferred.saved(),
     }
+    followers = session.binding.deferred.followers.saved()
+    if followers:
+        counts["followers"] = followers
     if isinstance(stage, Running):
         return {"rule": stage.rule.name, **stage.rule.state_dict(session.entries(stage.network)), **counts}
     return None if session.refresh_due else counts  # there was nothing to be done at the last refresh
@@ -170,6 +173,7 @@ _KINDS: Mapping[str, type | tuple[type, ...]] = {
     "trained": list,
     "shapes": list,
     "equations": (Mapping, type(None)),
+    "followers": list,
 }
 
 
@@ -191,6 +195,7 @@ def _go_on_from(session: Session, state: Mapping[str, Any], network: Network | N
     stage = session.stage
     if network is None and not isinstance(stage, Waiting):
         network = stage.network
+    session.binding.deferred.followers.load(state.get("followers", ()))
     session.stage = Waiting(state) if network is None else Ready(network, state)
     session.refresh_due = True
 

@@ -12,6 +12,7 @@ from lightning_ecopt.kernels import Implementation
 from lightning_ecopt.optim.arguments import check_params
 from lightning_ecopt.optim.optimizer import EquivalentClassOptimizer
 from lightning_ecopt.optim.options import OptionArguments, RefreshInterval, Representative, RuleName, SkeletonChoice
+from lightning_ecopt.symmetry.followers import Given
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]]
 
@@ -26,6 +27,7 @@ class SGDArguments(OptionArguments, total=False):
     maximize: bool
     foreach: bool | None
     fused: bool | None
+    followers: Given | None
 
 
 class AdamWArguments(OptionArguments, total=False):
@@ -38,6 +40,7 @@ class AdamWArguments(OptionArguments, total=False):
     maximize: bool
     foreach: bool | None
     fused: bool | None
+    followers: Given | None
 
 
 class ECSGD(EquivalentClassOptimizer):
@@ -68,6 +71,8 @@ class ECSGD(EquivalentClassOptimizer):
         free_start: value at which the rule ``"path"`` starts the coordinates of free skeleton weights.
         state_powers: accepted so that all optimizers have the same options; torch's state needs none.
         implementation: how the step is run, which changes its speed alone.
+        followers: copies that are mixed with the weights, and what they follow: ``{target: online}``; with
+            ``ec_sgd`` and ``ec_adamw`` also names in the module, ``{"target": "online"}``.
 
     Raises:
         TypeError: if an option is unknown.
@@ -99,6 +104,7 @@ class ECSGD(EquivalentClassOptimizer):
         free_start: float = 2.0,
         state_powers: Mapping[str, int] | None = None,
         implementation: Implementation = "auto",
+        followers: Given | None = None,
     ) -> None:
         check_params(type(self).__name__, "ec_sgd", params, lr)
         base = SGD(
@@ -114,6 +120,7 @@ class ECSGD(EquivalentClassOptimizer):
             free_start=free_start,
             state_powers=state_powers,
             implementation=implementation,
+            followers=followers,
         )
 
 
@@ -145,6 +152,8 @@ class ECAdamW(EquivalentClassOptimizer):
         free_start: value at which the rule ``"path"`` starts the coordinates of free skeleton weights.
         state_powers: accepted so that all optimizers have the same options; torch's state needs none.
         implementation: how the step is run, which changes its speed alone.
+        followers: copies that are mixed with the weights, and what they follow: ``{target: online}``; with
+            ``ec_sgd`` and ``ec_adamw`` also names in the module, ``{"target": "online"}``.
 
     Raises:
         TypeError: if an option is unknown.
@@ -174,6 +183,7 @@ class ECAdamW(EquivalentClassOptimizer):
         free_start: float = 2.0,
         state_powers: Mapping[str, int] | None = None,
         implementation: Implementation = "auto",
+        followers: Given | None = None,
     ) -> None:
         check_params(type(self).__name__, "ec_adamw", params, lr)
         base = AdamW(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, foreach=foreach, fused=fused)
@@ -187,4 +197,5 @@ class ECAdamW(EquivalentClassOptimizer):
             free_start=free_start,
             state_powers=state_powers,
             implementation=implementation,
+            followers=followers,
         )

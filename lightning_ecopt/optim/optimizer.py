@@ -19,7 +19,7 @@ from lightning_ecopt.optim.appearance import seen_as
 from lightning_ecopt.optim.arguments import check_source, check_wrapped
 from lightning_ecopt.optim.between import count_step, hold_written, note_weights, passing, watch_base
 from lightning_ecopt.optim.binding import Source, find_by_module_calls, trainable_parameters
-from lightning_ecopt.optim.calls import HOOKS, StepCall, optimizers_in
+from lightning_ecopt.optim.calls import HOOKS, StepCall, optimizers_in, or_else
 from lightning_ecopt.optim.following import follow
 from lightning_ecopt.optim.options import Option, Options, RefreshInterval, Representative, RuleName, SkeletonChoice
 from lightning_ecopt.optim.session import Idle, Ready, Running, Session, Waiting
@@ -47,8 +47,7 @@ class EquivalentClassOptimizer(Optimizer):
       refresh the coordinate of an element equals the element, but for at most one free skeleton weight in a unit, whose
       coordinate is ``free_start``. So learning rate, momentum and every other option keep their meaning; weight decay
       acts on path values (the basis-path regularisation of the paper). At skeleton weights momentum starts anew at a
-      refresh. See
-      :mod:`lightning_ecopt.steps.coordinates`.
+      refresh. See :mod:`lightning_ecopt.steps.coordinates`.
 
     ``isinstance(optimizer, torch.optim.SGD)`` holds if the base is one. All methods do the same when they are called on
     what Fabric's ``setup`` or Lightning's ``self.optimizers()`` return. Every option is an attribute, too. A changed
@@ -81,6 +80,8 @@ class EquivalentClassOptimizer(Optimizer):
             averages of weights, 0 for what has no scale. A warning says if one is missing.
         implementation: how the step is run, which changes nothing but its speed: see
             :func:`lightning_ecopt.kernels.choose_kernels`.
+        followers: copies that are mixed with the weights, and what they follow: modules or tensors, as
+            ``{target: online}``. They are rescaled whenever that is.
 
     Raises:
         TypeError: if the base optimizer is wrapped already, or cannot be.
@@ -116,6 +117,7 @@ class EquivalentClassOptimizer(Optimizer):
         free_start: float = 2.0,
         state_powers: Mapping[str, int] | None = None,
         implementation: Implementation = "auto",
+        followers: Mapping[Any, Any] | None = None,
     ) -> None:
         options = Options.of(
             type(self),
@@ -131,7 +133,7 @@ class EquivalentClassOptimizer(Optimizer):
         check_wrapped(optimizer, group)
         check_base(optimizer)
         # Wrappers of Fabric and Lightning copy the attributes of this object, so what changes is in the session.
-        session = Session(optimizer, options, find_by_module_calls if group is None else group)
+        session = Session(optimizer, options, find_by_module_calls if group is None else group, followers)
         self.__setstate__({"_session": session})  # in place of super().__init__, which would make parameter groups
 
     # The step ---------------------------------------------------------------------------------------------------------
@@ -214,8 +216,8 @@ class EquivalentClassOptimizer(Optimizer):
     def start(self) -> None:
         """Balance now instead of at the first step, if the group is known and no state was loaded.
 
-        Call it before the first backward pass if gradients are clipped by their norm, or looked at by others: only then
-        do they depend on the class alone.
+        Call it before the first backward pass if gradients are clipped by their norm: only then do they depend on the
+        class alone.
         """
         session = self._session
         is_known = not session.is_in_first_call() and session.find_network()
@@ -228,22 +230,28 @@ class EquivalentClassOptimizer(Optimizer):
         return self._session.group
 
     @property
+    def followers(self) -> list[str]:
+        """What is rescaled with the weights, in words: ``target follows online``."""
+        return self._session.followers()
+
+    @property
     def has_group_of_user(self) -> bool:
         """Whether it was given a scaling group itself, and not where to find one."""
         return isinstance(self._session.binding.source, ScalingGroup)
 
-    def bind(self, group: Source) -> None:
+    def bind(self, group: Source, followers: Mapping[Any, Any] | None = None) -> None:
         """Use a scaling group, in place of the one that was used so far if there is one. Refreshes at the next step.
 
         Args:
             group: the scaling group; or a function that finds it for a list of parameters, and is called again when
                 other parameters are to be trained; or a :class:`~lightning_ecopt.symmetry.DeferredGroup`.
+            followers: in place of those that the optimizer was made with.
 
         Raises:
-            ValueError: if the group does not belong to the optimizer's parameters.
+            ValueError: if the group does not belong to the optimizer's parameters, or followers do not fit.
         """
         check_source(group, "optimizer.bind(...)")
-        self._session.bind(group)
+        self._session.bind(group, followers)
 
     def follow_epochs(self, epoch: Callable[[], int | None]) -> None:
         """Tell what epoch it is, for ``refresh_interval="epoch"``: there is a refresh in the first step of each.
@@ -292,7 +300,7 @@ class EquivalentClassOptimizer(Optimizer):
             hook(self)
         state = checkpoint.saved(self._session)
         for changed in self._optimizer_state_dict_post_hooks.values():
-            state = _or_else(changed(self, state), state)
+            state = or_else(changed(self, state), state)
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -307,7 +315,7 @@ class EquivalentClassOptimizer(Optimizer):
         session.find_network()
         state_dict = dict(state_dict)
         for changed in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = dict(_or_else(changed(self, state_dict), state_dict))
+            state_dict = dict(or_else(changed(self, state_dict), state_dict))
         checkpoint.load(session, state_dict)
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
@@ -445,8 +453,3 @@ def check_base(optimizer: Optimizer) -> None:
             "EquivalentClassOptimization callback can trace them. Call the model once with a batch before the "
             "optimizer is made, and before fit."
         )
-
-
-def _or_else(changed: Any, state: Any) -> Any:
-    """What a hook has returned, or the state that it was given if it has returned nothing."""
-    return state if changed is None else changed

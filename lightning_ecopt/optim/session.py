@@ -36,6 +36,7 @@ from lightning_ecopt.steps.rule import PathStatistics, Rule, Setting, UnitStatis
 from lightning_ecopt.steps.state import StateEntries, StateEntry, entries_of, has_weight_averages
 from lightning_ecopt.symmetry import ScalingGroup
 from lightning_ecopt.symmetry.equations import Operation
+from lightning_ecopt.symmetry.followers import Given
 
 UNUSED = (
     "No traced call has used these parameters, or they cannot be rescaled (complex ones, those of other modules): {}. "
@@ -132,6 +133,7 @@ class Session:
         base: the optimizer that is run in the equivalent-class space.
         options: what the user has chosen.
         source: where the group comes from.
+        followers: copies of the weights that are told by hand.
 
     Attributes:
         steps_since_refresh: number of steps since the last refresh.
@@ -149,7 +151,7 @@ class Session:
         has_told: whether a warning has said that steps pass by.
     """
 
-    def __init__(self, base: Optimizer, options: Options, source: Source) -> None:
+    def __init__(self, base: Optimizer, options: Options, source: Source, followers: Given | None = None) -> None:
         self.base = base
         self.options = options
         self.stage: Stage = Waiting()
@@ -165,7 +167,8 @@ class Session:
         self.closure_comes_first = type(base).__module__.startswith("torch.optim.")
         self.writers = Writers()
         self.steps, self.is_resting, self.passed, self.has_told = 0, False, set[str](), False
-        self.binding = Binding(base, source)
+        self._given = followers or {}
+        self.binding = Binding(base, source, self._given)
         self.find_network()
 
     # The group
@@ -186,13 +189,14 @@ class Session:
         """The scaling group; ``None`` until it has been found."""
         return None if isinstance(self.stage, Waiting) else self.stage.network.group
 
-    def bind(self, source: Source) -> None:
+    def bind(self, source: Source, followers: Given | None = None) -> None:
         """Take the group from another source. The present group, if there is one, is used until another is found.
 
         Raises:
-            ValueError: if the group does not fit the optimizer; then nothing has changed.
+            ValueError: if the group does not fit the optimizer, or followers do not; then nothing has changed.
         """
-        binding = Binding(self.base, source)
+        given = self._given if followers is None else followers
+        binding = Binding(self.base, source, given)
         try:
             found = binding.deferred.settle()
             if found is not None:  # perhaps the present one, of which the caller knows that it is to be used anew
@@ -201,7 +205,7 @@ class Session:
             binding.cancel_unless_shared(self.binding)
             raise
         self.binding.cancel_unless_shared(binding)
-        self.binding, self._version = binding, binding.deferred.version
+        self.binding, self._version, self._given = binding, binding.deferred.version, given
 
     def renew(self) -> None:
         """Have the source look again if the optimizer has parameters that it was not asked about."""
@@ -356,7 +360,8 @@ class Session:
         alive = network.group.alive().cpu()
         active, entries = alive & network.exclusive, self.entries(network)
         with uninterrupted():  # weights and state belong together
-            if self.options.representative == "balanced" and bool(active.any()):
+            is_wanted = self.options.representative == "balanced" and bool(active.any())
+            if is_wanted and self.binding.deferred.follow(network.group):
                 self._balance(network.group, active, entries)
             setting = self.setting(network, alive)
             rule = RULES[self.options.rule].begin(setting, entries, before)
@@ -370,9 +375,9 @@ class Session:
             return False
         return network.group.num_units > 0 and bool(network.names)
 
-    @staticmethod
-    def _balance(group: ScalingGroup, active: Tensor, entries: StateEntries) -> None:
+    def _balance(self, group: ScalingGroup, active: Tensor, entries: StateEntries) -> None:
         log_scale = group.balance_(active)
+        self.binding.deferred.followers.rescale_(group, log_scale)
         gradients = {
             name: p.grad for name, p in group.parameters.items() if p.grad is not None and not p.grad.is_sparse
         }
@@ -436,6 +441,10 @@ class Session:
         stage, network = self.stage, self.network
         active = stage.active if isinstance(stage, Idle | Running) else network.active_units()
         return active & RULES[self.options.rule].usable_units(network.group)
+
+    def followers(self) -> list[str]:
+        """What is rescaled with the weights, in words."""
+        return [] if self.group is None else self.binding.deferred.followers.lines(self.group.parameters)
 
     def statistics(self) -> PathStatistics | UnitStatistics | None:
         """Whether all is well; ``None`` before the first step."""

@@ -42,6 +42,7 @@ class _Copy:
         base, group = session.base, session.group
         others = [] if group is None else list(group.parameters.values())
         parameters = list({id(p): p for p in [*parameters_of(base), *others]}.values())
+        copies = [] if group is None else session.binding.deferred.followers.of(group.parameters)
         self._session = session
         self._stage = session.stage, session.steps_since_refresh, session.refresh_due, session.last_epoch
         self._options = [(options, dict(options)) for options in base.param_groups]
@@ -50,7 +51,7 @@ class _Copy:
             (state, {key: _shallow(entries) for key, entries in state.items()}) for state in states_in(base)
         ]
         held = [entry for _, state in self._states for entries in state.values() for entry in _tensors(entries)]
-        values = [*parameters, *(p.grad for p in parameters), *held]
+        values = [*parameters, *(p.grad for p in parameters), *held, *(copy for _, copy in copies)]
         self._values = [(local(t.detach()), local(t.detach()).clone()) for t in values if t is not None]
 
     @torch.no_grad()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,6 +62,40 @@ def changed_tensors(func: Any, args: Any, kwargs: Mapping[str, Any]) -> list[Ten
         return tensors_in((args, kwargs))
     changed = [a.name for a in func._schema.arguments if a.alias_info and a.alias_info.is_write]
     return tensors_in([arguments[name] for name in changed])
+
+
+#: Operations on lists of tensors that are taken down tensor by tensor.
+_FOREACH = frozenset({"add", "sub", "mul", "div", "lerp", "copy", "addcmul", "addcdiv", "neg", "zero"})
+
+
+def tensor_by_tensor(name: str, func: Any, args: Any, kwargs: Mapping[str, Any]) -> list[Callable[[], Any]] | None:
+    """The calls that an operation on lists of tensors stands for: ``lerp_`` of each for ``_foreach_lerp_``.
+
+    Args:
+        name: the base name of the operation.
+        func: the operation.
+        args: its arguments.
+        kwargs: likewise.
+    """
+    single = name.removeprefix("_foreach_")
+    if single == name or single not in _FOREACH or not args or kwargs.keys() - {"alpha", "value"}:
+        return None
+    count, given, named = len(args[0]), list(args), dict(kwargs)
+    if single in ("addcmul", "addcdiv") and len(given) == 4:
+        if isinstance(given[3], Tensor):
+            return None
+        named["value"] = given.pop()  # `scalars` of a list is the `value` of a tensor
+
+    def of(number: int, argument: Any) -> Any:
+        return argument[number] if isinstance(argument, list | tuple) else argument
+
+    operation = getattr(torch.ops.aten, f"{single}_" if func._schema.is_mutable else single)
+    return [
+        partial(
+            operation, *(of(k, argument) for argument in given), **{key: of(k, each) for key, each in named.items()}
+        )
+        for k in range(count)
+    ]
 
 
 def is_inexact(tensor: Tensor) -> bool:

@@ -11,6 +11,7 @@ from weakref import WeakValueDictionary
 from torch import Tensor
 
 from lightning_ecopt.symmetry.equations import Operation
+from lightning_ecopt.symmetry.followers import Followers
 from lightning_ecopt.symmetry.group import ScalingGroup
 from lightning_ecopt.symmetry.held import HeldUnits
 
@@ -27,10 +28,12 @@ class DeferredGroup(ABC):
 
     Attributes:
         held: units that are held fixed, although the traced calls leave them free.
+        followers: copies of the weights that are rescaled with them.
     """
 
     def __init__(self) -> None:
         self.held = HeldUnits()
+        self.followers = Followers()
 
     @property
     @abstractmethod
@@ -80,6 +83,15 @@ class DeferredGroup(ABC):
             units: ``bool[H]``; the same on all ranks that train together.
             why: for the report.
         """
+
+    def follow(self, group: ScalingGroup) -> bool:
+        """Look for copies of what is trained, which are to follow it from now on.
+
+        Returns:
+            Whether the weights may be rescaled now, with all that follows them.
+        """
+        self.followers.look(group.parameters)
+        return True
 
     def look_again(self) -> None:  # noqa: B027
         """Watch one more call: a parameter that no call has used has got a gradient."""

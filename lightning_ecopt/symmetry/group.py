@@ -181,7 +181,12 @@ class ScalingGroup:
         return sort_units(self.couplings, self.monomials)
 
     def summary(
-        self, console: Console | None = None, *, usable: Tensor | None = None, needs_paths: bool = False
+        self,
+        console: Console | None = None,
+        *,
+        usable: Tensor | None = None,
+        needs_paths: bool = False,
+        followers: Sequence[str] = (),
     ) -> None:
         """Print what the freedoms are: the units, set by set, the dimensions, and which operations cost freedoms.
 
@@ -191,6 +196,7 @@ class ScalingGroup:
                 table are limited then.
             needs_paths: whether training goes by paths; then unused units in products or powers are not called dormant,
                 but without paths.
+            followers: copies of the weights that are rescaled with them, in words: ``target follows online``.
 
         Example::
 
@@ -199,7 +205,7 @@ class ScalingGroup:
         used = None if usable is None else usable.cpu()
         unused = torch.zeros(self.num_units, dtype=torch.bool, device="cpu") if used is None else ~used
         pathless = unused & ~self.monomials.simple & needs_paths
-        overview = Overview(self.num_parameters, self.unit_sets(), self.costs, self.unseen, used, pathless)
+        overview = Overview(self.num_parameters, self.unit_sets(), self.costs, self.unseen, used, pathless, followers)
         print_report(overview, console)
 
     def describe(self, unit: int) -> str:

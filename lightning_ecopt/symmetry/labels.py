@@ -172,6 +172,17 @@ class ParameterView:
         """The view and all that have been added to it, each by itself."""
         return [replace(self, added=()), *(part for view in self.added for part in view.parts())]
 
+    def shows_same(self, other: ParameterView) -> bool:
+        """Whether another view shows the same elements in the same order, of the same parameter or of a copy of it."""
+        mine, others = self.parts(), other.parts()
+        first, second = mine[0], others[0]
+        if len(mine) + len(others) > 2:
+            return all(part.shows_same(first) for part in [*mine[1:], *others])
+        if first.name != second.name or first.picked or second.picked or first.ndim != second.ndim:
+            return False
+        pairs = zip((*first.axes, first.factor), (*second.axes, second.factor), strict=True)
+        return all(np.array_equal(one, other) for one, other in pairs)
+
     def varying(self) -> set[int]:
         """The axes of the view along which the element of the parameter changes."""
         return {k for axis in self.axes for k, size in enumerate(axis.shape) if size > 1}

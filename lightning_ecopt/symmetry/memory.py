@@ -25,6 +25,7 @@ from lightning_ecopt.symmetry.labels import (
     IntArray,
     ParameterView,
     Value,
+    align,
     compress,
     constant,
     map_value,
@@ -47,6 +48,7 @@ class _Storage:
     age: int  # how many steps had been taken when it was made
     external: bool = False  # was there before the call, so that others may read it afterwards
     is_parameter: bool = False
+    is_copy: bool = False  # follows a parameter, so that whatever is written to it must scale like that
     marks: frozenset[str] = frozenset()  # names of parameters from whose gradients it was made
     views: dict[View, Value | Cases] = field(default_factory=dict)
 
@@ -89,6 +91,13 @@ class Memory:
         storage, _ = found
         storage.external = storage.is_parameter = True
         storage.views[view_of(tensor)] = ParameterView.whole(name, tensor.shape)
+
+    def add_copy(self, name: str, tensor: Tensor) -> None:
+        """Register a tensor that is rescaled whenever a parameter is: its uses are uses of the parameter."""
+        self.add_parameter(name, tensor)
+        found = self._find(tensor)
+        if found is not None:
+            found[0].is_copy = True
 
     def add_again(self, name: str, tensor: Tensor) -> None:
         """Register a parameter anew if it has other memory by now: ``p.data = ...``."""
@@ -193,13 +202,18 @@ class Memory:
         before = self.read(tensor)
         if isinstance(before, Cases):
             is_same = before.is_like(value)
-        elif isinstance(before, ParameterView) or isinstance(value, _SPECIAL):
+        elif isinstance(before, ParameterView):
+            is_same = isinstance(value, ParameterView) and before.shows_same(value)
+        elif isinstance(value, _SPECIAL):
             is_same = False
         else:
             is_same = bool(np.all(before == value))
         if is_same:
             return
         found = self._find(tensor)
+        if found is not None and found[0].is_copy and isinstance(before, ParameterView):
+            self.tie(before, value)
+            return
         if found is not None:
             storage, view = found[0], view_of(tensor)
             if not storage.external:
@@ -215,6 +229,12 @@ class Memory:
             self._fix_all(storage)
             storage.views[view] = constant(FIXED, tensor.ndim)
         self.equations.hold_fixed(value)
+
+    def tie(self, parameter: ParameterView, value: Value | Cases) -> None:
+        """Demand that the elements of a parameter scale by a label."""
+        value = in_any_case(self.equations, value) if isinstance(value, Cases) else value
+        ids = self.equations.materialise(value) if isinstance(value, ParameterView) else value
+        self.equations.assign(parameter, align(ids, parameter.ndim), constant(FIXED, 0), additive=False)
 
     def _fix_all(self, storage: _Storage) -> None:
         for view, value in storage.views.items():

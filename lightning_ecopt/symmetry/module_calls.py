@@ -216,6 +216,7 @@ class GroupFromModuleCalls(GroupFromCalls):
         mode = self._begin(module)
         if isinstance(module, DistributedDataParallel) and self.gather is None:
             self.gather = _RanksOf(module)
+        mode.add_copies(self.copies())
         mode.register_inputs(tensors_in((args, kwargs), objects=True))
         self.note_trained()
         seen, output = len(mode.equations.seen), None
@@ -225,7 +226,7 @@ class GroupFromModuleCalls(GroupFromCalls):
                 output = call(*args, **kwargs)
         finally:  # a call that fails may have left something behind, too
             try:
-                ended(mode, module, output, "output")
+                ended(mode, module, output, "output", self.followers.of(self.parameters))
             finally:
                 self._running.remove(module)
             self.end_call()

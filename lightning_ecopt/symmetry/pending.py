@@ -145,6 +145,7 @@ class GroupFromNextCall(GroupFromCalls):
     def _traced(self, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         self.note_trained()
         mode = self._mode = TraceMode(self.module, self._parameters)
+        mode.add_copies(self.copies())
         try:
             with mode.tracing():
                 output = call(*args, **kwargs)
@@ -153,7 +154,7 @@ class GroupFromNextCall(GroupFromCalls):
         if output is not None or mode.num_backward_passes:  # a training step may skip its batch
             known = self.equations()
             name = "output" if call is self._method and self.method == "forward" else "loss"
-            self._calls.append(ended(mode, self.module, output, name))
+            self._calls.append(ended(mode, self.module, output, name, self.followers.of(self._parameters)))
             self._end_traced(known is not None and mode.equations.seen <= known.seen)
         return output
 

@@ -36,6 +36,7 @@ class Overview:
         unseen: names of parameters that the traced call did not use.
         usable: ``bool[H]``, units whose freedom training uses; ``None`` if the report is not about training.
         pathless: ``bool[H]``, other units, in products or powers, that have no paths; the rest are dormant.
+        followers: copies of the weights that are rescaled with them, in words.
     """
 
     num_parameters: int
@@ -44,6 +45,7 @@ class Overview:
     unseen: Sequence[str]
     usable: Tensor | None
     pathless: Tensor
+    followers: Sequence[str] = ()
 
     @property
     def num_units(self) -> int:
@@ -75,6 +77,8 @@ def _parts(overview: Overview) -> list[RenderableType]:
     parts: list[RenderableType] = [Text(_dimensions(overview))]
     if overview.num_units:
         parts.insert(0, _units_table(overview.sets, overview.dormant))
+    if overview.followers:
+        parts.append(Text("Rescaled with what it follows: " + _shortened(overview.followers, ", ")))
     if overview.unseen:
         parts.append(Text(f"Parameters that the traced call never used: {_shortened(overview.unseen, ', ')}"))
     if overview.costs:

@@ -32,6 +32,9 @@ from lightning_ecopt.symmetry.isolation import attributes_kept, fake_tensors, in
 from lightning_ecopt.symmetry.solve import solve
 from lightning_ecopt.symmetry.trace_mode import TraceMode
 
+#: Tensors that are rescaled with a parameter, each with the parameter's name.
+Copies = Sequence[tuple[str, Tensor]]
+
 
 def scaling_group(
     module: nn.Module,
@@ -102,7 +105,7 @@ def scaling_group(
         )
     trained = {name: parameter for name, parameter in chosen.items() if parameter.requires_grad}
     call = module if outputs is None else partial(_counted, module, outputs)
-    equations = _trace(module, call, trained, args, kwargs)
+    equations = trace_call(module, call, trained, (), args, kwargs)
     return solved(trained, equations, gathering=gathering_modules(module))
 
 
@@ -161,7 +164,7 @@ def solved(
     """
     own = {name: parameter for name, parameter in parameters.items() if trained is None or name in trained}
     unseen = tuple(name for name in own if name not in equations.seen)
-    group = ScalingGroup.from_solution(own, solve(equations, own), unseen)
+    group = ScalingGroup.from_solution(own, solve(equations, [name for name in own if name in equations.seen]), unseen)
     return replace(group, gathering=gathering) if gathering else group
 
 
@@ -174,20 +177,21 @@ def trace(module: nn.Module, parameters: Mapping[str, nn.Parameter], /, *args: A
         *args: inputs of the call.
         **kwargs: further inputs of the call.
     """
-    return _trace(module, module, parameters, args, kwargs)
+    return trace_call(module, module, parameters, (), args, kwargs)
 
 
-def _trace(
+def trace_call(
     module: nn.Module,
     call: Callable[..., Any],
     parameters: Mapping[str, nn.Parameter],
+    copies: Copies,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Equations:
-    """Trace ``call(*args, **kwargs)``, which calls the module."""
+    """Trace ``call(*args, **kwargs)``, which calls the module, in view of copies that are rescaled with parameters."""
     if any(map(is_sharded, module.parameters())):
         try:
-            return _trace_fake(module, call, parameters, args, kwargs)
+            return _trace_fake(module, call, parameters, copies, args, kwargs)
         except Exception as error:
             raise ValueError(
                 f"{type(module).__name__} has sharded parameters and cannot be called with fake tensors, which is the "
@@ -197,11 +201,11 @@ def _trace(
     # Scripted modules take no fake parameters; control flow that depends on data takes no fake inputs.
     if not any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):
         try:
-            return _trace_fake(module, call, parameters, args, kwargs)
+            return _trace_fake(module, call, parameters, copies, args, kwargs)
         except Exception:  # a mistake of the module shows up again below
             pass
     try:
-        return _trace_real(module, call, parameters, args, kwargs)
+        return _trace_real(module, call, parameters, copies, args, kwargs)
     except Exception as error:
         with values_kept(module), inputs_kept((args, kwargs)):
             call(*args, **kwargs)  # raises what the module raises by itself
@@ -220,6 +224,7 @@ def _trace_fake(
     module: nn.Module,
     call: Callable[..., Any],
     parameters: Mapping[str, nn.Parameter],
+    copies: Copies,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Equations:
@@ -227,9 +232,11 @@ def _trace_fake(
     gathering = gathering_modules(module)
     with inputs_kept((args, kwargs)), fake_tensors() as fake_mode:
         fake = partial(_fake, fake_mode)
-        state = {id(tensor): fake(tensor) for tensor in [*module.parameters(), *module.buffers()]}
+        own = [*module.parameters(), *module.buffers(), *(copy for _, copy in copies)]
+        state = {id(tensor): fake(tensor) for tensor in own}
         args, kwargs = tree_map_only(Tensor, fake, (args, kwargs))
         mode = TraceMode(module, {name: state[id(parameter)] for name, parameter in parameters.items()})
+        mode.add_copies((name, state[id(copy)]) for name, copy in copies)
         with attributes_kept(module, state):
             if gathering:
                 stop_gathering_(module)
@@ -249,11 +256,13 @@ def _trace_real(
     module: nn.Module,
     call: Callable[..., Any],
     parameters: Mapping[str, nn.Parameter],
+    copies: Copies,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Equations:
     """Trace a call of the module as it is, and put back what the call changes."""
     mode = TraceMode(module, parameters)
+    mode.add_copies(copies)
     with values_kept(module), inputs_kept((args, kwargs)):
         _trace_call(mode, module, call, args, kwargs)
     return mode.equations
@@ -268,11 +277,21 @@ def _trace_call(
     hold_results_fixed(mode, module, output)
 
 
-def hold_results_fixed(mode: TraceMode, module: nn.Module, output: Any, name: str = "output") -> None:
-    """Demand that all that a call leaves behind stays as it is: its output, and what the module keeps of it."""
+def hold_results_fixed(
+    mode: TraceMode, module: nn.Module, output: Any, name: str = "output", copies: Collection[int] = ()
+) -> None:
+    """Demand that all that a call leaves behind stays as it is: its output, and what the module keeps of it.
+
+    Args:
+        mode: has traced the call.
+        module: the module.
+        output: what the call has returned.
+        name: of the output, for the report.
+        copies: the ``id`` of tensors that follow a parameter.
+    """
     for part, tensor in named_tensors_in(output, name, objects=True):
         mode.hold_fixed([tensor], part)
-    mode.hold_new_fixed(_kept(module), "kept by the module")
+    mode.hold_new_fixed([tensor for tensor in _kept(module) if id(tensor) not in copies], "kept by the module")
 
 
 def _kept(module: nn.Module) -> list[Tensor]:

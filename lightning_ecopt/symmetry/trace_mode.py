@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_ecopt.common.nested import tensors_in
 from lightning_ecopt.common.warn import warn
-from lightning_ecopt.symmetry.aten import base_name, changed_tensors, named_arguments, written_to
+from lightning_ecopt.symmetry.aten import base_name, changed_tensors, named_arguments, tensor_by_tensor, written_to
 from lightning_ecopt.symmetry.constants import Constants
 from lightning_ecopt.symmetry.equations import Equations, Operation
 from lightning_ecopt.symmetry.isolation import traced
@@ -74,6 +74,8 @@ class TraceMode(TorchDispatchMode):
         self.is_fake = any(isinstance(tensor, FakeTensor) for tensor in parameters.values())
         self.name_modules(module)
         self._parameters = list(parameters.values())
+        self._copied: set[str] = set()  # names of parameters that copies follow
+        self._copies: dict[int, str] = {}  # by `id` of the copies, which live as long as the call
         self._lock = threading.RLock()  # the call may have threads of its own
         with torch._C.DisableTorchFunction():
             for name, tensor in parameters.items():
@@ -105,6 +107,11 @@ class TraceMode(TorchDispatchMode):
         name = base_name(func)
         if name.startswith("prim::"):  # a question about a tensor, such as its device
             return func(*args, **kwargs)
+        calls = tensor_by_tensor(name, func, args, kwargs)
+        if calls is not None:
+            with self:
+                outputs = [call() for call in calls]
+            return outputs if func._schema.returns else None
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         are_plain = all(map(is_ordinary, tensors))  # labels belong to memory, which others may not have
 
@@ -134,7 +141,8 @@ class TraceMode(TorchDispatchMode):
         output = func(*args, **kwargs)
 
         # 4. Ask the rule for the labels of the outputs, or hold all that was touched fixed.
-        with self._taking_down(operation):
+        flows = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        with self._taking_down(operation), self._unseen_copies(flows):
             if self.has_failed:  # perhaps above
                 return output
             if is_of_optimizer:  # it moves weights, and computes no loss
@@ -156,6 +164,14 @@ class TraceMode(TorchDispatchMode):
                     self.constants.forget(tensor)
             self._hold_touched_fixed(func, labels.values(), (args, kwargs), output)
         return output
+
+    @contextmanager
+    def _unseen_copies(self, flows: bool = False) -> Iterator[None]:
+        """Let what happens to copies alone, without gradients, not count as a use of the parameter they follow."""
+        before = self._copied & self.equations.seen
+        yield
+        if not flows:
+            self.equations.seen -= self._copied - before
 
     def _operation(self, name: str) -> Operation:
         module = running_module(self)
@@ -207,11 +223,16 @@ class TraceMode(TorchDispatchMode):
         """Take note of parameters that have other memory since a step."""
         with self._taking_down(Operation("step", "")):
             for name, parameter in zip(self.equations.shapes, self._parameters, strict=True):
-                if is_ordinary(parameter):
+                if is_ordinary(parameter) and id(parameter) not in self._copies:
                     self.memory.add_again(name, parameter)
 
     def give_memory(self, tensor: Tensor) -> None:
         """Take note of ``tensor.data = ...``, after which a parameter stays as it is, unless its optimizer does so."""
+        if id(tensor) in self._copies:
+            copies = [(self._copies[id(tensor)], tensor)]
+            self.tie_copies(copies)
+            self.add_copies(copies)
+            return
         with self._taking_down(self._operation("data")):
             names = [name for name, own in zip(self.equations.shapes, self._parameters, strict=True) if own is tensor]
             for name in names if not in_method_of_optimizer() else ():
@@ -279,6 +300,23 @@ class TraceMode(TorchDispatchMode):
         with self._taking_down(Operation("input", "")):
             for tensor in tensors:
                 self.memory.read(tensor)
+
+    def add_copies(self, copies: Iterable[tuple[str, Tensor]]) -> None:
+        """Take tensors for copies that are rescaled with a parameter, each with the parameter's name."""
+        copies = list(copies)
+        self._copied |= {name for name, _ in copies}
+        self._copies |= {id(tensor): name for name, tensor in copies}
+        with self._taking_down(Operation("copies of weights", "")), self._unseen_copies():
+            for name, tensor in copies:
+                self.memory.add_copy(name, tensor)
+
+    def tie_copies(self, copies: Iterable[tuple[str, Tensor]]) -> None:
+        """Demand that copies scale like the parameter that they follow; the call may have put others in their place."""
+        with self._taking_down(Operation("copies of weights", "")), self._unseen_copies():
+            for name, tensor in copies:
+                whole, value = ParameterView.whole(name, tensor.shape), self._read(tensor)
+                if not isinstance(value, ParameterView) or not whole.shows_same(value):
+                    self.memory.tie(whole, value)
 
     def hold_fixed(self, tensors: Iterable[Tensor], name: str) -> None:
         """Demand that tensors which leave the call stay as they are; ``name`` is for the report."""

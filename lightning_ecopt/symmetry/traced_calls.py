@@ -16,7 +16,7 @@ from lightning_ecopt.symmetry.deferred import DeferredGroup
 from lightning_ecopt.symmetry.equations import Equations, Operation
 from lightning_ecopt.symmetry.group import ScalingGroup
 from lightning_ecopt.symmetry.saved_equations import packed, unpacked
-from lightning_ecopt.symmetry.trace import all_fixed, hold_results_fixed, solved
+from lightning_ecopt.symmetry.trace import Copies, all_fixed, hold_results_fixed, solved
 from lightning_ecopt.symmetry.trace_mode import TraceMode
 
 #: So many calls are not traced because they show little.
@@ -99,6 +99,22 @@ class GroupFromCalls(DeferredGroup):
         """Take note that there are other equations than before."""
         self._groups, self._has_news = {}, True
         self._version += 1
+
+    def copies(self) -> Copies:
+        """The tensors that follow parameters now, those included that are found at this moment."""
+        return self.followers.seen_by_trace(self.parameters)
+
+    def follow(self, group: ScalingGroup) -> bool:
+        """Look for copies; one that no traced call has shown as such has the next call traced before it follows."""
+        if self.followers.look(group.parameters):
+            self._reopen()
+            self.look_again()
+        return not (self.followers.are_new and self.is_waiting)
+
+    def _reopen(self) -> None:
+        """Have the equations at hand again, so that others can be added."""
+        if self._packed is not None:
+            self._calls, self._packed, self.is_final = [unpacked(self._packed)], None, False
 
     def skips(self, module: nn.Module, inputs: Any) -> bool:
         """Whether not to trace a call that shows little: of a batch without rows, of modules that are lazy yet.
@@ -258,8 +274,7 @@ class GroupFromCalls(DeferredGroup):
         wanted, equations = frozenset(names), self._unpacked()
         if equations is None or not self.parameters.keys() >= wanted:
             return None
-        if self._packed is not None:
-            self._calls, self._packed, self.is_final = [equations], None, False
+        self._reopen()
         self._trained = wanted
         self._version += 1
         self._settled = self._solved(wanted, equations)
@@ -270,10 +285,11 @@ class GroupFromCalls(DeferredGroup):
         return {id(p) for p in self._offered}.issuperset(map(id, parameters))
 
 
-def ended(mode: TraceMode, module: nn.Module, output: Any, name: str) -> Equations:
-    """The equations of a call that has ended; whatever it leaves behind must not change."""
+def ended(mode: TraceMode, module: nn.Module, output: Any, name: str, copies: Copies = ()) -> Equations:
+    """The equations of a call that has ended; whatever it leaves behind must not change, or follow its leader."""
     try:
-        hold_results_fixed(mode, module, output, name)
+        mode.tie_copies(copies)
+        hold_results_fixed(mode, module, output, name, {id(copy) for _, copy in copies})
     except Exception as error:  # a fault of ours must not stop training
         warn(f"What {type(module).__name__} returns cannot be read, so that all is held fixed: {error!r}")
         mode.hold_all_fixed(name)

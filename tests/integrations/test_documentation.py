@@ -1,4 +1,4 @@
-"""Every snippet of docs/integrations.md runs as it stands there."""
+"""Every snippet of docs/integrations.md and docs/followers.md runs as it stands there."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from torch.nn import functional as F
 
 from tests.lightning_integration.modules import EXAMPLE, Classifier, batches, is_clean, loader, mlp
 
-PAGE = Path(__file__).parents[2] / "docs" / "integrations.md"
+PAGES = [Path(__file__).parents[2] / "docs" / f"{name}.md" for name in ("integrations", "followers")]
 
 
 def sections() -> dict[str, tuple[list[str], list[str]]]:
     """By heading: the modules that a section imports, and its snippets."""
-    parts = re.split(r"^## (.+)$", PAGE.read_text(), flags=re.MULTILINE)[1:]
+    text = "\n".join(page.read_text() for page in PAGES)
+    parts = re.split(r"^## (.+)$", text, flags=re.MULTILINE)[1:]
     found = {}
     for heading, text in zip(parts[::2], parts[1::2], strict=True):
         snippets = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
@@ -76,7 +77,7 @@ def test_the_snippets_run(heading: str, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     for snippet in snippets:
         names = Names(made() | OWN.get(heading, dict)())
-        exec(compile(snippet, f"{PAGE.name}: {heading}", "exec"), names)
+        exec(compile(snippet, heading, "exec"), names)
         optimizer = names.get("optimizer")
         if optimizer is not None and "loader" not in names:  # what is trained elsewhere trains here
             train(names["model"], optimizer)

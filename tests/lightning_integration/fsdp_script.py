@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Sequence
 from datetime import timedelta
@@ -17,6 +18,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from lightning_ecopt.common.sharding import Part, is_sharded, local
 from lightning_ecopt.symmetry import ScalingGroup, scaling_group
+from lightning_ecopt.symmetry.followers import Followers
 from tests.networks import mlp
 from tests.symmetry.helpers import draw_, evaluate, flat_output
 from tests.symmetry.zoo import ZOO
@@ -180,6 +182,26 @@ def collectives(mesh: DeviceMesh) -> list[int]:
     return counts
 
 
+def followed(mesh: DeviceMesh | None) -> dict[str, Any]:
+    """What follows a network, and how it is rescaled: a copy that is sharded like it, one that is not, and a list."""
+    module = nn.Module()
+    module.net, (x,) = build(CASES[0])
+    module.target, module.plain = (copy.deepcopy(module.net).requires_grad_(False) for _ in range(2))
+    module.shadow = [p.detach() * 1.1 for p in module.net.parameters()]
+    if mesh is not None:
+        shard(module.net, mesh)
+        shard(module.target, mesh)
+    followers, group = Followers(module), scaling_group(module.net, x)
+    followers.look(group.parameters)
+    found = {"lines": followers.lines(group.parameters)}
+    log_scale = torch.linspace(-1, 1, group.num_units)
+    followers.rescale_(group, log_scale)
+    copies = {"target": module.target, "plain": module.plain}
+    for name, part in copies.items():
+        found |= {f"{name}.{of}": p for of, p in whole(dict(part.named_parameters())).items()}
+    return found | {f"shadow.{number}": tensor for number, tensor in enumerate(module.shadow)}
+
+
 def refusal(size: int) -> str:
     """What is said of parameters that are sharded over different ranks."""
     net, (x,) = build(CASES[0])
@@ -210,6 +232,7 @@ def main(rank: int, size: int, folder: Path) -> None:
         group = scaling_group(net, torch.zeros(1, 3, dtype=torch.float64))
         found["damages"][damage] = balance(shard(net, mesh), group.of(net))
     found["parts"], found["collectives"] = parts(size), collectives(mesh)
+    found["followed"] = followed(mesh)
     if size == 4:
         found["layouts"], found["refusal"] = layouts(size), refusal(size)
     torch.save(found, folder / f"{size}-{rank}.pt")

@@ -73,7 +73,7 @@ def test_stochastic_weight_averaging_averages_the_weights_of_a_plain_loop(
     # What is averaged are the weights ahead of the second and of every later epoch.
     net = network()
     average = AveragedModel(net, avg_fn=StochasticWeightAveraging.avg_fn)
-    optimizer = wrapped(net, sgd(net), EXAMPLE.expand(2, 64), rule=rule)
+    optimizer = wrapped(net, sgd(net), EXAMPLE.expand(2, 64), rule=rule, followers={average: net})
 
     def before_epoch(epoch: int) -> None:
         if epoch >= 1:
@@ -121,8 +121,8 @@ def test_running_averages_are_those_of_the_weights_of_a_plain_loop(
     run = trainer(averaging, quiet(rule=rule), num_sanity_val_steps=0)
     run.fit(ours, loader(), loader(1))
     net = mlp()
-    optimizer = wrapped(net, sgd(net), rule=rule)
     average = AveragedModel(net, avg_fn=get_ema_avg_fn(0.8) if exponential else None)
+    optimizer = wrapped(net, sgd(net), rule=rule, followers={average: net})
     validated = []
     train_plainly(
         net,

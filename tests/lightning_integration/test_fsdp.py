@@ -137,6 +137,16 @@ def test_the_balance_does_not_depend_on_the_layout(found: Any, layout: str) -> N
 
 
 @full
+@pytest.mark.parametrize("size", SIZES)
+def test_copies_follow_sharded_or_whole(found: Any, size: int) -> None:
+    expected = script.followed(None)
+    assert expected["lines"] == ["target follows net", "plain follows net", "shadow follows net"]
+    for rank in found[size]:
+        assert rank["followed"].pop("lines") == expected["lines"]
+        _assert_close(rank["followed"], {name: value for name, value in expected.items() if name != "lines"})
+
+
+@full
 def test_parameters_over_different_ranks_are_refused_by_name(found: Any) -> None:
     assert found[4][0]["refusal"].startswith("2.weight is sharded over the ranks [0, 1] and 0.weight over [0, 2]")
 

@@ -174,6 +174,9 @@ def all_equal(call: Call, *names: str) -> Value:
 
 def multiply(call: Call, first: Value, second: Value, ndim: int) -> Value:
     """The label of ``x * y``, with ``ndim`` axes. A matrix of parameters stays a parameter view, with a factor."""
+    for view, number in ((first, second), (second, first)):
+        if _is_number(number) and isinstance(view, ParameterView) and view.ndim == ndim:
+            return view
     if isinstance(first, ParameterView) and (not isinstance(second, ParameterView) or first.is_matrix):
         first, second = second, first
     if isinstance(first, ParameterView):
@@ -185,6 +188,11 @@ def multiply(call: Call, first: Value, second: Value, ndim: int) -> Value:
     if second.is_matrix:
         return call.equations.multiply(second, 1, ids)
     return _gain(call, ids, second)
+
+
+def _is_number(label: Value) -> bool:
+    """Whether this is the label of a number, other than zero, that does not change."""
+    return not isinstance(label, ParameterView) and label.ndim == 0 and bool((label == FIXED).all())
 
 
 def _gain(call: Call, ids: IntArray, vector: ParameterView) -> IntArray:
@@ -205,6 +213,8 @@ def _gain(call: Call, ids: IntArray, vector: ParameterView) -> IntArray:
 
 def divide(call: Call, numerator: Value, denominator: IntArray, ndim: int) -> Value:
     """The label of ``x / y``, with ``ndim`` axes. A matrix of parameters stays a parameter view, with a factor."""
+    if _is_number(denominator) and isinstance(numerator, ParameterView) and numerator.ndim == ndim:
+        return numerator
     denominator = align(denominator, ndim)
     if isinstance(numerator, ParameterView):
         numerator = numerator.map(lambda axis: align(axis, ndim))
@@ -221,9 +231,12 @@ def add(call: Call, first: Value, second: Value, ndim: int) -> Value:
     """
     if isinstance(first, ParameterView):
         first, second = second, first
-    if isinstance(first, ParameterView) and isinstance(second, ParameterView) and first.is_matrix and second.is_matrix:
-        first, second = (view.map(lambda axis: align(axis, ndim)) for view in (first, second))
-        return replace(first, added=(*first.added, second))
+    if isinstance(first, ParameterView) and isinstance(second, ParameterView):
+        if first.ndim == ndim and first.shows_same(second):  # a parameter and a copy of it, of which neither is used
+            return first
+        if first.is_matrix and second.is_matrix:
+            first, second = (view.map(lambda axis: align(axis, ndim)) for view in (first, second))
+            return replace(first, added=(*first.added, second))
     if isinstance(first, ParameterView):
         first = call.equations.materialise(first)
     return add_to(call, first, second, ndim)
