@@ -303,7 +303,7 @@ class Dqn(Pipeline):
         for optimizer in found if isinstance(found, list) else [found]:
             for group in optimizer.param_groups:
                 rate = group.setdefault("rate", group["lr"])
-                group["lr"] = rate if self.functions else 0.0
+                group["lr"] = rate if self.functions or self.global_step else 0.0
         return found
 
     def training_step(self, batch: int, batch_idx: int) -> None:
