@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from lightning_ecopt.symmetry.deferred import DeferredGroup, KnownGroup
     from lightning_ecopt.symmetry.describe import UnitSet
     from lightning_ecopt.symmetry.group import ScalingGroup
+    from lightning_ecopt.symmetry.invariance import Invariance, check_invariance
     from lightning_ecopt.symmetry.monomials import Monomials
     from lightning_ecopt.symmetry.pending import GroupFromModuleCalls, GroupFromNextCall
     from lightning_ecopt.symmetry.trace import scaling_group
@@ -60,10 +61,12 @@ __all__ = [
     "DeferredGroup",
     "GroupFromModuleCalls",
     "GroupFromNextCall",
+    "Invariance",
     "KnownGroup",
     "Monomials",
     "ScalingGroup",
     "UnitSet",
+    "check_invariance",
     "scaling_group",
 ]
 
@@ -75,10 +78,12 @@ __getattr__, __dir__ = lazy_names(
         "DeferredGroup": "deferred",
         "GroupFromModuleCalls": "pending",
         "GroupFromNextCall": "pending",
+        "Invariance": "invariance",
         "KnownGroup": "deferred",
         "Monomials": "monomials",
         "ScalingGroup": "group",
         "UnitSet": "describe",
+        "check_invariance": "invariance",
         "scaling_group": "trace",
     },
 )

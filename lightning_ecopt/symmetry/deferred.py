@@ -27,10 +27,12 @@ class DeferredGroup(ABC):
 
     Attributes:
         held: units that are held fixed, although the traced calls leave them free.
+        checks: one object for each optimizer that has the group from here, which sees the others'.
     """
 
     def __init__(self) -> None:
         self.held = HeldUnits()
+        self.checks: list[Any] = []
 
     @property
     @abstractmethod
@@ -69,6 +71,10 @@ class DeferredGroup(ABC):
             units: ``bool[H]``; the same on all ranks that train together.
             why: for the report.
         """
+
+    def agreed(self, units: Tensor) -> Tensor:
+        """Units (``bool[H]``) that are marked on one of the ranks that train together, which all call it together."""
+        return units
 
     def look_again(self) -> None:  # noqa: B027
         """Watch one more call: a parameter that no call has used has got a gradient."""
