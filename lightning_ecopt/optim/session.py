@@ -28,6 +28,7 @@ from lightning_ecopt.common.warn import warn
 from lightning_ecopt.optim.bases import LINEAR, momentum_to_mean
 from lightning_ecopt.optim.binding import NO_FREEDOMS, Binding, Network, Source, parameters_of, trainable_parameters
 from lightning_ecopt.optim.calls import states_in
+from lightning_ecopt.optim.gradient_check import GradientCheck
 from lightning_ecopt.optim.options import Options
 from lightning_ecopt.optim.stepper import Stepper
 from lightning_ecopt.steps import RULES
@@ -140,6 +141,7 @@ class Session:
         epoch: returns the number of the current epoch, if somebody knows it.
         last_epoch: of the last step.
         closure_comes_first: whether the base is known to call its closure before it moves anything.
+        gradient_check: looks for units that may not be rescaled.
     """
 
     def __init__(self, base: Optimizer, options: Options, source: Source) -> None:
@@ -155,6 +157,7 @@ class Session:
         self.last_epoch: int | None = None
         self._version = 0  # of the deferred group at the last look
         self.closure_comes_first = type(base).__module__.startswith("torch.optim.")
+        self.gradient_check = GradientCheck(trainable_parameters(base))
         self.binding = Binding(base, source)
         self.find_network()
 
@@ -247,6 +250,15 @@ class Session:
         """
         self.binding.deferred.hold(units, why)
         self.find_network()
+
+    def ask_gradient(self, is_refresh: bool) -> None:
+        """Hold units fixed that the gradient shows to change the loss; a refresh is due then."""
+        if self.options.check == "gradient":
+            parameters, deferred = trainable_parameters(self.base), self.binding.deferred
+            verdict = self.gradient_check.look(self.network.group, deferred, parameters, is_refresh)
+            if verdict is not None:
+                self._warn_once(verdict.message)
+                self.hold(verdict.units, verdict.why)
 
     def expect_unused(self) -> None:
         """Have one more call traced if a parameter has a gradient that no traced call has used.
