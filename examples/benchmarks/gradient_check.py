@@ -92,7 +92,10 @@ def false_alarms(precision: Precision, steps: int) -> tuple[Alarms, list[str]]:
             continue
         module = module.to(precision.kept)
         optimizer = EquivalentClassOptimizer(
-            torch.optim.SGD(module.parameters(), lr=0.01), group.of(module), refresh_interval=3
+            torch.optim.SGD(module.parameters(), lr=0.01),
+            group.of(module),
+            refresh_interval=3,
+            implementation="wrapped",
         )
         looks = []
         try:
@@ -202,7 +205,9 @@ def detection(kind: str, precision: Precision, steps: int) -> tuple[float, int, 
     free = scaling_group(Whole(copy.deepcopy(net)), x.float(), y)
     broken = group.num_units - free.num_units
     net = net.to(precision.kept)
-    optimizer = EquivalentClassOptimizer(torch.optim.SGD(net.parameters(), lr=0.01), group.of(net), refresh_interval=6)
+    optimizer = EquivalentClassOptimizer(
+        torch.optim.SGD(net.parameters(), lr=0.01), group.of(net), refresh_interval=6, implementation="wrapped"
+    )
     largest = 0.0
     for _ in range(steps):
         optimizer.zero_grad()

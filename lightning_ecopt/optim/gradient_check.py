@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
 from lightning_ecopt.common.sharding import is_sharded
-from lightning_ecopt.common.tensors import listing
+from lightning_ecopt.common.tensors import listing, widest
 from lightning_ecopt.symmetry import DeferredGroup, ScalingGroup
 from lightning_ecopt.symmetry.derivatives import LAMBDA, Evidence, is_chosen, roundoff_at, roundoff_of
 from lightning_ecopt.symmetry.equations import Operation
@@ -242,7 +242,7 @@ def _may_hide_precision(gradients: Mapping[str, Tensor | None]) -> bool:
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     if not found or world & (world - 1) or any(map(is_sharded, found)):
         return True
-    norm = torch.stack([g.norm(dtype=torch.float32) for g in found]).norm()
+    norm = torch.stack([g.norm(dtype=widest(g.device)) for g in found]).norm()
     return bool(is_chosen(norm, 1e-4))
 
 
