@@ -32,7 +32,7 @@ from accuracy import conditions
 
 from lightning_ecopt import EquivalentClassOptimizer, ScalingGroup, scaling_group
 from lightning_ecopt.symmetry.derivatives import LAMBDA
-from tests.symmetry.helpers import directions, draw_, flat_output
+from tests.symmetry.helpers import broken_units, directions, draw_, flat_output
 from tests.symmetry.zoo import ZOO
 
 SEED = 0
@@ -203,7 +203,7 @@ def detection(kind: str, precision: Precision, steps: int) -> tuple[float, int, 
     x, y = next(data)
     group = scaling_group(net, x.float())
     free = scaling_group(Whole(copy.deepcopy(net)), x.float(), y)
-    broken = group.num_units - free.num_units
+    broken = broken_units(group, free)
     net = net.to(precision.kept)
     optimizer = EquivalentClassOptimizer(
         torch.optim.SGD(net.parameters(), lr=0.01), group.of(net), refresh_interval=6, implementation="wrapped"
@@ -219,16 +219,14 @@ def detection(kind: str, precision: Precision, steps: int) -> tuple[float, int, 
         ratio = derivatives.evidence(derivatives.mean_size()).ratio
         largest = max(largest, float(ratio.max()))
         optimizer.step()
-    held = group.num_units - optimizer.group.num_units
-    wrong = held - (_right(group, optimizer.group, free) if broken else 0)
-    return largest, broken, held - wrong, wrong
+    held = _is_held(group, optimizer.group)
+    return largest, int(broken.sum()), int((held & broken).sum()), int((held & ~broken).sum())
 
 
-def _right(group: ScalingGroup, kept: ScalingGroup, free: ScalingGroup) -> int:
-    """How many of the units that are held break: those that the group of the whole loss does not have either."""
-    of_all, of_kept, of_free = (set(map(tuple, directions(each).t().tolist())) for each in (group, kept, free))
-    assert of_kept | of_free <= of_all
-    return len(of_all - of_kept - of_free)
+def _is_held(group: ScalingGroup, kept: ScalingGroup) -> Tensor:
+    """Units of a group that are not in another any more, ``bool[H]``."""
+    of_kept = set(map(tuple, directions(kept).t().tolist()))
+    return torch.tensor([tuple(column) not in of_kept for column in directions(group).t().tolist()])
 
 
 # Cost -----------------------------------------------------------------------------------------------------------------
