@@ -9,9 +9,9 @@ from lightning_ecopt.common.lazy import lazy_names
 if TYPE_CHECKING:
     from lightning_ecopt.callback import EquivalentClassOptimization
     from lightning_ecopt.configure import ec_adamw, ec_sgd
-    from lightning_ecopt.metrics import EquivalentClassDistance, PathNorm, UnitImbalance
+    from lightning_ecopt.metrics import EquivalentClassDistance, InvarianceViolation, PathNorm, UnitImbalance
     from lightning_ecopt.optim import ECSGD, ECAdamW, EquivalentClassOptimizer
-    from lightning_ecopt.symmetry import ScalingGroup, scaling_group
+    from lightning_ecopt.symmetry import ScalingGroup, check_invariance, scaling_group
 
 __version__ = "0.1.0.dev0"
 
@@ -21,9 +21,11 @@ __all__ = [
     "EquivalentClassDistance",
     "EquivalentClassOptimization",
     "EquivalentClassOptimizer",
+    "InvarianceViolation",
     "PathNorm",
     "ScalingGroup",
     "UnitImbalance",
+    "check_invariance",
     "ec_adamw",
     "ec_sgd",
     "scaling_group",
@@ -38,9 +40,11 @@ __getattr__, __dir__ = lazy_names(
         "EquivalentClassDistance": "metrics",
         "EquivalentClassOptimization": "callback",
         "EquivalentClassOptimizer": "optim",
+        "InvarianceViolation": "metrics",
         "PathNorm": "metrics",
         "ScalingGroup": "symmetry",
         "UnitImbalance": "metrics",
+        "check_invariance": "symmetry",
         "ec_adamw": "configure",
         "ec_sgd": "configure",
         "scaling_group": "symmetry",

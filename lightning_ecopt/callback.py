@@ -21,13 +21,13 @@ from lightning_ecopt._lightning import (
 from lightning_ecopt.common.sharding import is_sharded
 from lightning_ecopt.common.tensors import listing
 from lightning_ecopt.common.warn import warn
-from lightning_ecopt.configure import current_epoch, find_group, followers_of
+from lightning_ecopt.configure import current_epoch, current_precision, find_group, followers_of
 from lightning_ecopt.kernels.choose import Implementation
 from lightning_ecopt.optim import EquivalentClassOptimizer
+from lightning_ecopt.optim.arguments import check_base
 from lightning_ecopt.optim.between import StepWatch, step_watches
 from lightning_ecopt.optim.binding import parameters_of
-from lightning_ecopt.optim.optimizer import check_base
-from lightning_ecopt.optim.options import Options, RefreshInterval, Representative, RuleName, SkeletonChoice
+from lightning_ecopt.optim.options import Check, Options, RefreshInterval, Representative, RuleName, SkeletonChoice
 from lightning_ecopt.steps import RULES
 from lightning_ecopt.symmetry import DeferredGroup, ScalingGroup
 from lightning_ecopt.symmetry.followers import Given
@@ -70,13 +70,17 @@ class EquivalentClassOptimization(Callback):
             slowly with a larger one.
         state_powers: how the state of an optimizer that is not torch's scales; see
             :class:`~lightning_ecopt.EquivalentClassOptimizer`.
+        check: ``"gradient"`` asks the gradient, now and then, whether the loss changes when units are rescaled, and
+            holds those fixed for which it does, with a warning: a loss may read what the trace has not seen. ``None``
+            trusts the trace; see :func:`~lightning_ecopt.check_invariance`.
         implementation: how the step is run, which changes its speed alone: ``"auto"``, or one of the ways that
             :func:`~lightning_ecopt.kernels.choose_kernels` lists.
         followers: copies of the weights that are mixed with them, by name, and what they follow, as in
             ``{"target": "online"}``: they are rescaled whenever that is. Those that are near it at the start are found.
         verbose: print a report of the freedoms when they are known.
         log: log whether all is well with the logger, as ``ecopt/...``, every ``log_every_n_steps``: the number of
-            dormant units, and the share of clipped gradients (unit) or the extremes of beta and the number of guarded
+            dormant units, the largest violation of invariance that was found in units that are held fixed since, and
+            the share of clipped gradients (unit) or the extremes of beta and the number of guarded
             paths (path).
         refresh: an old name of ``refresh_interval``, which goes in version 0.2.
 
@@ -104,6 +108,7 @@ class EquivalentClassOptimization(Callback):
         max_path_ratio: float | None = 2.0,
         free_start: float = 2.0,
         state_powers: Mapping[str, int] | None = None,
+        check: Check = "gradient",
         implementation: Implementation = "auto",
         followers: Mapping[str, str] | None = None,
         verbose: bool = True,
@@ -123,6 +128,7 @@ class EquivalentClassOptimization(Callback):
             max_path_ratio=max_path_ratio,
             free_start=free_start,
             state_powers=state_powers,
+            check=check,
             implementation=implementation,
         )
         self._given = followers
@@ -178,6 +184,7 @@ class EquivalentClassOptimization(Callback):
                     base.stop_watching()
         for optimizer in self._optimizers:
             optimizer.follow_epochs(partial(current_epoch, pl_module))
+            optimizer.follow_precision(partial(current_precision, pl_module))
         if self._optimizers:
             ours = {id(base): optimizer for base, optimizer in zip(bases, self._optimizers, strict=True)}
             trainer.strategy.optimizers = [ours.get(id(base), base) for base in trainer.strategy.optimizers]
@@ -228,6 +235,7 @@ class EquivalentClassOptimization(Callback):
             statistics = optimizer.statistics()
             if statistics is not None:
                 values = {f"{prefix}/{name}": float(value) for name, value in vars(statistics).items()}
+                values[f"{prefix}/violation"] = optimizer.violation
                 # The batch may be an iterator, whose size Lightning could not tell; for a step it does not matter.
                 pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
 

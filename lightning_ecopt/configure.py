@@ -106,12 +106,18 @@ def _bound(optimizer: _Optimizer, module: nn.Module, followers: Given | None) ->
     optimizer.bind(partial(find_group, module, followers=followers_of(module)), followers)
     if isinstance(module, LightningModule):
         optimizer.follow_epochs(partial(current_epoch, module))
+        optimizer.follow_precision(partial(current_precision, module))
     return optimizer
 
 
 def current_epoch(module: LightningModule) -> int | None:
     """The epoch that the Trainer of a module is in; ``None`` outside of a Trainer."""
     return None if module._trainer is None else int(module._trainer.current_epoch)
+
+
+def current_precision(module: LightningModule) -> str | None:
+    """The precision of the Trainer of a module; ``None`` outside of a Trainer."""
+    return None if module._trainer is None else str(module._trainer.precision)
 
 
 def followers_of(module: nn.Module, given: Given | None = None) -> Followers:

@@ -19,9 +19,16 @@ from lightning_ecopt.common.lazy import lazy_names
 if TYPE_CHECKING:
     from lightning_ecopt.metrics.path_norm import PathNorm
     from lightning_ecopt.metrics.units import EquivalentClassDistance, UnitImbalance
+    from lightning_ecopt.metrics.violation import InvarianceViolation
 
-__all__ = ["EquivalentClassDistance", "PathNorm", "UnitImbalance"]
+__all__ = ["EquivalentClassDistance", "InvarianceViolation", "PathNorm", "UnitImbalance"]
 
 __getattr__, __dir__ = lazy_names(
-    __name__, {"EquivalentClassDistance": "units", "PathNorm": "path_norm", "UnitImbalance": "units"}
+    __name__,
+    {
+        "EquivalentClassDistance": "units",
+        "InvarianceViolation": "violation",
+        "PathNorm": "path_norm",
+        "UnitImbalance": "units",
+    },
 )

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torchmetrics import Metric
 
 #: Of the states. A metric may be moved to any device of the machine, and MPS has no float64.
-_DTYPE = torch.float32 if torch.backends.mps.is_available() else torch.float64
+DTYPE = torch.float32 if torch.backends.mps.is_available() else torch.float64
 
 
 class MeanOverUpdates(Metric):
@@ -32,14 +32,14 @@ class MeanOverUpdates(Metric):
     def __init__(self, name: str, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._sum = f"sum_of_{name}"
-        self.add_state(self._sum, torch.zeros((), dtype=_DTYPE, device="cpu"), dist_reduce_fx="sum")
+        self.add_state(self._sum, torch.zeros((), dtype=DTYPE, device="cpu"), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.long, device="cpu"), dist_reduce_fx="sum")
 
     def _add(self, value: Tensor) -> None:
         """Add the number of one update."""
         # ``metric.half()`` and the like change the dtype of states; a sum of many numbers needs all its digits.
         total: Tensor = getattr(self, self._sum)
-        setattr(self, self._sum, total.to(_DTYPE) + value.to(total.device, _DTYPE))
+        setattr(self, self._sum, total.to(DTYPE) + value.to(total.device, DTYPE))
         self.count = self.count + 1
 
     def compute(self) -> Tensor:

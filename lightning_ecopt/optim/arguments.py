@@ -7,9 +7,12 @@ from numbers import Real
 from typing import Any
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.nn import UninitializedParameter
+from torch.optim import LBFGS, Optimizer
 
+from lightning_ecopt.optim.calls import optimizers_in
 from lightning_ecopt.optim.options import shown
+from lightning_ecopt.optim.session import Session
 from lightning_ecopt.symmetry import DeferredGroup, ScalingGroup
 
 
@@ -35,6 +38,42 @@ def check_wrapped(optimizer: Any, group: Any) -> None:
         )
     if group is not None:
         check_source(group, "EquivalentClassOptimizer(optimizer, ...)")
+
+
+def check_base(optimizer: Optimizer) -> None:
+    """Raise unless ``optimizer`` can be run in the equivalent-class space.
+
+    Raises:
+        TypeError: with what to do instead.
+    """
+    if not hasattr(optimizer, "param_groups"):
+        raise TypeError(
+            f"{type(optimizer).__name__} has no param_groups, so that nobody knows what it trains: use the optimizer "
+            "that it runs, or train without the equivalent-class space."
+        )
+    for one in optimizers_in(optimizer):
+        if isinstance(vars(one).get("_session"), Session):  # an EquivalentClassOptimizer
+            what = "The optimizer is" if one is optimizer else f"{type(optimizer).__name__} runs"
+            raise TypeError(
+                f"{what} an EquivalentClassOptimizer already: wrap it once, either in configure_optimizers (ec_sgd) or "
+                "with the callback."
+            )
+        if isinstance(one, LBFGS):
+            raise TypeError(
+                "LBFGS computes gradients several times in a step, at weights of its own: use another optimizer, or "
+                "train without the equivalent-class space."
+            )
+        if getattr(one, "defaults", {}).get("differentiable"):
+            raise TypeError(
+                "A step in the equivalent-class space is not differentiable: leave out differentiable=True, or train "
+                "without the equivalent-class space."
+            )
+    if any(isinstance(p, UninitializedParameter) for options in optimizer.param_groups for p in options["params"]):
+        raise TypeError(
+            "Some parameters have no shape yet, as their modules are lazy: neither EquivalentClassOptimizer nor the "
+            "EquivalentClassOptimization callback can trace them. Call the model once with a batch before the "
+            "optimizer is made, and before fit."
+        )
 
 
 def check_source(group: Any, call: str) -> None:

@@ -72,6 +72,7 @@ def saved_rule(session: Session) -> dict[str, Any] | None:
         "trained": [id(p) in trained for p in stage.network.parameters.values()],
         "shapes": _shapes(session),
         "equations": session.binding.deferred.saved(),
+        "check": session.gradient_check.state_dict(),
     }
     followers = session.binding.deferred.followers.saved()
     if followers:
@@ -174,6 +175,7 @@ _KINDS: Mapping[str, type | tuple[type, ...]] = {
     "shapes": list,
     "equations": (Mapping, type(None)),
     "followers": list,
+    "check": Mapping,
 }
 
 
@@ -222,6 +224,7 @@ def restore(session: Session) -> bool:
     session.steps_since_refresh = state["steps_since_refresh"]
     session.last_epoch = state.get("epoch", session.last_epoch)
     session.surprises = state.get("surprises", 0)
+    session.gradient_check.load(state.get("check"), network.group)
     trained = [p.requires_grad for p in network.parameters.values()]
     session.refresh_due = state["refresh_due"] or session.interval_is_over() or state.get("trained", trained) != trained
     return True

@@ -11,7 +11,14 @@ from torch.optim import SGD, AdamW
 from lightning_ecopt.kernels import Implementation
 from lightning_ecopt.optim.arguments import check_params
 from lightning_ecopt.optim.optimizer import EquivalentClassOptimizer
-from lightning_ecopt.optim.options import OptionArguments, RefreshInterval, Representative, RuleName, SkeletonChoice
+from lightning_ecopt.optim.options import (
+    Check,
+    OptionArguments,
+    RefreshInterval,
+    Representative,
+    RuleName,
+    SkeletonChoice,
+)
 from lightning_ecopt.symmetry.followers import Given
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]]
@@ -70,6 +77,9 @@ class ECSGD(EquivalentClassOptimizer):
             in one step.
         free_start: value at which the rule ``"path"`` starts the coordinates of free skeleton weights.
         state_powers: accepted so that all optimizers have the same options; torch's state needs none.
+        check: ``"gradient"`` asks the gradient, now and then, whether the loss changes when units are rescaled, and
+            holds those fixed for which it does, with a warning: a loss may read what the trace has not seen. ``None``
+            trusts the trace; see :func:`~lightning_ecopt.check_invariance`.
         implementation: how the step is run, which changes its speed alone.
         followers: copies that are mixed with the weights, and what they follow: ``{target: online}``; with
             ``ec_sgd`` and ``ec_adamw`` also names in the module, ``{"target": "online"}``.
@@ -103,6 +113,7 @@ class ECSGD(EquivalentClassOptimizer):
         max_path_ratio: float | None = 2.0,
         free_start: float = 2.0,
         state_powers: Mapping[str, int] | None = None,
+        check: Check = "gradient",
         implementation: Implementation = "auto",
         followers: Given | None = None,
     ) -> None:
@@ -119,6 +130,7 @@ class ECSGD(EquivalentClassOptimizer):
             max_path_ratio=max_path_ratio,
             free_start=free_start,
             state_powers=state_powers,
+            check=check,
             implementation=implementation,
             followers=followers,
         )
@@ -151,6 +163,9 @@ class ECAdamW(EquivalentClassOptimizer):
             in one step.
         free_start: value at which the rule ``"path"`` starts the coordinates of free skeleton weights.
         state_powers: accepted so that all optimizers have the same options; torch's state needs none.
+        check: ``"gradient"`` asks the gradient, now and then, whether the loss changes when units are rescaled, and
+            holds those fixed for which it does, with a warning: a loss may read what the trace has not seen. ``None``
+            trusts the trace; see :func:`~lightning_ecopt.check_invariance`.
         implementation: how the step is run, which changes its speed alone.
         followers: copies that are mixed with the weights, and what they follow: ``{target: online}``; with
             ``ec_sgd`` and ``ec_adamw`` also names in the module, ``{"target": "online"}``.
@@ -182,6 +197,7 @@ class ECAdamW(EquivalentClassOptimizer):
         max_path_ratio: float | None = 2.0,
         free_start: float = 2.0,
         state_powers: Mapping[str, int] | None = None,
+        check: Check = "gradient",
         implementation: Implementation = "auto",
         followers: Given | None = None,
     ) -> None:
@@ -196,6 +212,7 @@ class ECAdamW(EquivalentClassOptimizer):
             max_path_ratio=max_path_ratio,
             free_start=free_start,
             state_powers=state_powers,
+            check=check,
             implementation=implementation,
             followers=followers,
         )

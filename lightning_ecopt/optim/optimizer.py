@@ -10,18 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
-from torch.nn import UninitializedParameter
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 
 from lightning_ecopt.kernels import Implementation
 from lightning_ecopt.optim import checkpoint
 from lightning_ecopt.optim.appearance import seen_as
-from lightning_ecopt.optim.arguments import check_source, check_wrapped
+from lightning_ecopt.optim.arguments import check_base, check_source, check_wrapped
 from lightning_ecopt.optim.between import count_step, hold_written, note_weights, passing, watch_base
 from lightning_ecopt.optim.binding import Source, find_by_module_calls, trainable_parameters
-from lightning_ecopt.optim.calls import HOOKS, StepCall, optimizers_in, or_else
+from lightning_ecopt.optim.calls import HOOKS, StepCall, or_else
 from lightning_ecopt.optim.following import follow
-from lightning_ecopt.optim.options import Option, Options, RefreshInterval, Representative, RuleName, SkeletonChoice
+from lightning_ecopt.optim.options import (
+    Check,
+    Option,
+    Options,
+    RefreshInterval,
+    Representative,
+    RuleName,
+    SkeletonChoice,
+)
 from lightning_ecopt.optim.session import Idle, Ready, Running, Session, Waiting
 from lightning_ecopt.optim.undo import undone_if_refused
 from lightning_ecopt.steps.rule import PathStatistics, UnitStatistics
@@ -78,6 +85,9 @@ class EquivalentClassOptimizer(Optimizer):
         state_powers: for entries of the state of optimizers that are not torch's: if a refresh multiplies weights by c,
             by which power of c does it divide the entry? 1 for means of gradients, 2 for means of their squares, -1 for
             averages of weights, 0 for what has no scale. A warning says if one is missing.
+        check: ``"gradient"`` asks the gradient, now and then, whether the loss changes when units are rescaled, and
+            holds those fixed for which it does, with a warning: a loss may read what the trace has not seen. ``None``
+            trusts the trace; see :func:`~lightning_ecopt.check_invariance`.
         implementation: how the step is run, which changes nothing but its speed: see
             :func:`lightning_ecopt.kernels.choose_kernels`.
         followers: copies that are mixed with the weights, and what they follow: modules or tensors, as
@@ -102,6 +112,7 @@ class EquivalentClassOptimizer(Optimizer):
     max_path_ratio = Option()
     free_start = Option()
     state_powers = Option()
+    check = Option()
     implementation = Option()
 
     def __init__(
@@ -116,6 +127,7 @@ class EquivalentClassOptimizer(Optimizer):
         max_path_ratio: float | None = 2.0,
         free_start: float = 2.0,
         state_powers: Mapping[str, int] | None = None,
+        check: Check = "gradient",
         implementation: Implementation = "auto",
         followers: Mapping[Any, Any] | None = None,
     ) -> None:
@@ -128,6 +140,7 @@ class EquivalentClassOptimizer(Optimizer):
             max_path_ratio=max_path_ratio,
             free_start=free_start,
             state_powers=state_powers,
+            check=check,
             implementation=implementation,
         )
         check_wrapped(optimizer, group)
@@ -174,6 +187,7 @@ class EquivalentClassOptimizer(Optimizer):
         with torch.no_grad(), undone_if_refused(session, call):
             result = self._take_step(call)
             note_weights(session)
+        session.gradient_check.note_step(trainable_parameters(session.base))
         return call.loss if result is None else result
 
     def _take_step(self, call: StepCall) -> Any:
@@ -198,7 +212,9 @@ class EquivalentClassOptimizer(Optimizer):
         session = self._session
         follow(session)
         is_over = session.interval_is_over()
-        if (session.refresh_due or is_over) and (not checkpoint.restore(session) or session.refresh_due):
+        is_due = (session.refresh_due or is_over) and (not checkpoint.restore(session) or session.refresh_due)
+        session.ask_gradient(is_due)  # which may hold units fixed; then a refresh is due, too
+        if is_due or session.refresh_due:
             session.refresh(session.network)
         assert isinstance(session.stage, Idle | Running)  # in all other stages a refresh was due
         return session.stage
@@ -223,6 +239,7 @@ class EquivalentClassOptimizer(Optimizer):
         is_known = not session.is_in_first_call() and session.find_network()
         if is_known and session.refresh_due and not getattr(session.stage, "saved", None):
             session.refresh(session.network)
+            session.gradient_check.note_step(trainable_parameters(session.base))
 
     @property
     def group(self) -> ScalingGroup | None:
@@ -260,6 +277,19 @@ class EquivalentClassOptimizer(Optimizer):
             epoch: returns the number of the current epoch, or ``None`` if there is none.
         """
         self._session.epoch = epoch
+
+    def follow_precision(self, precision: Callable[[], str | None]) -> None:
+        """Tell in what precision a trainer computes, as ``check="gradient"`` needs to know what rounding explains.
+
+        Args:
+            precision: returns it in Lightning's words, such as ``"bf16-mixed"``, or ``None`` if it is not known.
+        """
+        self._session.gradient_check.precision = precision
+
+    @property
+    def violation(self) -> float:
+        """The largest |Q| / A of a unit that ``check="gradient"`` has held fixed so far; zero if there is none."""
+        return self._session.gradient_check.violation
 
     def rest(self) -> None:
         """Leave the base optimizer's state at the weights, so that it can be used by itself. The next step goes on."""
@@ -369,6 +399,7 @@ class EquivalentClassOptimizer(Optimizer):
     def zero_grad(self, *args: Any, **kwargs: Any) -> None:
         """Set gradients to ``None``, or to zero with ``set_to_none=False``, as the base optimizer does."""
         self._session.base.zero_grad(*args, **kwargs)
+        self._session.gradient_check.has_zeroed = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group to the base optimizer, and look for the freedoms that the new parameters bring."""
@@ -417,39 +448,3 @@ class EquivalentClassOptimizer(Optimizer):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._session.base!r}, {self._session.group!r})"
-
-
-def check_base(optimizer: Optimizer) -> None:
-    """Raise unless ``optimizer`` can be run in the equivalent-class space.
-
-    Raises:
-        TypeError: with what to do instead.
-    """
-    if not hasattr(optimizer, "param_groups"):
-        raise TypeError(
-            f"{type(optimizer).__name__} has no param_groups, so that nobody knows what it trains: use the optimizer "
-            "that it runs, or train without the equivalent-class space."
-        )
-    for one in optimizers_in(optimizer):
-        if isinstance(one, EquivalentClassOptimizer):
-            what = "The optimizer is" if one is optimizer else f"{type(optimizer).__name__} runs"
-            raise TypeError(
-                f"{what} an EquivalentClassOptimizer already: wrap it once, either in configure_optimizers (ec_sgd) or "
-                "with the callback."
-            )
-        if isinstance(one, LBFGS):
-            raise TypeError(
-                "LBFGS computes gradients several times in a step, at weights of its own: use another optimizer, or "
-                "train without the equivalent-class space."
-            )
-        if getattr(one, "defaults", {}).get("differentiable"):
-            raise TypeError(
-                "A step in the equivalent-class space is not differentiable: leave out differentiable=True, or train "
-                "without the equivalent-class space."
-            )
-    if any(isinstance(p, UninitializedParameter) for options in optimizer.param_groups for p in options["params"]):
-        raise TypeError(
-            "Some parameters have no shape yet, as their modules are lazy: neither EquivalentClassOptimizer nor the "
-            "EquivalentClassOptimization callback can trace them. Call the model once with a batch before the "
-            "optimizer is made, and before fit."
-        )

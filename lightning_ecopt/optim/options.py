@@ -15,6 +15,7 @@ RuleName = Literal["unit", "path"]
 Representative = Literal["balanced", "current"]
 SkeletonChoice = Literal["max", "diagonal"]
 RefreshInterval = Literal["epoch"] | int | None
+Check = Literal["gradient"] | None
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Options:
         state_powers: for entries of the base optimizer's state that are not torch's: if a refresh multiplies weights by
             c, by which power of c does it divide the entry? 1 for means of gradients, 2 for means of their squares, -1
             for averages of weights, 0 for what has no scale.
+        check: ``"gradient"`` holds units fixed that the gradient shows to change the loss, with a warning; see
+            :mod:`lightning_ecopt.optim.gradient_check`. ``None`` trusts the trace.
         implementation: how the step runs, which changes its speed alone; see
             :func:`lightning_ecopt.kernels.choose_kernels`.
 
@@ -56,6 +59,7 @@ class Options:
     max_path_ratio: float | None = 2.0
     free_start: float = 2.0
     state_powers: Mapping[str, int] | None = None
+    check: Check = "gradient"
     implementation: Implementation = "auto"
 
     @classmethod
@@ -89,6 +93,8 @@ class Options:
             )
         if not (_is_finite(start) and start > 0):
             raise ValueError(f"free_start must be a finite number greater than 0, got {shown(start)}")
+        if self.check not in ("gradient", None):
+            raise ValueError(f"check must be 'gradient' or None, got {shown(self.check)}")
         if not isinstance(self.state_powers or {}, Mapping):
             raise ValueError(f"state_powers must be a mapping, got {shown(self.state_powers)}")
         # A copy, so that nothing gets in unchecked when the user changes his.
@@ -127,6 +133,7 @@ class OptionArguments(TypedDict, total=False):
     max_path_ratio: float | None
     free_start: float
     state_powers: Mapping[str, int] | None
+    check: Check
     implementation: Implementation
 
 

@@ -28,6 +28,7 @@ from lightning_ecopt.common.warn import warn
 from lightning_ecopt.optim.bases import LINEAR, momentum_to_mean
 from lightning_ecopt.optim.binding import NO_FREEDOMS, Binding, Network, Source, parameters_of, trainable_parameters
 from lightning_ecopt.optim.calls import states_in
+from lightning_ecopt.optim.gradient_check import GradientCheck
 from lightning_ecopt.optim.options import Options
 from lightning_ecopt.optim.stepper import Stepper
 from lightning_ecopt.optim.writers import Writers
@@ -149,6 +150,7 @@ class Session:
         is_resting: whether the base may be used by itself until the next of them.
         passed: names of methods of the base that have moved weights since the last of them.
         has_told: whether a warning has said that steps pass by.
+        gradient_check: looks for units that may not be rescaled.
     """
 
     def __init__(self, base: Optimizer, options: Options, source: Source, followers: Given | None = None) -> None:
@@ -168,6 +170,7 @@ class Session:
         self.writers = Writers()
         self.steps, self.is_resting, self.passed, self.has_told = 0, False, set[str](), False
         self._given = followers or {}
+        self.gradient_check = GradientCheck(trainable_parameters(base))
         self.binding = Binding(base, source, self._given)
         self.find_network()
 
@@ -273,6 +276,15 @@ class Session:
         """
         self.binding.deferred.hold(units, why)
         self.find_network()
+
+    def ask_gradient(self, is_refresh: bool) -> None:
+        """Hold units fixed that the gradient shows to change the loss; a refresh is due then."""
+        if self.options.check == "gradient":
+            parameters, deferred = trainable_parameters(self.base), self.binding.deferred
+            verdict = self.gradient_check.look(self.network.group, deferred, parameters, is_refresh)
+            if verdict is not None:
+                self._warn_once(verdict.message)
+                self.hold(verdict.units, verdict.why)
 
     def expect_unused(self) -> None:
         """Have one more call traced if a parameter has a gradient that no traced call has used.

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from lightning_ecopt.symmetry.deferred import DeferredGroup, KnownGroup
     from lightning_ecopt.symmetry.describe import UnitSet
     from lightning_ecopt.symmetry.group import ScalingGroup
+    from lightning_ecopt.symmetry.invariance import Invariance, check_invariance
     from lightning_ecopt.symmetry.module_calls import GroupFromModuleCalls
     from lightning_ecopt.symmetry.monomials import Monomials
     from lightning_ecopt.symmetry.pending import GroupFromNextCall
@@ -62,10 +63,12 @@ __all__ = [
     "DeferredGroup",
     "GroupFromModuleCalls",
     "GroupFromNextCall",
+    "Invariance",
     "KnownGroup",
     "Monomials",
     "ScalingGroup",
     "UnitSet",
+    "check_invariance",
     "scaling_group",
 ]
 
@@ -77,10 +80,12 @@ __getattr__, __dir__ = lazy_names(
         "DeferredGroup": "deferred",
         "GroupFromModuleCalls": "module_calls",
         "GroupFromNextCall": "pending",
+        "Invariance": "invariance",
         "KnownGroup": "deferred",
         "Monomials": "monomials",
         "ScalingGroup": "group",
         "UnitSet": "describe",
+        "check_invariance": "invariance",
         "scaling_group": "trace",
     },
 )

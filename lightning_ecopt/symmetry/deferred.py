@@ -29,11 +29,13 @@ class DeferredGroup(ABC):
     Attributes:
         held: units that are held fixed, although the traced calls leave them free.
         followers: copies of the weights that are rescaled with them.
+        checks: one object for each optimizer that has the group from here, which sees the others'.
     """
 
     def __init__(self) -> None:
         self.held = HeldUnits()
         self.followers = Followers()
+        self.checks: list[Any] = []
 
     @property
     @abstractmethod
@@ -92,6 +94,10 @@ class DeferredGroup(ABC):
         """
         self.followers.look(group.parameters)
         return True
+
+    def agreed(self, units: Tensor) -> Tensor:
+        """Units (``bool[H]``) that are marked on one of the ranks that train together, which all call it together."""
+        return units
 
     def look_again(self) -> None:  # noqa: B027
         """Watch one more call: a parameter that no call has used has got a gradient."""

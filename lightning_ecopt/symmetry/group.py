@@ -32,6 +32,7 @@ from lightning_ecopt.common.signals import uninterrupted
 from lightning_ecopt.common.tensors import padded, widest
 from lightning_ecopt.symmetry.balance import alive_units, balancing_scale, mean_square, sums_of_squares
 from lightning_ecopt.symmetry.coupling import NO_UNIT, Coupling, couplings_here
+from lightning_ecopt.symmetry.derivatives import Derivatives, DerivativeSums, roundoff_of
 from lightning_ecopt.symmetry.describe import UnitSet, describe_unit, sort_units
 from lightning_ecopt.symmetry.equations import Operation
 from lightning_ecopt.symmetry.labels import compress
@@ -179,6 +180,11 @@ class ScalingGroup:
     def unit_sets(self) -> list[UnitSet]:
         """Sort the units into sets that couple the same parameters in the same way."""
         return sort_units(self.couplings, self.monomials)
+
+    def scaled_by(self, units: Tensor) -> list[str]:
+        """Names of the parameters that some units (``bool[H]``) scale, in the order of the group."""
+        found = {name for each in self.unit_sets() if bool(units[each.units].any()) for name, _ in each.powers}
+        return [name for name in self.parameters if name in found]
 
     def summary(
         self,
@@ -367,6 +373,35 @@ class ScalingGroup:
         ratio = torch.where(self._alive(squares, ranks), ratio, 1.0)
         undefined = ranks.any_(torch.tensor(not all(are_finite(squares)), device=ratio.device))
         return torch.where(undefined, torch.nan, torch.maximum(ratio, 1 / ratio).amax().sqrt())
+
+    @torch.no_grad()
+    def derivatives(
+        self, gradients: Mapping[str, Tensor | None] | None = None, roundoff: float | None = None
+    ) -> Derivatives:
+        """Differentiate a loss by the log-scales of the units; zero to rounding if the loss does not change with them.
+
+        See :func:`lightning_ecopt.check_invariance`. If parameters are sharded, call it on all ranks.
+
+        Args:
+            gradients: of the loss by parameter name; by default those that the parameters have. Units of parameters
+                without a gradient are not judged.
+            roundoff: unit roundoff of what is computed in; by default as parameters, gradients and torch's switches
+                tell.
+
+        Example::
+
+            loss(model(x), y).backward()
+            group.derivatives().total  # [H], about zero
+        """
+        if gradients is None:
+            gradients = {name: p.grad for name, p in self.parameters.items()}
+        roundoff = roundoff_of(self.parameters) if roundoff is None else roundoff
+        weights = {name: p.detach() for name, p in self.parameters.items()}
+        return self._derivative_sums(weights, gradients, Ranks(self.parameters), roundoff)
+
+    @cached_property
+    def _derivative_sums(self) -> DerivativeSums:
+        return DerivativeSums(self._couplings_here, self.monomials)
 
     def _squares(self, ranks: Ranks) -> list[SquaredWeights]:
         """Take the squares of all regions that this rank adds up; empty on all ranks if nothing scales."""

@@ -128,6 +128,11 @@ class GroupFromModuleCalls(GroupFromCalls):
             self.cancel()
         return group
 
+    @property
+    def process_group(self) -> Any:
+        """The ranks that train together."""
+        return self.gather.module.process_group if isinstance(self.gather, _RanksOf) else None
+
     def replace(self, equations: Equations | None) -> None:
         """Use these equations in place of those of the calls so far, which a new mode adds to."""
         super().replace(equations)
@@ -248,9 +253,9 @@ class _RanksOf:
     """Gathers from the ranks of a module, which copies of it may not have any more."""
 
     def __init__(self, module: DistributedDataParallel) -> None:
-        self._module = module
+        self.module = module
 
     def __call__(self, group: ScalingGroup, equations: Equations) -> Sequence[Equations] | None:
-        if self._module._join_config.enable:  # others may have joined already, and would not answer
+        if self.module._join_config.enable:  # others may have joined already, and would not answer
             return None
-        return gather_if_different(group, equations, process_group=self._module.process_group)
+        return gather_if_different(group, equations, process_group=self.module.process_group)

@@ -78,6 +78,10 @@ class Monomials:
         """Apply the transpose of :meth:`of`: turn derivatives by monomials, ``[S]``, into ones by units, ``[H]``."""
         return self._sum(values, self.exponents)
 
+    def collect_sizes(self, values: Tensor) -> Tensor:
+        """Apply :meth:`collect` with the magnitudes of all exponents, as to sums of magnitudes."""
+        return self._sum(values, self.exponents.abs())
+
     def collect_parts(self, rising: Tensor, falling: Tensor) -> tuple[Tensor, Tensor]:
         """Apply :meth:`collect` to ``rising - falling``, with positive and negative parts kept apart.
 

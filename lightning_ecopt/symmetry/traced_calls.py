@@ -170,6 +170,19 @@ class GroupFromCalls(DeferredGroup):
         self._groups = {self._trained: self._settled}
         self._version += 1
 
+    @property
+    def process_group(self) -> Any:
+        """The ranks that train together, if any do; ``None`` for all."""
+        return None
+
+    def agreed(self, units: Tensor) -> Tensor:
+        """Units that are marked on one of the ranks that train together."""
+        if self.has_ranks:
+            marks = units.to(next(iter(self.parameters.values())).device, torch.int32)
+            torch.distributed.all_reduce(marks, torch.distributed.ReduceOp.MAX, self.process_group)
+            units = (marks > 0).to(units.device)
+        return units
+
     def settle(self) -> ScalingGroup | None:
         """The group of what is trained now, or has been; what ranks that train together have found is joined."""
         self.note_trained()

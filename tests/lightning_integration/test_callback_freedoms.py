@@ -238,8 +238,8 @@ def test_each_fit_has_its_own_report(capsys: pytest.CaptureFixture[str]) -> None
 
 
 STATISTICS = {
-    "unit": {"ecopt/clipped", "ecopt/dormant_units"},
-    "path": {"ecopt/min_beta", "ecopt/max_beta", "ecopt/guarded_paths", "ecopt/dormant_units"},
+    "unit": {"ecopt/clipped", "ecopt/dormant_units", "ecopt/violation"},
+    "path": {"ecopt/min_beta", "ecopt/max_beta", "ecopt/guarded_paths", "ecopt/dormant_units", "ecopt/violation"},
 }
 
 
@@ -265,7 +265,8 @@ def test_scalars_are_logged_with_the_logger_and_kept_as_metrics(
         assert 0 < last["ecopt/min_beta"] < 1 < last["ecopt/max_beta"]
     else:
         assert 0 < last["ecopt/clipped"] < 1
-    assert last == pytest.approx({f"ecopt/{name}": value for name, value in vars(statistics).items()}, rel=1e-6)
+    expected = {f"ecopt/{name}": value for name, value in vars(statistics).items()}
+    assert last == pytest.approx({**expected, "ecopt/violation": 0.0}, rel=1e-6)
 
 
 @RULES

@@ -58,7 +58,7 @@ def displacement(make: Make, rule: str | None, dtype: torch.dtype, seed: int) ->
     if rule is not None:
         group = scaling_group(module, x)
         optimizer = EquivalentClassOptimizer(
-            optimizer, group, rule=rule, refresh_interval=None, representative="current"
+            optimizer, group, rule=rule, refresh_interval=None, representative="current", check=None
         )
 
     def flat() -> Tensor:

@@ -184,7 +184,7 @@ def test_under_a_constant_gradient_the_rate_is_the_length_whatever_the_momentum(
 ) -> None:
     module, x, _ = problem(5, 6, 3)
     gradients = {name: torch.randn_like(p) for name, p in module.named_parameters()}
-    optimizer = unit(module, x, lambda params: SGD(params, lr=1e-3, momentum=momentum, dampening=dampening))
+    optimizer = unit(module, x, lambda params: SGD(params, lr=1e-3, momentum=momentum, dampening=dampening), check=None)
     only_refresh(optimizer)
     magnitude = module[0].weight.detach().norm(dim=1)
     for _ in range(240):

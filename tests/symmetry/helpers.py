@@ -114,6 +114,12 @@ def directions(group: ScalingGroup) -> Tensor:
     return torch.stack(columns, 1) if columns else torch.zeros(group.num_parameters, 0, dtype=torch.float64)
 
 
+def broken_units(group: ScalingGroup, free: ScalingGroup) -> Tensor:
+    """Units of a group that are no freedoms of another one of the same parameters, alone or together; ``bool[H]``."""
+    columns, space = directions(group), torch.linalg.qr(directions(free)).Q
+    return (columns - space @ (space.t() @ columns)).norm(dim=0) > 1e-6 * columns.norm(dim=0)
+
+
 def flat_output(output: Any) -> Tensor:
     """All real numbers in an output of any structure, as one vector."""
     return torch.cat([tensor.flatten() for tensor in tensors_in(output, objects=True) if tensor.is_floating_point()])

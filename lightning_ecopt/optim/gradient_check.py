@@ -1,0 +1,250 @@
+"""Asks the gradient whether units may be rescaled: what a trace has not seen, or what begins later, shows there.
+
+If the loss does not change when a unit is rescaled, then Q = sum k w g is zero for it, to rounding; see
+:mod:`lightning_ecopt.symmetry.derivatives` for the sums, and for the bound. It is asked at the first step, at each
+refresh, where weights are about to be rescaled, and at the :data:`LOOKS` steps behind it, whose sums are read once, at
+the last of them: a term may not be there in each step, and what is wrong keeps its sign more often than rounding does.
+Units that fail are held fixed from then on, for all optimizers that share the group.
+
+A gradient is asked only if it belongs to the weights as they are. It does not if somebody has written to them since the
+last step (SAM computes gradients elsewhere; constraints, running means and restored weights come between), or if it was
+there at the last step and nobody has zeroed it: then it is a sum over several weights. Gradients of other optimizers'
+parameters, which another loss may have left, are used on the same conditions.
+
+What is missed: violations below the bound, which is about 1e-5 in float32, 1e-2 in TF32 and 0.08 in 16 bits for a unit
+between two layers, and smaller than that part of the largest gradient so far; a term that is in none of the steps that
+are looked at; units with clipped elements. Where no trainer tells the precision, and gradients are clipped by
+their norm, a violation of most of the units at once by up to 2e-2 is taken for computation in 16 bits
+(:meth:`~lightning_ecopt.EquivalentClassOptimizer.follow_precision` tells it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import TensorWeakRef
+
+from lightning_ecopt.common.sharding import is_sharded
+from lightning_ecopt.common.tensors import listing, widest
+from lightning_ecopt.symmetry import DeferredGroup, ScalingGroup
+from lightning_ecopt.symmetry.derivatives import LAMBDA, Evidence, is_chosen, roundoff_at, roundoff_of
+from lightning_ecopt.symmetry.equations import Operation
+
+#: Steps behind a refresh that are looked at. With the one at the refresh there are five, more than are needed to meet
+#: a term of every other step, or half of the batches, with a probability of 97 %, and few beside those of an epoch.
+LOOKS = 4
+#: Standard deviations of rounding from which on a unit is held fixed if another of its layer is.
+PEERS = 2.0
+BROKEN = (
+    "The loss changes when units of {names} are rescaled (ratio {ratio:.2g}, rounding explains {bound:.1g}), so that "
+    "{count} of {all} units are held fixed from now on. If the loss reads these weights or hidden values directly, as "
+    "a penalty or a loss on features does, this is right, and check_invariance finds such a term in a test. If "
+    "gradients are changed on purpose (noise, clipping by value, hooks), pass check=None."
+)
+
+
+@dataclass(frozen=True, eq=False)
+class LastStep:
+    """What a step has left behind, of the optimizer's first parameter with a gradient.
+
+    Args:
+        parameter: the parameter.
+        version: how often it had been written to.
+        gradient: the gradient that was used; ``None`` if there was none.
+    """
+
+    parameter: TensorWeakRef
+    version: int
+    gradient: TensorWeakRef | None
+
+    @classmethod
+    def of(cls, parameters: Sequence[Tensor]) -> LastStep | None:
+        """Of the first of the parameters with a gradient, or the first of all; ``None`` if there are none."""
+        for p in [p for p in parameters if p.grad is not None] or parameters:
+            return cls(TensorWeakRef(p), _version(p), None if p.grad is None else TensorWeakRef(p.grad))
+        return None
+
+    def is_over(self, has_zeroed: bool) -> bool:
+        """Whether there are other gradients, at the weights that the step has left."""
+        parameter = self.parameter()
+        if parameter is None or _version(parameter) != self.version:
+            return False
+        gradient = None if self.gradient is None else self.gradient()
+        return has_zeroed or gradient is None or gradient is not parameter.grad
+
+
+def _version(parameter: Tensor) -> int:
+    return -1 if parameter.is_inference() else parameter._version
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Units that may not be rescaled.
+
+    Args:
+        units: ``bool[H]``.
+        why: for the report.
+        message: for the user.
+    """
+
+    units: Tensor
+    why: Operation
+    message: str
+
+
+class GradientCheck:
+    """Looks at gradients, and says which units may not be rescaled.
+
+    Args:
+        parameters: of the optimizer.
+
+    Attributes:
+        violation: the largest |Q| / A of a unit that has been found to break, so far; zero if there is none.
+        precision: says in what precision a trainer computes, if somebody knows.
+        has_zeroed: whether the optimizer was asked to zero gradients since its last step.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self.violation = 0.0
+        self.precision: Callable[[], str | None] = _unknown
+        self.has_zeroed = False
+        self._own: set[int] = set()
+        self._last: LastStep | None = None
+        self._was_fresh = False  # at the last step; a resumed run and a copy have no step before the next
+        self._group: ScalingGroup | None = None  # which the numbers of units belong to
+        self._sums: Evidence | None = None  # over the looks since the refresh
+        self._largest: Tensor | None = None  # mean of A over units, of all looks so far
+        self._left, self._is_first = LOOKS, True
+        self.note_step(parameters)
+
+    def note_step(self, parameters: Sequence[Tensor]) -> None:
+        """Take note that weights are where the next gradients should be computed."""
+        self._last, self.has_zeroed = LastStep.of(parameters), False
+
+    @property
+    def _is_fresh(self) -> bool:
+        """Whether the gradients of the optimizer's parameters are those of a loss at the weights as they are."""
+        return self._was_fresh if self._last is None else self._last.is_over(self.has_zeroed)
+
+    def look(
+        self, group: ScalingGroup, deferred: DeferredGroup, parameters: Sequence[Tensor], is_refresh: bool
+    ) -> Verdict | None:
+        """Look at the gradients if it is time to, and decide if it is time to, which waits for the device.
+
+        Args:
+            group: that is used now.
+            deferred: where it comes from.
+            parameters: those of the optimizer that are trained.
+            is_refresh: whether weights are about to be rescaled.
+
+        Returns:
+            The units that break, if any do.
+        """
+        self._own, self._was_fresh = {id(p) for p in parameters}, self._is_fresh
+        if self not in deferred.checks:
+            deferred.checks.append(self)
+        devices = {p.device for p in group.parameters.values()}
+        if not (is_refresh or self._left) or not group.num_units or len(devices) > 1:
+            return None
+        if self._group is not group:
+            self._group, self._sums = group, None
+        known, gradients = roundoff_at(self.precision()), self._gradients(group, deferred.checks)
+        now = self._now(group, gradients, known)
+        sums = now if self._sums is None else self._sums + now
+        self._left = LOOKS if is_refresh else self._left - 1
+        self._sums = now if is_refresh else sums
+        if not (is_refresh or self._is_first or self._left == 0):
+            return None
+        self._is_first = False
+        may_hide = known is None and _may_hide_precision(gradients)
+        return self._decided(group, deferred, [now, sums], not may_hide)
+
+    def _now(self, group: ScalingGroup, gradients: Mapping[str, Tensor | None], known: float | None) -> Evidence:
+        roundoff = max(known or 0.0, roundoff_of(group.parameters))
+        found = group.derivatives(gradients, roundoff)
+        mean = found.mean_size()
+        self._largest = mean if self._largest is None else torch.maximum(self._largest.to(mean.device), mean)
+        return found.evidence(self._largest)
+
+    def _gradients(self, group: ScalingGroup, checks: Sequence[GradientCheck]) -> dict[str, Tensor | None]:
+        """The gradients at the weights as they are, of all optimizers that share the group."""
+        fresh = {key for check in checks if check is not self and check._is_fresh for key in check._own} - self._own
+        fresh |= self._own if self._was_fresh else set()
+        return {name: p.grad if p.requires_grad and id(p) in fresh else None for name, p in group.parameters.items()}
+
+    def _decided(
+        self, group: ScalingGroup, deferred: DeferredGroup, evidences: Sequence[Evidence], is_known: bool
+    ) -> Verdict | None:
+        ratios = torch.stack([evidence.ratio for evidence in evidences])
+        bounds = torch.stack([evidence.bound(is_known=is_known) for evidence in evidences])
+        excess = ratios / bounds
+        units = deferred.agreed((excess > 1).any(0)).cpu()
+        if not bool(units.any()):
+            return None
+        units = deferred.agreed(_with_peers(group, units, (excess > PEERS / LAMBDA).any(0).cpu()))
+        worst = divmod(int(excess.argmax()), group.num_units)
+        ratio, bound = float(ratios[worst]), float(bounds[worst])
+        self.violation, self._left = max(self.violation, float(ratios[:, units.to(ratios.device)].max())), LOOKS
+        names = listing(group.scaled_by(units))
+        message = BROKEN.format(names=names, ratio=ratio, bound=bound, count=int(units.sum()), all=group.num_units)
+        return Verdict(units, Operation("gradient", names), message)
+
+    # Checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to decide alike."""
+        sums = None if self._sums is None else self._sums.sums.clone()
+        largest = None if self._largest is None else self._largest.clone()
+        return {
+            "sums": sums,
+            "largest": largest,
+            "left": self._left,
+            "violation": self.violation,
+            "was_fresh": self._was_fresh,
+        }
+
+    def load(self, state: Mapping[str, Any] | None, group: ScalingGroup) -> None:
+        """Go on from what :meth:`state_dict` has returned, with the same group; from ``None``, begin anew."""
+        device, state = next(iter(group.parameters.values())).device, state or {}
+        sums, largest = state.get("sums"), state.get("largest")
+        self._group = group
+        self._sums = None if sums is None or sums.shape[1] != group.num_units else Evidence(sums.to(device, copy=True))
+        self._largest = None if largest is None else largest.to(device, copy=True)
+        self._left, self._is_first = state.get("left", LOOKS), not state
+        self.violation = state.get("violation", 0.0)
+        if state:
+            self._last, self._was_fresh = None, state.get("was_fresh", False)
+
+    def __getstate__(self) -> dict[str, Any]:  # a copy has other parameters
+        return {**vars(self), "_own": set(), "_last": None}
+
+
+def _with_peers(group: ScalingGroup, units: Tensor, likely: Tensor) -> Tensor:
+    """Add the likely ones among the units that couple the same parameters: what breaks one channel breaks others."""
+    units = units.clone()
+    for each in group.unit_sets():
+        if bool(units[each.units].any()):
+            units[each.units] |= likely[each.units]
+    return units
+
+
+def _may_hide_precision(gradients: Mapping[str, Tensor | None]) -> bool:
+    """Whether gradients may have been multiplied, so that their digits do not show what they were computed in.
+
+    So they are if their norm has been clipped, to a number of one or two decimal digits, or they are means over a
+    number of ranks that is no power of two.
+    """
+    found = [g for g in gradients.values() if g is not None and not g.is_sparse]
+    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    if not found or world & (world - 1) or any(map(is_sharded, found)):
+        return True
+    norm = torch.stack([g.norm(dtype=widest(g.device)) for g in found]).norm()
+    return bool(is_chosen(norm, 1e-4))
+
+
+def _unknown() -> str | None:
+    return None

@@ -1,0 +1,306 @@
+"""How a loss changes when units are rescaled, from weights and gradients alone.
+
+If unit h is rescaled by exp(s), an element e that its scale multiplies with exponent k_e becomes w_e exp(k_e s). So
+
+    Q_h = dL/ds = sum_e k_e w_e g_e,        A_h = sum_e |k_e w_e g_e|,
+
+and Q_h = 0, whatever the batch, if the loss does not change (Noether's identity). What is computed differs from zero by
+rounding.
+
+How much rounding explains. Backward passes hand on what they have computed: the rounding of a value far from unit h
+changes the gradients of its incoming and of its outgoing elements alike, and drops out of Q_h. What is left is rounded
+between the two: in each *place* where elements of the unit meet data, a product is rounded, and what is added,
+activated or normalised behind it, on the way there and on the way back: :data:`ROUNDINGS` in all. Each is off by a
+relative error within u, all errors equally likely, which has the variance u**2 / 3. The E elements of a place are added
+up in 32 bits or more. Errors of different roundings are independent, with mean zero, so that they add up like a random
+walk (Higham and Mary, SIAM J. Sci. Comput. 41 (2019)):
+
+    |Q_h| <= LAMBDA r_h A_h,        r_h**2 = sum over places of (ROUNDINGS u**2 + E u32**2) / 3,
+
+but with a probability of 2 exp(-LAMBDA**2 / 2), which is 3e-8. Elements w_e g_e are sums over a batch themselves,
+though, and may cancel where their terms do not: at a stationary point, or behind a softmax or a norm. So A_h alone is
+no yardstick. The terms of other units are of the same size, and were so at earlier steps. So the mean of A over all
+units, or the largest that this mean has been, is added to A_h.
+
+- u is that of the *computation*: of the type of weights and gradients, or of 16 bits if gradients have the trailing
+  zeros of numbers that were cast (autocast), or of TF32 where torch may use it. float16 counts as bfloat16, as it also
+  underflows; float64 as float32, as parts of a network often compute in it.
+- A clipped gradient (``clip_grad_value_``) is none. If the largest magnitude of a parameter's gradient is a number of
+  one or two decimal digits, or several elements have it, these make the A of their units infinite, which are not
+  judged. Nor are units with an element that has no gradient, or none that is finite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import inf, prod
+
+import torch
+from torch import Tensor
+
+from lightning_ecopt.common.segment_sum import SegmentSum
+from lightning_ecopt.common.sharding import Ranks, local
+from lightning_ecopt.common.tensors import pieces, widest
+from lightning_ecopt.symmetry.coupling import NO_UNIT, Coupling
+from lightning_ecopt.symmetry.monomials import Monomials
+
+#: Standard deviations that rounding may reach.
+LAMBDA = 6.0
+#: In each place of a unit, on the way forward and back.
+ROUNDINGS = 4.0
+#: Half of a normal distribution is within so many standard deviations.
+MEDIAN = 0.6745
+#: Unit roundoffs of what is computed in.
+FLOAT32, TF32, SIXTEEN, EIGHT = 2.0**-24, 2.0**-11, 2.0**-8, 2.0**-3
+#: So many equal largest magnitudes are no coincidence: two are, of two classes.
+CLIPPED = 3
+#: Most elements of a gradient whose digits are looked at, and fewest that tell something.
+SAMPLE, ENOUGH = 4096, 6
+
+
+@dataclass(frozen=True, eq=False)
+class Derivatives:
+    """Derivatives of a loss by the log-scales of units, and what rounding explains of them.
+
+    Args:
+        total: Q, ``[H]``.
+        size: A, ``[H]``; infinite or undefined for units that cannot be judged.
+        rounding: r, ``[H]``, at the precision that was found.
+        places: what takes the place of r**2 for a larger unit roundoff u, over u**2, ``[H]``.
+    """
+
+    total: Tensor
+    size: Tensor
+    rounding: Tensor
+    places: Tensor
+
+    def evidence(self, floor: Tensor) -> Evidence:
+        """What can be said of units from this gradient alone.
+
+        Args:
+            floor: the largest mean of A so far, a scalar.
+        """
+        judged = self.judged
+        total, size, rounding, places = (
+            torch.where(judged, values, 0.0) for values in (self.total, self.size, self.rounding, self.places.sqrt())
+        )
+        yardstick = size + torch.where(judged, floor, 0.0)
+        return Evidence(torch.stack([total, size, LAMBDA * rounding * yardstick, places * yardstick]))
+
+    @property
+    def judged(self) -> Tensor:
+        """Units of which the gradient can tell something, ``bool[H]``."""
+        return self.size.isfinite() & self.total.isfinite() & (self.size > 0)
+
+    def mean_size(self) -> Tensor:
+        """The mean of A over all units that are judged, a scalar; zero if there is none."""
+        judged = self.judged
+        return torch.where(judged, self.size, 0.0).sum() / judged.sum().clamp(min=1)
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """Sums over one gradient or several, which tell whether units may be rescaled.
+
+    Args:
+        sums: ``[4, H]``: Q; A; how large Q may be for rounding; and how large per unit roundoff u, of a larger u.
+    """
+
+    sums: Tensor
+
+    def __add__(self, other: Evidence) -> Evidence:
+        return Evidence(self.sums + other.sums)
+
+    @property
+    def ratio(self) -> Tensor:
+        """|Q| / A, ``[H]``; zero for units that have not been judged."""
+        total, size = self.sums[:2]
+        return torch.where(size > 0, total.abs() / size, 0.0)
+
+    def bound(self, *, is_known: bool = False) -> Tensor:
+        """The largest ratio that rounding explains, ``[H]``.
+
+        Args:
+            is_known: whether the precision of the computation is known. If not, and most units stand out of the
+                rounding of the one that was found by no more than TF32 or 16 bits explain, it was that. Gradients do
+                not show it when numbers of 16 bits have been added up and clipped by their norm.
+        """
+        total, size, most, per_roundoff = self.sums
+        judged = size > 0
+        if not is_known and bool(judged.any()):
+            middle = torch.where(judged, total.abs() / per_roundoff, torch.nan).nanmedian()
+            if float(torch.where(judged, total.abs() / most, torch.nan).nanmedian()) > 1:
+                explains = [u for u in (TF32, SIXTEEN) if float(middle) <= MEDIAN * u][:1]
+                most = torch.maximum(most, LAMBDA * sum(explains) * per_roundoff)
+        return torch.where(judged, most / size, torch.inf)
+
+
+class DerivativeSums:
+    """Sums w * g over the elements of each unit.
+
+    Args:
+        couplings: of the group, cut to what this rank holds of the parameters.
+        monomials: the scales that the couplings refer to.
+    """
+
+    def __init__(self, couplings: Sequence[Coupling], monomials: Monomials) -> None:
+        self._couplings, self._monomials = couplings, monomials
+        self._by_name: dict[str, list[int]] = {}
+        for number, coupling in enumerate(couplings):
+            self._by_name.setdefault(coupling.parameter, []).append(number)
+        self._joins = [bool(torch.isin(c.incoming[c.incoming != NO_UNIT], c.outgoing).any()) for c in couplings]
+        self._entries = [coupling.incoming.numel() + coupling.outgoing.numel() for coupling in couplings]
+        self._on: dict[torch.device, tuple[list[Coupling], SegmentSum]] = {}
+
+    def _at(self, device: torch.device) -> tuple[list[Coupling], SegmentSum]:
+        """The couplings on a device, and what adds up entries of ``incoming`` and ``outgoing`` of each: ``[S]``."""
+        if device not in self._on:
+            size = self._monomials.num_scales
+            sides = [side.reshape(-1) for c in self._couplings for side in (c.incoming, c.outgoing)]
+            numbers = torch.cat([side.where(side != NO_UNIT, size) for side in sides]).to(device)
+            self._on[device] = [coupling.to(device) for coupling in self._couplings], SegmentSum(numbers, size)
+        return self._on[device]
+
+    def __call__(
+        self, weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor | None], ranks: Ranks, roundoff: float
+    ) -> Derivatives:
+        """Form Q, A and the rounding of all units.
+
+        Args:
+            weights: by parameter name, sharded or not.
+            gradients: likewise; units with an element that has none are not judged.
+            ranks: the ranks that hold parts of the weights; all of them get the same result.
+            roundoff: unit roundoff of what is computed in, as far as it is known; the gradients may show a larger one.
+        """
+        device = local(next(iter(weights.values()))).device
+        parts = torch.zeros(4, sum(self._entries), dtype=widest(device), device=device)
+        places = dict(enumerate(parts.split(self._entries, 1)))
+        present = {name: _values(g) for name in self._by_name if (g := gradients.get(name)) is not None}
+        limits, precision = _limits(present), _roundoff(present.values(), roundoff)
+        for name, numbers in self._by_name.items():
+            weight, gradient = weights[name], gradients.get(name)
+            if gradient is None:
+                for number in numbers:
+                    places[number][1] = inf
+            elif ranks.counts(weight):
+                dense = local(gradient.to_dense() if gradient.is_sparse else gradient)
+                for number in numbers:
+                    self._add_up(number, local(weight), dense, limits[name], precision, places[number])
+        if self._couplings:
+            sums = torch.stack([self._at(device)[1](row) for row in parts])
+        else:
+            sums = parts.new_zeros(4, self._monomials.num_scales)
+        return self._of_units(ranks.sum_(sums))
+
+    def _add_up(
+        self, number: int, weight: Tensor, gradient: Tensor, limit: Tensor, precision: Tensor, part: Tensor
+    ) -> None:
+        """Add up w g, its magnitude, roundings and places of one coupling, for each entry of its two sides."""
+        here = self._at(weight.device)[0][number]
+        weight, gradient = here.view(weight), here.view(gradient)
+        same = (here.incoming == here.outgoing) if self._joins[number] else None  # k = 0 there
+        sides = list(zip((here.incoming, here.outgoing), (1, -1), strict=True))
+        sums = [
+            side.view(4, *ids.shape)
+            for side, (ids, _) in zip(part.split([ids.numel() for ids, _ in sides], 1), sides, strict=True)
+        ]
+        for place, (ids, _) in zip(sums, sides, strict=True):
+            place[3] = ROUNDINGS / 3
+            place[2] = (ROUNDINGS * precision**2 + prod(weight.shape) / max(ids.numel(), 1) * FLOAT32**2) / 3
+        for rows in pieces(weight, "refresh"):
+            products = weight[rows].to(part.dtype) * gradient[rows]
+            if same is not None:
+                products.masked_fill_(same[rows] if same.ndim == weight.ndim and len(same) > 1 else same, 0.0)
+            clipped = (gradient[rows].abs() >= limit) & (products != 0)
+            magnitudes = products.abs().masked_fill_(clipped, inf)
+            for place, (ids, sign) in zip(sums, sides, strict=True):
+                into = place[:2, rows] if ids.ndim == weight.ndim and len(ids) > 1 else place[:2]
+                into[0] += sign * products.sum_to_size(into[0].shape)
+                into[1] += magnitudes.sum_to_size(into[1].shape)
+
+    def _of_units(self, sums: Tensor) -> Derivatives:
+        """Collect sums of scales, ``[4, S]``, for each unit."""
+        monomials = self._monomials.to(sums.device)
+        size, variance, places = (monomials.collect_sizes(row) for row in sums[1:])
+        return Derivatives(monomials.collect(sums[0]), size, variance.sqrt(), places)
+
+
+def _values(gradient: Tensor) -> Tensor:
+    """The numbers of a gradient on this rank, in one tensor that is not sparse."""
+    return local(gradient.coalesce().values() if gradient.is_sparse else gradient)
+
+
+def _limits(gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """For each gradient the magnitude from which on its elements may be clipped: infinite if none are."""
+    most = {name: _largest(gradient) for name, gradient in gradients.items()}
+    if not most:
+        return {}
+    device = next(iter(most.values()))[0].device
+    wide = widest(device)
+    sizes, counts = (torch.stack([pair[k].to(device, wide) for pair in most.values()]) for k in (0, 1))
+    top = sizes == sizes.max()
+    shared = (counts >= CLIPPED) | (top & (torch.where(top, counts, 0.0).sum() >= CLIPPED))
+    clipped = (shared | is_chosen(sizes, 4 * FLOAT32)) & (sizes > 0)
+    return dict(zip(most, torch.where(clipped, sizes, inf).unbind(), strict=True))
+
+
+def is_chosen(values: Tensor, tolerance: float) -> Tensor:
+    """Whether positive numbers have one or two decimal digits, as 0.5 and 0.25, to a relative tolerance."""
+    decade = 10 ** values.log10().floor()
+    return ((values / decade * 10).round() / 10 * decade / values - 1).abs() < tolerance
+
+
+def _largest(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest magnitude, and how many elements have it."""
+    if not values.numel():
+        return values.new_zeros(()), values.new_zeros(())
+    values = values if values.ndim else values.view(1)
+    low, high = values.aminmax()
+    largest = torch.maximum(high, -low)
+    return largest, sum(((values[rows].abs() == largest).sum() for rows in pieces(values, "refresh")), largest * 0)
+
+
+def _roundoff(gradients: Iterable[Tensor], known: float) -> Tensor:
+    """The unit roundoff of what gradients were computed in: of 16 bits if any of them shows that, or what is known.
+
+    Numbers of 16 bits in 32 end in zeros, and so do sums of a few of them; of others one in 16 ends in four zeros. A
+    gradient of more digits tells nothing of what its unit's other gradients, or activations, were computed in.
+    """
+    gradients = list(gradients)
+    known = max(known, FLOAT32)
+    if any(torch.finfo(gradient.dtype).bits < 32 for gradient in gradients):
+        known = SIXTEEN
+    samples = [g.reshape(-1)[:SAMPLE].contiguous() for g in gradients if g.dtype == torch.float32]
+    if known >= SIXTEEN or not samples:
+        return torch.tensor(known, device=gradients[0].device if gradients else "cpu")
+    counts = torch.stack(
+        [torch.stack([((g.view(torch.int32) & 15 == 0) & (g != 0)).sum(), (g != 0).sum()]) for g in samples]
+    )
+    counts = torch.cat([counts, counts.sum(0, keepdim=True)])
+    rounded, proper = counts.unbind(1)
+    return torch.where(((proper >= ENOUGH) & (2 * rounded > proper)).any(), SIXTEEN, known)
+
+
+def roundoff_of(parameters: Mapping[str, Tensor]) -> float:
+    """Unit roundoff of what a network computes in, as far as its parameters and the switches of torch tell."""
+    if any(torch.finfo(p.dtype).bits < 32 for p in parameters.values()):
+        return SIXTEEN
+    on_cuda = any(p.device.type == "cuda" for p in parameters.values())
+    has_convolutions = any(p.ndim > 2 for p in parameters.values())
+    try:
+        precision = torch.get_float32_matmul_precision()
+        if precision != "highest":
+            return SIXTEEN if precision == "medium" else TF32
+        return TF32 if on_cuda and has_convolutions and torch.backends.cudnn.allow_tf32 else FLOAT32
+    except RuntimeError:  # the switches have been set by name for single operations
+        return TF32 if on_cuda else SIXTEEN
+
+
+def roundoff_at(precision: str | None) -> float | None:
+    """Unit roundoff of what a Trainer of some precision computes in, such as ``"bf16-mixed"``; ``None`` if unknown."""
+    if precision is None:
+        return None
+    if "transformer-engine" in precision:
+        return EIGHT
+    return SIXTEEN if "16" in precision else FLOAT32
