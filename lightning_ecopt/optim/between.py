@@ -20,7 +20,8 @@ from lightning_ecopt.common.sharding import can_be_rescaled, local
 from lightning_ecopt.common.tensors import widest
 from lightning_ecopt.common.warn import warn
 from lightning_ecopt.optim.binding import parameters_of
-from lightning_ecopt.optim.session import Idle, Running, Session
+from lightning_ecopt.optim.session import Session
+from lightning_ecopt.optim.stages import Idle, Running
 from lightning_ecopt.optim.writers import WRITTEN
 
 OF_TWO_PHASES = (

@@ -19,7 +19,8 @@ from lightning_ecopt.common.tensors import listing
 from lightning_ecopt.common.warn import warn
 from lightning_ecopt.optim.binding import WAY_OUT, Network, parameters_of
 from lightning_ecopt.optim.calls import without_hooks
-from lightning_ecopt.optim.session import Idle, Ready, Resting, Running, Session, Waiting
+from lightning_ecopt.optim.session import Session
+from lightning_ecopt.optim.stages import Idle, Ready, Resting, Running, Waiting
 from lightning_ecopt.steps import RULES
 
 KEY = "equivalent_class"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from lightning_ecopt.optim.binding import Network
-from lightning_ecopt.optim.session import Running, Session
+from lightning_ecopt.optim.session import Session
+from lightning_ecopt.optim.stages import Running
 from lightning_ecopt.steps import RULES
 
 

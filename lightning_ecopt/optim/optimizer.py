@@ -29,7 +29,8 @@ from lightning_ecopt.optim.options import (
     RuleName,
     SkeletonChoice,
 )
-from lightning_ecopt.optim.session import Idle, Ready, Running, Session, Waiting
+from lightning_ecopt.optim.session import Session
+from lightning_ecopt.optim.stages import Idle, Ready, Running, Waiting
 from lightning_ecopt.optim.undo import undone_if_refused
 from lightning_ecopt.steps.rule import PathStatistics, UnitStatistics
 from lightning_ecopt.symmetry import ScalingGroup

@@ -1,19 +1,9 @@
-"""All that changes while one optimizer trains, in one object, which wrappers of the optimizer share.
-
-The life of an optimizer, stage by stage:
-
-    Waiting --the group is found--> Ready --refresh--> Running --refresh--> Running ...
-                                      |                  or Idle, if the rule can use no unit
-                                      +--a saved state--> Running --the fit ends--> Resting --the next step--> Running
-
-Loading a state leads back to Ready, and so does another group. While another group is looked for, the present one is
-used.
-"""
+"""All that changes while one optimizer trains, in one object, which wrappers of the optimizer share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from operator import is_
 from typing import Any
 
@@ -30,6 +20,7 @@ from lightning_ecopt.optim.binding import NO_FREEDOMS, Binding, Network, Source,
 from lightning_ecopt.optim.calls import states_in
 from lightning_ecopt.optim.gradient_check import GradientCheck
 from lightning_ecopt.optim.options import Options
+from lightning_ecopt.optim.stages import Idle, Ready, Resting, Running, Stage, Waiting
 from lightning_ecopt.optim.stepper import Stepper
 from lightning_ecopt.optim.writers import Writers
 from lightning_ecopt.steps import RULES
@@ -53,74 +44,6 @@ SEVERAL_DEVICES = (
     "The parameters are on several devices, and paths lead through all of them, so that the base optimizer is used as "
     "it is: put the module on one device (data parallelism is supported)."
 )
-
-
-@dataclass(frozen=True, eq=False)
-class Waiting:
-    """The group has not been found.
-
-    Args:
-        saved: the rule's part of a checkpoint that was loaded; empty if there is none.
-    """
-
-    saved: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, eq=False)
-class Ready:
-    """The group is known, and the next step refreshes, or goes on from a saved state.
-
-    Args:
-        network: the group and the optimizer's part in it.
-        saved: the rule's part of a checkpoint that was loaded; empty if there is none.
-    """
-
-    network: Network
-    saved: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, eq=False)
-class Resting(Ready):
-    """The base's state has left the coordinates of a rule, in which the next step goes on.
-
-    Args:
-        running: what was left.
-    """
-
-    running: Running | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Idle:
-    """There has been a refresh, and the rule could use no unit: the base steps in weight space.
-
-    Args:
-        network: the group and the optimizer's part in it.
-        active: units that were alive and exclusive at the refresh, ``bool[H]``.
-    """
-
-    network: Network
-    active: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Running:
-    """There has been a refresh, and the base steps in the coordinates of a rule.
-
-    Args:
-        network: the group and the optimizer's part in it.
-        active: units that were alive and exclusive at the refresh, ``bool[H]``.
-        rule: says where the base takes its steps.
-        stepper: takes them.
-    """
-
-    network: Network
-    active: Tensor
-    rule: Rule
-    stepper: Stepper
-
-
-Stage = Waiting | Ready | Idle | Running
 
 
 def _no_epoch() -> None:

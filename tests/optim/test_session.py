@@ -9,7 +9,7 @@ import torch
 from torch.optim import SGD, AdamW
 
 from lightning_ecopt import EquivalentClassOptimizer, scaling_group
-from lightning_ecopt.optim.session import Idle, Ready, Running, Waiting
+from lightning_ecopt.optim.stages import Idle, Ready, Running, Waiting
 from lightning_ecopt.symmetry import GroupFromNextCall
 from tests.optim.training import RULES, problem, train, weights_of
 
