@@ -186,6 +186,17 @@ class ScalingGroup:
         found = {name for each in self.unit_sets() if bool(units[each.units].any()) for name, _ in each.powers}
         return [name for name in self.parameters if name in found]
 
+    def scales_of_parameters(self) -> dict[str, int]:
+        """How many scales multiply or divide elements of each parameter; those without any are left out."""
+        numbers: dict[str, list[Tensor]] = {}
+        for coupling in self.couplings:
+            numbers.setdefault(coupling.parameter, []).extend([coupling.incoming, coupling.outgoing])
+        counts = {
+            name: int((torch.cat([side.reshape(-1) for side in sides]).unique() != NO_UNIT).sum())
+            for name, sides in numbers.items()
+        }
+        return {name: count for name, count in counts.items() if count}
+
     def summary(
         self,
         console: Console | None = None,

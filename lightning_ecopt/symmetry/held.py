@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_ecopt.symmetry.coupling import NO_UNIT, Coupling
+from lightning_ecopt.symmetry.coupling import Coupling
 from lightning_ecopt.symmetry.equations import Operation
 from lightning_ecopt.symmetry.group import ScalingGroup
 
@@ -76,20 +76,19 @@ class HeldUnits:
 
 def marks_of(group: ScalingGroup, units: Tensor) -> list[Mark]:
     """One mark for each of the marked units (``bool[H]``), at an element that it scales by itself if there is one."""
+    monomials = group.monomials
+    chosen = units.cpu().nonzero().flatten().tolist()
+    scales = {unit: [unit, *monomials.products[monomials.units == unit].tolist()] for unit in chosen}
     places: dict[int, Mark] = {}
+    missing = {scale for own in scales.values() for scale in own}
     for coupling in group.couplings:
         for side, incoming in ((coupling.incoming, True), (coupling.outgoing, False)):
             numbers = side.reshape(-1).cpu()
-            for scale in numbers.unique().tolist():
-                if scale != NO_UNIT and scale not in places:
-                    index = int((numbers == scale).nonzero()[0])
-                    places[scale] = coupling.parameter, _element(coupling, side, index), incoming
-    found: list[Mark] = []
-    monomials = group.monomials
-    for unit in units.cpu().nonzero().flatten().tolist():
-        scales = [unit, *monomials.products[monomials.units == unit].tolist()]
-        found += [places[scale] for scale in scales if scale in places][:1]
-    return found
+            for scale in missing & set(numbers.unique().tolist()):
+                index = int((numbers == scale).nonzero()[0])
+                places[scale] = coupling.parameter, _element(coupling, side, index), incoming
+                missing.discard(scale)
+    return [found[0] for own in scales.values() if (found := [places[scale] for scale in own if scale in places])]
 
 
 def _element(coupling: Coupling, side: Tensor, index: int) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_ecopt.common.nested import tensors_in
+from lightning_ecopt.common.tensors import listing
 from lightning_ecopt.common.warn import warn
 from lightning_ecopt.symmetry.deferred import DeferredGroup
 from lightning_ecopt.symmetry.equations import Equations, Operation
@@ -202,6 +204,7 @@ class GroupFromCalls(DeferredGroup):
             group = self._groups[self._trained] = before
         elif before is not None and before.parameters.keys() == group.parameters.keys():
             self._has_grown = True
+            _tell_lost(before, group)
         self._settled = group
         if not group.unseen and not self.is_waiting and self._trained >= self.parameters.keys():
             self.is_final, self._packed = True, packed(equations)
@@ -296,6 +299,22 @@ class GroupFromCalls(DeferredGroup):
     def covers(self, parameters: Iterable[Tensor]) -> bool:
         """Whether these are among the parameters that it was offered."""
         return {id(p) for p in self._offered}.issuperset(map(id, parameters))
+
+
+def _tell_lost(before: ScalingGroup, group: ScalingGroup) -> None:
+    """Warn if a further call has told that fewer units are free."""
+    if group.num_units >= before.num_units:
+        return
+    counts = [each.scales_of_parameters() for each in (before, group)]
+    names = [name for name, number in counts[0].items() if counts[1].get(name, 0) < number]
+    costs = Counter(group.costs) - Counter(before.costs)
+    reasons = [f"{one.name} ({one.module})" if one.module else one.name for one, _ in costs.most_common()]
+    warn(
+        f"{group.num_units} units are free, not {before.num_units} as an example input or an earlier call had shown: "
+        f"{listing(reasons) or 'the call that was traced last'} holds fixed how {listing(names)} may be rescaled. For "
+        "a loss or a penalty that is right. What is computed to be logged alone costs nothing outside of training_step, "
+        "as in on_train_batch_end."
+    )
 
 
 def ended(mode: TraceMode, module: nn.Module, output: Any, name: str, copies: Copies = ()) -> Equations:
