@@ -13,9 +13,9 @@ parameters, which another loss may have left, are used on the same conditions.
 
 What is missed: violations below the bound, which is about 1e-5 in float32, 1e-2 in TF32 and 0.08 in 16 bits for a unit
 between two layers, and smaller than that part of the largest gradient so far; a term that is in none of the steps that
-are looked at; units with clipped elements. Where no trainer tells the precision, and gradients are clipped by
-their norm, a violation of most of the units at once by up to 2e-2 is taken for computation in 16 bits
-(:meth:`~lightning_ecopt.EquivalentClassOptimizer.follow_precision` tells it).
+are looked at; units with clipped elements. Where no trainer tells the precision, a violation of most of the units at
+once by up to 2e-2 is taken for computation in 16 bits, as gradients need not show it (what has been divided, added up
+or clipped has other digits); :meth:`~lightning_ecopt.EquivalentClassOptimizer.follow_precision` tells it.
 """
 
 from __future__ import annotations
@@ -28,10 +28,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
-from lightning_ecopt.common.sharding import is_sharded
-from lightning_ecopt.common.tensors import listing, widest
+from lightning_ecopt.common.tensors import listing
 from lightning_ecopt.symmetry import DeferredGroup, ScalingGroup
-from lightning_ecopt.symmetry.derivatives import LAMBDA, Evidence, is_chosen, roundoff_at, roundoff_of
+from lightning_ecopt.symmetry.derivatives import LAMBDA, Evidence, roundoff_at, roundoff_of
 from lightning_ecopt.symmetry.equations import Operation
 
 #: Steps behind a refresh that are looked at. With the one at the refresh there are five, more than are needed to meet
@@ -160,8 +159,7 @@ class GradientCheck:
         if not (is_refresh or self._is_first or self._left == 0):
             return None
         self._is_first = False
-        may_hide = known is None and _may_hide_precision(gradients)
-        return self._decided(group, deferred, [now, sums], not may_hide)
+        return self._decided(group, deferred, [now, sums], known is not None)
 
     def _now(self, group: ScalingGroup, gradients: Mapping[str, Tensor | None], known: float | None) -> Evidence:
         roundoff = max(known or 0.0, roundoff_of(group.parameters))
@@ -230,20 +228,6 @@ def _with_peers(group: ScalingGroup, units: Tensor, likely: Tensor) -> Tensor:
         if bool(units[each.units].any()):
             units[each.units] |= likely[each.units]
     return units
-
-
-def _may_hide_precision(gradients: Mapping[str, Tensor | None]) -> bool:
-    """Whether gradients may have been multiplied, so that their digits do not show what they were computed in.
-
-    So they are if their norm has been clipped, to a number of one or two decimal digits, or they are means over a
-    number of ranks that is no power of two.
-    """
-    found = [g for g in gradients.values() if g is not None and not g.is_sparse]
-    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    if not found or world & (world - 1) or any(map(is_sharded, found)):
-        return True
-    norm = torch.stack([g.norm(dtype=widest(g.device)) for g in found]).norm()
-    return bool(is_chosen(norm, 1e-4))
 
 
 def _unknown() -> str | None:

@@ -124,7 +124,7 @@ class Evidence:
         Args:
             is_known: whether the precision of the computation is known. If not, and most units stand out of the
                 rounding of the one that was found by no more than TF32 or 16 bits explain, it was that. Gradients do
-                not show it when numbers of 16 bits have been added up and clipped by their norm.
+                not show it when numbers of 16 bits have been divided, added up, or clipped by their norm.
         """
         total, size, most, per_roundoff = self.sums
         judged = size > 0
@@ -274,12 +274,18 @@ def _roundoff(gradients: Iterable[Tensor], known: float) -> Tensor:
     samples = [g.reshape(-1)[:SAMPLE].contiguous() for g in gradients if g.dtype == torch.float32]
     if known >= SIXTEEN or not samples:
         return torch.tensor(known, device=gradients[0].device if gradients else "cpu")
-    counts = torch.stack(
-        [torch.stack([((g.view(torch.int32) & 15 == 0) & (g != 0)).sum(), (g != 0).sum()]) for g in samples]
-    )
+    counts = torch.stack([_round_digits(sample) for sample in samples])
     counts = torch.cat([counts, counts.sum(0, keepdim=True)])
-    rounded, proper = counts.unbind(1)
-    return torch.where(((proper >= ENOUGH) & (2 * rounded > proper)).any(), SIXTEEN, known)
+    proper, rounded, deeply = counts.unbind(1)
+    # Of few elements, as of a bias, all must have twelve zeros: one of 4096 other numbers does.
+    shows = ((proper >= ENOUGH) & (2 * rounded > proper)) | ((proper >= 2) & (deeply == proper))
+    return torch.where(shows.any(), SIXTEEN, known)
+
+
+def _round_digits(values: Tensor) -> Tensor:
+    """How many elements are not zero, and how many of these end in four zeros, and in twelve: ``[3]``."""
+    digits, proper = values.view(torch.int32), values != 0
+    return torch.stack([proper.sum(), ((digits & 15 == 0) & proper).sum(), ((digits & 4095 == 0) & proper).sum()])
 
 
 def roundoff_of(parameters: Mapping[str, Tensor]) -> float:
