@@ -8,14 +8,17 @@ channel has a factor of its own. Two scales are no unknowns:
 - ``FIXED``: the factor is one, the element must not change;
 - ``ZERO``: the element is zero, so any factor will do.
 
-A parameter has no label until an operation consumes it; until then a :class:`ParameterView` says which elements of it a
-tensor shows. The functions here know nothing of networks: they do to an array what an operation did to the tensor.
+A label that changes along several axes by a factor for each is kept as a :class:`Product` of labels that change along
+one. A parameter has no label until an operation consumes it; until then a :class:`ParameterView` says which elements of
+it a tensor shows. The functions here know nothing of networks: they do to an array what an operation did to the tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
+from typing import TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +52,11 @@ def align(ids: IntArray, ndim: int) -> IntArray:
 def along_channels(ids: IntArray, ndim: int) -> IntArray:
     """Place the label ``[C]`` of a vector along the channels of a tensor ``[N, C, ...]`` with ``ndim`` axes."""
     return ids.reshape((1, -1) + (1,) * (ndim - 2))
+
+
+def varying(*labels: IntArray) -> set[int]:
+    """Axes along which one of the arrays has more than one entry."""
+    return {k for ids in labels for k, size in enumerate(ids.shape) if size > 1}
 
 
 def stretch(ids: IntArray, shape: Sequence[int], axes: Iterable[int]) -> IntArray:
@@ -104,6 +112,61 @@ def reshape(ids: IntArray, old: Sequence[int], new: Sequence[int]) -> IntArray:
         source += [size if changes else 1 for size in old[first_old:i]]
         target += [size if changes else 1 for size in new[first_new:j]]
     return compress(np.broadcast_to(ids, source).reshape(target))
+
+
+@dataclass(eq=False)
+class Product:
+    """A label in factors: an element has the product of the scales that the factors give it.
+
+    Args:
+        factors: labels, which broadcast to the tensor. None of them is ``ZERO`` anywhere.
+        whole: the label as one array, once that has been asked for.
+
+    Example: the elements of ``x @ w`` scale by a factor for each row n, times one for each column p. That is the
+    product of the labels [N, 1] and [1, P], N + P numbers; one array [N, P] would need a new scale for each element.
+    """
+
+    factors: tuple[IntArray, ...]
+    whole: IntArray | None = None
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the tensor."""
+        return self.factors[0].ndim
+
+    def map(self, view: Callable[[IntArray], IntArray]) -> Product:
+        """Do to the label what an operation did to the tensor."""
+        return Product(tuple(view(ids) for ids in self.factors))
+
+
+Label = IntArray | Product
+
+
+def factors_of(label: Label) -> tuple[IntArray, ...]:
+    """The factors of a label; an array is the only one of its own."""
+    return label.factors if isinstance(label, Product) else (label,)
+
+
+def clusters(factors: Iterable[IntArray]) -> list[set[int]]:
+    """Sets of axes such that each factor changes along axes of one set only; one empty set if none changes."""
+    found: list[set[int]] = []
+    for ids in factors:
+        axes = varying(ids)
+        touched = [each for each in found if each & axes]
+        if axes:
+            found = [*(each for each in found if not each & axes), axes.union(*touched)]
+    return found or [set()]
+
+
+def crosses(*labels: Label) -> Iterator[list[list[IntArray]]]:
+    """Parts of labels of one tensor, in factors, that are equal only if the labels are equal everywhere.
+
+    If ``a(n) b(p) = c(n) d(p)`` for ``n = 0`` and all p, and for ``p = 0`` and all n, then for all n and p: divide both
+    by the equation for ``n = p = 0``. So one row and one column of each label will do.
+    """
+    factors = [factors_of(label) for label in labels]
+    for axes in clusters(chain(*factors)):
+        yield [[ids if varying(ids) & axes else ids[(slice(1),) * ids.ndim] for ids in own] for own in factors]
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,12 +231,15 @@ class ParameterView:
 
     def varying(self) -> set[int]:
         """The axes of the view along which the element of the parameter changes."""
-        return {k for axis in self.axes for k, size in enumerate(axis.shape) if size > 1}
+        return varying(*self.axes)
 
 
-Value = IntArray | ParameterView
+Plain = IntArray | ParameterView
+Value = Label | ParameterView
+AnyValue = TypeVar("AnyValue", bound=Value)
 
 
-def map_value(value: Value, view: Callable[[IntArray], IntArray]) -> Value:
+def map_value(value: AnyValue, view: Callable[[IntArray], IntArray]) -> AnyValue:
     """Do to a label, or to a parameter view, what an operation did to the tensor."""
-    return value.map(view) if isinstance(value, ParameterView) else view(value)
+    changed = value.map(view) if isinstance(value, Product | ParameterView) else view(value)
+    return cast(AnyValue, changed)

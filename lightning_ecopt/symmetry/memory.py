@@ -26,6 +26,7 @@ from lightning_ecopt.symmetry.labels import (
     Value,
     compress,
     constant,
+    map_value,
     reshape,
     stretch,
 )
@@ -94,15 +95,14 @@ class Memory:
         """Find the label of a view from the label of the whole; where that is impossible, hold all views fixed."""
         whole, value = next(iter(storage.views.items()), (view, constant(FIXED, len(view[1]))))
         box = _box(whole, view)
-        if isinstance(value, ParameterView) or (box is None and value.size > 1 and not _same_order(whole, view)):
+        is_constant = isinstance(value, np.ndarray) and value.size == 1
+        if isinstance(value, ParameterView) or not (box or is_constant or _same_order(whole, view)):
             self._fix_all(storage)
             value = constant(FIXED, len(view[1]))
-        elif value.size == 1:
-            value = value.reshape((1,) * len(view[1]))
-        elif box is None:
-            value = reshape(value, whole[1], view[1])
+        elif box is None or is_constant:
+            value = map_value(value, lambda ids: reshape(ids, whole[1], view[1]))
         else:
-            value = box.of(value)
+            value = map_value(value, box.of)
         storage.views[view] = value
 
     def has_seen(self, tensor: Tensor) -> bool:
@@ -129,8 +129,7 @@ class Memory:
         elif tensor.numel() == 0:
             value = constant(ZERO, tensor.dim())
         if found is not None:
-            value = value if isinstance(value, ParameterView) else compress(value)
-            found[0].views[view_of(tensor)] = value
+            found[0].views[view_of(tensor)] = value if isinstance(value, ParameterView) else map_value(value, compress)
 
     def overwrite(self, tensor: Tensor, value: Value) -> None:
         """Set the label of memory that an operation has changed in place.
@@ -139,7 +138,9 @@ class Memory:
         there before the call, all labels of the memory are held fixed, as a later reader would miss the change.
         """
         before = self.read(tensor)
-        if not isinstance(before, ParameterView) and not isinstance(value, ParameterView) and (before == value).all():
+        if value is before:
+            return
+        if isinstance(before, np.ndarray) and isinstance(value, np.ndarray) and bool((before == value).all()):
             return
         found = self._find(tensor)
         if found is not None:
@@ -152,7 +153,8 @@ class Memory:
                 whole, base = next(iter(storage.views.items()))
                 box = _box(whole, view)
                 if box is not None and not isinstance(base, ParameterView) and not isinstance(value, ParameterView):
-                    storage.views = {whole: box.put(base, value, whole[1])}  # other views are found from it again
+                    labels = self.equations.whole(base), self.equations.whole(value)
+                    storage.views = {whole: box.put(*labels, whole[1])}  # other views are found from it again
                     return
             self._fix_all(storage)
             storage.views[view] = constant(FIXED, tensor.ndim)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from lightning_ecopt.symmetry.describe import UnitSet, power, runs
-from lightning_ecopt.symmetry.equations import Operation
+from lightning_ecopt.symmetry.scales import Operation
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType

@@ -19,6 +19,7 @@ from contextlib import AbstractContextManager, contextmanager
 from math import prod
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -30,12 +31,13 @@ from lightning_ecopt.common.nested import tensors_in
 from lightning_ecopt.common.warn import warn
 from lightning_ecopt.symmetry.aten import base_name, named_arguments, written_to
 from lightning_ecopt.symmetry.constants import Constants
-from lightning_ecopt.symmetry.equations import Equations, Operation
+from lightning_ecopt.symmetry.equations import Equations
 from lightning_ecopt.symmetry.isolation import running_module, traced
-from lightning_ecopt.symmetry.labels import FIXED, ZERO, ParameterView, Value, constant
+from lightning_ecopt.symmetry.labels import FIXED, ZERO, Value, constant
 from lightning_ecopt.symmetry.memory import Memory, is_ordinary
 from lightning_ecopt.symmetry.rules import RULES, Call
 from lightning_ecopt.symmetry.rules.registry import Rule
+from lightning_ecopt.symmetry.scales import Operation
 
 
 class TraceMode(TorchDispatchMode):
@@ -252,7 +254,7 @@ class TraceMode(TorchDispatchMode):
 
 def _is_zero(label: Value) -> bool:
     """Whether a tensor is zero, or empty whatever the batch."""
-    return not isinstance(label, ParameterView) and bool((label == ZERO).all())
+    return isinstance(label, np.ndarray) and bool((label == ZERO).all())
 
 
 class _Escapes(TorchFunctionMode):

@@ -15,7 +15,6 @@ from lightning_ecopt.symmetry.labels import (
     FIXED,
     ZERO,
     IntArray,
-    ParameterView,
     Value,
     align,
     compress,
@@ -42,8 +41,8 @@ def view(*names: str) -> Callable[[View], View]:
     def register(function: View) -> View:
         @rule(*names)
         def moved(call: Call) -> Value | Sequence[Value]:
-            value = call.value("self")
-            if not isinstance(value, ParameterView):
+            value = call.factored("self")
+            if isinstance(value, np.ndarray):
                 return function(call, value)
             if isinstance(call.output, list | tuple):
                 pieces = range(len(call.output))
@@ -63,7 +62,7 @@ def reshaped(call: Call, ids: IntArray) -> IntArray:
 @rule("view")
 def viewed(call: Call) -> Value:
     """The same elements in another shape; as another dtype they are other elements, and held fixed."""
-    value = call.value("self")
+    value = call.factored("self")
     if "dtype" in call.arguments:
         call.equations.hold_fixed(value)
         return constant(FIXED, call.output.ndim)
@@ -92,7 +91,7 @@ def unchanged(call: Call, ids: IntArray) -> IntArray:
 
 @rule("_to_copy")
 def converted(call: Call) -> Value:
-    value = call.value("self")
+    value = call.factored("self")
     if not is_inexact(call.output):
         call.equations.hold_fixed(value)
         return constant(FIXED, call.output.ndim)
