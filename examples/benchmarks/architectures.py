@@ -214,7 +214,7 @@ class Swin(nn.Module):
         return self.head(self.norm(x).mean((1, 2)))
 
 
-# MLP-Mixer (Tolstikhin et al., arXiv:2105.01601) and gMLP (Liu et al., arXiv:2105.08050) -------------------------------
+# MLP-Mixer (Tolstikhin et al., arXiv:2105.01601) and gMLP (Liu et al., arXiv:2105.08050) -----------------------------
 
 
 class OfTokens(nn.Module):
