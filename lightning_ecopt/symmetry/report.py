@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from lightning_ecopt.symmetry.advice import advice
 from lightning_ecopt.symmetry.describe import UnitSet, power, runs
 from lightning_ecopt.symmetry.scales import Operation
 
@@ -137,12 +138,13 @@ def _costs_table(costs: Mapping[Operation, int]) -> Table:
     table.add_column("operation", overflow="fold")
     table.add_column("module", overflow="fold")
     table.add_column("scales", justify="right")
+    table.add_column("what could be done", overflow="fold")
     by_name: dict[str, list[tuple[str, int]]] = {}
     for operation, count in costs.items():
         by_name.setdefault(operation.name, []).append((operation.module, count))
     for name, places in by_name.items():
         modules = list(dict.fromkeys(module or "(top level)" for module, _ in places))
-        table.add_row(name, Text(_shortened(modules)), str(sum(count for _, count in places)))
+        table.add_row(name, Text(_shortened(modules)), str(sum(count for _, count in places)), advice(name))
     return table
 
 

@@ -14,8 +14,9 @@ detached copy or the result of an in-place operation is found again whatever obj
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -38,6 +39,7 @@ from lightning_ecopt.symmetry.memory import Memory, is_ordinary
 from lightning_ecopt.symmetry.rules import RULES, Call
 from lightning_ecopt.symmetry.rules.registry import Rule
 from lightning_ecopt.symmetry.scales import Operation
+from lightning_ecopt.symmetry.stand_ins import STAND_INS
 
 
 class TraceMode(TorchDispatchMode):
@@ -94,6 +96,8 @@ class TraceMode(TorchDispatchMode):
 
         # 1. Find the rule. An operation that has none is replaced by its parts, if torch can name them.
         rule = RULES.get(name)
+        if name in STAND_INS:
+            rule = partial(self._labels_of_stand_in, STAND_INS[name], func, args, kwargs)
         if rule is None and are_plain and isinstance(func, torch._ops.OpOverload):
             with self:
                 output = func.decompose(*args, **kwargs)
@@ -126,6 +130,23 @@ class TraceMode(TorchDispatchMode):
                     return output
             self._hold_touched_fixed(func, labels.values(), (args, kwargs), output)
         return output
+
+    def _labels_of_stand_in(
+        self, function: Callable[..., Any], func: Any, args: Any, kwargs: Any, call: Call
+    ) -> list[Value]:
+        """Trace a function in the place of an operation that it is a stand-in for."""
+        if func._schema.is_mutable:
+            raise ValueError("an operation that writes to its arguments can have no stand-in")
+        operation = self.equations.operation
+        with torch.no_grad(), self:
+            shown = [leaf for leaf in tree_leaves(function(*args, **kwargs)) if isinstance(leaf, Tensor)]
+        self.equations.operation = operation
+        sizes = [
+            [tuple(leaf.shape) for leaf in tree_leaves(of) if isinstance(leaf, Tensor)] for of in (shown, call.output)
+        ]
+        if sizes[0] != sizes[1]:
+            raise ValueError(f"the stand-in has outputs of shapes {sizes[0]}, the operation {sizes[1]}")
+        return [self._read(leaf) for leaf in shown]
 
     def _operation(self, name: str) -> Operation:
         module = running_module(self)
