@@ -36,6 +36,7 @@ def constant(number: int, ndim: int) -> IntArray:
 
 def compress(ids: IntArray) -> IntArray:
     """Shrink to size 1 every axis along which ``ids`` does not change."""
+    ids = np.asarray(ids)  # indexing makes a number of an array without axes
     for axis, size in enumerate(ids.shape):
         if size > 1:
             first = ids.take([0], axis)

@@ -23,6 +23,7 @@ from lightning_ecopt.symmetry.labels import (
     ZERO,
     IntArray,
     ParameterView,
+    Product,
     Value,
     compress,
     constant,
@@ -95,7 +96,7 @@ class Memory:
         """Find the label of a view from the label of the whole; where that is impossible, hold all views fixed."""
         whole, value = next(iter(storage.views.items()), (view, constant(FIXED, len(view[1]))))
         box = _box(whole, view)
-        is_constant = isinstance(value, np.ndarray) and value.size == 1
+        is_constant = not isinstance(value, Product | ParameterView) and value.size == 1
         if isinstance(value, ParameterView) or not (box or is_constant or _same_order(whole, view)):
             self._fix_all(storage)
             value = constant(FIXED, len(view[1]))
@@ -140,7 +141,8 @@ class Memory:
         before = self.read(tensor)
         if value is before:
             return
-        if isinstance(before, np.ndarray) and isinstance(value, np.ndarray) and bool((before == value).all()):
+        kinds = Product | ParameterView
+        if not isinstance(before, kinds) and not isinstance(value, kinds) and (before == value).all():
             return
         found = self._find(tensor)
         if found is not None:

@@ -20,7 +20,6 @@ from functools import partial
 from math import prod
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -34,7 +33,7 @@ from lightning_ecopt.symmetry.aten import base_name, named_arguments, written_to
 from lightning_ecopt.symmetry.constants import Constants
 from lightning_ecopt.symmetry.equations import Equations
 from lightning_ecopt.symmetry.isolation import running_module, traced
-from lightning_ecopt.symmetry.labels import FIXED, ZERO, Value, constant
+from lightning_ecopt.symmetry.labels import FIXED, ZERO, ParameterView, Product, Value, constant
 from lightning_ecopt.symmetry.memory import Memory, is_ordinary
 from lightning_ecopt.symmetry.rules import RULES, Call
 from lightning_ecopt.symmetry.rules.registry import Rule
@@ -275,7 +274,7 @@ class TraceMode(TorchDispatchMode):
 
 def _is_zero(label: Value) -> bool:
     """Whether a tensor is zero, or empty whatever the batch."""
-    return isinstance(label, np.ndarray) and bool((label == ZERO).all())
+    return not isinstance(label, Product | ParameterView) and bool((label == ZERO).all())
 
 
 class _Escapes(TorchFunctionMode):

@@ -13,9 +13,10 @@ from torch.nn.parameter import is_lazy
 from lightning_ecopt.common.nested import tensors_in
 from lightning_ecopt.common.warn import warn
 from lightning_ecopt.symmetry.deferred import DeferredGroup
-from lightning_ecopt.symmetry.equations import Equations, Operation
+from lightning_ecopt.symmetry.equations import Equations
 from lightning_ecopt.symmetry.group import ScalingGroup
 from lightning_ecopt.symmetry.saved_equations import packed, unpacked
+from lightning_ecopt.symmetry.scales import Operation
 from lightning_ecopt.symmetry.trace import all_fixed, hold_results_fixed, solved
 from lightning_ecopt.symmetry.trace_mode import TraceMode
 

@@ -169,7 +169,7 @@ def step(call: Call) -> IntArray:
 def _all_equal(call: Call, *names: str) -> Value:
     """The label that all arguments must have; a parameter among zeros stays a parameter view."""
     values = [call.factored(name) for name in names]
-    others = [value for value in values if not (isinstance(value, np.ndarray) and (value == ZERO).all())]
+    others = [value for value in values if isinstance(value, Product | ParameterView) or not (value == ZERO).all()]
     if len(others) == 1:
         return map_value(others[0], lambda ids: align(ids, call.output.ndim))
     label, *rest = (map_value(call.label(name), lambda ids: align(ids, call.output.ndim)) for name in names)

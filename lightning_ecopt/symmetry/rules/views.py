@@ -15,6 +15,8 @@ from lightning_ecopt.symmetry.labels import (
     FIXED,
     ZERO,
     IntArray,
+    ParameterView,
+    Product,
     Value,
     align,
     compress,
@@ -42,7 +44,7 @@ def view(*names: str) -> Callable[[View], View]:
         @rule(*names)
         def moved(call: Call) -> Value | Sequence[Value]:
             value = call.factored("self")
-            if isinstance(value, np.ndarray):
+            if not isinstance(value, Product | ParameterView):
                 return function(call, value)
             if isinstance(call.output, list | tuple):
                 pieces = range(len(call.output))
