@@ -12,6 +12,7 @@ scale               the number of an unknown factor, in a label; after solving, 
 label               for each element of a tensor the scale by which it is multiplied when the network is rescaled
 fixed               not multiplied by anything: inputs, outputs, and what no rule knows; users read "held fixed"
 zero                an element that is always zero, so that it fits any scale
+case                one of several labels among which data choose row by row, as among the experts of a mixture
 trace               one call of the module, seen as ATen operations, with fake or with real tensors
 rule (operation)    a function from the labels of an operation's inputs to the labels of its outputs
 stand-in            a function that scales as an operation without a rule does, and is traced in its place

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from lightning_ecopt.symmetry.rules.registry import RULES
 
 #: Activations that bend at a point of their own, for which others stand that bend at zero.
@@ -33,7 +35,7 @@ def advice(name: str) -> str:
 
         advice("gelu")  # "another activation: ReLU, LeakyReLU, PReLU"
     """
-    if name.partition("[")[0] in ENDS:
+    if re.split(r"[\[.]", name)[0] in ENDS:
         return "nothing: it must stay"
     if name in ACTIVATIONS:
         return "another activation: ReLU, LeakyReLU, PReLU"

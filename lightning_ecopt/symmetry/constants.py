@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import count
 from typing import Any
 
 import torch
@@ -25,6 +26,9 @@ class Constants:
 
     def __init__(self) -> None:
         self._known: dict[tuple[int, View], tuple[Tensor, Tensor]] = {}
+        self._named: dict[tuple[int, View], tuple[Tensor, int]] = {}  # each tensor is kept, so that its address is, too
+        self._escaped: dict[int, Tensor] = {}
+        self._names = count()
 
     def follow(self, func: Any, args: Any, kwargs: Any, output: Any) -> dict[int, IntArray]:
         """Take note of the outputs of an operation; returns the known values of its inputs, by ``id`` of the tensor."""
@@ -54,11 +58,28 @@ class Constants:
         for leaf, real in zip(outputs, (leaf for leaf in made if isinstance(leaf, Tensor)), strict=True):
             self._known[_key(leaf)] = (leaf, real.clone())
 
-    def forget(self, tensor: Tensor) -> None:
-        """Forget the values of a tensor, and of all tensors that share its memory."""
+    def name(self, tensor: Tensor) -> int:
+        """A number for the values of a tensor, in their order: as long as nobody writes to them, it stays the same."""
+        place, (offset, shape, strides, size) = _key(tensor)
+        if place in self._escaped:
+            return next(self._names)
+        if tensor.is_contiguous():
+            shape, strides = (tensor.numel(),), (1,)
+        return self._named.setdefault((place, (offset, shape, strides, size)), (tensor, next(self._names)))[1]
+
+    def forget(self, tensor: Tensor, *, escaped: bool = False) -> None:
+        """Forget the values of a tensor, and of all tensors that share its memory.
+
+        Args:
+            tensor: has been written to.
+            escaped: it may be written to again, unseen.
+        """
         place = tensor.untyped_storage()._cdata
-        for key in [key for key in self._known if key[0] == place]:
-            del self._known[key]
+        if escaped:
+            self._escaped[place] = tensor
+        for known in (self._known, self._named):
+            for key in [key for key in known if key[0] == place]:
+                del known[key]
 
 
 def _key(tensor: Tensor) -> tuple[int, View]:

@@ -6,7 +6,7 @@ Beside what labels have to do with each other (:class:`~.scales.Scales`), these 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 
@@ -15,6 +15,7 @@ import numpy as np
 from lightning_ecopt.symmetry.labels import (
     FIXED,
     ZERO,
+    Cases,
     IntArray,
     ParameterView,
     Value,
@@ -23,10 +24,13 @@ from lightning_ecopt.symmetry.labels import (
     constant,
     varying,
 )
+from lightning_ecopt.symmetry.regions import Region, box, cut, overlap, without
 from lightning_ecopt.symmetry.scales import Operation, Scales
 
 #: A parameter with more elements than this gets no scale for each element.
 MOST_ELEMENTS = 2**16
+#: A parameter whose uses overlap in so many parts is held fixed.
+MOST_PARTS = 64
 
 
 @dataclass(eq=False)
@@ -40,10 +44,31 @@ class Use:
         additive: whether the elements are added, as a bias is.
     """
 
-    region: tuple[slice, ...]
+    region: Region
     incoming: IntArray
     outgoing: IntArray
     additive: bool
+
+    def on(self, part: Region) -> Use:
+        """The use of a part of the region."""
+        incoming, outgoing = (cut(ids, self.region, part) for ids in (self.incoming, self.outgoing))
+        return replace(self, region=part, incoming=incoming, outgoing=outgoing)
+
+    def together(self, other: Use) -> tuple[Use, Use] | None:
+        """Two uses that overlap, each extended to the other along axes on which the labels of neither change.
+
+        So the first rows of a table that sequences of two lengths read stay one region. ``None`` if none is extended.
+        """
+        uses = self, other
+        changing = varying(*(ids for use in uses for ids in (use.incoming, use.outgoing)))
+        pairs = list(enumerate(zip(self.region, other.region, strict=True)))
+        if all(a == b or axis in changing for axis, (a, b) in pairs):
+            return None
+        hull = {k: slice(min(a.start, b.start), max(a.stop, b.stop), 1) for k, (a, b) in pairs if a != b}
+        first, second = (
+            tuple(part if k in changing else hull.get(k, part) for k, part in enumerate(use.region)) for use in uses
+        )
+        return replace(self, region=first), replace(other, region=second)
 
 
 @dataclass(eq=False)
@@ -69,8 +94,9 @@ class Equations(Scales):
     hidden_uses: dict[str, list[Use]] = field(default_factory=dict)
     seen: set[str] = field(default_factory=set)
 
-    def hold_fixed(self, value: Value) -> None:
+    def hold_fixed(self, value: Value | Cases) -> None:
         """Demand that the elements do not change."""
+        value = value.value if isinstance(value, Cases) else value
         if isinstance(value, ParameterView):
             self.assign(value, constant(FIXED, 0), constant(FIXED, 0), additive=False)
         else:
@@ -136,9 +162,9 @@ class Equations(Scales):
     def assign(self, view: ParameterView, incoming: IntArray, outgoing: IntArray, *, additive: bool) -> None:
         """Record that the elements of ``view`` scale by ``incoming / outgoing``, labels that broadcast to the view.
 
-        Every further use of the same elements must agree. A use whose elements are not a regular box of the parameter,
-        or overlap another box in part only, holds the whole parameter fixed. A use whose elements meet zeros only, as
-        those of a recurrent weight in its first step, demands nothing: any other use decides.
+        Every further use of the same elements must agree. A use whose elements are not a regular box of the parameter
+        holds the whole parameter fixed. A use whose elements meet zeros only, as those of a recurrent weight in its
+        first step, demands nothing: any other use decides.
         """
         for part in view.parts():
             self._assign(part, incoming, outgoing, additive)
@@ -159,15 +185,27 @@ class Equations(Scales):
             self._add(view.name, use)
 
     def _add(self, name: str, use: Use) -> None:
-        """Record a use of a region, which earlier uses of its elements must agree with."""
-        for earlier in self.uses.setdefault(name, []):
-            if earlier.region == use.region:
-                self._agree(earlier, use)
-                return
-            if overlap(earlier.region, use.region, self.shapes[name]):
+        """Record a use of a region. Where elements have an earlier use, the two must agree."""
+        own = self.uses.setdefault(name, [])
+        for place, earlier in enumerate(own):
+            shared = overlap(earlier.region, use.region)
+            if shared is None:
+                continue
+            both = earlier.together(use)
+            outside, beyond = (without(each.region, shared) for each in (earlier, use))
+            if both is not None:
+                del own[place]
+                for each in both:
+                    self._add(name, each)
+            elif outside and len(own) >= MOST_PARTS:
                 self._fix_parameter(name, (use.incoming, use.outgoing))
-                return
-        self.uses[name].append(use)
+            else:
+                own[place : place + 1] = [earlier.on(part) for part in (shared, *outside)]
+                self._agree(own[place], use.on(shared))
+                for part in beyond:
+                    self._add(name, use.on(part))
+            return
+        own.append(use)
 
     def _without_factor(self, view: ParameterView, incoming: IntArray, outgoing: IntArray) -> tuple[IntArray, IntArray]:
         """The labels of the parameter alone, if its view times a factor scales by ``incoming / outgoing``."""
@@ -255,33 +293,3 @@ class Equations(Scales):
         for name, uses in other.uses.items():
             for use in uses:
                 self._add(name, moved(use))
-
-
-def box(view: ParameterView, shape: Sequence[int]) -> tuple[slice, ...] | None:
-    """The slices of the parameter that ``view`` covers; ``None`` if it does not cover a regular box."""
-    region = []
-    for axis, (index, size) in enumerate(zip(view.axes, shape, strict=True)):
-        if axis in view.picked:
-            region.append(slice(0, size, 1))
-            continue
-        numbers = np.unique(index)
-        steps = np.unique(np.diff(numbers)) if len(numbers) > 1 else np.ones(1, np.int64)
-        if len(numbers) == 0 or len(steps) > 1:
-            return None
-        region.append(slice(int(numbers[0]), int(numbers[-1]) + 1, int(steps[0])))
-    # Axes that share an axis of the view (flattened together) must still cover their full product.
-    shared = [k for k in view.varying() if sum(axis.shape[k] > 1 for axis in view.axes) > 1]
-    if shared:
-        together = [axis for axis in view.axes if any(axis.shape[k] > 1 for k in shared)]
-        numbers = np.stack([axis.ravel() for axis in np.broadcast_arrays(*together)])
-        if len(np.unique(numbers, axis=1).T) != np.prod([len(np.unique(axis)) for axis in together]):
-            return None
-    return tuple(region)
-
-
-def overlap(first: Sequence[slice], second: Sequence[slice], shape: Sequence[int]) -> bool:
-    """Whether two regions of a parameter have elements in common."""
-    return all(
-        len(np.intersect1d(np.arange(size)[a], np.arange(size)[b]))
-        for a, b, size in zip(first, second, shape, strict=True)
-    )

@@ -13,8 +13,7 @@ cuDNN: off                                                process  fake traces, 
 where ``torch.tensor`` makes its tensors                  process  fake traces, :func:`fake_tensors`
 log of torch of errors in fake tensors: none              thread   fake traces, :func:`fake_tensors`
 the mode of fake tensors, gradients: on                   thread   fake traces, :func:`fake_tensors`
-random numbers of Python and NumPy                        process  all but awaited calls, :func:`attributes_kept`
-random numbers of torch                                   process  real traces, :func:`values_kept`
+random numbers of Python, NumPy and torch                 process  all but awaited calls, :func:`attributes_kept`
 attributes of the module; lists, dictionaries, arrays     module   all but awaited calls, :func:`attributes_kept`
 and generators in them; hooks by which FSDP gathers
 values of parameters, gradients and buffers               module   real traces, :func:`values_kept`
@@ -31,6 +30,7 @@ trace at once. Replaced methods do nothing on threads that no trace is on.
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import logging
@@ -81,13 +81,18 @@ def _replaced(owner: type, name: str, replace: Callable[[Any], Any]) -> Iterator
 
 
 @contextmanager
-def _random_numbers_of_python_and_numpy() -> Iterator[None]:
+def _random_numbers() -> Iterator[None]:
     python, numpy = random.getstate(), np.random.get_state()
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
+    on_gpus = torch.cuda.is_initialized()
+    waiting = vars(torch.cuda._lazy_seed_tracker)  # seeds for GPUs that are not in use yet
+    seeds = {name: copy.copy(value) for name, value in waiting.items()}
+    with torch.random.fork_rng(range(torch.cuda.device_count()) if on_gpus else ()):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+            waiting.update(seeds)
 
 
 def _lifting() -> AbstractContextManager[None]:
@@ -112,10 +117,7 @@ _LOG = logging.getLogger(torch._subclasses.fake_tensor.__name__)
 _QUIET = Shared(lambda: _set(lambda: False, lambda on: (_LOG.addFilter if on else _LOG.removeFilter)(_is_wanted), True))
 _THREAD_STARTS = Shared(lambda: _replaced(threading.Thread, "start", _starting_traced))
 _MODULE_CALLS = Shared(lambda: _replaced(nn.Module, "__call__", _calling_traced))
-_PYTHON_RANDOMNESS = Shared(_random_numbers_of_python_and_numpy)
-_TORCH_RANDOMNESS = Shared(
-    lambda: torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ())
-)
+_RANDOMNESS = Shared(_random_numbers)
 
 
 # Traces, on the threads that they concern -----------------------------------------------------------------------------
@@ -300,7 +302,7 @@ def attributes_kept(module: nn.Module, replaced: Mapping[int, Tensor]) -> Iterat
     """
     held = _held(module)
     containers = [item for item in held if is_a(item, CONTAINERS)]
-    with _PYTHON_RANDOMNESS(), _generators_kept(held), _arrays_kept(held), _contents_kept(containers):
+    with _RANDOMNESS(), _generators_kept(held), _arrays_kept(held), _contents_kept(containers):
         for container in containers:
             if is_a(container, (list, dict)):
                 for key, value in elements(container) if is_a(container, dict) else list(enumerate(container)):
@@ -379,7 +381,7 @@ def values_kept(module: nn.Module) -> Iterator[None]:
     tensors = [item for item in _held(module) if is_a(item, Tensor)]
     tensors += [p.grad for p in module.parameters() if p.grad is not None]
     gradients = [(p, p.requires_grad, p.grad) for p in module.parameters()]
-    with _TORCH_RANDOMNESS(), attributes_kept(module, {}), _tensors_kept(tensors):
+    with attributes_kept(module, {}), _tensors_kept(tensors):
         try:
             yield
         finally:

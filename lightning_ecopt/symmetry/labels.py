@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import TypeVar, cast
+from typing import NamedTuple, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -238,6 +238,68 @@ class ParameterView:
 Plain = IntArray | ParameterView
 Value = Label | ParameterView
 AnyValue = TypeVar("AnyValue", bound=Value)
+
+
+class Choice(NamedTuple):
+    """What data choose: which of ``number`` cases holds for each row.
+
+    Choices that are equal choose the same: they are of one kind, and read tensors of the same ``values``.
+    """
+
+    kind: str
+    values: int
+    number: int
+
+
+@dataclass(frozen=True, eq=False)
+class Cases:
+    """Labels of a tensor for whose rows data choose among cases, such as the experts of a mixture.
+
+    Whatever the data choose, the row r of the tensor is row r of one of several tensors that nobody computes, one for
+    each case. These have ``value`` as their label. All that is done row by row is done to each of them.
+
+    Args:
+        choice: by which rows have their cases. Tensors with equal choices, and rows along the same axes, have the same
+            cases in the same rows.
+        axes: the axes along which the rows lie, in the order in which the choice has them.
+        value: the label, or the parameter view, with one more axis in front, that of the cases.
+
+    Example: of ``weight[expert]``, where ``weight`` is [experts, out, in], the rows lie along axis 0. The value is the
+    view [experts, 1, out, in] of all of ``weight``.
+    """
+
+    choice: Choice
+    axes: tuple[int, ...]
+    value: Value
+
+    def simplified(self, simplify: Callable[[Label], Label]) -> Value | Cases:
+        """The same with a simpler label; the label itself, if it is the same in all cases."""
+        value = self.value if isinstance(self.value, ParameterView) else simplify(self.value)
+        if all(array.shape[0] == 1 for array in arrays_in(value)):
+            return map_value(value, lambda ids: ids[0])
+        return replace(self, value=value)
+
+
+def arrays_in(value: Value) -> list[IntArray]:
+    """The arrays that a label or a parameter view is made of."""
+    if isinstance(value, ParameterView):
+        return [array for part in value.parts() for array in (*part.axes, part.factor)]
+    return list(factors_of(value))
+
+
+def are_alike(first: Value | Cases, second: Value | Cases) -> bool:
+    """Whether two labels are the same, in the same cases. ``False`` may only say that it is not known."""
+    if isinstance(first, Cases) and isinstance(second, Cases):
+        return (first.choice, first.axes) == (second.choice, second.axes) and are_alike(first.value, second.value)
+    if isinstance(first, ParameterView | Cases) or isinstance(second, ParameterView | Cases):
+        return False
+    pairs = factors_of(first), factors_of(second)
+    return len(pairs[0]) == len(pairs[1]) and all(bool(np.all(a == b)) for a, b in zip(*pairs, strict=True))
+
+
+def compressed(label: Label) -> Label:
+    """The label with size 1 along every axis along which it does not change."""
+    return map_value(label, compress)
 
 
 def map_value(value: AnyValue, view: Callable[[IntArray], IntArray]) -> AnyValue:

@@ -21,18 +21,24 @@ from lightning_ecopt.symmetry.equations import Equations
 from lightning_ecopt.symmetry.labels import (
     FIXED,
     ZERO,
+    Cases,
     IntArray,
     ParameterView,
-    Product,
     Value,
+    are_alike,
+    arrays_in,
     compress,
+    compressed,
     constant,
     map_value,
-    reshape,
     stretch,
+    varying,
 )
+from lightning_ecopt.symmetry.picking import in_any_case
+from lightning_ecopt.symmetry.scales import MOST_ENTRIES
 
-View = tuple[int, tuple[int, ...], tuple[int, ...]]  # offset, shape, strides
+View = tuple[int, tuple[int, ...], tuple[int, ...], int]  # offset, shape and strides in elements; bytes of an element
+_SPECIAL = (ParameterView, Cases)  # no labels
 
 
 @dataclass(eq=False)
@@ -44,7 +50,7 @@ class _Storage:
 
     reference: StorageWeakRef  # keeps the address from being used again, by which the labels are found
     external: bool  # was there before the call, so that others may read it afterwards
-    views: dict[View, Value] = field(default_factory=dict)
+    views: dict[View, Value | Cases] = field(default_factory=dict)
 
 
 class Memory:
@@ -75,7 +81,7 @@ class Memory:
         storage.external = True
         storage.views[view_of(tensor)] = ParameterView.whole(name, tensor.shape)
 
-    def read(self, tensor: Tensor) -> Value:
+    def read(self, tensor: Tensor) -> Value | Cases:
         """The label of a tensor. Memory first met as an input is constant and stays after the call."""
         found = self._find(tensor) if is_ordinary(tensor) else None
         if found is None:
@@ -88,23 +94,20 @@ class Memory:
         if view not in storage.views:  # one that nobody saw being made, or that was not there before a change in place
             self._derive(storage, view)
         value = storage.views[view]
-        if not isinstance(value, ParameterView):
+        if isinstance(value, Cases):
+            value = storage.views[view] = value.simplified(self.equations.simplify)
+        elif not isinstance(value, ParameterView):
             value = storage.views[view] = self.equations.simplify(value)
         return value
 
     def _derive(self, storage: _Storage, view: View) -> None:
         """Find the label of a view from the label of the whole; where that is impossible, hold all views fixed."""
         whole, value = next(iter(storage.views.items()), (view, constant(FIXED, len(view[1]))))
-        box = _box(whole, view)
-        is_constant = not isinstance(value, Product | ParameterView) and value.size == 1
-        if isinstance(value, ParameterView) or not (box or is_constant or _same_order(whole, view)):
+        found = None if isinstance(value, Cases) else _derived(value, whole, view)
+        if found is None:
             self._fix_all(storage)
-            value = constant(FIXED, len(view[1]))
-        elif box is None or is_constant:
-            value = map_value(value, lambda ids: reshape(ids, whole[1], view[1]))
-        else:
-            value = map_value(value, box.of)
-        storage.views[view] = value
+            found = constant(FIXED, len(view[1]))
+        storage.views[view] = found
 
     def has_seen(self, tensor: Tensor) -> bool:
         """Whether an operation has read or written the memory of the tensor."""
@@ -117,7 +120,7 @@ class Memory:
         found = None if storage is None else self.storages.get(storage._cdata)
         return found is not None and not found.external
 
-    def write(self, tensor: Tensor, value: Value, *, always_empty: bool = False) -> None:
+    def write(self, tensor: Tensor, value: Value | Cases, *, always_empty: bool = False) -> None:
         """Set the label of the output of an operation.
 
         An empty tensor fits any label, but only if it would be empty for every batch. ``always_empty=True`` says so;
@@ -130,19 +133,29 @@ class Memory:
         elif tensor.numel() == 0:
             value = constant(ZERO, tensor.dim())
         if found is not None:
-            found[0].views[view_of(tensor)] = value if isinstance(value, ParameterView) else map_value(value, compress)
+            if isinstance(value, Cases):
+                value = self._in_place_of(found[0].views.get(view_of(tensor)), value.simplified(compressed))
+            elif not isinstance(value, ParameterView):
+                value = compressed(value)
+            found[0].views[view_of(tensor)] = value
 
-    def overwrite(self, tensor: Tensor, value: Value) -> None:
+    def _in_place_of(self, earlier: Value | Cases | None, value: Value | Cases) -> Value | Cases:
+        """The label of a view that was seen before; one label for all cases if their rows lay along other axes then.
+
+        Views that differ in the order of axes of size one, as in an example with one row, look the same.
+        """
+        if isinstance(earlier, Cases) and isinstance(value, Cases) and earlier.axes != value.axes:
+            return in_any_case(self.equations, value)
+        return value
+
+    def overwrite(self, tensor: Tensor, value: Value | Cases) -> None:
         """Set the label of memory that an operation has changed in place.
 
         A part of the memory may get a label of its own if it is a box of the whole. Otherwise, and if the memory was
         there before the call, all labels of the memory are held fixed, as a later reader would miss the change.
         """
         before = self.read(tensor)
-        if value is before:
-            return
-        kinds = Product | ParameterView
-        if not isinstance(before, kinds) and not isinstance(value, kinds) and (before == value).all():
+        if are_alike(before, value):
             return
         found = self._find(tensor)
         if found is not None:
@@ -154,7 +167,7 @@ class Memory:
                     return
                 whole, base = next(iter(storage.views.items()))
                 box = _box(whole, view)
-                if box is not None and not isinstance(base, ParameterView) and not isinstance(value, ParameterView):
+                if box is not None and not isinstance(base, _SPECIAL) and not isinstance(value, _SPECIAL):
                     labels = self.equations.whole(base), self.equations.whole(value)
                     storage.views = {whole: box.put(*labels, whole[1])}  # other views are found from it again
                     return
@@ -177,8 +190,8 @@ def storage_of(tensor: Tensor) -> torch.UntypedStorage | None:
 
 
 def view_of(tensor: Tensor) -> View:
-    """Offset, shape and strides of a tensor in its storage."""
-    return int(tensor.storage_offset()), tuple(tensor.shape), tuple(tensor.stride())
+    """Offset, shape and strides of a tensor in its storage, and how large its elements are."""
+    return int(tensor.storage_offset()), tuple(tensor.shape), tuple(tensor.stride()), tensor.element_size()
 
 
 def is_ordinary(tensor: Tensor) -> bool:
@@ -223,12 +236,14 @@ class _Box:
 
 
 def _box(whole: View, view: View) -> _Box | None:
-    """Find the box of ``whole`` that ``view`` shows; ``None`` if it shows no box.
+    """Find the box of ``whole`` that ``view`` shows; ``None`` if it shows no box, or complex numbers as real ones.
 
     An axis of the view belongs to an axis of the whole if its stride is a multiple of that axis' stride, and it does
     not reach beyond that axis' end.
     """
-    offset, shape, strides = whole
+    offset, shape, strides, size_of_element = whole
+    if view[3] != size_of_element:
+        return None
     rest = view[0] - offset
     part = [slice(None)] * len(shape)
     starts = {}
@@ -267,17 +282,56 @@ def _box(whole: View, view: View) -> _Box | None:
     return _Box(tuple(part), tuple(axes))
 
 
-def _same_order(whole: View, view: View) -> bool:
-    """Whether both views show the same elements, in the order in which they lie in memory."""
-    return (
-        whole[0] == view[0] and prod(whole[1]) == prod(view[1]) and all(_is_contiguous(*v[1:]) for v in (whole, view))
-    )
+def _derived(value: Value, whole: View, view: View) -> Value | None:
+    """The label of a view, from that of the whole; ``None`` if it cannot be found."""
+    arrays = arrays_in(value)
+    if not isinstance(value, ParameterView):
+        if not varying(*arrays):
+            return map_value(value, lambda ids: ids.reshape((1,) * len(view[1])))
+        box = _box(whole, view)
+        if box is not None:
+            return map_value(value, box.of)
+    places = _places(whole, view, varying(*arrays))
+    nowhere = np.zeros((1,) * len(view[1]), dtype=np.int64)
+
+    def indices(ids: IntArray) -> list[IntArray]:
+        return [place if size > 1 else nowhere for place, size in zip(places or (), ids.shape, strict=True)]
+
+    if places is None or any(np.broadcast(*indices(ids)).size > MOST_ENTRIES for ids in arrays if ids.ndim):
+        return None
+    return map_value(value, lambda ids: compress(ids[tuple(indices(ids))]))
 
 
-def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+def _places(whole: View, view: View, axes: set[int]) -> list[IntArray] | None:
+    """The indices along axes of ``whole`` of the elements of a view, which may read some of them twice; 0 along others.
+
+    An element is found by its place in memory. ``None`` if ``whole`` has gaps or elements of another size, the view
+    reads beyond it.
+    """
+    first = view[0] - whole[0]
+    reach = [(size - 1) * step for size, step in zip(*view[1:3], strict=True)]
+    is_even = _is_dense(*whole[1:3]) and whole[3] == view[3]  # no complex numbers as real ones
+    if not is_even or 0 in view[1] or first < 0 or first + sum(reach) >= prod(whole[1]):
+        return None
+    places = [np.zeros((1,) * len(reach), dtype=np.int64)] * len(whole[1])
+    for axis in axes:
+        size, stride = whole[1][axis], whole[2][axis]
+        steps = {k: step for k, step in enumerate(view[2]) if step % (stride * size)}  # others go round
+        inside = {k for k, step in steps.items() if step % stride}
+        if first % stride + sum(reach[k] for k in inside) < stride:
+            steps = {k: step for k, step in steps.items() if k not in inside}  # these stay at one index
+        place = np.full_like(places[axis], first)
+        for k, step in steps.items():
+            place = place + step * np.expand_dims(np.arange(view[1][k]), [n for n in range(len(reach)) if n != k])
+        places[axis] = place // stride % size
+    return places
+
+
+def _is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether the elements lie without gaps, and each by itself."""
     expected = 1
-    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
-        if size > 1 and stride != expected:
+    for stride, size in sorted((stride, size) for size, stride in zip(shape, strides, strict=True) if size > 1):
+        if stride != expected:
             return False
         expected *= size
     return True

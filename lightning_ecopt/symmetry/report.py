@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -130,7 +131,7 @@ def _side(units: UnitSet, sign: int) -> str:
 
 
 def _costs_table(costs: Mapping[Operation, int]) -> Table:
-    """Make the table of operations that fix scales, one row for each ATen name."""
+    """Make the table of operations that fix scales: a row for each ATen name, and for parts of the output alike."""
     from rich.table import Table
     from rich.text import Text
 
@@ -139,12 +140,14 @@ def _costs_table(costs: Mapping[Operation, int]) -> Table:
     table.add_column("module", overflow="fold")
     table.add_column("scales", justify="right")
     table.add_column("what could be done", overflow="fold")
-    by_name: dict[str, list[tuple[str, int]]] = {}
-    for operation, count in costs.items():
-        by_name.setdefault(operation.name, []).append((operation.module, count))
-    for name, places in by_name.items():
-        modules = list(dict.fromkeys(module or "(top level)" for module, _ in places))
-        table.add_row(name, Text(_shortened(modules)), str(sum(count for _, count in places)), advice(name))
+    alike: dict[str, list[Operation]] = {}
+    for operation in costs:
+        alike.setdefault(re.sub(r"\[\d+\]", "[]", operation.name), []).append(operation)
+    for operations in alike.values():
+        names = list(dict.fromkeys(operation.name for operation in operations))
+        modules = list(dict.fromkeys(operation.module or "(top level)" for operation in operations))
+        count = str(sum(costs[one] for one in operations))
+        table.add_row(Text(_shortened(names)), Text(_shortened(modules)), count, advice(operations[0].name))
     return table
 
 

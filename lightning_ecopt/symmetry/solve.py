@@ -16,9 +16,10 @@ from torch import Tensor
 
 from lightning_ecopt.symmetry.coupling import NO_UNIT, Coupling
 from lightning_ecopt.symmetry.elimination import BoolArray, Powers, SparseEquations, Unknowns, eliminate, simplify
-from lightning_ecopt.symmetry.equations import Equations, Use, overlap
+from lightning_ecopt.symmetry.equations import Equations, Use
 from lightning_ecopt.symmetry.labels import FIXED, ZERO, IntArray, constant
 from lightning_ecopt.symmetry.monomials import Monomials
+from lightning_ecopt.symmetry.regions import overlap, without
 from lightning_ecopt.symmetry.scales import Operation
 
 
@@ -59,6 +60,14 @@ def solve(equations: Equations, trained: Collection[str] | None = None) -> Solut
     agreements += _frozen_sides(equations, names)
     _merge_equalities(unknowns, [*equations.equalities, *agreements])
     costs = _charge_fixings(unknowns, equations)
+    of_name: dict[str, list[Use]] = {name: [] for name in names}
+    for name, use in uses:
+        of_name[name].append(use)
+    uses = [
+        (name, use)
+        for name, own in of_name.items()
+        for use in [*own, *_left_out(own, equations.shapes[name], unknowns)]
+    ]
     labels = [np.where(ids == ZERO, FIXED, ids) for _, use in uses for ids in (use.incoming, use.outgoing)]
     visible = np.unique(np.concatenate([ids.ravel() for ids in labels])) if labels else np.empty(0, np.int64)
     powers = _eliminate_products(unknowns, equations, visible)
@@ -89,7 +98,7 @@ def _frozen_sides(equations: Equations, names: Sequence[str]) -> list[IntArray]:
     pairs = []
     for name in equations.shapes.keys() - set(names):
         own = equations.uses.get(name, [])
-        hidden, equal = _only_hidden(equations.hidden_uses.get(name, []), own, equations.shapes[name])
+        hidden, equal = _only_hidden(equations.hidden_uses.get(name, []), own)
         pairs += equal
         for use in [*own, *(replace(use, outgoing=constant(FIXED, use.outgoing.ndim)) for use in hidden)]:
             pairs += _both_sides(use)
@@ -142,13 +151,13 @@ def _used_regions(equations: Equations, names: Sequence[str]) -> tuple[list[tupl
     agreements: list[IntArray] = []
     for name in names:
         shape, own = equations.shapes[name], equations.uses.get(name, [])
-        hidden, pairs = _only_hidden(equations.hidden_uses.get(name, []), own, shape)
+        hidden, pairs = _only_hidden(equations.hidden_uses.get(name, []), own)
         uses += [(name, use) for use in _completed([*own, *hidden], shape)]
         agreements += pairs
     return uses, agreements
 
 
-def _only_hidden(hidden: list[Use], own: list[Use], shape: tuple[int, ...]) -> tuple[list[Use], list[IntArray]]:
+def _only_hidden(hidden: list[Use], own: list[Use]) -> tuple[list[Use], list[IntArray]]:
     """The uses by zeros of elements that have no other use, and pairs of scales that must agree.
 
     The output of this call would stay for any factors of such elements, as they are multiplied by zeros. But the zeros
@@ -161,7 +170,7 @@ def _only_hidden(hidden: list[Use], own: list[Use], shape: tuple[int, ...]) -> t
         same = next((other for other in kept if other.region == use.region), None)
         if same is not None:
             pairs.append(np.stack(np.broadcast_arrays(same.incoming, use.incoming), -1).reshape(-1, 2))
-        elif not any(overlap(other.region, use.region, shape) for other in [*own, *kept]):
+        elif not any(overlap(other.region, use.region) for other in [*own, *kept]):
             kept.append(use)
     return kept, pairs
 
@@ -179,6 +188,32 @@ def _completed(uses: list[Use], shape: tuple[int, ...]) -> list[Use]:
         slice(0, size, 1) if same else part for size, same, part in zip(shape, alike, use.region, strict=True)
     )
     return [replace(use, region=region)]
+
+
+def _left_out(uses: list[Use], shape: tuple[int, ...], unknowns: Unknowns) -> list[Use]:
+    """Uses of the elements that an example has passed over along the one axis on which the uses differ.
+
+    A loop over experts passes over those that no row chooses. Another example may choose them: then they meet what the
+    others meet, and make hidden units of their own, which are held fixed.
+    """
+    pairs = [(first, [use.region[axis] for use in uses]) for axis, first in enumerate(uses[0].region)] if uses else []
+    axes = [axis for axis, (first, parts) in enumerate(pairs) if any(part != first for part in parts)]
+    sides = [[use.incoming for use in uses], [use.outgoing for use in uses]]
+    if len(axes) != 1 or any(ids.shape[axes[0]] > 1 for side in sides for ids in side):
+        return []
+    region = list(uses[0].region)
+    region[axes[0]] = slice(0, shape[axes[0]], 1)
+    rest = [tuple(region)]
+    for use in uses:
+        shared = [(part, overlap(part, use.region)) for part in rest]
+        rest = [piece for part, common in shared for piece in ([part] if common is None else without(part, common))]
+    fixed = constant(FIXED, len(shape))
+    codes = [[2 * unknowns.number[ids] + (unknowns.sign[ids] < 0) for ids in side] for side in sides]
+    incoming, outgoing = (
+        side[0] if all(np.array_equal(own[0], other) for other in own) else fixed
+        for side, own in zip(sides, codes, strict=True)
+    )
+    return [replace(uses[0], region=part, incoming=incoming, outgoing=outgoing) for part in rest]
 
 
 # From unknowns to units -----------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ arithmetic. Where that is impossible, as for control flow that depends on values
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-from lightning_ecopt.common.nested import tensors_in
+from lightning_ecopt.common.nested import named_tensors_in, tensors_in
 from lightning_ecopt.common.sharding import (
     Ranks,
     can_be_rescaled,
@@ -34,7 +34,11 @@ from lightning_ecopt.symmetry.trace_mode import TraceMode
 
 
 def scaling_group(
-    module: nn.Module, *args: Any, parameters: Iterable[Tensor] | None = None, **kwargs: Any
+    module: nn.Module,
+    *args: Any,
+    parameters: Iterable[Tensor] | None = None,
+    outputs: Callable[[Any], Any] | None = None,
+    **kwargs: Any,
 ) -> ScalingGroup:
     """Find every rescaling of hidden units that leaves the function of ``module`` unchanged.
 
@@ -48,20 +52,28 @@ def scaling_group(
     network, without any communication, and the group is the same on all ranks. Where only a real call is possible,
     trace the module first, shard it then, and take ``group.of(module)``.
 
+    All that the call returns must stay as it is: keys and values that a language model returns for later calls, too.
+    The report names the parts of the output that cost freedoms, such as ``output['past_key_values'].layers[0].keys``.
+    If your loss does not look at them, say what counts, ``outputs=lambda output: output.logits``, or have the module
+    return no more than that, ``use_cache=False``. The Lightning callback watches the training step, where the loss is
+    all that counts; ``forward`` should return no more than the loss looks at if there is an ``example_input_array``.
+
     Args:
         module: any module; the outputs of its call are what must not change.
         *args: inputs of the call. Their values matter only in a real call, whose control flow they may decide.
         parameters: the parameters that may be rescaled, usually the optimizer's; by default all. Those that require
             no gradient, complex and quantised ones, and all others, are held fixed.
+        outputs: takes what the call returns, and returns the tensors in it that count, in a structure of any kind, or
+            something computed from them, such as the loss; by default everything counts.
         **kwargs: further inputs of the call.
 
     Returns:
         The group; ``group.num_units`` is the number of freedoms.
 
     Raises:
-        TypeError: if ``module`` is none.
-        ValueError: if one of ``parameters`` is not a parameter of ``module``, or is sharded in a way that is not
-            supported, or a sharded module cannot be called with fake tensors.
+        TypeError: if ``module`` is none, or ``outputs`` is no function.
+        ValueError: if ``outputs`` returns no tensor, or one of ``parameters`` is not a parameter of ``module``, or is
+            sharded in a way that is not supported, or a sharded module cannot be called with fake tensors.
         Exception: whatever the module raises when it is called.
 
     Example::
@@ -75,6 +87,11 @@ def scaling_group(
             "scaling_group takes the module first, then the inputs of its call, but got "
             f"{type(module).__name__}: scaling_group(model, inputs)."
         )
+    if outputs is not None and not callable(outputs):
+        raise TypeError(
+            "outputs takes a function of what the module returns, but got "
+            f"{type(outputs).__name__}: scaling_group(model, inputs, outputs=lambda output: output.logits)."
+        )
     given = None if parameters is None else list(parameters)
     chosen = select_parameters(module, given)
     foreign = {id(p) for p in given or ()} - {id(p) for p in module.parameters()}
@@ -84,7 +101,17 @@ def scaling_group(
             "pass the module that owns all of them."
         )
     trained = {name: parameter for name, parameter in chosen.items() if parameter.requires_grad}
-    return solved(trained, trace(module, trained, *args, **kwargs), gathering=gathering_modules(module))
+    call = module if outputs is None else partial(_counted, module, outputs)
+    equations = _trace(module, call, trained, args, kwargs)
+    return solved(trained, equations, gathering=gathering_modules(module))
+
+
+def _counted(module: nn.Module, outputs: Callable[[Any], Any], /, *args: Any, **kwargs: Any) -> Any:
+    """What counts of what the module returns."""
+    counted = outputs(module(*args, **kwargs))
+    if not tensors_in(counted, objects=True):
+        raise ValueError(f"outputs returned no tensor of what {type(module).__name__} returns, but {counted!r}")
+    return counted
 
 
 def select_parameters(module: nn.Module, parameters: Iterable[Tensor] | None = None) -> dict[str, nn.Parameter]:
@@ -147,9 +174,20 @@ def trace(module: nn.Module, parameters: Mapping[str, nn.Parameter], /, *args: A
         *args: inputs of the call.
         **kwargs: further inputs of the call.
     """
+    return _trace(module, module, parameters, args, kwargs)
+
+
+def _trace(
+    module: nn.Module,
+    call: Callable[..., Any],
+    parameters: Mapping[str, nn.Parameter],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Equations:
+    """Trace ``call(*args, **kwargs)``, which calls the module."""
     if any(map(is_sharded, module.parameters())):
         try:
-            return _trace_fake(module, parameters, args, kwargs)
+            return _trace_fake(module, call, parameters, args, kwargs)
         except Exception as error:
             raise ValueError(
                 f"{type(module).__name__} has sharded parameters and cannot be called with fake tensors, which is the "
@@ -159,14 +197,14 @@ def trace(module: nn.Module, parameters: Mapping[str, nn.Parameter], /, *args: A
     # Scripted modules take no fake parameters; control flow that depends on data takes no fake inputs.
     if not any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):
         try:
-            return _trace_fake(module, parameters, args, kwargs)
+            return _trace_fake(module, call, parameters, args, kwargs)
         except Exception:  # a mistake of the module shows up again below
             pass
     try:
-        return _trace_real(module, parameters, args, kwargs)
+        return _trace_real(module, call, parameters, args, kwargs)
     except Exception as error:
         with values_kept(module), inputs_kept((args, kwargs)):
-            module(*args, **kwargs)  # raises what the module raises by itself
+            call(*args, **kwargs)  # raises what the module raises by itself
         warn(f"{type(module).__name__} cannot be watched, so that all of it is held fixed: {error!r}")
         return all_fixed(module, parameters)
 
@@ -179,7 +217,11 @@ def all_fixed(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Equa
 
 
 def _trace_fake(
-    module: nn.Module, parameters: Mapping[str, nn.Parameter], args: tuple[Any, ...], kwargs: dict[str, Any]
+    module: nn.Module,
+    call: Callable[..., Any],
+    parameters: Mapping[str, nn.Parameter],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> Equations:
     """Trace a call of the module in which fake tensors stand for its parameters, its buffers and the inputs."""
     gathering = gathering_modules(module)
@@ -191,7 +233,7 @@ def _trace_fake(
         with attributes_kept(module, state):
             if gathering:
                 stop_gathering_(module)
-            _trace_call(mode, module, args, kwargs)
+            _trace_call(mode, module, call, args, kwargs)
     return mode.equations
 
 
@@ -204,25 +246,32 @@ def _fake(fake_mode: FakeTensorMode, tensor: Tensor) -> Tensor:
 
 
 def _trace_real(
-    module: nn.Module, parameters: Mapping[str, nn.Parameter], args: tuple[Any, ...], kwargs: dict[str, Any]
+    module: nn.Module,
+    call: Callable[..., Any],
+    parameters: Mapping[str, nn.Parameter],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> Equations:
     """Trace a call of the module as it is, and put back what the call changes."""
     mode = TraceMode(module, parameters)
     with values_kept(module), inputs_kept((args, kwargs)):
-        _trace_call(mode, module, args, kwargs)
+        _trace_call(mode, module, call, args, kwargs)
     return mode.equations
 
 
-def _trace_call(mode: TraceMode, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+def _trace_call(
+    mode: TraceMode, module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> None:
     mode.register_inputs(tensors_in((args, kwargs), objects=True))
     with mode.tracing():
-        output = module(*args, **kwargs)
+        output = call(*args, **kwargs)
     hold_results_fixed(mode, module, output)
 
 
 def hold_results_fixed(mode: TraceMode, module: nn.Module, output: Any, name: str = "output") -> None:
     """Demand that all that a call leaves behind stays as it is: its output, and what the module keeps of it."""
-    mode.hold_fixed(tensors_in(output, objects=True), name)
+    for part, tensor in named_tensors_in(output, name, objects=True):
+        mode.hold_fixed([tensor], part)
     mode.hold_new_fixed(_kept(module), "kept by the module")
 
 

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nested._internal.nested_tensor import NestedTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -33,9 +34,10 @@ from lightning_ecopt.symmetry.aten import base_name, named_arguments, written_to
 from lightning_ecopt.symmetry.constants import Constants
 from lightning_ecopt.symmetry.equations import Equations
 from lightning_ecopt.symmetry.isolation import running_module, traced
-from lightning_ecopt.symmetry.labels import FIXED, ZERO, ParameterView, Product, Value, constant
+from lightning_ecopt.symmetry.labels import FIXED, ZERO, Cases, ParameterView, Product, Value, constant
 from lightning_ecopt.symmetry.memory import Memory, is_ordinary
 from lightning_ecopt.symmetry.rules import RULES, Call
+from lightning_ecopt.symmetry.rules.cases import by_case
 from lightning_ecopt.symmetry.rules.registry import Rule
 from lightning_ecopt.symmetry.scales import Operation
 from lightning_ecopt.symmetry.stand_ins import STAND_INS
@@ -86,6 +88,8 @@ class TraceMode(TorchDispatchMode):
     # One operation ----------------------------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if isinstance(func, torch._ops.OpOverload) and any(issubclass(kind, NestedTensor) for kind in types):
+            return NotImplemented  # a jagged tensor says what it does as operations on the tensor of its values
         kwargs = kwargs or {}
         name = base_name(func)
         if name.startswith("prim::"):  # a question about a tensor, such as its device
@@ -109,7 +113,7 @@ class TraceMode(TorchDispatchMode):
 
         # 2. Read the labels and shapes of the inputs, which the operation may change.
         operation = self._operation(name)
-        labels: dict[int, Value] = {}
+        labels: dict[int, Value | Cases] = {}
         with self._taking_down(operation):
             labels = {id(tensor): self._read(tensor) for tensor in tensors}
             shapes = {id(tensor): tuple(tensor.shape) for tensor in tensors if not tensor.is_nested}
@@ -124,15 +128,18 @@ class TraceMode(TorchDispatchMode):
             arguments = named_arguments(func, args, kwargs)
             if are_plain and arguments is not None:
                 constants = self.constants.follow(func, args, kwargs, output)  # of operations without a rule, too
-                call = Call(self.equations, arguments, labels, shapes, output, constants)
+                call = Call(self.equations, arguments, labels, shapes, output, constants, self.constants.name)
                 if rule is not None and self._apply(rule, func, call):
                     return output
+            else:
+                for tensor in filter(is_ordinary, tensors):  # it may have been written to
+                    self.constants.forget(tensor)
             self._hold_touched_fixed(func, labels.values(), (args, kwargs), output)
         return output
 
     def _labels_of_stand_in(
         self, function: Callable[..., Any], func: Any, args: Any, kwargs: Any, call: Call
-    ) -> list[Value]:
+    ) -> list[Value | Cases]:
         """Trace a function in the place of an operation that it is a stand-in for."""
         if func._schema.is_mutable:
             raise ValueError("an operation that writes to its arguments can have no stand-in")
@@ -175,7 +182,7 @@ class TraceMode(TorchDispatchMode):
             name = self.equations.operation.name
             warn(f"{name} cannot be watched, so all parameters are held fixed: {error!r}")
 
-    def _read(self, tensor: Tensor) -> Value:
+    def _read(self, tensor: Tensor) -> Value | Cases:
         """The label of an input. If no operation was seen that made it, all that it was made of is held fixed."""
         if not is_ordinary(tensor):
             for part in tensors_in(vars(tensor)):
@@ -202,7 +209,7 @@ class TraceMode(TorchDispatchMode):
     def _apply(self, rule: Rule, func: Any, call: Call) -> bool:
         """Label what an operation has made, and say whether its rule was able to."""
         try:
-            labels: Any = rule(call)
+            labels: Any = by_case(self.equations.operation.name, rule, call)
             self._write(labels if isinstance(labels, list | tuple) else [labels], func, call)
         except Exception as error:  # a form of the operation that the rule does not know must not stop training
             name = self.equations.operation.name
@@ -210,7 +217,7 @@ class TraceMode(TorchDispatchMode):
             return False
         return True
 
-    def _write(self, labels: Sequence[Value | None], func: Any, call: Call) -> None:
+    def _write(self, labels: Sequence[Value | Cases | None], func: Any, call: Call) -> None:
         """Write labels to the outputs of an operation, and to the arguments that it has changed in place."""
         outputs = call.output if isinstance(call.output, list | tuple) else [call.output]
         written = written_to(func)
@@ -227,7 +234,7 @@ class TraceMode(TorchDispatchMode):
             if tensor is not target:
                 self.memory.write(tensor, label, always_empty=always_empty)
 
-    def _hold_touched_fixed(self, func: Any, labels: Iterable[Value], inputs: Any, output: Any) -> None:
+    def _hold_touched_fixed(self, func: Any, labels: Iterable[Value | Cases], inputs: Any, output: Any) -> None:
         """Hold the inputs and outputs of an operation fixed, about which nothing is known."""
         for label in labels:
             self.equations.hold_fixed(label)
@@ -269,12 +276,12 @@ class TraceMode(TorchDispatchMode):
         with self._taking_down(self._operation(name)):
             self.equations.hold_fixed(self._read(tensor))
             if is_ordinary(tensor):
-                self.constants.forget(tensor)
+                self.constants.forget(tensor, escaped=True)
 
 
-def _is_zero(label: Value) -> bool:
+def _is_zero(label: Value | Cases) -> bool:
     """Whether a tensor is zero, or empty whatever the batch."""
-    return not isinstance(label, Product | ParameterView) and bool((label == ZERO).all())
+    return not isinstance(label, Product | ParameterView | Cases) and bool((label == ZERO).all())
 
 
 class _Escapes(TorchFunctionMode):

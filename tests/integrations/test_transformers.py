@@ -25,6 +25,10 @@ from transformers import (
     BertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -294,3 +298,26 @@ def test_a_run_that_ends_before_its_first_step_leaves_a_model_that_works(form: s
     ours(run).stop_watching()
     assert is_clean(model)
     trainer(model, FORMS["class"], tmp_path, num_train_epochs=1).train()
+
+
+@pytest.mark.parametrize("experts", few(["grouped_mm", "batched_mm", "eager"], 1))
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3"])
+def test_units_of_all_experts_are_found(kind: str, experts: str) -> None:
+    """In a mixture of three experts of four units, two heads of two (or four) channels, a width of four."""
+    sizes = {"hidden_size": 4, "intermediate_size": 4, "num_attention_heads": 2, "num_key_value_heads": 2}
+    common = {"vocab_size": 8, "num_hidden_layers": 1, "num_experts_per_tok": 2, "use_cache": False, **sizes}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    torch.manual_seed(0)
+    if kind == "mixtral":
+        model: nn.Module = MixtralForCausalLM(MixtralConfig(num_local_experts=3, **common, **tokens))
+    else:
+        own = {"moe_intermediate_size": 4, "num_experts": 3, "head_dim": 4}
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**own, **common, **tokens))
+    model.config._experts_implementation = experts
+    ids = torch.arange(16).view(2, 8) % 8
+    group = scaling_group(model, ids)
+    # With real tensors, as the loop over experts is traced, no expert must be idle.
+    assert group.num_units == (30 if kind == "mixtral" else 34)  # counted as the null space of w * df/dw
+    before = model(ids).logits.detach()
+    group.act_(torch.linspace(-1, 1, group.num_units))
+    assert torch.allclose(model(ids).logits, before, rtol=1e-3, atol=1e-5)

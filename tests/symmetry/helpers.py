@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ecopt.symmetry import ScalingGroup, scaling_group
-from lightning_ecopt.symmetry.check import count_freedoms, directions, draw_, flat_output, nullity
+from lightning_ecopt.symmetry.check import DRAWS, count_freedoms, directions, draw_, flat_output, nullity
 
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
@@ -24,13 +24,16 @@ def normal(*shapes: tuple[int, ...]) -> Callable[[torch.Generator, float], tuple
 
 
 def assert_complete(
-    module: nn.Module, inputs: Callable[[torch.Generator, float], tuple[Any, ...]], seed: int = 0
+    module: nn.Module,
+    inputs: Callable[[torch.Generator, float], tuple[Any, ...]],
+    seed: int = 0,
+    draws: int = DRAWS,
 ) -> None:
     """The units are freedoms, and there are no others."""
     generator = torch.Generator().manual_seed(seed)
     draw_(module, generator)
     found = directions(scaling_group(module, *inputs(generator, 1.0)))
-    rows, living = count_freedoms(module, inputs, generator)
+    rows, living = count_freedoms(module, inputs, generator, draws)
     rows, found = rows[:, living], found[living]
     assert (rows @ found).abs().sum() < 1e-9 * rows.abs().sum()
     # Units that touch only elements which never matter are no freedoms of the function, in either count.

@@ -37,6 +37,9 @@ What a rule is mostly made of:
 ``constant(FIXED, ndim)``, ``constant(ZERO, ndim)``  the label of what must not change, and of zeros
 ===================================================  =============================================================
 
+Where data choose among experts, a rule is asked about all of them at once if its operation keeps rows apart: the table
+in :mod:`~lightning_ecopt.symmetry.rules.cases` says which operations do.
+
 Two rules for rules: along batch, position and pixel axes a label must have size 1, as those have other sizes in the
 next call; and whoever is in doubt holds fixed.
 """
@@ -45,8 +48,11 @@ from __future__ import annotations
 
 from lightning_ecopt.symmetry.rules import (
     attention,
+    cases,
+    complex_numbers,
     contractions,
     factories,
+    gradients,
     images,
     indexing,
     normalization,
@@ -61,8 +67,11 @@ __all__ = [
     "RULES",
     "Call",
     "attention",
+    "cases",
+    "complex_numbers",
     "contractions",
     "factories",
+    "gradients",
     "images",
     "indexing",
     "normalization",

@@ -6,6 +6,7 @@ label(w[o, i]) * label(x[i]) must be the same for all i, and is the label of ``y
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 
 import numpy as np
@@ -71,11 +72,13 @@ def linear(call: Call) -> Label:
 
 @rule("convolution", "_convolution", "convolution_overrideable")
 def convolution(call: Call) -> Label:
-    """``weight`` is [out, in / groups, ...], or [in, out / groups, ...] if transposed; one scale per output channel."""
-    ids, weight = call.ids("input"), call.value("weight")
+    """``weight`` is [out, in / groups, ...], or [in, out / groups, ...] if transposed; one scale per output channel.
+
+    Positions that the kernel does not mix may have a factor each, which the output keeps.
+    """
+    weight, ndim = call.value("weight"), call.output.ndim
+    inputs, own = _channels_and_positions(call)
     channels, groups = call.output.shape[1], call["groups"]
-    ids = call.equations.uniform(ids, [axis for axis in range(ids.ndim) if axis != 1])
-    inputs = np.broadcast_to(ids.reshape(-1), call.shape("input")[1]).reshape(groups, -1)
     if isinstance(weight, ParameterView):
         label = call.equations.fresh((channels,))
         outputs = label.reshape(groups, -1)
@@ -83,7 +86,7 @@ def convolution(call: Call) -> Label:
             incoming, outgoing = _grouped(outputs, inputs)  # [groups, in, out]
         else:
             outgoing, incoming = _grouped(inputs, outputs)  # [groups, out, in]
-        call.equations.assign(weight, _spread(incoming, ids.ndim), _spread(outgoing, ids.ndim), additive=False)
+        call.equations.assign(weight, _spread(incoming, ndim), _spread(outgoing, ndim), additive=False)
     else:
         rows = stretch(call.equations.uniform(weight, range(2, weight.ndim)), call.shape("weight"), [0])
         kernel = rows.reshape((groups, rows.shape[0] // groups, rows.shape[1]))  # [groups, out, in]
@@ -92,10 +95,48 @@ def convolution(call: Call) -> Label:
         products = call.equations.combine((1, kernel), (1, inputs[:, None]))
         mixed = call.equations.uniform(products, [2])[..., 0]
         label = np.broadcast_to(mixed, (groups, channels // groups)).reshape(-1)
-    output = along_channels(label, ids.ndim)
+    output = call.equations.combine((1, along_channels(label, ndim)), (1, own))
     if call["bias"] is None:
         return output
-    return add_to(call, output, map_value(call.value("bias"), lambda axis: along_channels(axis, ids.ndim)), ids.ndim)
+    return add_to(call, output, map_value(call.value("bias"), lambda axis: along_channels(axis, ndim)), ndim)
+
+
+def _channels_and_positions(call: Call) -> tuple[IntArray, IntArray]:
+    """The label of the input as that of its channels, [groups, in], times a factor of each position of the output."""
+    ids, shape, groups = call.ids("input"), call.shape("input"), call["groups"]
+    ids = call.equations.uniform(ids, set(range(2, ids.ndim)) - _unmixed(call))
+    positions = set(range(ids.ndim)) - {1}
+    first, own = _first(ids, positions), constant(FIXED, ids.ndim)
+    if ids.size > first.size and shape[1] > groups and (ids == ZERO).any():
+        first = call.equations.uniform(ids, positions)
+    elif ids.size > first.size:
+        factor = stretch(ids, shape, [1]).reshape(ids.shape[0], groups, -1, *ids.shape[2:])
+        if shape[1] > groups:  # from position to position, all channels of a group differ by one factor
+            axes = set(range(factor.ndim)) - {2}
+            factor = call.equations.difference(factor, _first(factor, axes - {1}), axes)
+        else:
+            first = own
+        own = np.repeat(factor[:, :, 0], call.output.shape[1] // groups, axis=1)
+    return np.broadcast_to(first.reshape(-1), shape[1]).reshape(groups, -1), own
+
+
+def _unmixed(call: Call) -> set[int]:
+    """Axes of positions that the kernel leaves apart and in place, as it has size one along them."""
+
+    def is_moved(k: int) -> bool:
+        return any(call[name][k % len(call[name])] != number for name, number in _IN_PLACE)  # one number may be for all
+
+    return {2 + k for k, size in enumerate(call.shape("weight")[2:]) if size == 1 and not is_moved(k)}
+
+
+_IN_PLACE = (("stride", 1), ("padding", 0), ("output_padding", 0))
+
+
+def _first(ids: IntArray, axes: Iterable[int]) -> IntArray:
+    """The part of a label that comes first along axes, which it keeps with size one."""
+    for axis in axes:
+        ids = ids.take([0], axis)
+    return ids
 
 
 def _grouped(inner: IntArray, outer: IntArray) -> tuple[IntArray, IntArray]:
@@ -165,7 +206,7 @@ def _parameter_product(call: Call, label: Label, weight: ParameterView) -> Label
         (own if is_own else others).append(ids)
     left = call.equations.whole(call.equations.product(*others))
     if varying(left) & set(rows) and not (left == ZERO).any():
-        first = left[tuple(slice(1) if axis in rows else slice(None) for axis in range(ndim))]
+        first = _first(left, rows)
         own.append(call.equations.difference(left, first, [*rows, *batch]))
         left = first
     else:

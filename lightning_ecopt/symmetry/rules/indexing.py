@@ -8,44 +8,36 @@ indexed instead, and no freedom is lost.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
+from math import isinf
 
 import numpy as np
 from torch import Tensor
 
 from lightning_ecopt.symmetry.labels import (
     FIXED,
+    Cases,
+    Choice,
     IntArray,
     ParameterView,
     Value,
     align,
+    arrays_in,
     compress,
     constant,
     map_value,
     stretch,
+    varying,
 )
+from lightning_ecopt.symmetry.picking import pick
 from lightning_ecopt.symmetry.rules.registry import Call, rule
 
+#: A parameter of which more rows may be chosen gets one scale for all of them.
+MOST_CASES = 2**10
 
-def pick(call: Call, name: str, axes: Iterable[int]) -> Value:
-    """The label of an argument after data has chosen among its elements along ``axes``: size 1 there."""
-    value, axes = call.value(name), tuple(axes)
-    if not isinstance(value, ParameterView):
-        return call.equations.uniform(value, axes)
-    varying = [set(_changing(index)) for part in value.parts() for index in part.axes]
-    if any(changing & set(axes) and not changing <= set(axes) for changing in varying):
-        return call.uniform(name, axes)  # reshaped: an axis of the parameter lies along axes of the view of both kinds
-    if any(set(_changing(part.factor)) & set(axes) for part in value.parts()):
-        return call.uniform(name, axes)  # it is the product with the factor that must have one label
 
-    where = tuple(slice(1) if k in axes else slice(None) for k in range(value.ndim))
-
-    def first(part: ParameterView) -> ParameterView:
-        chosen = {number for number, index in enumerate(part.axes) if set(axes) & set(_changing(index))}
-        indices = tuple(index[where] for index in part.axes)
-        return replace(part, axes=indices, factor=part.factor[where], picked=part.picked | chosen)
-
-    return value.each(first)
+def chosen(call: Call, name: str, axes: Iterable[int]) -> Value:
+    """The label of an argument after data have chosen among its elements along ``axes``: size 1 there."""
+    return pick(call.equations, call.value(name), axes)
 
 
 def _any_element(call: Call, name: str, ndim: int) -> IntArray:
@@ -60,7 +52,7 @@ def embedding(call: Call) -> Value:
         call.hold_fixed("weight")
         return constant(FIXED, call.output.ndim)
     leading = (1,) * (call.output.ndim - 1)
-    return map_value(pick(call, "weight", [0]), lambda ids: ids.reshape(leading + ids.shape[1:]))
+    return map_value(chosen(call, "weight", [0]), lambda ids: ids.reshape(leading + ids.shape[1:]))
 
 
 @rule("_embedding_bag", "_embedding_bag_forward_only")
@@ -76,13 +68,23 @@ def embedding_bag(call: Call) -> list[IntArray]:
 
 
 @rule("index_select")
-def index_selected(call: Call) -> Value:
+def index_selected(call: Call) -> Value | Cases:
     index, axes = call.constants.get(id(call["index"])), call.axes("dim")
     if index is not None:
         exact = _at(call, dict.fromkeys(axes, index))
         if exact is not None:
             return exact
-    return pick(call, "self", axes)
+    return _by_choice(call, axes[0], call["index"], 1) if axes else call.value("self")
+
+
+def _by_choice(call: Call, axis: int, index: Tensor, ndim: int) -> Value | Cases:
+    """The label of the elements along one axis that an index chooses, with ``ndim`` axes in its place."""
+    value, count = call.value("self"), call.shape("self")[axis]
+    rows = tuple(range(axis, axis + ndim))
+    if count > MOST_CASES or axis not in varying(*arrays_in(value)):
+        return map_value(pick(call.equations, value, [axis]), lambda ids: np.expand_dims(ids.take(0, axis), rows))
+    first = map_value(value, lambda ids: np.expand_dims(np.moveaxis(ids, axis, 0), tuple(row + 1 for row in rows)))
+    return Cases(Choice("element", call.values_of(index), count), rows, first)
 
 
 def _at(call: Call, indices: dict[int, IntArray]) -> Value | None:
@@ -97,7 +99,7 @@ def _at(call: Call, indices: dict[int, IntArray]) -> Value | None:
 
 
 @rule("index", "_unsafe_index")
-def indexed(call: Call) -> Value:
+def indexed(call: Call) -> Value | Cases:
     indices = _indices(call)
     if any(index is not None and _is_mask(index) for index in indices):  # masks take more than one axis
         return _any_element(call, "self", call.output.ndim)
@@ -107,8 +109,11 @@ def indexed(call: Call) -> Value:
         exact = _at(call, known)
         if exact is not None:
             return exact
+    if len(given) == 1:
+        ((axis, index),) = given.items()
+        return _by_choice(call, axis, index, index.ndim)
     places = tuple(slice(None) if i is None else np.zeros((1,) * i.ndim, np.int64) for i in indices)
-    return map_value(pick(call, "self", given), lambda ids: ids[places])
+    return map_value(chosen(call, "self", given), lambda ids: ids[places])
 
 
 def _indices(call: Call) -> list[Tensor | None]:
@@ -126,6 +131,10 @@ def put_at_indices(call: Call) -> IntArray:
         ndim = len(indices)
         return call.equations.equate(_any_element(call, "self", ndim), _any_element(call, "values", ndim))
     axes = [axis for axis, index in enumerate(indices) if index is not None]
+    if len(axes) == 1:
+        exact = _put_at(call, axes[0], indices[axes[0]], "values", adding=call["accumulate"])
+        if exact is not None:
+            return exact
     ids = call.uniform("self", axes)
     width = max(index.ndim for index in indices if index is not None)
     place = axes[0] if axes[-1] - axes[0] == len(axes) - 1 else 0  # where the axes of the indices stand in what is put
@@ -135,12 +144,29 @@ def put_at_indices(call: Call) -> IntArray:
     return call.equations.equate(ids, np.expand_dims(values, tuple(axes)))
 
 
+def _put_at(call: Call, axis: int, index: Tensor | None, name: str, *, adding: bool) -> IntArray | None:
+    """The label after known places along an axis got new elements, or additions; ``None`` if they are not known."""
+    places = call.constants.get(id(index))
+    if places is None or places.ndim != 1 or call.output.ndim == 0:
+        return None
+    ids, new = call.ids("self"), align(call.ids(name), call.output.ndim)
+    if ids.shape[axis] == new.shape[axis] == 1:
+        return None
+    whole = np.array(stretch(ids, call.output.shape, {axis, *varying(new)}))
+    where = (slice(None),) * axis + (places,)
+    if adding:
+        new = call.equations.equate(whole[where], new)
+    whole[where] = new
+    call.equations.equate(whole[where], new)  # a place that is named twice has one label
+    return compress(whole)
+
+
 @rule("gather")
 def gathered(call: Call) -> Value:
     """Elements along one axis, of a tensor that is held fixed if its gradients are sparse."""
     if call.arguments.get("sparse_grad"):
         call.hold_fixed("self")
-    return _cut(pick(call, "self", call.axes("dim")), call.shape("index"))
+    return _cut(chosen(call, "self", call.axes("dim")), call.shape("index"))
 
 
 def _cut(value: Value, shape: tuple[int, ...]) -> Value:
@@ -177,14 +203,10 @@ def scattered(call: Call) -> IntArray:
     shape = call.shape("index")
     source = np.asarray(_cut(call.uniform("src", axes), shape))
     # Only a part of the rows may be put into, so the label is written out along the axes on which the source changes.
-    whole = np.array(stretch(ids, call.shape("self"), _changing(source)))
+    whole = np.array(stretch(ids, call.shape("self"), varying(source)))
     part = tuple(slice(size) if own > 1 else slice(None) for size, own in zip(shape, whole.shape, strict=True))
     whole[part] = call.equations.equate(whole[part], source)
     return compress(whole)
-
-
-def _changing(ids: IntArray) -> list[int]:
-    return [axis for axis, size in enumerate(ids.shape) if size > 1]
 
 
 @rule("index_add", "index_copy", "index_reduce")
@@ -193,6 +215,10 @@ def put_along_axis(call: Call) -> IntArray:
     if call.arguments.get("reduce") == "prod":
         call.hold_fixed("self", "source")
         return constant(FIXED, call.output.ndim)
+    if "reduce" not in call.arguments and axes:
+        exact = _put_at(call, axes[0], call["index"], "source", adding="alpha" in call.arguments)
+        if exact is not None:
+            return exact
     source = align(call.uniform("source", axes) if call.shape("source") else call.ids("source"), call.output.ndim)
     return call.equations.equate(call.uniform("self", axes), source)
 
@@ -218,7 +244,7 @@ def put_into_slice(call: Call) -> IntArray:
 def put_into(call: Call, ids: IntArray, source: IntArray, part: tuple[slice, ...]) -> IntArray:
     """The label of a tensor with label ``ids`` after something with label ``source`` has replaced a box of it."""
     partial = [axis for axis, piece in enumerate(part) if piece != slice(None)]
-    whole = np.array(stretch(ids, call.output.shape, {*partial, *_changing(source)}))
+    whole = np.array(stretch(ids, call.output.shape, {*partial, *varying(source)}))
     whole[part] = source
     return compress(whole)
 
@@ -236,3 +262,17 @@ def unpacked(call: Call) -> list[IntArray]:
     if call["padding_value"] != 0:
         call.hold_fixed("data")
     return [call.uniform("data", [0])[None], constant(FIXED, 1)]
+
+
+@rule("_jagged_to_padded_dense_forward")
+def padded_rows(call: Call) -> IntArray:
+    """[rows, channels] to [batch, time, channels], filled up: zero and infinity stay what they are times a scale."""
+    if call["padding_value"] != 0 and not isinf(call["padding_value"]):
+        call.hold_fixed("values")
+    return call.uniform("values", [0])[None]
+
+
+@rule("_padded_dense_to_jagged_forward")
+def rows_of_padded(call: Call) -> IntArray:
+    """[batch, time, channels] to [rows, channels]."""
+    return call.uniform("dense", [0, 1])[0]

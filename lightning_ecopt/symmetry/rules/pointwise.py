@@ -50,12 +50,12 @@ def dropout(call: Call) -> list[Value]:
 def clamped(call: Call) -> Value:
     """clamp(c x, min=0) = c clamp(x, min=0) for c > 0; with any other bound x must not change."""
     bounds = [name for name in ("min", "max", "min_val", "max_val") if call.arguments.get(name) is not None]
-    return _all_equal(call, "self", *bounds)
+    return all_equal(call, "self", *bounds)
 
 
 @rule("threshold")
 def thresholded(call: Call) -> Value:
-    return _all_equal(call, "self", "threshold", "value")
+    return all_equal(call, "self", "threshold", "value")
 
 
 @rule("pow", "float_power")
@@ -98,12 +98,12 @@ def added(call: Call) -> Value:
 
 @rule("where")
 def chosen(call: Call) -> Value:
-    return _all_equal(call, "self", "other")
+    return all_equal(call, "self", "other")
 
 
 @rule("masked_fill")
 def masked(call: Call) -> Value:
-    return _all_equal(call, "self", "value")
+    return all_equal(call, "self", "value")
 
 
 @rule("copy")
@@ -149,7 +149,7 @@ def interpolated(call: Call) -> Value:
 @rule("gt", "ge", "lt", "le", "eq", "ne", "greater", "greater_equal", "less", "less_equal", "not_equal")
 def compared(call: Call) -> IntArray:
     """``c x > c y`` if ``x > y``, for c > 0: the result is fixed; the sides have equal labels, unless one is zero."""
-    _all_equal(call, "self", "other")
+    all_equal(call, "self", "other")
     return constant(FIXED, call.output.ndim)
 
 
@@ -166,7 +166,7 @@ def step(call: Call) -> IntArray:
     return constant(FIXED, call.output.ndim)
 
 
-def _all_equal(call: Call, *names: str) -> Value:
+def all_equal(call: Call, *names: str) -> Value:
     """The label that all arguments must have; a parameter among zeros stays a parameter view."""
     values = [call.factored(name) for name in names]
     others = [value for value in values if isinstance(value, Product | ParameterView) or not (value == ZERO).all()]

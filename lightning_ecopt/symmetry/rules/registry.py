@@ -12,6 +12,7 @@ from lightning_ecopt.symmetry.equations import Equations
 from lightning_ecopt.symmetry.labels import (
     FIXED,
     ZERO,
+    Cases,
     IntArray,
     Label,
     ParameterView,
@@ -20,6 +21,7 @@ from lightning_ecopt.symmetry.labels import (
     align,
     constant,
 )
+from lightning_ecopt.symmetry.picking import in_any_case
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,14 +35,16 @@ class Call:
         shapes: the shape of every tensor argument before the operation ran, by ``id`` of the tensor.
         output: what the operation has returned.
         constants: the values of integer tensors that are the same in every call, by ``id`` of the tensor.
+        values_of: names the values of an integer tensor: they are those of every tensor of the same name.
     """
 
     equations: Equations
     arguments: dict[str, Any]
-    values: dict[int, Value]
+    values: Mapping[int, Value | Cases]
     shapes: dict[int, tuple[int, ...]]
     output: Any
     constants: Mapping[int, IntArray] = field(default_factory=dict)
+    values_of: Callable[[Tensor], int] = id
 
     def __getitem__(self, name: str) -> Any:
         return self.arguments[name]
@@ -54,7 +58,8 @@ class Call:
         if isinstance(argument, str):
             argument = self.arguments[argument]
         if isinstance(argument, Tensor):
-            return self.values[id(argument)]
+            value = self.values[id(argument)]
+            return in_any_case(self.equations, value) if isinstance(value, Cases) else value
         return constant(ZERO if argument == 0 else FIXED, 0)
 
     def value(self, argument: Any) -> Plain:
@@ -98,7 +103,7 @@ class Call:
         return tuple(axis % ndim for axis in (given if isinstance(given, Sequence) else (given,)) if ndim)
 
 
-Rule = Callable[[Call], Value | Sequence[Value] | None]
+Rule = Callable[[Call], Value | Cases | Sequence[Value | Cases] | None]
 RULES: dict[str, Rule] = {}
 
 

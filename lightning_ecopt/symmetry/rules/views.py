@@ -6,6 +6,7 @@ The index arrays of a parameter view are moved in the same way, so that ``w.t()`
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import cast
 
 import numpy as np
@@ -42,6 +43,7 @@ def view(*names: str) -> Callable[[View], View]:
 
     def register(function: View) -> View:
         @rule(*names)
+        @wraps(function)
         def moved(call: Call) -> Value | Sequence[Value]:
             value = call.factored("self")
             if not isinstance(value, Product | ParameterView):
@@ -79,11 +81,6 @@ def viewed(call: Call) -> Value:
     "lift_fresh",
     "lift_fresh_copy",
     "detach_copy",
-    "_conj",
-    "_conj_physical",
-    "conj_physical",
-    "resolve_conj",
-    "resolve_neg",
     "tril",
     "triu",
 )
@@ -119,7 +116,7 @@ def transposed(call: Call, ids: IntArray) -> IntArray:
 
 @view("t")
 def matrix_transposed(call: Call, ids: IntArray) -> IntArray:
-    return ids.T
+    return ids.swapaxes(-1, -2) if ids.ndim > 1 else ids
 
 
 @view("expand")
@@ -176,27 +173,6 @@ def diagonal(call: Call, ids: IntArray) -> IntArray:
     if all(ids.shape[axis] == 1 for axis in axes):
         return np.diagonal(ids, 0, *axes)
     return np.diagonal(stretch(ids, call.shape("self"), axes), call["offset"], *axes)
-
-
-@view("view_as_real")
-def as_real(call: Call, ids: IntArray) -> IntArray:
-    return ids[..., None]
-
-
-@rule("view_as_complex")
-def as_complex(call: Call) -> IntArray:
-    return call.uniform("self", [call.output.ndim]).squeeze(-1)
-
-
-@rule("complex")
-def from_real_and_imaginary_part(call: Call) -> IntArray:
-    return call.equations.equate(call.broadcast("real"), call.broadcast("imag"))
-
-
-@rule("polar")
-def from_magnitude_and_angle(call: Call) -> IntArray:
-    call.hold_fixed("angle")
-    return call.broadcast("abs")
 
 
 @view("roll")

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_ecopt.symmetry.equations import Equations
+from lightning_ecopt.symmetry.labels import FIXED
 from tests.symmetry.rules.ops import Op, check, detached, directly, every
 
 TWO = {"q": (4, 4), "k": (4, 4)}
@@ -28,6 +29,19 @@ def attend(m: Any, h: Tensor, count: int = 2, fewer: int = 2, length: int = 4, *
     x = h.mT
     query, key, value = F.linear(x, m.q), F.linear(x[:, :length], m.k), F.linear(x[:, :length], m.v)
     return F.scaled_dot_product_attention(heads(query, count), heads(key, fewer), heads(value, fewer), **options)
+
+
+def gradient(m: Any, h: Tensor, of: str, fewer: int = 2) -> Tensor:
+    """The gradient of queries, keys or values, where h comes from above."""
+    with torch.enable_grad():
+        made = {
+            "q": heads(F.linear(h.mT, m.q)),
+            "k": heads(F.linear(h.mT, m.k), fewer),
+            "v": heads(F.linear(h.mT, m.v), fewer),
+        }
+        made = {name: tensor.detach().requires_grad_() for name, tensor in made.items()}
+        y = F.scaled_dot_product_attention(*made.values(), enable_gqa=fewer == 1)
+        return torch.autograd.grad(y, made[of], heads(h.mT))[0].transpose(1, 2).flatten(2)
 
 
 CPU = "_scaled_dot_product_flash_attention_for_cpu"
@@ -84,6 +98,9 @@ OPS = [
         heads(F.linear(h.mT, m.q)), heads(F.linear(h.mT, m.k)), heads(h.mT))[0], 4 + 4, 1, TWO, True),
     Op("_scaled_dot_product_attention_math", lambda m, h: ops._scaled_dot_product_attention_math(
         heads(h.mT), heads(h.mT), heads(F.linear(h.mT, m.v)), is_causal=True)[0], 4, 1, {"v": (4, 4)}, True),
+    Op(f"{CPU}_backward", lambda m, h: gradient(m, h, "q"), 4 + 4 + 2, 1, FORMS, counted=False),
+    Op(f"{CPU}_backward", lambda m, h: gradient(m, h, "k"), 4 + 4 + 2, 1, FORMS, counted=False),
+    Op(f"{CPU}_backward", lambda m, h: gradient(m, h, "v"), 4 + 4 + 2, 1, FORMS, counted=False),
 ]  # fmt: skip
 
 
@@ -122,3 +139,45 @@ def test_accelerators_attention_makes_the_same_demands(name: str, outputs: int) 
     for actual, expected in zip(demands(name, outputs), demands(CPU, 2), strict=True):
         for first, second in zip(actual, expected, strict=True):
             np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("name", "outputs", "leading"),
+    [
+        ("_flash_attention_forward", 5, False),
+        ("_efficient_attention_forward", 6, True),
+        ("_cudnn_attention_forward", 9, False),
+    ],
+)
+def test_attention_of_jagged_tensors_has_heads_and_length_in_the_other_order(
+    name: str, outputs: int, leading: bool
+) -> None:
+    def demands(name: str, outputs: int, swapped: bool) -> tuple[list[np.ndarray], np.ndarray]:
+        equations = Equations({})
+
+        def given(heads: int, length: int, channels: int) -> tuple[Any, Any]:
+            tensor, ids = torch.zeros(heads, length, channels), equations.fresh((heads, 1, channels))
+            tensor, ids = (tensor.transpose(0, 1), ids.swapaxes(0, 1)) if swapped else (tensor, ids)
+            return (tensor[None], ids[None]) if leading else (tensor, ids)
+
+        tensors = {"query": given(4, 5, 3), "key": given(2, 6, 3), "value": given(2, 6, 7)}
+        output = given(4, 5, 7)[0]
+        labels = directly(name, equations, (output, *[torch.zeros(4, 5)] * (outputs - 1)), tensors)
+        assert len(labels) == outputs
+        imposed = [relation.scales for relation in equations.relations] + equations.equalities
+        imposed += [numbers for _, numbers in equations.fixings]
+        return imposed, labels[0].swapaxes(-2, -3) if swapped else labels[0]
+
+    actual, expected = demands(name, outputs, True), demands(CPU, 2, False)
+    for first, second in zip([*actual[0], actual[1]], [*expected[0], expected[1]], strict=True):
+        np.testing.assert_array_equal(first, second)
+
+
+def test_keys_in_pages_are_held_fixed() -> None:
+    equations = Equations({})
+    label = equations.fresh((1, 2, 3))
+    tensors = {name: (torch.zeros(5, 2, 3), label) for name in ("query", "key", "value")}
+    output = torch.zeros(5, 2, 3)
+    (ids,) = directly("_flash_attention_forward", equations, (output,), tensors, block_table=torch.zeros(1))
+    assert (ids == FIXED).all()
+    assert equations.is_fixed[label].all()

@@ -12,6 +12,7 @@ from lightning_ecopt.symmetry.labels import ParameterView
 from tests.symmetry.rules.ops import Op, check, directly, every, out_of
 
 GAIN, SQUARE, WIDE, TWO = {"g": (4,)}, {"w": (4, 4)}, {"w": (5, 4)}, {"w": (5, 4), "v": (3, 4)}
+POINT, TALL, GROUPED = {"w": (6, 4, 1)}, {"w": (8, 1, 3, 1)}, {"w": (4, 1, 1), "g": (4, 4)}
 KERNEL, GROUPS, LINE = {"w": (6, 4, 2)}, {"w": (4, 3, 2), "b": (6,)}, {"w": (5, 4), "b": (5,)}
 
 OPS = [
@@ -30,7 +31,7 @@ OPS = [
     Op("mm", lambda m, h: torch.cat([h @ m.w, h.relu() @ m.w], 1), 8, shapes={"w": (4, 4)}),
     Op("mm", lambda m, h: torch.cat([h @ m.w[:, :2], h @ m.w[:, 2:]], 1), 8, shapes={"w": (4, 4)}),
     # Parts that overlap
-    Op("mm", lambda m, h: torch.cat([h @ m.w[:, :3], h @ m.w[:, 2:]], 1), 0, 0, SQUARE, complete=False),
+    Op("mm", lambda m, h: torch.cat([h @ m.w[:, :3], h @ m.w[:, 2:]], 1), 8, 0, SQUARE),
     Op("mm", lambda m, h: h @ m.w @ m.v, 4 + 3 + 5, 0, {"w": (4, 3), "v": (3, 5)}),
     Op("mm", lambda m, h: h @ (m.w @ m.v), 4 + 3 + 5, 0, {"w": (4, 3), "v": (3, 5)}),
     Op("mm", lambda m, h: h @ (m.w @ m.w), 4 + 1, 0, SQUARE),
@@ -127,9 +128,29 @@ OPS = [
     # Kernels
     Op("convolution", lambda m, h: F.conv1d(h, m.w, m.b), 4 + 6, 1, {"w": (6, 4, 2), "b": (6,)}),
     Op("convolution", lambda m, h: F.conv1d(h[:, :, 1:], m.w), 4 + 6, 1, KERNEL),
-    # Powers of one scale along the pixels, and pixels by themselves, are not looked for
+    # Powers of one scale along the pixels are not looked for
     Op("convolution", lambda m, h: F.conv1d(h.mT, m.w), 1 + 6, 1, KERNEL, complete=False),
-    Op("convolution", lambda m, h: F.conv1d(h.mT, m.w), 1 + 6, 1, {"w": (6, 4, 1)}, complete=False),
+    # Kernels of size one leave positions apart
+    Op("convolution", lambda m, h: F.conv1d(h.mT, m.w), 4 + 6, 1, POINT),
+    Op("convolution", lambda m, h: F.conv2d(h.view(1, 8, 1, 4), m.w, padding=(1, 0), groups=8)[0], 4 + 1, 0, TALL),
+    Op("convolution", lambda m, h: F.conv3d(
+        h.permute(0, 2, 3, 1)[:, None], m.w, padding=(1, 1, 0)), 4 + 2, 2, {"w": (2, 1, 3, 3, 1)}),
+    Op("convolution", lambda m, h: F.conv_transpose2d(h.permute(0, 2, 3, 1), m.w), 4 + 2, 2, {"w": (4, 2, 3, 1)}),
+    Op("convolution", lambda m, h: F.conv1d(h.mT, m.w, m.b), 1 + 6, 1, {"w": (6, 4, 1), "b": (6,)}),
+    Op("convolution", lambda m, h: F.conv1d(h.mT, m.w, padding=1), 1 + 6, 1, POINT, complete=False),
+    Op("convolution", lambda m, h: F.conv1d(h.mT, m.w, stride=2), 1 + 6, 1, POINT, complete=False),
+    Op("convolution", lambda m, h: F.conv1d(h.mT, m.w, groups=2), 4 + 6, 1, {"w": (6, 2, 1)}),
+    Op("convolution", lambda m, h: F.conv1d(h[:, :, None] * m.g, m.w, groups=4), 4 + 16 + 4, 0, GROUPED),
+    Op("convolution", lambda m, h: F.conv1d(h[:, :, None] * h[:, None], m.w, groups=2), 4 + 6, 0, {"w": (6, 2, 1)}),
+    Op("convolution", lambda m, h: F.conv_transpose1d(h.mT, m.w, groups=2), 4 + 6, 1, {"w": (4, 3, 1)}),
+    Op("convolution", lambda m, h: F.conv_transpose1d(
+        h.mT, m.w, padding=1, output_padding=2, dilation=3), 1 + 3, 1, {"w": (4, 3, 1)}, complete=False),
+    Op("convolution", lambda m, h: F.conv1d(h.mT, m.matrix[:, :, None]), 4, 1),
+    Op("convolution", lambda m, h: F.conv1d(h.mT, m.matrix[:, :1, None], groups=4), 4, 1),
+    Op("convolution", lambda m, h: F.conv1d(F.pad(h, (1, 1))[:, None], m.w), 4 + 3, 0, {"w": (3, 1, 1)}),
+    Op("convolution", lambda m, h: F.conv1d(F.pad(h, (1, 1))[:, None], m.w, m.b), 4, 0, {"w": (3, 1, 1), "b": (3,)}),
+    Op("convolution", lambda m, h: F.conv1d(F.pad(h.mT, (1, 1)), m.w), 1 + 6, 1, POINT, complete=False),
+    Op("convolution", lambda m, h: F.conv1d(h.t()[:, None], m.w).permute(2, 0, 1), 4 + 3, 0, {"w": (3, 1, 1)}),
     Op("convolution", lambda m, h: F.conv2d(h, m.w, None, 2, 1, 2), 4 + 3, 2, {"w": (3, 4, 2, 2)}),
     Op("convolution", lambda m, h: F.conv2d(h, m.w, groups=2), 4 + 6, 2, {"w": (6, 2, 2, 2)}),
     Op("convolution", lambda m, h: F.conv3d(h, m.w, m.b, groups=4), 4 + 4, 3, {"w": (4, 1, 2, 2, 2), "b": (4,)}),

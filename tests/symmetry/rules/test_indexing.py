@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from math import inf
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nested._internal.nested_tensor import nested_from_padded
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from tests.symmetry.rules.ops import Op, check, detached, every, out_of, traced
 
 GAIN, TABLE, WIDE = {"g": (4,)}, {"w": (5, 4)}, {"w": (5, 4)}
+OFFSETS = torch.tensor([0, 3, 8])
 LENGTHS = torch.tensor([4, 4, 3, 3, 2, 2, 1, 1])
 ops = torch.ops.aten
 
@@ -34,6 +37,19 @@ def distinct(*shape: int) -> Tensor:
 def larger(source: Tensor, *shape: int) -> Tensor:
     """A source is allowed to be larger than its index, but then has no gradient."""
     return source if traced() else source[tuple(map(slice, shape))]
+
+
+def _padded(h: Tensor, value: float) -> Tensor:
+    return torch.nested.nested_tensor_from_jagged(h, OFFSETS).to_padded_tensor(value)
+
+
+def _put_channels(base: Tensor, new: Tensor, places: list[int], accumulate: bool = False) -> Tensor:
+    """At these channels."""
+    return base.mT.index_put((torch.tensor(places),), new.mT, accumulate).mT
+
+
+def _not_padded(h: Tensor) -> Tensor:
+    return nested_from_padded(h.view(2, 4, 4), torch.tensor([0, 4, 8])).values()
 
 
 def order(count: int = 4) -> Tensor:
@@ -290,6 +306,22 @@ OPS = [
         pack_padded_sequence(h.mT, LENGTHS, True), True)[0], 4, 1, inference=True),
     Op("_pad_packed_sequence", lambda m, h: pad_packed_sequence(
         pack_padded_sequence(h.mT, LENGTHS, True), padding_value=1.0)[0].transpose(0, 1), 0, 1, inference=True),
+    # Places that are the same in every call
+    Op("index_put", lambda m, h: _put_channels(torch.zeros_like(h), h, [2, 0, 3, 1])),
+    Op("index_put", lambda m, h: _put_channels(torch.zeros_like(h), h[:, :2], [1, 3]) + h, 2),
+    Op("index_put", lambda m, h: _put_channels(h.clone(), h[:, :2].relu(), [-1, 2])),
+    Op("index_put", lambda m, h: _put_channels(h.clone(), h[:, :2].relu(), [3, 2], accumulate=True), 2),
+    Op("index_put", lambda m, h: _put_channels(torch.zeros_like(h), h, [1, 1, 0, 1], accumulate=True), 2),
+    Op("index_put", lambda m, h: _put_channels(torch.zeros_like(h), m.w.expand(8, 2), [1, 2]) + h, 4, 0, {"w": (2,)}),
+    Op("index_add", lambda m, h: torch.zeros_like(h).index_add(1, torch.tensor([1, 2, 3, 0]), h)),
+    Op("index_add", lambda m, h: h.index_add(1, torch.tensor([1, 2]), h[:, 2:], alpha=2), 2),
+    Op("index_add", lambda m, h: torch.zeros_like(h).index_add(0, torch.arange(8) // 2, h) + h),
+    Op("index_copy", lambda m, h: h.index_copy(1, torch.tensor([1, 2, 3, 0]), h)),
+    Op("index_copy", lambda m, h: torch.zeros_like(h).index_copy(1, torch.tensor([3, 0]), h[:, 1:3]) + h, 2),
+    Op("_jagged_to_padded_dense_forward", lambda m, h: _padded(h, 0.0).sum(1)[four(8) % 2], counted=False),
+    Op("_jagged_to_padded_dense_forward", lambda m, h: _padded(h, -inf).amax(1)[four(8) % 2], counted=False),
+    Op("_jagged_to_padded_dense_forward", lambda m, h: _padded(h, 0.5).sum(1)[four(8) % 2], 0, counted=False),
+    Op("_padded_dense_to_jagged_forward", lambda m, h: _not_padded(h), counted=False),
 ]  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from tests.symmetry.rules.ops import Op, check, every, out_of
 
-GAIN, TWO = {"g": (4,)}, {"g": (4,), "k": (4,)}
+GAIN, TWO, HEADS = {"g": (4,)}, {"g": (4,), "k": (4,)}, {"g": (2, 2)}
 SQUARE, WIDE = {"w": (4, 4)}, {"w": (5, 4)}
 
 
@@ -24,6 +24,23 @@ def _interleaved(m: Any, h: Tensor) -> Tensor:
     y[:, ::2][:, :4] = h
     y[:, 1::2] = h.flip(1)
     return y
+
+
+def _turned(y: Tensor) -> Tensor:
+    """The quarter turn of a rotary embedding: the second half, negated, before the first."""
+    a, b = y.chunk(2, -1)
+    return torch.cat([-b, a], -1)
+
+
+def _rotary(m: Any, h: Tensor) -> Tensor:
+    """Positions in groups of features, after a gain per head."""
+    y = h.view(8, 2, 2) * m.g
+    angle = torch.arange(8.0, dtype=h.dtype)[:, None, None]
+    return y * angle.cos() + _turned(y) * angle.sin()
+
+
+def _pairs(y: Tensor) -> Tensor:
+    return y[..., ::2] * y[..., 1::2] + y.sum(-1, keepdim=True) ** 2
 
 
 def _column_by_column(m: Any, h: Tensor) -> Tensor:
@@ -333,6 +350,11 @@ OPS = [
     Op("mul", lambda m, h: h * m.g + h.roll(1, 1) * m.g, 5, 0, GAIN),
     Op("mul", lambda m, h: h * m.g + h.roll(1, 1) * m.k, 4 + 4, 0, TWO),
     Op("mul", lambda m, h: h @ (m.w * (m.matrix > 0)), 8, shapes={"w": (4, 4)}),
+    # A gain of two axes, used whole and in parts
+    Op("mul", _rotary, 6, 0, HEADS),
+    Op("mul", lambda m, h: _pairs(h.view(8, 2, 2) * m.g), 6, 0, HEADS),
+    Op("mul", lambda m, h: (y := F.layer_norm(h.view(8, 2, 2), (2,)) * m.g) + _turned(y), 2, 0, HEADS),
+    Op("mul", lambda m, h: torch.cat([(y := h.view(8, 2, 2) * m.g)[:, 0], y[:, :, 1]], 1), 7, 0, HEADS),
     Op("mul", lambda m, h: h.mean(1, keepdim=True) * m.g, 5, shapes={"g": (4,)}),
     Op("mul", lambda m, h: h * (m.g * m.k), 12, shapes={"g": (4,), "k": (4,)}),
     # A gain that meets zeros follows what its product is added to, though any factor would do.

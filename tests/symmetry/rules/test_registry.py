@@ -13,8 +13,11 @@ from torch.nn import functional as F
 from lightning_ecopt.symmetry.rules import RULES
 from tests.symmetry.rules import (
     test_attention,
+    test_cases,
+    test_complex_numbers,
     test_contractions,
     test_factories,
+    test_gradients,
     test_images,
     test_indexing,
     test_normalization,
@@ -26,8 +29,11 @@ from tests.symmetry.rules.ops import Op, find
 
 FAMILIES = [
     test_attention,
+    test_cases,
+    test_complex_numbers,
     test_contractions,
     test_factories,
+    test_gradients,
     test_images,
     test_indexing,
     test_normalization,
@@ -47,6 +53,14 @@ OUT_OF_REACH = {
     "_scaled_dot_product_cudnn_attention",
     "_scaled_dot_product_fused_attention_overrideable",
     "_scaled_dot_product_attention_math_for_mps",
+    "_flash_attention_forward",
+    "_efficient_attention_forward",
+    "_cudnn_attention_forward",
+    "convolution_backward_overrideable",
+    "cudnn_batch_norm_backward",
+    "miopen_batch_norm_backward",
+    "batch_norm_backward",
+    "_fused_rms_norm_backward",
     "_cudnn_rnn",
     "mkldnn_rnn_layer",
     "_adaptive_avg_pool1d",

@@ -72,18 +72,6 @@ OPS = [
     Op("lift_fresh", lambda m, h: ops.lift_fresh(h)),
     Op("lift_fresh_copy", lambda m, h: ops.lift_fresh_copy(h)),
     Op("detach_copy", lambda m, h: ops.detach_copy(h), counted=False),  # has no gradient
-    Op("_conj", lambda m, h: torch.complex(h, h.relu()).conj().abs()),
-    Op("_conj", lambda m, h: torch.complex(h, h.relu()).conj().imag + h.roll(1, 1), 0, complete=False),  # seen negated
-    Op("_conj", lambda m, h: torch.complex(h, h.relu()).mH.real.T, inference=True),
-    Op("_conj_physical", lambda m, h: torch._conj_physical(torch.complex(h, h.relu())).imag + h.roll(1, 1), 1),
-    Op("conj_physical", lambda m, h: torch.complex(h, h.relu()).conj_physical_().imag + h.roll(1, 1), 1),
-    Op("conj_physical", lambda m, h: torch.conj_physical(torch.complex(h, h.relu())).imag, inference=True),
-    Op("resolve_conj", lambda m, h: torch.complex(
-        h, h.relu()).conj().resolve_conj().imag + h.roll(1, 1), 1, inference=True),
-    Op("resolve_conj", lambda m, h: torch.resolve_conj(h), inference=True),
-    Op("resolve_neg", lambda m, h: torch.complex(
-        h, h.relu()).conj().imag.resolve_neg(), 0, inference=True, complete=False),  # seen negated
-    Op("resolve_neg", lambda m, h: torch.resolve_neg(h) + h.roll(1, 1), 1, inference=True),
     Op("tril", lambda m, h: F.linear(h, m.w.tril()), 8, 0, SQUARE),
     Op("tril", lambda m, h: h.view(8, 2, 2).tril(-1)),
     Op("tril", lambda m, h: h.tril_() + h.roll(1, 1), 1),
@@ -94,7 +82,18 @@ OPS = [
     Op("as_strided", lambda m, h: torch.as_strided(h, (8, 2), (4, 2))),
     Op("as_strided", lambda m, h: torch.as_strided(h, (8, 2, 2), (4, 2, 1)).sum(2), 2),
     Op("as_strided", lambda m, h: torch.as_strided(h, (8, 2), (4, 1), 2) + h[:, :2], 2),
-    Op("as_strided", lambda m, h: torch.as_strided(h, (8, 3, 2), (4, 1, 1)), 0, complete=False),  # overlapping windows
+    # Windows that overlap
+    Op("as_strided", lambda m, h: torch.as_strided(h, (8, 3, 2), (4, 1, 1))),
+    Op("as_strided", lambda m, h: h.as_strided((8, 3, 2), (4, 1, 1)).sum(2) + h.as_strided((8, 3), (4, 1), 1), 1),
+    Op("as_strided", lambda m, h: torch.as_strided(h, (2, 3, 2, 4), (16, 4, 4, 1)).sum(2).reshape(6, 4).repeat(4, 1)),
+    Op("as_strided", lambda m, h: torch.as_strided(h, (4, 2, 3), (4, 1, 1), 1).sum(2).repeat(2, 1), 1),
+    Op("as_strided", lambda m, h: torch.as_strided(h.mT.contiguous(), (8, 3, 2, 4), (16, 4, 4, 1)), spatial=1),
+    Op("as_strided", lambda m, h: torch.as_strided(h, (8, 4, 3, 2), (16, 4, 1, 1)), spatial=1),
+    Op("as_strided", lambda m, h: torch.as_strided(h, (8, 5), (3, 1)), 1),
+    Op("as_strided", lambda m, h: F.linear(h, m.w.as_strided((3, 4), (2, 1))), 3, 0, {"w": (8,)}, complete=False),
+    Op("as_strided", lambda m, h: F.linear(h, torch.as_strided(m.w, (2, 4), (8, 1), 4)), 4 + 2, 0, {"w": (4, 4)}),
+    Op("unfold", lambda m, h: h.unfold(2, 2, 1).sum(3), spatial=1),
+    Op("unfold", lambda m, h: h.unfold(0, 4, 2).mean(2).repeat(4, 1)[:8]),
     Op("as_strided", lambda m, h: F.linear(h, torch.as_strided(m.w, (5, 4), (4, 1))), 4 + 5, 0, WIDE),
     Op("permute", lambda m, h: h.permute(2, 0, 1).permute(1, 0, -1), spatial=1),
     Op("permute", lambda m, h: F.linear(h, m.w.permute(-1, 0)), 4 + 5, 0, {"w": (4, 5)}),
@@ -166,9 +165,12 @@ OPS = [
     Op("slice", lambda m, h: F.linear(h[:, :2], m.w[:, :2]) + F.linear(h[:, 2:], m.w[:, 2:]), 4 + 5, 0, WIDE),
     Op("slice", lambda m, h: h * m.g[1:5], 8, 0, {"g": (6,)}),
     Op("slice", lambda m, h: h * m.g[:4] + m.g[4:], 8, 0, {"g": (8,)}),
-    # Parts that overlap hold the parameter fixed
-    Op("slice", lambda m, h: h * m.g[:4] + h.roll(1, 1) * m.g[1:], 0, 0, {"g": (5,)}, complete=False),
-    Op("slice", lambda m, h: torch.cat([F.linear(h, m.w), F.linear(h, m.w[:2])], 1), 0, 0, WIDE, complete=False),
+    # Parts that overlap
+    Op("slice", lambda m, h: h * m.g[:4] + h.roll(1, 1) * m.g[1:], 5, 0, {"g": (5,)}),
+    Op("slice", lambda m, h: torch.cat([F.linear(h, m.w), F.linear(h, m.w[:2])], 1), 4 + 5, 0, WIDE),
+    Op("slice", lambda m, h: torch.cat([h * m.g[1:5], h * m.g[:8:2], h.flip(1) * m.g[4:]], 1), 4 + 8, 0, {"g": (8,)}),
+    Op("slice", lambda m, h: F.linear(h[:, :3], m.w[:4, :3]) + F.linear(h[:, 1:], m.w[1:, 1:]), 5, 0, WIDE),
+    Op("slice", lambda m, h: torch.cat([F.linear(h, m.w[:3]), F.linear(h[:, ::2], m.w[1:, ::3])], 1), 3 + 5, 0, WIDE),
     Op("slice", lambda m, h: torch.cat([h, F.linear(h, m.w[:0])], 1), 4, 0, WIDE),
     Op("slice", lambda m, h: h[-3:, 1:-1].expand(3, 2).sum(0) + 0 * h[:, :1]),
     Op("select", lambda m, h: h[:, -1] * h[:, -1].sign() + h.relu().sum(1) * 0, 1),
@@ -206,20 +208,7 @@ OPS = [
     Op("diagonal", lambda m, h: (h[:, :, None] * h[:, None]).diagonal(1, 1, 2) + h[:, 1:] * h[:, :3]),
     Op("diagonal", lambda m, h: h * m.w.diagonal(), 4, 0, SQUARE, complete=False),  # no box of the parameter
     # Complex numbers
-    Op("view_as_real", lambda m, h: torch.view_as_real(torch.complex(h, h.relu())).sum(2)),
-    Op("view_as_real", lambda m, h: torch.view_as_real(torch.complex(h, h.relu()))[..., 1] + h.roll(1, 1), 1),
-    Op("view_as_complex", lambda m, h: torch.view_as_complex(h.view(8, 2, 2)).abs(), 2),
-    Op("view_as_complex", lambda m, h: torch.view_as_complex(h.mT.reshape(8, 4, 2, 2).mT.contiguous()).abs(), 2, 1),
-    Op("complex", lambda m, h: torch.complex(h, h.relu()).abs()),
     # Its parts can be taken apart again
-    Op("complex", lambda m, h: torch.complex(h, h[:, :1]).real, 1, complete=False),
-    Op("complex", lambda m, h: torch.complex(h, m.b).abs(), 4, 0, {"b": (4,)}),
-    Op("complex", lambda m, h: (
-        torch.complex(h, h.relu()) * torch.complex(m.g, m.k)).abs(), 8, 0, {"g": (4,), "k": (4,)}),
-    Op("polar", lambda m, h: torch.polar(h.abs(), m.known.expand(8, 4)).real),
-    Op("polar", lambda m, h: torch.polar(h.abs(), h.roll(1, 1)).real, 0),
-    Op("polar", lambda m, h: torch.polar(m.known, h).real, 0),
-    Op("polar", lambda m, h: torch.view_as_real(torch.complex(h, h.relu()) * torch.polar(m.known, m.known)).sum(1), 1),
     # Put together
     Op("cat", lambda m, h: torch.cat([h, h.roll(1, 1)], 1)),
     Op("cat", lambda m, h: torch.cat([torch.zeros(0, dtype=h.dtype), h, m.known.expand(8, 4)], -1)),

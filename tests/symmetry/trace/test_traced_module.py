@@ -116,13 +116,78 @@ def test_a_parameter_used_twice_agrees_with_itself(joined: bool, x: Tensor) -> N
     assert_same(evaluate(module, (x,)), before)
 
 
-def test_a_parameter_used_in_overlapping_parts_is_grounded(x: Tensor) -> None:
+def test_overlapping_parts_of_a_parameter_agree_where_they_overlap(x: Tensor) -> None:
     class Parts(Net):
         def forward(self, x: Tensor) -> Tensor:
             h = self.body(x)
             return F.linear(h[:, :3], self.head.weight[:, :3]) + F.linear(h[:, 1:], self.head.weight[:, 1:])
 
-    assert scaling_group(Parts(), x).num_units == 0
+    assert scaling_group(Parts(), x).num_units == 4
+
+
+def test_the_first_rows_of_a_table_stand_for_all(x: Tensor) -> None:
+    """Sequences of two lengths read a table of places, and others may be longer."""
+
+    class Places(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.places = nn.Parameter(torch.randn(9, 4))
+
+        def forward(self, long: Tensor, short: Tensor) -> Tensor:
+            return torch.cat([self.head(self.body[0](x) + self.places[: len(x)]) for x in (long, short)])
+
+    module = Places().double()
+    group = scaling_group(module, x, x[:2])
+    assert group.num_units == 4
+    longer = torch.randn(8, 2, dtype=torch.float64)
+    before = evaluate(module, (longer, x))
+    group.act_(torch.linspace(-1, 1, group.num_units, dtype=torch.float64))
+    assert_same(evaluate(module, (longer, x)), before)
+
+
+@pytest.mark.parametrize("hit", [[0, 1, 2], [0, 2], [0, 1], [1]], ids=str)
+def test_experts_that_an_example_leaves_idle_fit_the_next_one(hit: list[int]) -> None:
+    class Loop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head = nn.Linear(2, 4), nn.Linear(4, 2)
+            self.up, self.down = nn.Parameter(torch.randn(3, 5, 4)), nn.Parameter(torch.randn(3, 4, 5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h, experts = self.stem(x).relu(), (x > 0).sum(1)
+            y = torch.zeros_like(h)
+            for k in experts.unique():
+                rows = (experts == k).nonzero()[:, 0]
+                y.index_add_(0, rows, (h[rows] @ self.up[k].t()).relu() @ self.down[k].t())
+            return self.head(y)
+
+    module = Loop().double()
+    x = torch.randn(20, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    some = x[[int(k) in hit for k in (x > 0).sum(1)]]
+    group = scaling_group(module, some)
+    assert group.num_units == 4 + 4 + 5 * len(hit)
+    before = evaluate(module, (x,))
+    group.act_(torch.linspace(-1, 1, group.num_units, dtype=torch.float64))
+    assert_same(evaluate(module, (x,)), before)
+
+
+def test_many_overlapping_parts_hold_a_parameter_fixed(x: Tensor) -> None:
+    class Windows(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gains = nn.Parameter(torch.randn(200))
+            self.count = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.body(x).mean(1, keepdim=True)
+            return self.head(sum((h * self.gains[k : 200 - k])[:, :4] for k in range(self.count)))
+
+    module = Windows()
+    for module.count, is_fixed in ((30, False), (80, True)):
+        group = scaling_group(module, x)
+        before = module.gains.detach().clone()
+        group.act_(torch.linspace(-1, 1, group.num_units))
+        assert torch.allclose(module.gains, before) == is_fixed
 
 
 def test_unit_sets_gather_the_units_of_one_layer(x: Tensor) -> None:
