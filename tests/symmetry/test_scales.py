@@ -187,6 +187,10 @@ def plain(tokens: int) -> nn.Linear:
     return nn.Linear(tokens, tokens, bias=False)
 
 
+def point(tokens: int) -> nn.Conv1d:
+    return nn.Conv1d(tokens, tokens, 1, bias=False)
+
+
 def mixed(layer: nn.Module, h: Tensor) -> Tensor:
     return layer(h.transpose(1, 2)).transpose(1, 2)
 
@@ -205,6 +209,13 @@ NETWORKS: dict[str, Callable[[int], nn.Module]] = {
     "mixing without biases": lambda n: Tokens(lambda m, h: mixed(m.mix, h.relu()).relu(), n, mix=plain),
     "mixing twice": lambda n: Tokens(lambda m, h: mixed(m.b, mixed(m.a, h).relu()), n, a=plain, b=plain),
     "mixing, then soft": lambda n: Tokens(lambda m, h: mixed(m.mix, h).sigmoid(), n, mix=plain),
+    "mixing by convolutions": lambda n: Tokens(lambda m, h: m.b(m.a(h).relu()), n, a=point, b=point),
+    "by one with gates of positions": lambda n: Tokens(
+        lambda m, h: m.b(m.a(h) * m.gain), n, a=point, b=point, gain=nn.Parameter(torch.ones(4))
+    ),
+    "by one of halves": lambda n: Tokens(
+        lambda m, h: m.b(torch.cat([h, m.a(h)], 1)), n, a=point, b=lambda n: nn.Conv1d(2 * n, 2 * n, 1, groups=2)
+    ),
     "in place": lambda n: Tokens(lambda m, h: mixed(m.mix, h).mul_(2).relu_(), n, mix=plain),
     "halves": lambda n: Tokens(lambda m, h: torch.cat(mixed(m.mix, h).chunk(2, -1), -1), n, mix=plain),
     "flattened": lambda n: Tokens(lambda m, h: mixed(m.mix, h).flatten(1).relu().view(len(h), -1, 4), n, mix=plain),

@@ -77,7 +77,7 @@ def convolution(call: Call) -> Label:
     Positions that the kernel does not mix may have a factor each, which the output keeps.
     """
     weight, ndim = call.value("weight"), call.output.ndim
-    inputs, own = _channels_and_positions(call)
+    inputs, *own = _channels_and_positions(call)
     channels, groups = call.output.shape[1], call["groups"]
     if isinstance(weight, ParameterView):
         label = call.equations.fresh((channels,))
@@ -95,17 +95,18 @@ def convolution(call: Call) -> Label:
         products = call.equations.combine((1, kernel), (1, inputs[:, None]))
         mixed = call.equations.uniform(products, [2])[..., 0]
         label = np.broadcast_to(mixed, (groups, channels // groups)).reshape(-1)
-    output = call.equations.combine((1, along_channels(label, ndim)), (1, own))
+    output = call.equations.product(along_channels(label, ndim), *own)
     if call["bias"] is None:
         return output
     return add_to(call, output, map_value(call.value("bias"), lambda axis: along_channels(axis, ndim)), ndim)
 
 
-def _channels_and_positions(call: Call) -> tuple[IntArray, IntArray]:
-    """The label of the input as that of its channels, [groups, in], times a factor of each position of the output."""
-    ids, shape, groups = call.ids("input"), call.shape("input"), call["groups"]
-    ids = call.equations.uniform(ids, set(range(2, ids.ndim)) - _unmixed(call))
-    positions = set(range(ids.ndim)) - {1}
+def _channels_and_positions(call: Call) -> list[IntArray]:
+    """The label of the input as that of its channels, [groups, in], times factors of each position of the output."""
+    label, shape, groups = call.label("input"), call.shape("input"), call["groups"]
+    label = call.equations.match_along(label, set(range(2, label.ndim)) - _unmixed(call))
+    positions = set(range(label.ndim)) - {1}
+    apart, ids = _apart(call, label, positions)
     first, own = _first(ids, positions), constant(FIXED, ids.ndim)
     if ids.size > first.size and shape[1] > groups and (ids == ZERO).any():
         first = call.equations.uniform(ids, positions)
@@ -117,7 +118,7 @@ def _channels_and_positions(call: Call) -> tuple[IntArray, IntArray]:
         else:
             first = own
         own = np.repeat(factor[:, :, 0], call.output.shape[1] // groups, axis=1)
-    return np.broadcast_to(first.reshape(-1), shape[1]).reshape(groups, -1), own
+    return [np.broadcast_to(first.reshape(-1), shape[1]).reshape(groups, -1), own, *apart]
 
 
 def _unmixed(call: Call) -> set[int]:
@@ -200,11 +201,7 @@ def _parameter_product(call: Call, label: Label, weight: ParameterView) -> Label
     for axis in [*batch, ndim - 1]:
         shape[axis] = max((index.shape[axis] for index in weight.axes), default=1)
     output = call.equations.fresh(shape)
-    own, others = [constant(FIXED, ndim)], [constant(FIXED, ndim)]
-    for ids in factors_of(label):
-        is_own = varying(ids) and varying(ids) <= set(rows) and not (ids == ZERO).any()
-        (own if is_own else others).append(ids)
-    left = call.equations.whole(call.equations.product(*others))
+    own, left = _apart(call, label, rows)
     if varying(left) & set(rows) and not (left == ZERO).any():
         first = _first(left, rows)
         own.append(call.equations.difference(left, first, [*rows, *batch]))
@@ -213,6 +210,16 @@ def _parameter_product(call: Call, label: Label, weight: ParameterView) -> Label
         left = call.equations.uniform(left, rows)
     call.equations.assign(weight, output, left.swapaxes(-1, -2), additive=False)
     return call.equations.product(*own, output)
+
+
+def _apart(call: Call, label: Label, axes: Iterable[int]) -> tuple[list[IntArray], IntArray]:
+    """Factors of a label that change along axes, and along no others; and the product of all other factors."""
+    apart: list[IntArray] = []
+    rest = [constant(FIXED, label.ndim)]
+    for ids in factors_of(label):
+        is_apart = varying(ids) and varying(ids) <= set(axes) and not (ids == ZERO).any()
+        (apart if is_apart else rest).append(ids)
+    return apart, call.equations.whole(call.equations.product(*rest))
 
 
 @rule("dot", "vdot")
