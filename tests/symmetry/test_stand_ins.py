@@ -90,6 +90,26 @@ def test_a_right_stand_in_gives_an_operation_all_its_freedoms(name: str) -> None
     assert check_stand_in(operation, *inputs) == units
 
 
+class Mixture(nn.Module):
+    """Two layers of three experts, of which data choose one for each row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(2, 2)
+        self.up, self.down = nn.Parameter(torch.ones(3, 5, 4)), nn.Parameter(torch.ones(3, 2, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        expert = (h.detach()[:, :2] > 0).sum(1)
+        y = SCALED(torch.bmm(self.up[expert], h[:, :, None]), 0.1)
+        return self.last(torch.bmm(self.down[expert], y)[:, :, 0])
+
+
+def test_a_stand_in_keeps_the_units_of_experts_apart() -> None:
+    stand_in("ecopt_tests::scaled")(lambda x, slope: x.relu())
+    assert check_freedoms(Mixture(), X) == 4 + 15 + 2
+
+
 @pytest.mark.parametrize(
     ("name", "function"),
     [
@@ -204,6 +224,8 @@ def test_the_page_runs() -> None:
         ("_log_softmax", "no factor leaves"),
         ("mse_loss", "no factor leaves"),
         ("output", "must stay"),
+        ("output['past_key_values'].layers[0].keys", "must stay"),
+        ("output.logits", "must stay"),
         ("add", "rule is exact"),
         ("mylib::fused", "docs/operations.md"),
         ("hypot", "docs/operations.md"),
