@@ -329,9 +329,9 @@ def test_the_summary_names_units_dimensions_and_costs() -> None:
         "1.bias",
         "m = 92 parameters, H = 3 freedoms, m - H = 89 path coordinates",
         "Operations that fix scales",
-        "operation module or line scales",
-        "native_batch_norm 1 3",
-        "output (top level) 2",
+        "operation module or line scales what could be done",
+        "native_batch_norm 1 3 nothing: its epsilon does not scale",
+        "output (top level) 2 nothing: it must stay",
     ]
 
 

@@ -214,6 +214,122 @@ class Swin(nn.Module):
         return self.head(self.norm(x).mean((1, 2)))
 
 
+# MLP-Mixer (Tolstikhin et al., arXiv:2105.01601) and gMLP (Liu et al., arXiv:2105.08050) -----------------------------
+
+
+class OfTokens(nn.Module):
+    """Applies modules along the tokens of ``[N, T, C]``, each channel by itself."""
+
+    def __init__(self, *body: nn.Module) -> None:
+        super().__init__()
+        self.body = nn.Sequential(*body)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x.transpose(1, 2)).transpose(1, 2)
+
+
+class Mixer(nn.Module):
+    """A stack of blocks on the patches of an image of 224 x 224 pixels, then the mean of all."""
+
+    def __init__(self, width: int, blocks: list[nn.Module], patch: int = 16) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, patch, patch)
+        self.blocks = nn.Sequential(*blocks)
+        self.norm = nn.LayerNorm(width, 1e-6)
+        self.head = nn.Linear(width, 1000)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.blocks(self.patches(x).flatten(2).transpose(1, 2))).mean(1))
+
+
+def mixer(width: int = 768, depth: int = 12, tokens: int = 196, inner: int = 384) -> nn.Module:
+    """Mixer-B/16."""
+    blocks: list[nn.Module] = []
+    for _ in range(depth):
+        of_tokens = OfTokens(nn.Linear(tokens, inner), nn.GELU(), nn.Linear(inner, tokens))
+        blocks.append(Residual(nn.LayerNorm(width, 1e-6), of_tokens))
+        blocks.append(Residual(nn.LayerNorm(width, 1e-6), *feed_forward(width, nn.GELU())))
+    return Mixer(width, blocks)
+
+
+class SpatialGate(nn.Module):
+    """One half of the channels, times a linear map of the tokens of the other half."""
+
+    def __init__(self, width: int, tokens: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width // 2, 1e-6)
+        self.gate = OfTokens(nn.Linear(tokens, tokens))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = x.chunk(2, -1)
+        return first * self.gate(self.norm(second))
+
+
+def gmlp(width: int = 256, depth: int = 30, tokens: int = 196) -> nn.Module:
+    """gMLP-S/16."""
+    inner = 6 * width
+    blocks: list[nn.Module] = [
+        Residual(
+            nn.LayerNorm(width, 1e-6),
+            nn.Linear(width, inner),
+            nn.GELU(),
+            SpatialGate(inner, tokens),
+            nn.Linear(inner // 2, width),
+        )
+        for _ in range(depth)
+    ]
+    return Mixer(width, blocks)
+
+
+# Halo attention (Vaswani et al., arXiv:2103.12731) --------------------------------------------------------------------
+
+
+class HaloAttention(nn.Module):
+    """Each block of pixels attends to itself and to a halo around it, with learned relative positions."""
+
+    def __init__(self, width: int, heads: int = 4, block: int = 8, halo: int = 3) -> None:
+        super().__init__()
+        self.heads, self.channels, self.block, self.halo = heads, width // heads, block, halo
+        self.window = block + 2 * halo
+        self.q = nn.Conv2d(width, width, 1, bias=False)
+        self.kv = nn.Conv2d(width, 2 * width, 1, bias=False)
+        self.rows, self.columns = (
+            nn.Parameter(0.02 * torch.randn(2 * self.window - 1, self.channels)) for _ in range(2)
+        )
+
+    def relative(self, q: Tensor, table: Tensor) -> Tensor:
+        """Products of queries ``[N, block, block, C]`` with a table, by key: ``[N, block, 1, block, window]``."""
+        n, block, window = len(q), self.block, self.window
+        x = (q.reshape(-1, self.channels) @ table.T).reshape(-1, block, 2 * window - 1)
+        x = F.pad(F.pad(x, (0, 1)).flatten(1), (0, 2 * window - 1 - block))
+        x = x.reshape(-1, block + 1, 2 * window - 1)[:, :block, window - 1 :]
+        return x.reshape(n, block, 1, block, window)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, width, height, _ = x.shape
+        side, block, window = height // self.block, self.block, self.window
+        q = self.q(x).view(n * self.heads, self.channels, side, block, side, block)
+        q = q.permute(0, 2, 4, 3, 5, 1).reshape(-1, block, block, self.channels)
+        kv = F.pad(self.kv(x), 4 * (self.halo,)).unfold(2, window, block).unfold(3, window, block)
+        kv = kv.reshape(n * self.heads, 2 * self.channels, side * side, window**2)
+        k, v = kv.permute(0, 2, 3, 1).reshape(-1, window**2, 2 * self.channels).chunk(2, -1)
+        of_columns = self.relative(q, self.columns).permute(0, 1, 3, 2, 4)
+        of_rows = self.relative(q.transpose(1, 2), self.rows).permute(0, 3, 1, 4, 2)
+        logits = q.reshape(-1, block**2, self.channels) @ k.transpose(1, 2) * self.channels**-0.5
+        x = (logits + (of_rows + of_columns).reshape(logits.shape)).softmax(-1) @ v
+        x = x.view(n, self.heads, side, side, block, block, self.channels)
+        return x.permute(0, 1, 6, 2, 4, 3, 5).reshape(n, width, height, height)
+
+
+def halonet(width: int = 64, depth: int = 3) -> nn.Module:
+    """Residual blocks of halo attention on 64 x 64 pixels, as in the first stage of a HaloNet."""
+    layers: list[nn.Module] = [*conv(3, width, 7, 2), nn.ReLU(), nn.AdaptiveMaxPool2d(64)]
+    for _ in range(depth):
+        body = [*conv(width, width, 1), nn.ReLU(), HaloAttention(width), nn.BatchNorm2d(width)]
+        layers += [Residual(*body), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 1000))
+
+
 # A residual network of many layers ------------------------------------------------------------------------------------
 
 
@@ -359,6 +475,9 @@ ARCHITECTURES = {
     "resnet50": Architecture("ResNet-50", resnet50, image, 1.0),
     "vit-b16": Architecture("ViT-B/16", ViT, image, 1.0),
     "swin-t": Architecture("Swin-T", Swin, image, 2.0),
+    "mixer-b16": Architecture("Mixer-B/16", mixer, image, 2.0),
+    "gmlp-s16": Architecture("gMLP-S/16", gmlp, image, 2.0),
+    "halonet": Architecture("halo attention, 3 blocks", halonet, image, 2.0),
     "residual-1000": Architecture("residual, 1000 layers", residual, lambda: torch.randn(1, 64), 10.0),
     "gpt2": Architecture("GPT-2", GPT2, tokens, None),
     "llama-7b": Architecture("Llama-7B, meta device", llama, tokens, 20.0, "meta"),

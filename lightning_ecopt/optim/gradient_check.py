@@ -31,7 +31,7 @@ from torch.utils.weak import TensorWeakRef
 from lightning_ecopt.common.tensors import listing
 from lightning_ecopt.symmetry import DeferredGroup, ScalingGroup
 from lightning_ecopt.symmetry.derivatives import LAMBDA, Evidence, roundoff_at, roundoff_of
-from lightning_ecopt.symmetry.equations import Operation
+from lightning_ecopt.symmetry.scales import Operation
 
 #: Steps behind a refresh that are looked at. With the one at the refresh there are five, more than are needed to meet
 #: a term of every other step, or half of the batches, with a probability of 97 %, and few beside those of an epoch.

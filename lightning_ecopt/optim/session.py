@@ -27,8 +27,8 @@ from lightning_ecopt.steps import RULES
 from lightning_ecopt.steps.rule import PathStatistics, Rule, Setting, UnitStatistics
 from lightning_ecopt.steps.state import StateEntries, StateEntry, entries_of, has_weight_averages
 from lightning_ecopt.symmetry import ScalingGroup
-from lightning_ecopt.symmetry.equations import Operation
 from lightning_ecopt.symmetry.followers import Given
+from lightning_ecopt.symmetry.scales import Operation
 
 UNUSED = (
     "No traced call has used these parameters, or they cannot be rescaled (complex ones, those of other modules): {}. "

@@ -32,7 +32,7 @@ from lightning_ecopt.common.warn import warn
 from lightning_ecopt.optim.binding import Network
 from lightning_ecopt.symmetry import ScalingGroup
 from lightning_ecopt.symmetry.coupling import NO_UNIT, Coupling, couplings_here
-from lightning_ecopt.symmetry.equations import Operation
+from lightning_ecopt.symmetry.scales import Operation
 
 #: What the report says of units that are held for this reason.
 WRITTEN = Operation("somebody else writes to the weights", "")

@@ -2,7 +2,7 @@
 
 The way from a module to its units: :mod:`~.trace` calls the module, :mod:`~.trace_mode` sees its operations, the
 :mod:`~.rules` write :mod:`~.equations` between :mod:`~.labels`, :mod:`~.solve` finds what remains free, and that is the
-:class:`ScalingGroup`.
+:class:`ScalingGroup`. :func:`stand_in` teaches a trace an operation, :func:`check_freedoms` counts what it has found.
 
 Glossary. H is the number of units, m the number of weights.
 
@@ -15,6 +15,7 @@ zero                an element that is always zero, so that it fits any scale
 case                one of several labels among which data choose row by row, as among the experts of a mixture
 trace               one call of the module, seen as ATen operations, with fake or with real tensors
 rule (operation)    a function from the labels of an operation's inputs to the labels of its outputs
+stand-in            a function that scales as an operation without a rule does, and is traced in its place
 equation            a condition on scales under which the labels are right
 relation            an equation that is more than the equality of two scales, such as c = a * b
 coupling            a box-shaped region of a parameter, and the scales that multiply and divide its elements
@@ -48,6 +49,7 @@ from typing import TYPE_CHECKING
 from lightning_ecopt.common.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from lightning_ecopt.symmetry.check import check_freedoms, check_stand_in
     from lightning_ecopt.symmetry.coupling import Coupling
     from lightning_ecopt.symmetry.deferred import DeferredGroup, KnownGroup
     from lightning_ecopt.symmetry.describe import UnitSet
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
     from lightning_ecopt.symmetry.module_calls import GroupFromModuleCalls
     from lightning_ecopt.symmetry.monomials import Monomials
     from lightning_ecopt.symmetry.pending import GroupFromNextCall
+    from lightning_ecopt.symmetry.stand_ins import stand_in
     from lightning_ecopt.symmetry.trace import scaling_group
 
 __all__ = [
@@ -68,8 +71,11 @@ __all__ = [
     "Monomials",
     "ScalingGroup",
     "UnitSet",
+    "check_freedoms",
     "check_invariance",
+    "check_stand_in",
     "scaling_group",
+    "stand_in",
 ]
 
 # Tracing needs torch._dynamo, which takes longer to import than all the rest.
@@ -86,6 +92,9 @@ __getattr__, __dir__ = lazy_names(
         "ScalingGroup": "group",
         "UnitSet": "describe",
         "check_invariance": "invariance",
+        "check_freedoms": "check",
+        "check_stand_in": "check",
         "scaling_group": "trace",
+        "stand_in": "stand_ins",
     },
 )

@@ -10,10 +10,10 @@ from weakref import WeakValueDictionary
 
 from torch import Tensor
 
-from lightning_ecopt.symmetry.equations import Operation
 from lightning_ecopt.symmetry.followers import Followers
 from lightning_ecopt.symmetry.group import ScalingGroup
 from lightning_ecopt.symmetry.held import HeldUnits
+from lightning_ecopt.symmetry.scales import Operation
 
 
 class DeferredGroup(ABC):

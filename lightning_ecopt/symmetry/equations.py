@@ -1,19 +1,16 @@
-"""The unknown scales of one call, and the equations between them that its operations impose.
+"""The equations that the operations of one call impose on its unknown scales.
 
-Rules write here what they find: new scales (:meth:`Equations.fresh`), equal labels (:meth:`Equations.equate`), labels
-of products (:meth:`Equations.combine`), and how the elements of a parameter scale (:meth:`Equations.assign`). Nothing
-is solved here; :mod:`~lightning_ecopt.symmetry.solve` does that after the call.
+Beside what labels have to do with each other (:class:`~.scales.Scales`), these say how the elements of parameters scale
+(:meth:`Equations.assign`). Nothing is solved here; :mod:`~lightning_ecopt.symmetry.solve` does that after the call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
-from math import lcm, prod
+from math import prod
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lightning_ecopt.symmetry.labels import (
     FIXED,
@@ -25,31 +22,15 @@ from lightning_ecopt.symmetry.labels import (
     align,
     compress,
     constant,
-    unique_rows,
     varying,
 )
 from lightning_ecopt.symmetry.regions import Region, box, cut, overlap, without
+from lightning_ecopt.symmetry.scales import Operation, Scales
 
-#: A label that would have more entries is held fixed instead.
-MOST_ENTRIES = 2**22
 #: A parameter with more elements than this gets no scale for each element.
 MOST_ELEMENTS = 2**16
 #: A parameter whose uses overlap in so many parts is held fixed.
 MOST_PARTS = 64
-
-
-@dataclass(frozen=True)
-class Operation:
-    """One operation of the call, for reports.
-
-    Args:
-        name: its ATen name, or what else demanded something.
-        module: name of the module that was running; outside of any submodule the function and the line in the user's
-            code: ``"training_step, line 23"``.
-    """
-
-    name: str
-    module: str
 
 
 @dataclass(eq=False)
@@ -90,29 +71,15 @@ class Use:
         return replace(self, region=first), replace(other, region=second)
 
 
-@dataclass(frozen=True, eq=False)
-class Relations:
-    """For each row n of ``scales`` [N, K] an equation: ``sum_k coefficients[k] * log(factor(scales[n, k])) = 0``."""
-
-    scales: IntArray
-    coefficients: tuple[int, ...]
-
-
 @dataclass(eq=False)
-class Equations:
+class Equations(Scales):
     """Collects scales and equations; knows nothing of how operations are traced.
 
     Args:
         shapes: shapes of the parameters that may be rescaled, by name.
-        num_scales: how many scales there are, ``FIXED`` among them.
-        operation: the operation that equations are written for at the moment.
         uses: for each parameter how the elements of its regions scale.
         hidden_uses: the same, of elements that have met zeros only: these say nothing about ``outgoing``.
         seen: names of the parameters that an operation has consumed.
-        equalities: pairs of equal scales, arrays ``[N, 2]``.
-        relations: equations with other coefficients, or more terms.
-        fixings: scales that an operation holds fixed.
-        is_fixed: whether a scale is known to be fixed. Its last entry, which the index ``ZERO`` reads, is never set.
 
     Example::
 
@@ -123,44 +90,9 @@ class Equations:
     """
 
     shapes: Mapping[str, tuple[int, ...]]
-    num_scales: int = 1
-    operation: Operation = Operation("input", "")
     uses: dict[str, list[Use]] = field(default_factory=dict)
     hidden_uses: dict[str, list[Use]] = field(default_factory=dict)
     seen: set[str] = field(default_factory=set)
-    equalities: list[IntArray] = field(default_factory=list)
-    relations: list[Relations] = field(default_factory=list)
-    fixings: list[tuple[Operation, IntArray]] = field(default_factory=list)
-    is_fixed: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(1024, dtype=bool))
-
-    def fresh(self, shape: Sequence[int]) -> IntArray:
-        """New scales, one for each element of ``shape``."""
-        ids = np.arange(self.num_scales, self.num_scales + prod(shape), dtype=np.int64).reshape(tuple(shape))
-        self.num_scales += ids.size
-        if self.num_scales >= len(self.is_fixed):
-            self.is_fixed = np.concatenate([self.is_fixed, np.zeros(self.num_scales, dtype=bool)])
-        return ids
-
-    def simplify(self, ids: IntArray) -> IntArray:
-        """The same label with ``FIXED`` for all scales that are known to be fixed, which may make it smaller."""
-        if ids.size == 1 or not self.is_fixed[ids].any():
-            return ids
-        return compress(np.where(self.is_fixed[ids], FIXED, ids))
-
-    def equate(self, first: IntArray, second: IntArray) -> IntArray:
-        """Demand that two labels agree element by element; returns the common label."""
-        first, second = np.broadcast_arrays(first, second)
-        differ = (first != second) & (first != ZERO) & (second != ZERO)
-        if differ.any():
-            pairs, _ = unique_rows(np.stack([first[differ], second[differ]], 1))
-            is_fixed = (pairs == FIXED).any(1)
-            if is_fixed.any():
-                numbers = np.unique(pairs[is_fixed].max(1))  # of a pair with FIXED the other one
-                self.fixings.append((self.operation, numbers))
-                self.is_fixed[numbers] = True
-            if not is_fixed.all():
-                self.equalities.append(pairs[~is_fixed])
-        return compress(np.where(first == ZERO, second, first))
 
     def hold_fixed(self, value: Value | Cases) -> None:
         """Demand that the elements do not change."""
@@ -168,7 +100,7 @@ class Equations:
         if isinstance(value, ParameterView):
             self.assign(value, constant(FIXED, 0), constant(FIXED, 0), additive=False)
         else:
-            self.equate(value, constant(FIXED, value.ndim))
+            self.match(value, constant(FIXED, value.ndim))
 
     def hold_all_fixed(self) -> None:
         """Demand that no parameter changes, and forget all that was demanded before."""
@@ -176,91 +108,6 @@ class Equations:
             demands.clear()
         for name, shape in self.shapes.items():
             self.hold_fixed(ParameterView.whole(name, shape))
-
-    def uniform(self, ids: IntArray, axes: Iterable[int]) -> IntArray:
-        """Demand one label along ``axes``; returns the label with size 1 there."""
-        axes = tuple(axis for axis in axes if ids.shape[axis] > 1)
-        if not axes:
-            return ids
-        representative = ids.max(axis=axes, keepdims=True)  # the largest number is not ZERO unless all are
-        self.equate(ids, representative)
-        return representative
-
-    def combine(self, *terms: tuple[int | Fraction, IntArray]) -> IntArray:
-        """The label of a product of powers: ``combine((2, x), (-1, y))`` is the label of ``x**2 / y``.
-
-        Every combination of scales that occurs gets one new scale, and a relation that defines it. A product with a
-        factor of zero is zero. If the result would have more than ``MOST_ENTRIES``, all terms are held fixed.
-        """
-        shape = np.broadcast_shapes(*(ids.shape for _, ids in terms))
-        if all((ids <= FIXED).all() for _, ids in terms):
-            zero = [ids == ZERO for exponent, ids in terms if exponent > 0]
-            return (
-                compress(np.where(np.logical_or.reduce(np.broadcast_arrays(*zero)), ZERO, FIXED))
-                if zero
-                else (constant(FIXED, len(shape)))
-            )
-        if prod(shape) > MOST_ENTRIES:
-            for _, ids in terms:
-                self.hold_fixed(ids)
-            return constant(FIXED, len(shape))
-        columns = np.stack([np.broadcast_to(ids, shape).ravel() for _, ids in terms], 1)
-        exponents = np.array([1 if exponent > 0 else -1 for exponent, _ in terms])
-        zero = ((columns == ZERO) & (exponents > 0)).any(1)
-        columns = np.maximum(columns, FIXED)
-        columns[zero] = FIXED
-        rows, place = unique_rows(columns)
-        result = np.full(len(rows), FIXED, dtype=np.int64)
-        alone = (rows > FIXED).sum(1) == 1
-        for k, (exponent, _) in enumerate(terms):
-            if exponent == 1:
-                kept = alone & (rows[:, k] > FIXED)
-                result[kept] = rows[kept, k]
-        new = (rows > FIXED).any(1) & (result == FIXED)
-        result[new] = self.fresh((int(new.sum()),))
-        denominator = lcm(*(Fraction(exponent).denominator for exponent, _ in terms))
-        coefficients = (denominator, *(int(-exponent * denominator) for exponent, _ in terms))
-        self.relate(np.concatenate([result[new, None], rows[new]], 1), coefficients)
-        return compress(np.where(zero, ZERO, result[place]).reshape(shape))
-
-    def relate(self, scales: IntArray, coefficients: tuple[int, ...]) -> None:
-        """Demand ``sum_k coefficients[k] * log(scales[n, k]) = 0`` for every row n of ``scales``."""
-        if len(scales):
-            self.relations.append(Relations(scales, coefficients))
-
-    def cancel(self, *terms: tuple[int, IntArray]) -> None:
-        """Demand that a product of powers is one for all elements; each term is an exponent and a label.
-
-        If ``a(i) b(j) = 1`` for all i and j, then a and b are constants. So terms that change along different axes are
-        made constant one by one, and no label is repeated along axes on which it does not change.
-        """
-        # Clusters of terms that share axes; those of one cluster have to be looked at together.
-        clusters: list[tuple[set[int], list[tuple[int, IntArray]]]] = []
-        for term in terms:
-            axes, members = varying(term[1]), [term]
-            apart = []
-            for cluster in clusters:
-                if cluster[0] & axes or not cluster[0] or not axes:
-                    axes, members = axes | cluster[0], [*cluster[1], *members]
-                else:
-                    apart.append(cluster)
-            clusters = [*apart, (axes, members)]
-        constants = self.fresh((len(clusters) - 1,))
-        for k, (_, members) in enumerate(clusters):
-            rest = constants[k : k + 1] if k < len(constants) else constants
-            columns = np.broadcast_arrays(*(ids for _, ids in members))
-            rows, _ = unique_rows(np.stack([column.ravel() for column in columns], 1))
-            signs = [exponent for exponent, _ in members] + [-1 if k < len(constants) else 1] * len(rest)
-            self.relate(np.concatenate([rows, np.broadcast_to(rest, (len(rows), len(rest)))], 1), tuple(signs))
-
-    def difference(self, first: IntArray, second: IntArray, axes: Iterable[int]) -> IntArray:
-        """Demand that ``first / second`` changes along ``axes`` only; returns the label of the ratio, new scales."""
-        first, second = np.broadcast_arrays(first, second)
-        axes = set(axes)
-        ratio = self.fresh([size if k in axes else 1 for k, size in enumerate(first.shape)])
-        columns = [array.ravel() for array in np.broadcast_arrays(first, second, ratio)]
-        self.relate(unique_rows(np.stack(columns, 1))[0], (1, -1, -1))
-        return ratio
 
     def materialise(self, view: ParameterView, uniform: Iterable[int] = ()) -> IntArray:
         """Give a parameter a label, so that it can be used like any other tensor.

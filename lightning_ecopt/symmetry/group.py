@@ -34,10 +34,10 @@ from lightning_ecopt.symmetry.balance import alive_units, balancing_scale, mean_
 from lightning_ecopt.symmetry.coupling import NO_UNIT, Coupling, couplings_here
 from lightning_ecopt.symmetry.derivatives import Derivatives, DerivativeSums, roundoff_of
 from lightning_ecopt.symmetry.describe import UnitSet, describe_unit, sort_units
-from lightning_ecopt.symmetry.equations import Operation
 from lightning_ecopt.symmetry.labels import compress
 from lightning_ecopt.symmetry.monomials import Monomials
 from lightning_ecopt.symmetry.report import Overview, print_report
+from lightning_ecopt.symmetry.scales import Operation
 from lightning_ecopt.symmetry.solve import Solution
 from lightning_ecopt.symmetry.squares import SquaredWeights, are_finite, multiply_
 

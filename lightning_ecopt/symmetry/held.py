@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from lightning_ecopt.symmetry.coupling import Coupling
-from lightning_ecopt.symmetry.equations import Operation
 from lightning_ecopt.symmetry.group import ScalingGroup
+from lightning_ecopt.symmetry.scales import Operation
 
 #: Name of a parameter, index of an element, and whether the unit multiplies it (``True``) or divides it.
 Mark = tuple[str, tuple[int, ...], bool]

@@ -8,15 +8,17 @@ channel has a factor of its own. Two scales are no unknowns:
 - ``FIXED``: the factor is one, the element must not change;
 - ``ZERO``: the element is zero, so any factor will do.
 
-A parameter has no label until an operation consumes it; until then a :class:`ParameterView` says which elements of it a
-tensor shows. The functions here know nothing of networks: they do to an array what an operation did to the tensor.
+A label that changes along several axes by a factor for each is kept as a :class:`Product` of labels that change along
+one. A parameter has no label until an operation consumes it; until then a :class:`ParameterView` says which elements of
+it a tensor shows. The functions here know nothing of networks: they do to an array what an operation did to the tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from itertools import chain
+from typing import NamedTuple, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,17 +36,13 @@ def constant(number: int, ndim: int) -> IntArray:
 
 def compress(ids: IntArray) -> IntArray:
     """Shrink to size 1 every axis along which ``ids`` does not change."""
+    ids = np.asarray(ids)  # indexing makes a number of an array without axes
     for axis, size in enumerate(ids.shape):
         if size > 1:
             first = ids.take([0], axis)
             if (ids == first).all():
                 ids = first
     return ids
-
-
-def varying(*labels: IntArray) -> set[int]:
-    """Axes along which one of the arrays has more than one entry."""
-    return {k for ids in labels for k, size in enumerate(ids.shape) if size > 1}
 
 
 def align(ids: IntArray, ndim: int) -> IntArray:
@@ -55,6 +53,11 @@ def align(ids: IntArray, ndim: int) -> IntArray:
 def along_channels(ids: IntArray, ndim: int) -> IntArray:
     """Place the label ``[C]`` of a vector along the channels of a tensor ``[N, C, ...]`` with ``ndim`` axes."""
     return ids.reshape((1, -1) + (1,) * (ndim - 2))
+
+
+def varying(*labels: IntArray) -> set[int]:
+    """Axes along which one of the arrays has more than one entry."""
+    return {k for ids in labels for k, size in enumerate(ids.shape) if size > 1}
 
 
 def stretch(ids: IntArray, shape: Sequence[int], axes: Iterable[int]) -> IntArray:
@@ -110,6 +113,61 @@ def reshape(ids: IntArray, old: Sequence[int], new: Sequence[int]) -> IntArray:
         source += [size if changes else 1 for size in old[first_old:i]]
         target += [size if changes else 1 for size in new[first_new:j]]
     return compress(np.broadcast_to(ids, source).reshape(target))
+
+
+@dataclass(eq=False)
+class Product:
+    """A label in factors: an element has the product of the scales that the factors give it.
+
+    Args:
+        factors: labels, which broadcast to the tensor. None of them is ``ZERO`` anywhere.
+        whole: the label as one array, once that has been asked for.
+
+    Example: the elements of ``x @ w`` scale by a factor for each row n, times one for each column p. That is the
+    product of the labels [N, 1] and [1, P], N + P numbers; one array [N, P] would need a new scale for each element.
+    """
+
+    factors: tuple[IntArray, ...]
+    whole: IntArray | None = None
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the tensor."""
+        return self.factors[0].ndim
+
+    def map(self, view: Callable[[IntArray], IntArray]) -> Product:
+        """Do to the label what an operation did to the tensor."""
+        return Product(tuple(view(ids) for ids in self.factors))
+
+
+Label = IntArray | Product
+
+
+def factors_of(label: Label) -> tuple[IntArray, ...]:
+    """The factors of a label; an array is the only one of its own."""
+    return label.factors if isinstance(label, Product) else (label,)
+
+
+def clusters(factors: Iterable[IntArray]) -> list[set[int]]:
+    """Sets of axes such that each factor changes along axes of one set only; one empty set if none changes."""
+    found: list[set[int]] = []
+    for ids in factors:
+        axes = varying(ids)
+        touched = [each for each in found if each & axes]
+        if axes:
+            found = [*(each for each in found if not each & axes), axes.union(*touched)]
+    return found or [set()]
+
+
+def crosses(*labels: Label) -> Iterator[list[list[IntArray]]]:
+    """Parts of labels of one tensor, in factors, that are equal only if the labels are equal everywhere.
+
+    If ``a(n) b(p) = c(n) d(p)`` for ``n = 0`` and all p, and for ``p = 0`` and all n, then for all n and p: divide both
+    by the equation for ``n = p = 0``. So one row and one column of each label will do.
+    """
+    factors = [factors_of(label) for label in labels]
+    for axes in clusters(chain(*factors)):
+        yield [[ids if varying(ids) & axes else ids[(slice(1),) * ids.ndim] for ids in own] for own in factors]
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,10 +243,12 @@ class ParameterView:
 
     def varying(self) -> set[int]:
         """The axes of the view along which the element of the parameter changes."""
-        return {k for axis in self.axes for k, size in enumerate(axis.shape) if size > 1}
+        return varying(*self.axes)
 
 
-Value = IntArray | ParameterView
+Plain = IntArray | ParameterView
+Value = Label | ParameterView
+AnyValue = TypeVar("AnyValue", bound=Value)
 
 
 class Choice(NamedTuple):
@@ -223,28 +283,37 @@ class Cases:
     axes: tuple[int, ...]
     value: Value
 
-    def simplified(self, simplify: Callable[[IntArray], IntArray]) -> Value | Cases:
+    def simplified(self, simplify: Callable[[Label], Label]) -> Value | Cases:
         """The same with a simpler label; the label itself, if it is the same in all cases."""
         value = self.value if isinstance(self.value, ParameterView) else simplify(self.value)
-        if isinstance(value, ParameterView):
-            arrays = [array for part in value.parts() for array in (*part.axes, part.factor)]
-        else:
-            arrays = [value]
-        if all(array.shape[0] == 1 for array in arrays):
+        if all(array.shape[0] == 1 for array in arrays_in(value)):
             return map_value(value, lambda ids: ids[0])
         return replace(self, value=value)
 
-    def is_like(self, other: object) -> bool:
-        """Whether the other has the same label in the same cases."""
-        return (
-            isinstance(other, Cases)
-            and (self.choice, self.axes) == (other.choice, other.axes)
-            and not isinstance(self.value, ParameterView)
-            and not isinstance(other.value, ParameterView)
-            and np.array_equal(self.value, other.value)
-        )
+
+def arrays_in(value: Value) -> list[IntArray]:
+    """The arrays that a label or a parameter view is made of."""
+    if isinstance(value, ParameterView):
+        return [array for part in value.parts() for array in (*part.axes, part.factor)]
+    return list(factors_of(value))
 
 
-def map_value(value: Value, view: Callable[[IntArray], IntArray]) -> Value:
+def are_alike(first: Value | Cases, second: Value | Cases) -> bool:
+    """Whether two labels are the same, in the same cases. ``False`` may only say that it is not known."""
+    if isinstance(first, Cases) and isinstance(second, Cases):
+        return (first.choice, first.axes) == (second.choice, second.axes) and are_alike(first.value, second.value)
+    if isinstance(first, ParameterView | Cases) or isinstance(second, ParameterView | Cases):
+        return False
+    pairs = factors_of(first), factors_of(second)
+    return len(pairs[0]) == len(pairs[1]) and all(bool(np.all(a == b)) for a, b in zip(*pairs, strict=True))
+
+
+def compressed(label: Label) -> Label:
+    """The label with size 1 along every axis along which it does not change."""
+    return map_value(label, compress)
+
+
+def map_value(value: AnyValue, view: Callable[[IntArray], IntArray]) -> AnyValue:
     """Do to a label, or to a parameter view, what an operation did to the tensor."""
-    return value.map(view) if isinstance(value, ParameterView) else view(value)
+    changed = value.map(view) if isinstance(value, Product | ParameterView) else view(value)
+    return cast(AnyValue, changed)

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lightning_ecopt.symmetry.aten import is_inexact
-from lightning_ecopt.symmetry.equations import MOST_ENTRIES, Equations
+from lightning_ecopt.symmetry.equations import Equations
 from lightning_ecopt.symmetry.labels import (
     FIXED,
     ZERO,
@@ -26,12 +26,17 @@ from lightning_ecopt.symmetry.labels import (
     ParameterView,
     Value,
     align,
+    are_alike,
+    arrays_in,
     compress,
+    compressed,
     constant,
     map_value,
     stretch,
+    varying,
 )
 from lightning_ecopt.symmetry.picking import in_any_case
+from lightning_ecopt.symmetry.scales import MOST_ENTRIES
 
 View = tuple[int, tuple[int, ...], tuple[int, ...], int]  # offset, shape and strides in elements; bytes of an element
 _SPECIAL = (ParameterView, Cases)  # no labels
@@ -179,9 +184,9 @@ class Memory:
             value = constant(ZERO, tensor.dim())
         if found is not None:
             if isinstance(value, Cases):
-                value = self._in_place_of(found[0].views.get(view_of(tensor)), value.simplified(compress))
+                value = self._in_place_of(found[0].views.get(view_of(tensor)), value.simplified(compressed))
             elif not isinstance(value, ParameterView):
-                value = compress(value)
+                value = compressed(value)
             found[0].views[view_of(tensor)] = value
 
     def _in_place_of(self, earlier: Value | Cases | None, value: Value | Cases) -> Value | Cases:
@@ -200,14 +205,10 @@ class Memory:
         there before the call, all labels of the memory are held fixed, as a later reader would miss the change.
         """
         before = self.read(tensor)
-        if isinstance(before, Cases):
-            is_same = before.is_like(value)
-        elif isinstance(before, ParameterView):
-            is_same = isinstance(value, ParameterView) and before.shows_same(value)
-        elif isinstance(value, _SPECIAL):
-            is_same = False
+        if isinstance(before, ParameterView) and isinstance(value, ParameterView):
+            is_same = before.shows_same(value)
         else:
-            is_same = bool(np.all(before == value))
+            is_same = are_alike(before, value)
         if is_same:
             return
         found = self._find(tensor)
@@ -224,7 +225,8 @@ class Memory:
                 whole, base = next(iter(storage.views.items()))
                 box = _box(whole, view)
                 if box is not None and not isinstance(base, _SPECIAL) and not isinstance(value, _SPECIAL):
-                    storage.views = {whole: box.put(base, value, whole[1])}  # other views are found from it again
+                    labels = self.equations.whole(base), self.equations.whole(value)
+                    storage.views = {whole: box.put(*labels, whole[1])}  # other views are found from it again
                     return
             self._fix_all(storage)
             storage.views[view] = constant(FIXED, tensor.ndim)
@@ -233,7 +235,7 @@ class Memory:
     def tie(self, parameter: ParameterView, value: Value | Cases) -> None:
         """Demand that the elements of a parameter scale by a label."""
         value = in_any_case(self.equations, value) if isinstance(value, Cases) else value
-        ids = self.equations.materialise(value) if isinstance(value, ParameterView) else value
+        ids = self.equations.materialise(value) if isinstance(value, ParameterView) else self.equations.whole(value)
         self.equations.assign(parameter, align(ids, parameter.ndim), constant(FIXED, 0), additive=False)
 
     def _fix_all(self, storage: _Storage) -> None:
@@ -345,31 +347,29 @@ def _box(whole: View, view: View) -> _Box | None:
 
 def _derived(value: Value, whole: View, view: View) -> Value | None:
     """The label of a view, from that of the whole; ``None`` if it cannot be found."""
+    arrays = arrays_in(value)
     if not isinstance(value, ParameterView):
-        if value.size == 1:
-            return value.reshape((1,) * len(view[1]))
+        if not varying(*arrays):
+            return map_value(value, lambda ids: ids.reshape((1,) * len(view[1])))
         box = _box(whole, view)
         if box is not None:
-            return box.of(value)
-    if isinstance(value, ParameterView):
-        arrays = [array for part in value.parts() for array in (*part.axes, part.factor)]
-    else:
-        arrays = [value]
-    places = _places(whole, view, {axis for array in arrays for axis, size in enumerate(array.shape) if size > 1})
-    if places is None:
+            return map_value(value, box.of)
+    places = _places(whole, view, varying(*arrays))
+    nowhere = np.zeros((1,) * len(view[1]), dtype=np.int64)
+
+    def indices(ids: IntArray) -> list[IntArray]:
+        return [place if size > 1 else nowhere for place, size in zip(places or (), ids.shape, strict=True)]
+
+    if places is None or any(np.broadcast(*indices(ids)).size > MOST_ENTRIES for ids in arrays if ids.ndim):
         return None
-
-    def read(ids: IntArray) -> IntArray:
-        return compress(ids[tuple(place * (size > 1) for place, size in zip(places, ids.shape, strict=True))])
-
-    return map_value(value, read)
+    return map_value(value, lambda ids: compress(ids[tuple(indices(ids))]))
 
 
 def _places(whole: View, view: View, axes: set[int]) -> list[IntArray] | None:
     """The indices along axes of ``whole`` of the elements of a view, which may read some of them twice; 0 along others.
 
     An element is found by its place in memory. ``None`` if ``whole`` has gaps or elements of another size, the view
-    reads beyond it, or the indices would be too many.
+    reads beyond it.
     """
     first = view[0] - whole[0]
     reach = [(size - 1) * step for size, step in zip(*view[1:3], strict=True)]
@@ -387,7 +387,7 @@ def _places(whole: View, view: View, axes: set[int]) -> list[IntArray] | None:
         for k, step in steps.items():
             place = place + step * np.expand_dims(np.arange(view[1][k]), [n for n in range(len(reach)) if n != k])
         places[axis] = place // stride % size
-    return places if prod(np.broadcast_shapes(*(place.shape for place in places))) <= MOST_ENTRIES else None
+    return places
 
 
 def _is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from lightning_ecopt.symmetry.advice import advice
 from lightning_ecopt.symmetry.describe import UnitSet, power, runs
-from lightning_ecopt.symmetry.equations import Operation
+from lightning_ecopt.symmetry.scales import Operation
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -142,13 +143,15 @@ def _costs_table(costs: Mapping[Operation, int]) -> Table:
     table.add_column("operation", overflow="fold")
     table.add_column("module or line", overflow="fold")
     table.add_column("scales", justify="right")
+    table.add_column("what could be done", overflow="fold")
     alike: dict[str, list[Operation]] = {}
     for operation in costs:
         alike.setdefault(re.sub(r"\[\d+\]", "[]", operation.name), []).append(operation)
     for operations in alike.values():
         names = list(dict.fromkeys(operation.name for operation in operations))
         modules = list(dict.fromkeys(operation.module or "(top level)" for operation in operations))
-        table.add_row(Text(_shortened(names)), Text(_shortened(modules)), str(sum(costs[one] for one in operations)))
+        count = str(sum(costs[one] for one in operations))
+        table.add_row(Text(_shortened(names)), Text(_shortened(modules)), count, advice(operations[0].name))
     return table
 
 

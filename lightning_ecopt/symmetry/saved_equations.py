@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_ecopt.symmetry.equations import Equations, Operation, Relations, Use
+from lightning_ecopt.symmetry.equations import Equations, Use
 from lightning_ecopt.symmetry.labels import IntArray
+from lightning_ecopt.symmetry.scales import Operation, Relations
 
 
 def packed(equations: Equations) -> Tensor:

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from lightning_ecopt.symmetry.coupling import NO_UNIT, Coupling
 from lightning_ecopt.symmetry.elimination import BoolArray, Powers, SparseEquations, Unknowns, eliminate, simplify
-from lightning_ecopt.symmetry.equations import Equations, Operation, Use
+from lightning_ecopt.symmetry.equations import Equations, Use
 from lightning_ecopt.symmetry.labels import FIXED, ZERO, IntArray, constant
 from lightning_ecopt.symmetry.monomials import Monomials
 from lightning_ecopt.symmetry.regions import overlap, without
+from lightning_ecopt.symmetry.scales import Operation
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,8 +14,9 @@ detached copy or the result of an in-place operation is found again whatever obj
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from math import prod
 from typing import Any, cast
 
@@ -32,9 +33,9 @@ from lightning_ecopt.common.nested import tensors_in
 from lightning_ecopt.common.warn import warn
 from lightning_ecopt.symmetry.aten import base_name, changed_tensors, named_arguments, tensor_by_tensor, written_to
 from lightning_ecopt.symmetry.constants import Constants
-from lightning_ecopt.symmetry.equations import Equations, Operation
+from lightning_ecopt.symmetry.equations import Equations
 from lightning_ecopt.symmetry.isolation import traced
-from lightning_ecopt.symmetry.labels import FIXED, ZERO, Cases, ParameterView, Value, constant
+from lightning_ecopt.symmetry.labels import FIXED, ZERO, Cases, ParameterView, Product, Value, constant
 from lightning_ecopt.symmetry.left_out import BACKWARD_PASSES, STEPS, in_method_of_optimizer
 from lightning_ecopt.symmetry.memory import Memory, is_ordinary
 from lightning_ecopt.symmetry.picking import in_any_case
@@ -42,6 +43,8 @@ from lightning_ecopt.symmetry.places import line_of_user
 from lightning_ecopt.symmetry.rules import RULES, Call
 from lightning_ecopt.symmetry.rules.cases import by_case
 from lightning_ecopt.symmetry.rules.registry import Rule
+from lightning_ecopt.symmetry.scales import Operation
+from lightning_ecopt.symmetry.stand_ins import STAND_INS
 from lightning_ecopt.symmetry.threads import is_traced_by, running_module
 
 
@@ -117,6 +120,8 @@ class TraceMode(TorchDispatchMode):
 
         # 1. Find the rule. An operation that has none is replaced by its parts, if torch can name them.
         rule = RULES.get(name)
+        if name in STAND_INS:
+            rule = partial(self._labels_of_stand_in, STAND_INS[name], func, args, kwargs)
         if rule is None and are_plain and isinstance(func, torch._ops.OpOverload):
             with self:
                 output = func.decompose(*args, **kwargs)
@@ -172,6 +177,23 @@ class TraceMode(TorchDispatchMode):
         yield
         if not flows:
             self.equations.seen -= self._copied - before
+
+    def _labels_of_stand_in(
+        self, function: Callable[..., Any], func: Any, args: Any, kwargs: Any, call: Call
+    ) -> list[Value | Cases]:
+        """Trace a function in the place of an operation that it is a stand-in for."""
+        if func._schema.is_mutable:
+            raise ValueError("an operation that writes to its arguments can have no stand-in")
+        operation = self.equations.operation
+        with torch.no_grad(), self:
+            shown = [leaf for leaf in tree_leaves(function(*args, **kwargs)) if isinstance(leaf, Tensor)]
+        self.equations.operation = operation
+        sizes = [
+            [tuple(leaf.shape) for leaf in tree_leaves(of) if isinstance(leaf, Tensor)] for of in (shown, call.output)
+        ]
+        if sizes[0] != sizes[1]:
+            raise ValueError(f"the stand-in has outputs of shapes {sizes[0]}, the operation {sizes[1]}")
+        return [self._read(leaf) for leaf in shown]
 
     def _operation(self, name: str) -> Operation:
         module = running_module(self)
@@ -364,8 +386,8 @@ class TraceMode(TorchDispatchMode):
             if isinstance(label, ParameterView):
                 self.memory.read(gradient)  # which was there before anyone has seen it
                 self.memory.mark([gradient], {part.name for part in label.parts()})
-            elif (label > FIXED).any():
-                self.memory.write(gradient, self.equations.combine((-1, label)))
+            elif ((ids := self.equations.whole(label)) > FIXED).any():
+                self.memory.write(gradient, self.equations.combine((-1, ids)))
 
     def hold_escaped_fixed(self, tensor: Tensor, name: str) -> None:
         """Demand that a tensor stays as it is, whose values leave torch in the module that is running."""
@@ -377,7 +399,7 @@ class TraceMode(TorchDispatchMode):
 
 def _is_zero(label: Value | Cases) -> bool:
     """Whether a tensor is zero, or empty whatever the batch."""
-    return not isinstance(label, ParameterView | Cases) and bool((label == ZERO).all())
+    return not isinstance(label, Product | ParameterView | Cases) and bool((label == ZERO).all())
 
 
 _GRADIENT = cast(Any, Tensor.grad).__get__

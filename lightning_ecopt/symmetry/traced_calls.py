@@ -15,9 +15,10 @@ from lightning_ecopt.common.nested import tensors_in
 from lightning_ecopt.common.tensors import listing
 from lightning_ecopt.common.warn import warn
 from lightning_ecopt.symmetry.deferred import DeferredGroup
-from lightning_ecopt.symmetry.equations import Equations, Operation
+from lightning_ecopt.symmetry.equations import Equations
 from lightning_ecopt.symmetry.group import ScalingGroup
 from lightning_ecopt.symmetry.saved_equations import packed, unpacked
+from lightning_ecopt.symmetry.scales import Operation
 from lightning_ecopt.symmetry.trace import Copies, all_fixed, hold_results_fixed, solved
 from lightning_ecopt.symmetry.trace_mode import TraceMode
 
@@ -312,8 +313,8 @@ def _tell_lost(before: ScalingGroup, group: ScalingGroup) -> None:
     warn(
         f"{group.num_units} units are free, not {before.num_units} as an example input or an earlier call had shown: "
         f"{listing(reasons) or 'the call that was traced last'} holds fixed how {listing(names)} may be rescaled. For "
-        "a loss or a penalty that is right. What is computed to be logged alone costs nothing outside of training_step, "
-        "as in on_train_batch_end."
+        "a loss or a penalty that is right. What is computed to be logged alone costs nothing outside of "
+        "training_step, as in on_train_batch_end."
     )
 
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_ecopt import ECSGD, EquivalentClassOptimizer, ScalingGroup, ec_sgd, scaling_group
-from lightning_ecopt.symmetry.equations import Operation
 from lightning_ecopt.symmetry.held import HeldUnits, marks_of, units_at
+from lightning_ecopt.symmetry.scales import Operation
 
 WHY = Operation("a test", "")
 

@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from lightning_ecopt.symmetry import scaling_group
 from tests.networks import mlp
 from tests.selection import few
-from tests.symmetry import helpers
 from tests.symmetry.helpers import assert_complete, assert_same, evaluate, normal
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*nested tensors.*:UserWarning")
@@ -86,10 +85,9 @@ def test_units_are_found(make: Callable[[], nn.Module], units: int) -> None:
 
 
 @pytest.mark.parametrize("make", few([NETWORKS[name][0] for name in ("mlp", "residual", "pooled", "gated")], 1))
-def test_as_many_units_as_there_are_freedoms(make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_as_many_units_as_there_are_freedoms(make: Callable[[], nn.Module]) -> None:
     # Torch has no gradients of means over time.
-    monkeypatch.setattr(helpers, "DRAWS", 8)
-    assert_complete(make(), normal((8, 3)), batched=False)
+    assert_complete(make(), normal((8, 3)), draws=8)
 
 
 def test_a_jagged_input_and_a_jagged_output() -> None:

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_ecopt.symmetry import elimination
-from lightning_ecopt.symmetry.equations import Equations, Operation, Use
+from lightning_ecopt.symmetry.equations import Equations, Use
 from lightning_ecopt.symmetry.labels import FIXED
+from lightning_ecopt.symmetry.scales import Operation
 from lightning_ecopt.symmetry.solve import NO_UNIT, solve
 from tests.selection import examples
 

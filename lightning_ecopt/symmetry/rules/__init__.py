@@ -23,13 +23,15 @@ How to add one, for the example of ``aten::hypot``, which is ``sqrt(x**2 + y**2)
 What a rule is mostly made of:
 
 ===================================================  =============================================================
-``call.ids(name)``                                   the label of an argument
+``call.ids(name)``                                   the label of an argument, as one array
 ``call.value(name)``                                 the same, but a parameter stays a :class:`ParameterView`
+``call.label(name)``                                 the same, perhaps in factors: a :class:`Product`
 ``call.broadcast(name)``                             the label with as many axes as the output
 ``call.uniform(name, axes)``                         demand one scale along axes: whatever is summed, or chosen among
 ``call.hold_fixed(name)``                            demand that an argument does not change
 ``call.equations.equate(a, b)``                      demand equal labels: whatever is added
 ``call.equations.combine((1, a), (-1, b))``          the label of a quotient, with new scales
+``call.equations.product(a, b)``                     the label of a product, perhaps in factors
 ``call.equations.fresh(shape)``                      new scales
 ``call.equations.assign(parameter, a, b, ...)``      the elements of a parameter scale by ``a / b``
 ``constant(FIXED, ndim)``, ``constant(ZERO, ndim)``  the label of what must not change, and of zeros

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from lightning_ecopt.symmetry.labels import Cases, Choice, IntArray, Value, align, compress, map_value
+from lightning_ecopt.symmetry.labels import Cases, Choice, IntArray, Label, Value, align, compressed, map_value
 from lightning_ecopt.symmetry.rules.contractions import contract
 from lightning_ecopt.symmetry.rules.registry import Call, Rule, rule
 
@@ -44,8 +44,8 @@ def by_case(name: str, function: Rule, call: Call) -> Any:
     (choice,), (axes, arguments) = choices, rows[0]
     labels: Any = function(_of_all(call, choice.number, arguments, broadcast=name in _BROADCAST))
     if isinstance(labels, list | tuple):
-        return [Cases(choice, axes, label).simplified(compress) for label in labels]
-    return Cases(choice, axes, labels).simplified(compress)
+        return [Cases(choice, axes, label).simplified(compressed) for label in labels]
+    return Cases(choice, axes, labels).simplified(compressed)
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ _ROWS: dict[str, RowAxes] = {
 
 
 @rule("_grouped_mm")
-def grouped_product(call: Call) -> IntArray | Cases:
+def grouped_product(call: Call) -> Label | Cases:
     """``offs`` cuts an axis, here of t, into groups e.
 
     [t, k] @ [e, k, n] = [t, n] and [e, m, k] @ [k, t] = [m, t] multiply the rows or columns of each group by a matrix
@@ -205,5 +205,5 @@ def grouped_product(call: Call) -> IntArray | Cases:
             return value.value
         return map_value(call.value(name), lambda ids: align(ids, 3))
 
-    ids = contract(call, of_all("self", 0 if second == 3 else 1), of_all("mat2", 1 if first == 3 else 0), 3)
-    return ids if first == second else Cases(choice, (0 if second == 3 else 1,), ids)
+    label = contract(call, of_all("self", 0 if second == 3 else 1), of_all("mat2", 1 if first == 3 else 0), 3)
+    return label if first == second else Cases(choice, (0 if second == 3 else 1,), label)

@@ -14,66 +14,70 @@ import numpy as np
 from lightning_ecopt.symmetry.labels import (
     FIXED,
     ZERO,
+    AnyValue,
     IntArray,
+    Label,
     ParameterView,
     Value,
     align,
     along_channels,
     constant,
+    factors_of,
     map_value,
     stretch,
+    varying,
 )
 from lightning_ecopt.symmetry.rules.pointwise import add_to
 from lightning_ecopt.symmetry.rules.registry import Call, rule
 
 
 @rule("mm", "bmm")
-def matrix_product(call: Call) -> IntArray:
-    return contract(call, call.value("self"), call.value("mat2"), call.output.ndim)
+def matrix_product(call: Call) -> Label:
+    return contract(call, call.factored("self"), call.factored("mat2"), call.output.ndim)
 
 
 @rule("addmm")
-def matrix_product_with_bias(call: Call) -> IntArray:
-    ids = contract(call, call.value("mat1"), call.value("mat2"), call.output.ndim)
-    return add_to(call, ids, call.value("self"), call.output.ndim)
+def matrix_product_with_bias(call: Call) -> Label:
+    label = contract(call, call.factored("mat1"), call.factored("mat2"), call.output.ndim)
+    return add_to(call, label, call.factored("self"), call.output.ndim)
 
 
 @rule("baddbmm")
-def batched_matrix_product_with_bias(call: Call) -> IntArray:
-    ids = contract(call, call.value("batch1"), call.value("batch2"), call.output.ndim)
-    return add_to(call, ids, call.value("self"), call.output.ndim)
+def batched_matrix_product_with_bias(call: Call) -> Label:
+    label = contract(call, call.factored("batch1"), call.factored("batch2"), call.output.ndim)
+    return add_to(call, label, call.factored("self"), call.output.ndim)
 
 
 @rule("mv")
-def matrix_vector_product(call: Call) -> IntArray:
+def matrix_vector_product(call: Call) -> Label:
     vector = map_value(call.value("vec"), lambda ids: ids[..., None])
-    return contract(call, call.value("self"), vector, 2)[..., 0]
+    return map_value(contract(call, call.value("self"), vector, 2), lambda ids: ids[..., 0])
 
 
 @rule("addmv")
-def matrix_vector_product_with_bias(call: Call) -> IntArray:
+def matrix_vector_product_with_bias(call: Call) -> Label:
     vector = map_value(call.value("vec"), lambda ids: ids[..., None])
-    ids = contract(call, call.value("mat"), vector, 2)[..., 0]
-    return add_to(call, ids, call.value("self"), 1)
+    label = map_value(contract(call, call.value("mat"), vector, 2), lambda ids: ids[..., 0])
+    return add_to(call, label, call.value("self"), 1)
 
 
 @rule("linear")
-def linear(call: Call) -> IntArray:
+def linear(call: Call) -> Label:
     weight = map_value(call.value("weight"), lambda ids: ids.swapaxes(-1, -2))
     ndim = max(call.output.ndim, 2)  # a vector is a matrix of one row
-    ids = contract(call, map_value(call.value("input"), lambda ids: align(ids, ndim)), weight, ndim)
-    ids = ids.reshape(ids.shape[ndim - call.output.ndim :])
-    return ids if call["bias"] is None else add_to(call, ids, call.value("bias"), call.output.ndim)
+    label = contract(call, map_value(call.factored("input"), lambda ids: align(ids, ndim)), weight, ndim)
+    label = map_value(label, lambda ids: ids.reshape(ids.shape[ndim - call.output.ndim :]))
+    return label if call["bias"] is None else add_to(call, label, call.value("bias"), call.output.ndim)
 
 
 @rule("convolution", "_convolution", "convolution_overrideable")
-def convolution(call: Call) -> IntArray:
+def convolution(call: Call) -> Label:
     """``weight`` is [out, in / groups, ...], or [in, out / groups, ...] if transposed; one scale per output channel.
 
     Positions that the kernel does not mix may have a factor each, which the output keeps.
     """
     weight, ndim = call.value("weight"), call.output.ndim
-    inputs, own = _channels_and_positions(call)
+    inputs, *own = _channels_and_positions(call)
     channels, groups = call.output.shape[1], call["groups"]
     if isinstance(weight, ParameterView):
         label = call.equations.fresh((channels,))
@@ -91,17 +95,18 @@ def convolution(call: Call) -> IntArray:
         products = call.equations.combine((1, kernel), (1, inputs[:, None]))
         mixed = call.equations.uniform(products, [2])[..., 0]
         label = np.broadcast_to(mixed, (groups, channels // groups)).reshape(-1)
-    output = call.equations.combine((1, along_channels(label, ndim)), (1, own))
+    output = call.equations.product(along_channels(label, ndim), *own)
     if call["bias"] is None:
         return output
     return add_to(call, output, map_value(call.value("bias"), lambda axis: along_channels(axis, ndim)), ndim)
 
 
-def _channels_and_positions(call: Call) -> tuple[IntArray, IntArray]:
-    """The label of the input as that of its channels, [groups, in], times a factor of each position of the output."""
-    ids, shape, groups = call.ids("input"), call.shape("input"), call["groups"]
-    ids = call.equations.uniform(ids, set(range(2, ids.ndim)) - _unmixed(call))
-    positions = set(range(ids.ndim)) - {1}
+def _channels_and_positions(call: Call) -> list[IntArray]:
+    """The label of the input as that of its channels, [groups, in], times factors of each position of the output."""
+    label, shape, groups = call.label("input"), call.shape("input"), call["groups"]
+    label = call.equations.match_along(label, set(range(2, label.ndim)) - _unmixed(call))
+    positions = set(range(label.ndim)) - {1}
+    apart, ids = _apart(call, label, positions)
     first, own = _first(ids, positions), constant(FIXED, ids.ndim)
     if ids.size > first.size and shape[1] > groups and (ids == ZERO).any():
         first = call.equations.uniform(ids, positions)
@@ -113,7 +118,7 @@ def _channels_and_positions(call: Call) -> tuple[IntArray, IntArray]:
         else:
             first = own
         own = np.repeat(factor[:, :, 0], call.output.shape[1] // groups, axis=1)
-    return np.broadcast_to(first.reshape(-1), shape[1]).reshape(groups, -1), own
+    return [np.broadcast_to(first.reshape(-1), shape[1]).reshape(groups, -1), own, *apart]
 
 
 def _unmixed(call: Call) -> set[int]:
@@ -147,22 +152,22 @@ def _spread(ids: IntArray, ndim: int) -> IntArray:
     return ids.reshape(ids.shape + (1,) * (ndim - 2))
 
 
-def contract(call: Call, left: Value, right: Value, ndim: int) -> IntArray:
+def contract(call: Call, left: Value, right: Value, ndim: int) -> Label:
     """The label of ``left @ right`` for ``left`` [..., n, k] and ``right`` [..., k, p], with ``ndim`` axes."""
     if isinstance(left, ParameterView) and isinstance(right, ParameterView):
         left = call.equations.materialise(left)
     if isinstance(left, ParameterView):
-        return contract(call, _transposed(right, ndim), _transposed(left, ndim), ndim).swapaxes(-1, -2)
-    left = align(left, ndim)
+        return _transposed(contract(call, _transposed(right, ndim), _transposed(left, ndim), ndim), ndim)
     if isinstance(right, ParameterView):
-        return _parameter_product(call, left, right.map(lambda axis: align(axis, ndim)))
-    right = align(right, ndim)
+        aligned = map_value(left, lambda ids: align(ids, ndim))
+        return _parameter_product(call, aligned, map_value(right, lambda axis: align(axis, ndim)))
+    left, right = (align(call.equations.whole(label), ndim) for label in (left, right))
     if left.shape[-2] > 1 and right.shape[-1] > 1 and not (left == ZERO).any() and not (right == ZERO).any():
         # If x(n, k) y(k, p) is the same for all k, then x = a(n) t(k) and y = b(p) / t(k). The product is a(n) b(p):
         # no label [n, k, p] has to be written out.
         left, mixed = _split_rows(call, left)
         right = call.equations.uniform(call.equations.combine((1, right), (1, mixed.swapaxes(-1, -2))), [ndim - 2])
-        return call.equations.combine((1, left), (1, right))
+        return call.equations.product(left, right)
     products = call.equations.combine((1, left[..., None]), (1, right[..., None, :, :]))
     return call.equations.uniform(products, [ndim - 1]).squeeze(-2)
 
@@ -178,54 +183,63 @@ def _split_rows(call: Call, left: IntArray) -> tuple[IntArray, IntArray]:
     return call.equations.difference(left, first, axes), first
 
 
-def _transposed(value: Value, ndim: int) -> Value:
+def _transposed(value: AnyValue, ndim: int) -> AnyValue:
     return map_value(value, lambda ids: align(ids, ndim).swapaxes(-1, -2))
 
 
-def _parameter_product(call: Call, left: IntArray, weight: ParameterView) -> IntArray:
+def _parameter_product(call: Call, label: Label, weight: ParameterView) -> Label:
     """The label of ``x @ w`` for a parameter ``w``: element (n, p) has a scale of row n, times a new scale of column p.
 
-    Rows of ``x`` that differ in their labels, [..., n, k], may do so by a factor per row only, [..., n, 1]. The product
-    with zeros has new scales, too, so that ``w`` follows what it is added to.
+    Rows of ``x`` that differ in their labels, [..., n, k], may do so by a factor per row only, [..., n, 1]: by factors
+    of the label that change along rows only, and by the ratio of the rows of all others. The product with zeros has new
+    scales, too, so that ``w`` follows what it is added to.
     """
-    ndim = left.ndim
-    varying = weight.varying()
-    batch = [axis for axis in range(ndim - 2) if axis in varying]
+    ndim = label.ndim
+    batch = [axis for axis in range(ndim - 2) if axis in weight.varying()]
     rows = [axis for axis in range(ndim - 1) if axis not in batch]
     shape = [1] * ndim
     for axis in [*batch, ndim - 1]:
         shape[axis] = max((index.shape[axis] for index in weight.axes), default=1)
     output = call.equations.fresh(shape)
-    own = constant(FIXED, ndim)
-    if any(left.shape[axis] > 1 for axis in rows) and not (left == ZERO).any():
+    own, left = _apart(call, label, rows)
+    if varying(left) & set(rows) and not (left == ZERO).any():
         first = _first(left, rows)
-        if left.shape[-1] == 1 and not batch:
-            own, left = left, constant(FIXED, ndim)
-        else:
-            own, left = call.equations.difference(left, first, [*rows, *batch]), first
+        own.append(call.equations.difference(left, first, [*rows, *batch]))
+        left = first
     else:
         left = call.equations.uniform(left, rows)
     call.equations.assign(weight, output, left.swapaxes(-1, -2), additive=False)
-    return call.equations.combine((1, own), (1, output))
+    return call.equations.product(*own, output)
+
+
+def _apart(call: Call, label: Label, axes: Iterable[int]) -> tuple[list[IntArray], IntArray]:
+    """Factors of a label that change along axes, and along no others; and the product of all other factors."""
+    apart: list[IntArray] = []
+    rest = [constant(FIXED, label.ndim)]
+    for ids in factors_of(label):
+        is_apart = varying(ids) and varying(ids) <= set(axes) and not (ids == ZERO).any()
+        (apart if is_apart else rest).append(ids)
+    return apart, call.equations.whole(call.equations.product(*rest))
 
 
 @rule("dot", "vdot")
-def inner_product(call: Call) -> IntArray:
+def inner_product(call: Call) -> Label:
     row = map_value(call.value("self"), lambda ids: ids[None])
     other = call["tensor" if "tensor" in call.arguments else "other"]
-    return contract(call, row, map_value(call.value(other), lambda ids: ids[:, None]), 2).reshape(())
+    label = contract(call, row, map_value(call.value(other), lambda ids: ids[:, None]), 2)
+    return map_value(label, lambda ids: ids.reshape(()))
 
 
 @rule("addr")
-def outer_product_added(call: Call) -> IntArray:
-    product = call.equations.combine((1, call.ids("vec1")[:, None]), (1, call.ids("vec2")[None]))
+def outer_product_added(call: Call) -> Label:
+    product = call.equations.product(call.ids("vec1")[:, None], call.ids("vec2")[None])
     return add_to(call, product, call.value("self"), 2)
 
 
 @rule("addbmm")
-def products_summed(call: Call) -> IntArray:
-    ids = call.equations.uniform(contract(call, call.value("batch1"), call.value("batch2"), 3), [0])[0]
-    return add_to(call, ids, call.value("self"), 2)
+def products_summed(call: Call) -> Label:
+    label = call.equations.match_along(contract(call, call.value("batch1"), call.value("batch2"), 3), [0])
+    return add_to(call, map_value(label, lambda ids: ids[0]), call.value("self"), 2)
 
 
 @rule("linalg_cross")

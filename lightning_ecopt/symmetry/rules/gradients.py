@@ -18,6 +18,7 @@ from lightning_ecopt.symmetry.labels import (
     FIXED,
     ZERO,
     IntArray,
+    Label,
     Value,
     align,
     along_channels,
@@ -193,13 +194,13 @@ def gradients_of_sampling(call: Call) -> list[IntArray]:
 
 
 @rule("convolution_backward", "convolution_backward_overrideable")
-def gradients_of_convolution(call: Call) -> list[IntArray]:
+def gradients_of_convolution(call: Call) -> list[Label]:
     """Of the input a convolution of g, of the weight a sum of products of g and the input, of the bias a sum of g."""
     name, (to_input, to_weight, _) = _name(call), call.output
-    result = [constant(FIXED, 0), constant(FIXED, 0)]
+    result: list[Label] = [constant(FIXED, 0), constant(FIXED, 0)]
     if to_input is not None:
         arguments = {**call.arguments, "input": call[name], "transposed": not call["transposed"], "bias": None}
-        result[0] = cast(IntArray, convolution(replace(call, arguments=arguments, output=to_input)))
+        result[0] = cast(Label, convolution(replace(call, arguments=arguments, output=to_input)))
     others = [axis for axis in range(len(call.shape("input"))) if axis != 1]
     ids = call.uniform(name, others)
     if to_weight is not None:

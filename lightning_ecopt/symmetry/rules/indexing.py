@@ -21,12 +21,14 @@ from lightning_ecopt.symmetry.labels import (
     ParameterView,
     Value,
     align,
+    arrays_in,
     compress,
     constant,
     map_value,
     stretch,
+    varying,
 )
-from lightning_ecopt.symmetry.picking import changing, pick
+from lightning_ecopt.symmetry.picking import pick
 from lightning_ecopt.symmetry.rules.registry import Call, rule
 
 #: A parameter of which more rows may be chosen gets one scale for all of them.
@@ -78,9 +80,8 @@ def index_selected(call: Call) -> Value | Cases:
 def _by_choice(call: Call, axis: int, index: Tensor, ndim: int) -> Value | Cases:
     """The label of the elements along one axis that an index chooses, with ``ndim`` axes in its place."""
     value, count = call.value("self"), call.shape("self")[axis]
-    arrays = [a for part in value.parts() for a in part.axes] if isinstance(value, ParameterView) else [value]
     rows = tuple(range(axis, axis + ndim))
-    if count > MOST_CASES or not any(axis in changing(array) for array in arrays):
+    if count > MOST_CASES or axis not in varying(*arrays_in(value)):
         return map_value(pick(call.equations, value, [axis]), lambda ids: np.expand_dims(ids.take(0, axis), rows))
     first = map_value(value, lambda ids: np.expand_dims(np.moveaxis(ids, axis, 0), tuple(row + 1 for row in rows)))
     return Cases(Choice("element", call.values_of(index), count), rows, first)
@@ -151,7 +152,7 @@ def _put_at(call: Call, axis: int, index: Tensor | None, name: str, *, adding: b
     ids, new = call.ids("self"), align(call.ids(name), call.output.ndim)
     if ids.shape[axis] == new.shape[axis] == 1:
         return None
-    whole = np.array(stretch(ids, call.output.shape, {axis, *changing(new)}))
+    whole = np.array(stretch(ids, call.output.shape, {axis, *varying(new)}))
     where = (slice(None),) * axis + (places,)
     if adding:
         new = call.equations.equate(whole[where], new)
@@ -202,7 +203,7 @@ def scattered(call: Call) -> IntArray:
     shape = call.shape("index")
     source = np.asarray(_cut(call.uniform("src", axes), shape))
     # Only a part of the rows may be put into, so the label is written out along the axes on which the source changes.
-    whole = np.array(stretch(ids, call.shape("self"), changing(source)))
+    whole = np.array(stretch(ids, call.shape("self"), varying(source)))
     part = tuple(slice(size) if own > 1 else slice(None) for size, own in zip(shape, whole.shape, strict=True))
     whole[part] = call.equations.equate(whole[part], source)
     return compress(whole)
@@ -243,7 +244,7 @@ def put_into_slice(call: Call) -> IntArray:
 def put_into(call: Call, ids: IntArray, source: IntArray, part: tuple[slice, ...]) -> IntArray:
     """The label of a tensor with label ``ids`` after something with label ``source`` has replaced a box of it."""
     partial = [axis for axis, piece in enumerate(part) if piece != slice(None)]
-    whole = np.array(stretch(ids, call.output.shape, {*partial, *changing(source)}))
+    whole = np.array(stretch(ids, call.output.shape, {*partial, *varying(source)}))
     whole[part] = source
     return compress(whole)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from lightning_ecopt.symmetry.labels import FIXED, IntArray, Value, align, along_channels, constant, map_value
+from lightning_ecopt.symmetry.labels import FIXED, IntArray, Label, Value, align, along_channels, constant, map_value
 from lightning_ecopt.symmetry.rules.pointwise import add_to, multiply
 from lightning_ecopt.symmetry.rules.registry import Call, rule
 
@@ -26,31 +26,31 @@ from lightning_ecopt.symmetry.rules.registry import Call, rule
     "_batch_norm_no_update",
     "batch_norm_elemt",  # the last part of SyncBatchNorm
 )
-def batch_norm(call: Call) -> list[IntArray]:
+def batch_norm(call: Call) -> list[Label]:
     return _normalized(call, along_channels)
 
 
 @rule("native_layer_norm", "_fused_rms_norm")
-def layer_norm(call: Call) -> list[IntArray]:
+def layer_norm(call: Call) -> list[Label]:
     return _normalized(call, align)
 
 
 @rule("native_group_norm")
-def group_norm(call: Call) -> list[IntArray]:
+def group_norm(call: Call) -> list[Label]:
     return _normalized(call, along_channels)
 
 
-def _normalized(call: Call, place: Callable[[IntArray, int], IntArray]) -> list[IntArray]:
+def _normalized(call: Call, place: Callable[[IntArray, int], IntArray]) -> list[Label]:
     """Labels of the output and of saved statistics; ``place`` gives gamma and beta the axes of the output."""
     call.hold_fixed("input", "running_mean", "running_var", "mean", "invstd")
     outputs = call.output if isinstance(call.output, tuple | list) else [call.output]
     ndim = outputs[0].ndim
-    ids = constant(FIXED, ndim)
+    label: Label = constant(FIXED, ndim)
     if call["weight"] is not None:
-        ids = place(call.ids("weight"), ndim)
+        label = place(call.ids("weight"), ndim)
     if call.arguments.get("bias") is not None:
-        ids = add_to(call, ids, map_value(call.value("bias"), lambda axis: place(axis, ndim)), ndim)
-    return [ids, *(constant(FIXED, output.ndim) for output in outputs[1:])]
+        label = add_to(call, label, map_value(call.value("bias"), lambda axis: place(axis, ndim)), ndim)
+    return [label, *(constant(FIXED, output.ndim) for output in outputs[1:])]
 
 
 @rule("_weight_norm_interface")

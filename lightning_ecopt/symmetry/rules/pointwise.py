@@ -8,16 +8,22 @@ from __future__ import annotations
 from dataclasses import replace
 from fractions import Fraction
 
+import numpy as np
+
 from lightning_ecopt.symmetry.labels import (
     FIXED,
     ZERO,
     IntArray,
+    Label,
     ParameterView,
+    Product,
     Value,
     align,
     constant,
+    factors_of,
     map_value,
     stretch,
+    varying,
 )
 from lightning_ecopt.symmetry.rules.registry import Call, rule
 
@@ -25,19 +31,19 @@ from lightning_ecopt.symmetry.rules.registry import Call, rule
 @rule("relu", "leaky_relu", "abs", "absolute", "neg", "negative", "rrelu_with_noise", "nan_to_num")
 def homogeneous(call: Call) -> Value:
     """f(c x) = c f(x) for c > 0 and finite x."""
-    return call.value("self")
+    return call.factored("self")
 
 
 @rule("_prelu_kernel", "prelu")
-def prelu(call: Call) -> IntArray:
+def prelu(call: Call) -> Label:
     """f(c x) = c f(x) for c > 0; the slope must not change."""
     call.hold_fixed("weight")
-    return call.ids("self")
+    return call.label("self")
 
 
 @rule("native_dropout")
 def dropout(call: Call) -> list[Value]:
-    return [call.value("input"), constant(FIXED, call.output[1].ndim)]
+    return [call.factored("input"), constant(FIXED, call.output[1].ndim)]
 
 
 @rule("clamp", "clamp_min", "clamp_max", "clip", "hardtanh")
@@ -87,7 +93,7 @@ def gated(call: Call) -> IntArray:
 @rule("add", "sub", "subtract", "rsub", "maximum", "minimum", "fmax", "fmin")
 def added(call: Call) -> Value:
     """``c x + c y = c (x + y)``: summands have equal labels, so adding a constant other than zero holds x fixed."""
-    return add(call, call.value("self"), call.value("other"), call.output.ndim)
+    return add(call, call.factored("self"), call.factored("other"), call.output.ndim)
 
 
 @rule("where")
@@ -102,19 +108,19 @@ def masked(call: Call) -> Value:
 
 @rule("copy")
 def copied(call: Call) -> Value:
-    return map_value(call.value("src"), lambda ids: align(ids, call.output.ndim))
+    return map_value(call.factored("src"), lambda ids: align(ids, call.output.ndim))
 
 
 @rule("mul", "multiply")
 def multiplied(call: Call) -> Value:
     """(a x) (b y) = (a b) (x y); a vector of parameters is a gain, and gives the product scales of its own."""
-    return multiply(call, call.value("self"), call.value("other"), call.output.ndim)
+    return multiply(call, call.factored("self"), call.factored("other"), call.output.ndim)
 
 
 @rule("div", "divide", "true_divide")
 def divided(call: Call) -> Value:
     """(a x) / (b y) = (a / b) (x / y); a quotient that is rounded is held fixed."""
-    numerator, ndim = call.value("self"), call.output.ndim
+    numerator, ndim = call.factored("self"), call.output.ndim
     if call.arguments.get("rounding_mode") is not None:
         call.hold_fixed("self", "other")
         return constant(FIXED, ndim)
@@ -162,14 +168,14 @@ def step(call: Call) -> IntArray:
 
 def all_equal(call: Call, *names: str) -> Value:
     """The label that all arguments must have; a parameter among zeros stays a parameter view."""
-    values = [call.value(name) for name in names]
-    others = [value for value in values if isinstance(value, ParameterView) or not (value == ZERO).all()]
-    if len(others) == 1 and isinstance(others[0], ParameterView):
-        return others[0].map(lambda axis: align(axis, call.output.ndim))
-    ids = call.broadcast(names[0])
-    for name in names[1:]:
-        ids = call.equations.equate(ids, call.broadcast(name))
-    return ids
+    values = [call.factored(name) for name in names]
+    others = [value for value in values if isinstance(value, Product | ParameterView) or not (value == ZERO).all()]
+    if len(others) == 1:
+        return map_value(others[0], lambda ids: align(ids, call.output.ndim))
+    label, *rest = (map_value(call.label(name), lambda ids: align(ids, call.output.ndim)) for name in names)
+    for other in rest:
+        label = call.equations.match(label, other)
+    return label
 
 
 def multiply(call: Call, first: Value, second: Value, ndim: int) -> Value:
@@ -181,33 +187,31 @@ def multiply(call: Call, first: Value, second: Value, ndim: int) -> Value:
         first, second = second, first
     if isinstance(first, ParameterView):
         first = call.equations.materialise(first)
-    ids = align(first, ndim)
+    label = map_value(first, lambda ids: align(ids, ndim))
+    second = map_value(second, lambda ids: align(ids, ndim))
     if not isinstance(second, ParameterView):
-        return call.equations.combine((1, ids), (1, align(second, ndim)))
-    second = second.map(lambda axis: align(axis, ndim))
+        return call.equations.product(label, second)
     if second.is_matrix:
-        return call.equations.multiply(second, 1, ids)
-    return _gain(call, ids, second)
+        return call.equations.multiply(second, 1, call.equations.whole(label))
+    return _gain(call, label, second)
 
 
 def _is_number(label: Value) -> bool:
     """Whether this is the label of a number, other than zero, that does not change."""
-    return not isinstance(label, ParameterView) and label.ndim == 0 and bool((label == FIXED).all())
+    kinds = Product | ParameterView
+    return not isinstance(label, kinds) and label.ndim == 0 and bool((label == FIXED).all())
 
 
-def _gain(call: Call, ids: IntArray, vector: ParameterView) -> IntArray:
+def _gain(call: Call, label: Label, vector: ParameterView) -> Label:
     """The label of ``y = x * g`` for a vector of parameters: new scales, and g scales by label(y) / label(x).
 
     If x changes along axes on which g does not, then g gets a label of its own, and the label of y is the product.
     """
-    varying = vector.varying()
-    zero = ids == ZERO
-    if any(size > 1 for k, size in enumerate(ids.shape) if k not in varying) or (zero.any() and not zero.all()):
-        return call.equations.combine((1, ids), (1, call.equations.materialise(vector)))
-    output = call.equations.fresh(
-        [max(a.shape[k] for a in vector.axes) if k in varying else 1 for k in range(ids.ndim)]
-    )
-    call.equations.assign(vector, output, ids, additive=False)
+    axes, zero = vector.varying(), [bool(zero) for ids in factors_of(label) for zero in np.unique(ids == ZERO)]
+    if varying(*factors_of(label)) - axes or len(set(zero)) > 1:
+        return call.equations.product(label, call.equations.materialise(vector))
+    output = call.equations.fresh([max(a.shape[k] for a in vector.axes) if k in axes else 1 for k in range(label.ndim)])
+    call.equations.assign(vector, output, call.equations.whole(label), additive=False)
     return output
 
 
@@ -221,6 +225,8 @@ def divide(call: Call, numerator: Value, denominator: IntArray, ndim: int) -> Va
         if numerator.is_matrix:
             return call.equations.multiply(numerator, -1, denominator)
         numerator = call.equations.materialise(numerator)
+    if isinstance(numerator, Product):
+        return call.equations.product(numerator, call.equations.combine((-1, denominator)))
     return call.equations.combine((1, align(numerator, ndim)), (-1, denominator))
 
 
@@ -242,15 +248,14 @@ def add(call: Call, first: Value, second: Value, ndim: int) -> Value:
     return add_to(call, first, second, ndim)
 
 
-def add_to(call: Call, ids: IntArray, other: Value, ndim: int) -> IntArray:
-    """The label of ``x + b`` for ``x`` with the label ``ids``."""
-    ids = align(ids, ndim)
+def add_to(call: Call, label: Label, other: Value, ndim: int) -> Label:
+    """The label of ``x + b`` for ``x`` with the given label."""
+    label = map_value(label, lambda ids: align(ids, ndim))
+    other = map_value(other, lambda ids: align(ids, ndim))
     if not isinstance(other, ParameterView):
-        return call.equations.equate(ids, align(other, ndim))
-    parameter = other.map(lambda axis: align(axis, ndim))
-    varying = parameter.varying()
-    ids = call.equations.uniform(ids, [k for k in range(ndim) if k not in varying])
+        return call.equations.match(label, other)
+    ids = call.equations.whole(call.equations.match_along(label, set(range(ndim)) - other.varying()))
     if (ids == ZERO).any():
-        return call.equations.equate(ids, call.equations.materialise(parameter))
-    call.equations.assign(parameter, ids, constant(FIXED, 0), additive=True)
+        return call.equations.equate(ids, call.equations.materialise(other))
+    call.equations.assign(other, ids, constant(FIXED, 0), additive=True)
     return ids

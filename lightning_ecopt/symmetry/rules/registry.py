@@ -9,7 +9,18 @@ from typing import Any
 from torch import Tensor
 
 from lightning_ecopt.symmetry.equations import Equations
-from lightning_ecopt.symmetry.labels import FIXED, ZERO, Cases, IntArray, ParameterView, Value, align, constant
+from lightning_ecopt.symmetry.labels import (
+    FIXED,
+    ZERO,
+    Cases,
+    IntArray,
+    Label,
+    ParameterView,
+    Plain,
+    Value,
+    align,
+    constant,
+)
 from lightning_ecopt.symmetry.picking import in_any_case
 
 
@@ -42,8 +53,8 @@ class Call:
         """The shape of a tensor argument; ``()`` for a number."""
         return self.shapes.get(id(self.arguments[name]), ())
 
-    def value(self, argument: Any) -> Value:
-        """The label or parameter view of a tensor or number, given by itself or by its name."""
+    def factored(self, argument: Any) -> Value:
+        """The label or parameter view of a tensor or number, given by itself or by its name; perhaps in factors."""
         if isinstance(argument, str):
             argument = self.arguments[argument]
         if isinstance(argument, Tensor):
@@ -51,21 +62,33 @@ class Call:
             return in_any_case(self.equations, value) if isinstance(value, Cases) else value
         return constant(ZERO if argument == 0 else FIXED, 0)
 
-    def ids(self, argument: Any, uniform: Iterable[int] = ()) -> IntArray:
-        """The label of a tensor or number. A parameter gets a new scale per element, but one along ``uniform`` axes."""
-        value = self.value(argument)
+    def value(self, argument: Any) -> Plain:
+        """The label, as one array, or parameter view of a tensor or number, given by itself or by its name."""
+        value = self.factored(argument)
+        return value if isinstance(value, ParameterView) else self.equations.whole(value)
+
+    def label(self, argument: Any, uniform: Iterable[int] = ()) -> Label:
+        """The label of a tensor or number, perhaps in factors.
+
+        A parameter gets a new scale per element, but one along ``uniform`` axes.
+        """
+        value = self.factored(argument)
         return self.equations.materialise(value, uniform) if isinstance(value, ParameterView) else value
+
+    def ids(self, argument: Any, uniform: Iterable[int] = ()) -> IntArray:
+        """The label of a tensor or number as one array; see :meth:`label`."""
+        return self.equations.whole(self.label(argument, uniform))
 
     def uniform(self, name: str, axes: Iterable[int]) -> IntArray:
         """Demand one scale along ``axes`` of a tensor; returns its label, with size 1 there."""
         axes = tuple(axes)
-        return self.equations.uniform(self.ids(name, axes), axes)
+        return self.equations.whole(self.equations.match_along(self.label(name, axes), axes))
 
     def hold_fixed(self, *names: str) -> None:
         """Demand that arguments do not change; an argument that is ``None``, or missing, is passed over."""
         for name in names:
             if self.arguments.get(name) is not None:
-                self.equations.hold_fixed(self.value(name))
+                self.equations.hold_fixed(self.factored(name))
 
     def broadcast(self, argument: Any) -> IntArray:
         """The label of a tensor or number, with as many axes as the output."""
@@ -80,7 +103,7 @@ class Call:
         return tuple(axis % ndim for axis in (given if isinstance(given, Sequence) else (given,)) if ndim)
 
 
-Rule = Callable[[Call], Value | Cases | Sequence[Value] | None]
+Rule = Callable[[Call], Value | Cases | Sequence[Value | Cases] | None]
 RULES: dict[str, Rule] = {}
 
 

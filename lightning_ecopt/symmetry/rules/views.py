@@ -17,6 +17,7 @@ from lightning_ecopt.symmetry.labels import (
     ZERO,
     IntArray,
     ParameterView,
+    Product,
     Value,
     align,
     compress,
@@ -44,8 +45,8 @@ def view(*names: str) -> Callable[[View], View]:
         @rule(*names)
         @wraps(function)
         def moved(call: Call) -> Value | Sequence[Value]:
-            value = call.value("self")
-            if not isinstance(value, ParameterView):
+            value = call.factored("self")
+            if not isinstance(value, Product | ParameterView):
                 return function(call, value)
             if isinstance(call.output, list | tuple):
                 pieces = range(len(call.output))
@@ -65,7 +66,7 @@ def reshaped(call: Call, ids: IntArray) -> IntArray:
 @rule("view")
 def viewed(call: Call) -> Value:
     """The same elements in another shape; as another dtype they are other elements, and held fixed."""
-    value = call.value("self")
+    value = call.factored("self")
     if "dtype" in call.arguments:
         call.equations.hold_fixed(value)
         return constant(FIXED, call.output.ndim)
@@ -89,7 +90,7 @@ def unchanged(call: Call, ids: IntArray) -> IntArray:
 
 @rule("_to_copy")
 def converted(call: Call) -> Value:
-    value = call.value("self")
+    value = call.factored("self")
     if not is_inexact(call.output):
         call.equations.hold_fixed(value)
         return constant(FIXED, call.output.ndim)

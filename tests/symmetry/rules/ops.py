@@ -18,7 +18,6 @@ from lightning_ecopt.symmetry import ScalingGroup, equations, scaling_group
 from lightning_ecopt.symmetry.equations import Equations
 from lightning_ecopt.symmetry.rules import RULES, Call
 from tests.selection import full
-from tests.symmetry import helpers
 from tests.symmetry.helpers import assert_same, count_freedoms, directions, draw_, evaluate, normal, nullity
 
 BATCH = 8
@@ -129,9 +128,7 @@ def check(op: Op, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def count_missing(module: Around, found: Tensor, draws: int) -> int:
     """How many freedoms there are besides those found, by the count that knows nothing of layers."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(helpers, "DRAWS", draws)
-        rows, living = count_freedoms(module, normal(module.shape), torch.Generator().manual_seed(5))
+    rows, living = count_freedoms(module, normal(module.shape), torch.Generator().manual_seed(5), draws)
     rows, found = rows[:, living], found[living]
     assert (rows @ found).abs().sum() < 1e-9 * rows.abs().sum(), "what was found is no freedom"
     return nullity(rows) - int(torch.linalg.matrix_rank(found))

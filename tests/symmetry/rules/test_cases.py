@@ -16,6 +16,7 @@ from tests.symmetry.helpers import assert_same, draw_, evaluate
 from tests.symmetry.rules.ops import Around, Op, check, every, traced
 
 EXPERTS, GAINS = {"w": (3, 5, 4), "v": (3, 4, 5)}, {"b": (3, 4), "c": (3, 4)}
+BY_ROW = {**EXPERTS, "g": (8, 1), "k": (8, 1)}
 BIASED, WIDE = {**EXPERTS, "b": (3, 5), "c": (3, 4)}, {"w": (3, 8, 4), "v": (3, 4, 8)}
 
 
@@ -61,6 +62,13 @@ def _grid(m: Any, h: Tensor) -> Tensor:
     return _times(m.v[e], y.view(8, 5))
 
 
+def _by_row(m: Any, h: Tensor, change: Callable[[Tensor], Tensor] = torch.clone, *, flipped: bool = False) -> Tensor:
+    """Experts of rows that have factors of their own, before and after."""
+    e = _expert(h)
+    y = change(_times(m.w[e], h * m.g).relu())
+    return _times(m.v[e.flip(0) if flipped else e], y) * m.k
+
+
 def _grouped_mm(first: Tensor, second: Tensor, ends: Tensor) -> Tensor:
     """What ``grouped_mm`` does; it knows no double precision."""
     if traced():
@@ -91,6 +99,12 @@ def _gated(m: Any, h: Tensor) -> Tensor:
     gate, y = _grouped_mm(x, m.w.mT, ends).chunk(2, -1)
     y = _grouped_mm(F.silu(gate) * y, m.v.mT, ends) * torch.linspace(1, 2, 8)[:, None]
     return y[torch.empty_like(order).index_copy(0, order, torch.arange(8))]
+
+
+def _mixture_by_row(m: Any, h: Tensor) -> Tensor:
+    _, x, ends = _sorted(h)
+    y = _grouped_mm(x * m.g, m.w.mT, ends).relu()
+    return _grouped_mm(y, m.v.mT, ends) * m.k
 
 
 def _transposed(m: Any, h: Tensor) -> Tensor:
@@ -132,6 +146,18 @@ OPS = [
     Op("index", lambda m, h: (h * m.b[e := _expert(h)]).relu() * m.c[e], 4 + 4 + 12, 0, GAINS),
     Op("index", lambda m, h: (h * m.b[_expert(h)]).relu() @ m.matrix, 4 + 1, 0, GAINS),
     Op("index", lambda m, h: torch.zeros_like(y := _up(m, h)[1]) + y, 4 + 5, 0, EXPERTS),
+    # Factors of rows, beside those of experts
+    Op("index", _by_row, 4 + 9 + 15 + 4, 0, BY_ROW),
+    Op("index", lambda m, h: _by_row(m, h, lambda y: y.clone().mul_(2).relu_()), 4 + 9 + 15 + 4, 0, BY_ROW),
+    Op("index", lambda m, h: _by_row(m, h, lambda y: y.t()[None].mT[0]), 4 + 9 + 15 + 4, 0, BY_ROW),
+    Op("index", lambda m, h: _by_row(m, h, lambda y: torch.zeros(8, 5).double().copy_(y)), 4 + 9 + 15 + 4, 0, BY_ROW),
+    Op("index", lambda m, h: _by_row(m, h, lambda y: y.view(2, 4, 5).view(8, 5)), 4 + 9 + 15 + 4, 0, BY_ROW),
+    Op("index", lambda m, h: _by_row(m, h, lambda y: y * y), 4 + 9 + 15 + 4, 0, BY_ROW),
+    Op("index", lambda m, h: _by_row(m, h, flipped=True), 4 + 9 + 5 + 4, 0, BY_ROW),
+    Op("index", lambda m, h: _by_row(m, h, lambda y: y + y.roll(1, 0)), 4 + 2 + 5 + 4, 0, BY_ROW),
+    Op("index", lambda m, h: _by_row(m, h, lambda y: y.clone().add_(y.flip(0))), 4 + 5 + 5 + 4, 0, BY_ROW),
+    Op("index", lambda m, h: _by_row(m, h, lambda y: F.pad(y, (0, 0, 1, 1))[1:-1]), 22, 0, BY_ROW, complete=False),
+    Op("index", lambda m, h: _by_row(m, h, torch.sigmoid), 4 + 2 + 4, 0, BY_ROW),
     # Another expert
     Op("index", lambda m, h: _times(m.v[(y := _up(m, h))[0].flip(0)], y[1]), 4 + 4 + 5, 0, EXPERTS),
     Op("index", lambda m, h: _times(m.v[(y := _up(m, h))[0]], y[1].flip(0)), 4 + 4 + 5, 0, EXPERTS),
@@ -150,6 +176,7 @@ OPS = [
     Op("index_select", lambda m, h: _times(m.v.index_select(0, (y := _up(m, h))[0]), y[1]), 4 + 4 + 15, 0, EXPERTS),
     # Groups of rows between offsets
     Op("_grouped_mm", _mixture, 4 + 4 + 24, 0, WIDE),
+    Op("_grouped_mm", _mixture_by_row, 4 + 9 + 24 + 4, 0, {**BY_ROW, **WIDE}),
     Op("_grouped_mm", _gated, 4 + 4 + 12, 0, {"w": (3, 8, 4), "v": (3, 4, 4)}),
     Op("_grouped_mm", _transposed, 4 + 4 + 24, 0, WIDE),
     Op("_grouped_mm", _summed, 4 + 24, 0, WIDE),

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from lightning_ecopt.symmetry.equations import Equations, Relations
+from lightning_ecopt.symmetry.equations import Equations
 from lightning_ecopt.symmetry.labels import FIXED, constant
+from lightning_ecopt.symmetry.scales import Relations
 from tests.symmetry.rules.ops import Op, check, directly, every
 
 EPS = 1.0  # so large that a freedom which only it breaks cannot be missed

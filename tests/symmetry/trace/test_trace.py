@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from lightning_ecopt.common.segment_sum import SegmentSum
 from lightning_ecopt.symmetry import scaling_group
-from lightning_ecopt.symmetry.equations import Operation
 from lightning_ecopt.symmetry.rules import RULES
+from lightning_ecopt.symmetry.scales import Operation
 from tests.networks import mlp
 from tests.symmetry.trace.networks import Net, assert_untouched, by_hand, signature, snapshot
 

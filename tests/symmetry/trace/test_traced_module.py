@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from lightning_ecopt.symmetry import scaling_group
-from lightning_ecopt.symmetry.equations import Operation
+from lightning_ecopt.symmetry.scales import Operation
 from tests.networks import ResidualMLP, ResNet, mlp, norm_cnn
 from tests.symmetry.helpers import assert_same, evaluate
 from tests.symmetry.trace.networks import Net, assert_untouched, by_hand, signature, snapshot
