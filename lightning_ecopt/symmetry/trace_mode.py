@@ -258,7 +258,9 @@ class TraceMode(TorchDispatchMode):
         with self._taking_down(self._operation("data")):
             names = [name for name, own in zip(self.equations.shapes, self._parameters, strict=True) if own is tensor]
             for name in names if not in_method_of_optimizer() else ():
-                self.equations.hold_fixed(ParameterView.whole(name, self.equations.shapes[name]))
+                whole, value = ParameterView.whole(name, self.equations.shapes[name]), self._read(tensor)
+                if not isinstance(value, ParameterView) or not whole.shows_same(value):  # as a cast does
+                    self.equations.hold_fixed(whole)
         self.find_parameters_again()
 
     def _hold_sources_fixed(self, node: Any) -> None:

@@ -210,7 +210,9 @@ SAMS: dict[str, Sam] = {
     "ASAM": lambda module: library.SAM(
         module.parameters(), ECSGD, adaptive=True, lr=0.1, momentum=0.9, refresh_interval=5
     ),
-    "WSAM": lambda module: library.WSAM(module, module.parameters(), ECSGD, lr=0.1, momentum=0.9, refresh_interval=5),
+    "WSAM": lambda module: library.WSAM(  # whose other form moves the weights by itself, which is told as such
+        module, module.parameters(), ECSGD, decouple=False, lr=0.1, momentum=0.9, refresh_interval=5
+    ),
     "LookSAM": lambda module: library.LookSAM(
         module.parameters(), ECSGD, k=3, lr=0.1, momentum=0.9, refresh_interval=5
     ),

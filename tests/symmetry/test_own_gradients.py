@@ -157,15 +157,14 @@ class Deep(torch.autograd.Function):
             return above.abs(), None
         with torch.enable_grad():
             h = torch.ones_like(above, requires_grad=True)
-            return torch.autograd.grad(Deep.apply(h, ctx.depth - 1), h, above)[0], None
+            return torch.autograd.grad(Deep.apply(h, ctx.depth - 1), h, above, create_graph=True)[0], None
 
 
 def test_gradients_are_watched_on_threads_of_autograd() -> None:
     def odd(m: Any, h: Tensor) -> Tensor:
         with torch.enable_grad():
             h = h.detach().requires_grad_()
-            Deep.apply(h, 70).backward(m.block(h))
-            return h.grad
+            return torch.autograd.grad(Deep.apply(h, 70), h, m.block(h), create_graph=True)[0]
 
     Deep.threads.clear()
     group = check(Beside(odd, block=mlp(5, 5, 5)), torch.randn(6, 3).double())
