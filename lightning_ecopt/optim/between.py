@@ -50,7 +50,9 @@ def hold_written(session: Session) -> None:
     """Hold units fixed to whose weights somebody else writes after each step. Call it just before a step."""
     units = session.writers.written(session.stage)
     if units is not None:
-        session.hold(units, WRITTEN)
+        units = session.binding.deferred.agreed(units)
+        if bool(units.any()):
+            session.hold(units, WRITTEN)
 
 
 def note_weights(session: Session) -> None:

@@ -20,7 +20,7 @@ or clipped has other digits); :meth:`~lightning_ecopt.EquivalentClassOptimizer.f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,8 +144,7 @@ class GradientCheck:
             The units that break, if any do.
         """
         self._own, self._was_fresh = {id(p) for p in parameters}, self._is_fresh
-        if self not in deferred.checks:
-            deferred.checks.append(self)
+        deferred.checks.add(self)
         devices = {p.device for p in group.parameters.values()}
         if not (is_refresh or self._left) or not group.num_units or len(devices) > 1:
             return None
@@ -168,7 +167,7 @@ class GradientCheck:
         self._largest = mean if self._largest is None else torch.maximum(self._largest.to(mean.device), mean)
         return found.evidence(self._largest)
 
-    def _gradients(self, group: ScalingGroup, checks: Sequence[GradientCheck]) -> dict[str, Tensor | None]:
+    def _gradients(self, group: ScalingGroup, checks: Iterable[GradientCheck]) -> dict[str, Tensor | None]:
         """The gradients at the weights as they are, of all optimizers that share the group."""
         fresh = {key for check in checks if check is not self and check._is_fresh for key in check._own} - self._own
         fresh |= self._own if self._was_fresh else set()

@@ -249,7 +249,7 @@ class Writers:
             stage: of the optimizer. Nothing is compared with the weights of another stage.
 
         Returns:
-            ``bool[H]``, or ``None`` if there are none.
+            ``bool[H]``, or ``None`` if nothing is compared now.
         """
         noted, self._noted = self._noted, None
         if noted is None or noted.stage is not stage:
@@ -271,8 +271,8 @@ class Writers:
         last = None if self._factors is None else self._factors[number]
         return _Finding(region, sums, _harmed(region, copy, before, last), True, factor)
 
-    def _judge(self, noted: _Note, findings: Sequence[_Finding]) -> Tensor | None:
-        """Whether what has been written is written again and again."""
+    def _judge(self, noted: _Note, findings: Sequence[_Finding]) -> Tensor:
+        """The units, ``bool[H]``, of what is written again and again."""
         group, is_first = noted.stage.network.group, noted.gap == 1
         sure = [each for each in findings if each.is_sure]
         known = [each for each in sure if each.region.coupling.parameter in self._known]
@@ -288,7 +288,7 @@ class Writers:
             self._suspects = {each.region.coupling.parameter for each in findings if each.has_changes()}
         if is_first:
             self._first, self._suspects_first = found, self._suspects
-        return None
+        return torch.zeros_like(found)
 
     def _name(self, written: Sequence[_Finding], held: Tensor) -> None:
         """Warn of the parameters of which it was not known that somebody writes to them."""

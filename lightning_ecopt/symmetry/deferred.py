@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from typing import Any, ClassVar
-from weakref import WeakValueDictionary
+from weakref import WeakSet, WeakValueDictionary
 
 from torch import Tensor
 
@@ -14,6 +14,13 @@ from lightning_ecopt.symmetry.followers import Followers
 from lightning_ecopt.symmetry.group import ScalingGroup
 from lightning_ecopt.symmetry.held import HeldUnits
 from lightning_ecopt.symmetry.scales import Operation
+
+
+class Checks(WeakSet[Any]):
+    """Objects of optimizers, which may end before their group does."""
+
+    def __reduce__(self) -> tuple[type[Checks], tuple[list[Any]]]:
+        return Checks, (list(self),)
 
 
 class DeferredGroup(ABC):
@@ -35,7 +42,7 @@ class DeferredGroup(ABC):
     def __init__(self) -> None:
         self.held = HeldUnits()
         self.followers = Followers()
-        self.checks: list[Any] = []
+        self.checks = Checks()
 
     @property
     @abstractmethod
