@@ -22,6 +22,7 @@ from lightning_ecopt.optim.calls import without_hooks
 from lightning_ecopt.optim.session import Session
 from lightning_ecopt.optim.stages import Idle, Ready, Resting, Running, Waiting
 from lightning_ecopt.steps import RULES
+from lightning_ecopt.symmetry import ScalingGroup
 
 KEY = "equivalent_class"
 OTHER_FREEDOMS = (
@@ -58,46 +59,41 @@ def saved(session: Session) -> dict[str, Any]:
 
 def saved_rule(session: Session) -> dict[str, Any] | None:
     """What the rule needs to go on beside the base's state; ``None`` before the first step."""
-    stage = session.stage
+    stage, group = session.stage, session.group
     if isinstance(stage, Waiting | Ready):
-        return dict(stage.saved) or _saved_group(session)
+        # There is no rule yet, but perhaps more is known than at the beginning.
+        is_known = session.has_stepped_plainly or bool(session.binding.deferred.held)
+        group = group or session.binding.deferred.group
+        return dict(stage.saved) or (_saved_group(session, group) if is_known and group is not None else None)
     trained = set(map(id, session.trained))
-    counts: dict[str, Any] = {
+    counts = {
+        **_saved_group(session, stage.network.group),
         "steps_since_refresh": session.steps_since_refresh,
         "refresh_due": session.refresh_due,
-        "epoch": session.last_epoch,
-        "surprises": session.surprises,
         "active": stage.active.clone(),
-        "fingerprint": stage.network.fingerprint,
-        "parameters": list(stage.network.group.parameters),
         "trained": [id(p) in trained for p in stage.network.parameters.values()],
-        "shapes": _shapes(session),
-        "equations": session.binding.deferred.saved(),
-        "check": session.gradient_check.state_dict(),
     }
-    followers = session.binding.deferred.followers.saved()
-    if followers:
-        counts["followers"] = followers
     if isinstance(stage, Running):
         return {"rule": stage.rule.name, **stage.rule.state_dict(session.entries(stage.network)), **counts}
     return None if session.refresh_due else counts  # there was nothing to be done at the last refresh
 
 
-def _saved_group(session: Session) -> dict[str, Any] | None:
-    """The group that the next step begins with, if the first call was traced and plain steps were taken in it."""
+def _saved_group(session: Session, group: ScalingGroup) -> dict[str, Any]:
+    """The group, with which the next step begins, and what else is known of the training."""
     deferred = session.binding.deferred
-    group = deferred.group if session.has_stepped_plainly else None
-    if group is None:
-        return None
-    return {
+    state = {
         "steps_since_refresh": 0,
         "refresh_due": True,
         "epoch": session.last_epoch,
+        "surprises": session.surprises,
         "fingerprint": group.fingerprint(),
         "parameters": list(group.parameters),
         "shapes": _shapes(session),
         "equations": deferred.saved(),
+        "check": session.gradient_check.state_dict(),
     }
+    followers = deferred.followers.saved()
+    return {**state, "followers": followers} if followers else state
 
 
 def load(session: Session, state_dict: Mapping[str, Any]) -> None:

@@ -214,6 +214,7 @@ class EquivalentClassOptimizer(Optimizer):
         follow(session)
         is_over = session.interval_is_over()
         is_due = (session.refresh_due or is_over) and (not checkpoint.restore(session) or session.refresh_due)
+        session.hold_unfrozen_copies()
         session.ask_gradient(is_due)  # which may hold units fixed; then a refresh is due, too
         if is_due or session.refresh_due:
             session.refresh(session.network)

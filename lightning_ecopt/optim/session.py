@@ -29,6 +29,7 @@ from lightning_ecopt.steps.state import StateEntries, StateEntry, entries_of, ha
 from lightning_ecopt.symmetry import ScalingGroup
 from lightning_ecopt.symmetry.followers import Given
 from lightning_ecopt.symmetry.scales import Operation
+from lightning_ecopt.symmetry.unfrozen import unfrozen_copies
 
 UNUSED = (
     "No traced call has used these parameters, or they cannot be rescaled (complex ones, those of other modules): {}. "
@@ -73,6 +74,7 @@ class Session:
         is_resting: whether the base may be used by itself until the next of them.
         passed: names of methods of the base that have moved weights since the last of them.
         has_told: whether a warning has said that steps pass by.
+        may_have_copies: whether nobody has looked yet for copies of the weights that are trained, too.
         gradient_check: looks for units that may not be rescaled.
     """
 
@@ -93,6 +95,7 @@ class Session:
         self.writers = Writers()
         self.steps, self.is_resting, self.passed, self.has_told = 0, False, set[str](), False
         self._given = followers or {}
+        self.may_have_copies = True
         self.gradient_check = GradientCheck(trainable_parameters(base))
         self.binding = Binding(base, source, self._given)
         self.find_network()
@@ -190,6 +193,10 @@ class Session:
             self._warn_once(NO_FREEDOMS)
         self._name_unused(network)
 
+    def forget_version(self) -> None:
+        """Have the next step look whether the source has another group than the one that is used."""
+        self._version = -1
+
     def hold(self, units: Tensor, why: Operation) -> None:
         """Hold units of the present group fixed from now on, and go on in the group of the others.
 
@@ -199,6 +206,15 @@ class Session:
         """
         self.binding.deferred.hold(units, why)
         self.find_network()
+
+    def hold_unfrozen_copies(self) -> None:
+        """Before the first balance, hold fixed what looks like a target network and is trained, and what it follows."""
+        if self.may_have_copies and self.options.representative == "balanced":
+            self.may_have_copies = False
+            copies = unfrozen_copies(self.binding.deferred.followers.module, self.network.group)
+            if copies is not None:
+                self._warn_once(str(copies))
+                self.hold(copies.units, Operation("an unfrozen copy", ", ".join(copies.names)))
 
     def ask_gradient(self, is_refresh: bool) -> None:
         """Hold units fixed that the gradient shows to change the loss; a refresh is due then."""

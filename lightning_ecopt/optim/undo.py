@@ -66,6 +66,7 @@ class _Copy:
             options.update(content)
         session = self._session
         session.stage, session.steps_since_refresh, session.refresh_due, session.last_epoch = self._stage
+        session.forget_version()  # units that were held in the step stay held
 
 
 def _shallow(entries: Any) -> Any:

@@ -121,6 +121,11 @@ class Followers:
             if not any(id(_root(leader, leader_of)) in own for _, leader in tensors.values()):
                 raise ValueError(f"followers: {pair}, but no optimizer trains {named(pair.leader)}.")
 
+    @property
+    def module(self) -> nn.Module | None:
+        """Where they are looked for."""
+        return self._places.module
+
     # Finding them -----------------------------------------------------------------------------------------------------
 
     def look(self, parameters: Mapping[str, Tensor]) -> bool:
@@ -153,8 +158,8 @@ class Followers:
         candidates = [one for one in candidates if not taken >= {key(t) for t in tensors_of(one.held).values()}]
         if not candidates:
             return False
-        parts = _leading(module, leaders)
-        pairs = [(one, part) for one in candidates for part in parts if _may_follow(one, part)]
+        parts = trained_parts(module, leaders)
+        pairs = [(one, part) for one in candidates for part in parts if may_follow(one, part)]
         found: dict[str, list[str]] = {}
         for (one, part), agrees in zip(pairs, self._agreement(pairs, parameters, leaders), strict=True):
             if agrees:
@@ -192,7 +197,7 @@ class Followers:
                 for follower, leader in _match(one.held, part.held).values()
                 if id(_root(leader, leader_of)) in leaders
             ]
-            near = _are_near(matched)
+            near = are_near(matched)
             mark[0] = not matched or (near is False and not one.averages)
             mark[1] = one.averages or near is True
         Ranks(parameters).any_(marks)
@@ -308,13 +313,13 @@ def _pair_key(follower: Side) -> Any:
     return follower if isinstance(follower, str) else id(follower)
 
 
-def _leading(module: nn.Module, leaders: set[int]) -> list[Candidate]:
+def trained_parts(module: nn.Module, leaders: set[int]) -> list[Candidate]:
     """The parts of a module that are trained."""
     parts = module.named_modules(remove_duplicate=False)
     return [Candidate(name, part) for name, part in parts if any(id(p) in leaders for p in part.parameters())]
 
 
-def _may_follow(one: Candidate, part: Candidate) -> bool:
+def may_follow(one: Candidate, part: Candidate) -> bool:
     """Whether a candidate has the form of a part of the module. Layers of one list are no copies of each other."""
     if isinstance(one.held, nn.Module):
         return not is_sibling(one.name, part.name) and one.form.is_in(part.form)
@@ -411,7 +416,7 @@ def _here(follower: Tensor, leader: Tensor) -> Tensor:
     return follower[:0] if part is None else follower[part.rows]
 
 
-def _are_near(matched: Iterable[tuple[Tensor, Tensor]]) -> bool | None:
+def are_near(matched: Iterable[tuple[Tensor, Tensor]]) -> bool | None:
     """Whether tensors are near those that they may be copies of; ``None`` if nothing tells, in what this rank holds.
 
     Only matrices and kernels whose elements differ tell: biases and gains of any two networks may be alike.
