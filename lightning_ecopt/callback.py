@@ -284,18 +284,28 @@ class EquivalentClassOptimization(Callback):
             optimizer.start()
 
     def _report(self) -> None:
+        """Print what the freedoms are, and later, in one line, if there are fewer of them."""
         if not self._verbose:
             return
         for group in {id(optimizer.group): optimizer.group for optimizer in self._optimizers}.values():
-            if group is not None and group not in self._reported:
-                self._reported.append(group)
-                usable = torch.zeros(group.num_units, dtype=torch.bool, device="cpu")
-                own = [optimizer for optimizer in self._optimizers if optimizer.group is group]
-                for optimizer in own:
-                    usable |= optimizer.usable_units()
-                needs_paths = any(RULES[optimizer.rule].needs_paths for optimizer in own)
-                lines = own[0].followers
-                rank_zero_only(group.summary)(usable=usable, needs_paths=needs_paths, followers=lines)
+            if group is None or group in self._reported:
+                continue
+            before = self._reported[-1] if self._reported else None
+            self._reported.append(group)
+            names = group.parameters.keys()
+            if before is not None and before.parameters.keys() == names and group.num_units < before.num_units:
+                text = f"{group.num_units} of {before.num_units} units are free now; callback.group.summary() says why."
+                rank_zero_only(print)(text)
+            else:
+                self._summarise(group)
+
+    def _summarise(self, group: ScalingGroup) -> None:
+        own = [optimizer for optimizer in self._optimizers if optimizer.group is group]
+        usable = torch.zeros(group.num_units, dtype=torch.bool, device="cpu")
+        for optimizer in own:
+            usable |= optimizer.usable_units()
+        needs_paths = any(RULES[optimizer.rule].needs_paths for optimizer in own)
+        rank_zero_only(group.summary)(usable=usable, needs_paths=needs_paths, followers=own[0].followers)
 
 
 class _Finder:
