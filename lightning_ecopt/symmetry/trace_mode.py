@@ -104,6 +104,7 @@ class TraceMode(TorchDispatchMode):
     # One operation ----------------------------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation, in its parts where these are known better, and take it down."""
         if isinstance(func, torch._ops.OpOverload) and any(issubclass(kind, NestedTensor) for kind in types):
             return NotImplemented  # a jagged tensor says what it does as operations on the tensor of its values
         kwargs = kwargs or {}
@@ -116,13 +117,12 @@ class TraceMode(TorchDispatchMode):
                 outputs = [call() for call in calls]
             return outputs if func._schema.returns else None
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        are_plain = all(map(is_ordinary, tensors))  # labels belong to memory, which others may not have
 
-        # 1. Find the rule. An operation that has none is replaced by its parts, if torch can name them.
+        # An operation that has no rule is replaced by its parts, if torch can name them.
         rule = RULES.get(name)
         if name in STAND_INS:
             rule = partial(self._labels_of_stand_in, STAND_INS[name], func, args, kwargs)
-        if rule is None and are_plain and isinstance(func, torch._ops.OpOverload):
+        if rule is None and all(map(is_ordinary, tensors)) and isinstance(func, torch._ops.OpOverload):
             with self:
                 output = func.decompose(*args, **kwargs)
             if output is not NotImplemented:
@@ -131,9 +131,13 @@ class TraceMode(TorchDispatchMode):
             # The module may read the values through NumPy later, which a fake tensor cannot show. After this error
             # `scaling_group` calls the module with real tensors.
             raise RuntimeError("A fake tensor shares no memory with NumPy.")
+        return self._take_down(rule, self._operation(name), tensors, func, args, kwargs)
 
-        # 2. Read the labels and shapes of the inputs, which the operation may change.
-        operation = self._operation(name)
+    def _take_down(
+        self, rule: Rule | None, operation: Operation, tensors: list[Tensor], func: Any, args: Any, kwargs: Any
+    ) -> Any:
+        """Run an operation on tensors, and write down what its rule says of their labels."""
+        # 1. Read the labels and shapes of the inputs, which the operation may change.
         labels: dict[int, Value | Cases] = {}
         origins: frozenset[str] = frozenset()
         with self._taking_down(operation):
@@ -142,32 +146,29 @@ class TraceMode(TorchDispatchMode):
             origins = self._origins(tensors, labels)
         is_of_optimizer = bool(origins) and running_module(self) is None and in_method_of_optimizer()
 
-        # 3. Run the operation.
+        # 2. Run the operation.
         output = func(*args, **kwargs)
 
-        # 4. Ask the rule for the labels of the outputs, or hold all that was touched fixed.
+        # 3. Ask the rule for the labels of the outputs, or hold all that was touched fixed.
         flows = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         with self._taking_down(operation), self._unseen_copies(flows):
             if self.has_failed:  # perhaps above
                 return output
-            if is_of_optimizer:  # it moves weights, and computes no loss
-                self.memory.mark([*changed_tensors(func, args, kwargs), *tensors_in(output)], origins)
-                for tensor in filter(is_ordinary, tensors):
-                    self.constants.forget(tensor)
-                return output
-            if self.memory.has_marks:
-                marks = self.memory.marks(tensors)
+            marks = origins if is_of_optimizer else self.memory.marks(tensors)
+            if marks:
                 self.memory.mark([*changed_tensors(func, args, kwargs), *tensors_in(output)], marks)
             arguments = named_arguments(func, args, kwargs)
-            if are_plain and arguments is not None:
+            are_plain = all(map(is_ordinary, tensors))  # labels belong to memory, which others may not have
+            if is_of_optimizer or not are_plain or arguments is None:
+                for tensor in filter(is_ordinary, tensors):  # it may have been written to
+                    self.constants.forget(tensor)
+            else:
                 constants = self.constants.follow(func, args, kwargs, output)  # of operations without a rule, too
                 call = Call(self.equations, arguments, labels, shapes, output, constants, self.constants.name)
                 if rule is not None and self._apply(rule, func, call):
                     return output
-            else:
-                for tensor in filter(is_ordinary, tensors):  # it may have been written to
-                    self.constants.forget(tensor)
-            self._hold_touched_fixed(func, labels.values(), (args, kwargs), output)
+            if not is_of_optimizer:  # which moves weights, and computes no loss
+                self._hold_touched_fixed(func, labels.values(), (args, kwargs), output)
         return output
 
     @contextmanager
