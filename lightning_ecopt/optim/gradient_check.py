@@ -162,7 +162,10 @@ class GradientCheck:
 
     def _now(self, group: ScalingGroup, gradients: Mapping[str, Tensor | None], known: float | None) -> Evidence:
         roundoff = max(known or 0.0, roundoff_of(group.parameters))
-        found = group.derivatives(gradients, roundoff)
+        # Gradients that were reset and have not come again: the loss does not depend on these parameters.
+        own = self._own if self._was_fresh else set()
+        silent = {name for name, p in group.parameters.items() if id(p) in own and p.requires_grad and p.grad is None}
+        found = group.derivatives(gradients, roundoff, silent)
         mean = found.mean_size()
         self._largest = mean if self._largest is None else torch.maximum(self._largest.to(mean.device), mean)
         return found.evidence(self._largest)

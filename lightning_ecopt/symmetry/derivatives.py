@@ -32,7 +32,7 @@ units, or the largest that this mean has been, is added to A_h.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, prod
 
@@ -163,7 +163,12 @@ class DerivativeSums:
         return self._on[device]
 
     def __call__(
-        self, weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor | None], ranks: Ranks, roundoff: float
+        self,
+        weights: Mapping[str, Tensor],
+        gradients: Mapping[str, Tensor | None],
+        ranks: Ranks,
+        roundoff: float,
+        silent: Collection[str] = (),
     ) -> Derivatives:
         """Form Q, A and the rounding of all units.
 
@@ -172,6 +177,9 @@ class DerivativeSums:
             gradients: likewise; units with an element that has none are not judged.
             ranks: the ranks that hold parts of the weights; all of them get the same result.
             roundoff: unit roundoff of what is computed in, as far as it is known; the gradients may show a larger one.
+            silent: names of parameters that the loss was seen not to reach. A unit that leads out through them is
+                judged, as the loss does not depend on them; one that leads in through them is not, as the gradient may
+                have been cut on the way, by ``detach``.
         """
         device = local(next(iter(weights.values()))).device
         parts = torch.zeros(4, sum(self._entries), dtype=widest(device), device=device)
@@ -182,7 +190,8 @@ class DerivativeSums:
             weight, gradient = weights[name], gradients.get(name)
             if gradient is None:
                 for number in numbers:
-                    places[number][1] = inf
+                    end = self._couplings[number].incoming.numel() if name in silent else None
+                    places[number][1, :end] = inf
             elif ranks.counts(weight):
                 dense = local(gradient.to_dense() if gradient.is_sparse else gradient)
                 for number in numbers:

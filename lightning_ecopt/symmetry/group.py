@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -387,7 +387,10 @@ class ScalingGroup:
 
     @torch.no_grad()
     def derivatives(
-        self, gradients: Mapping[str, Tensor | None] | None = None, roundoff: float | None = None
+        self,
+        gradients: Mapping[str, Tensor | None] | None = None,
+        roundoff: float | None = None,
+        silent: Collection[str] = (),
     ) -> Derivatives:
         """Differentiate a loss by the log-scales of the units; zero to rounding if the loss does not change with them.
 
@@ -398,6 +401,7 @@ class ScalingGroup:
                 without a gradient are not judged.
             roundoff: unit roundoff of what is computed in; by default as parameters, gradients and torch's switches
                 tell.
+            silent: names of parameters that the loss was seen not to reach.
 
         Example::
 
@@ -408,7 +412,7 @@ class ScalingGroup:
             gradients = {name: p.grad for name, p in self.parameters.items()}
         roundoff = roundoff_of(self.parameters) if roundoff is None else roundoff
         weights = {name: p.detach() for name, p in self.parameters.items()}
-        return self._derivative_sums(weights, gradients, Ranks(self.parameters), roundoff)
+        return self._derivative_sums(weights, gradients, Ranks(self.parameters), roundoff, silent)
 
     @cached_property
     def _derivative_sums(self) -> DerivativeSums:

@@ -74,6 +74,7 @@ class GroupFromNextCall(GroupFromCalls):
         self._mode: TraceMode | None = None  # while a call is traced
         self._has_begun = False  # whether the method has been called while that was awaited
         self._count = 0  # of calls since one has used another parameter
+        self._stepped: set[str] = set()  # names of parameters whose optimizers have stepped in a call
         self._method: Callable[..., Any] = getattr(module, method)
         self._own = vars(module).get(method)  # an attribute of the instance, if the user has set one
         self.look_again()
@@ -160,25 +161,29 @@ class GroupFromNextCall(GroupFromCalls):
 
     def _end_traced(self, is_old: bool) -> None:
         """Wait no longer if a call has told all that it will, or has used no further parameter, several times."""
-        self.is_provisional = False
         self.end_call()
         self.note_trained()
         self._count = self._count + 1 if is_old else 0
         is_manual = self.method == "training_step" and not getattr(self.module, "automatic_optimization", True)
         equations = self.equations()
-        if not is_manual or self._count >= MOST_STEPS or (equations and equations.seen >= self._trained):
+        # An optimizer that steps in every fifth batch may have a loss of its own, which the first has not shown.
+        is_over = not is_manual or self._count >= MOST_STEPS
+        self.is_provisional = not is_over and not self._stepped >= self._trained
+        if is_over or (equations is not None and equations.seen & self._stepped >= self._trained):
             self.cancel()
 
     def note_step(self, parameters: Iterable[Tensor]) -> bool:
         """Take note of a step; what the call has computed before it is held fixed if the call uses it afterwards."""
+        own = set(map(id, parameters))
+        names = {name for name, parameter in self.parameters.items() if id(parameter) in own}
+        self._stepped |= names
         if self._mode is not None:
             self._mode.memory.num_steps += 1
         elif not (self._has_begun and self._calls):
             return False
         if self.is_provisional or self._mode is None:
             return self.is_provisional and self.method == "training_step"
-        known, own = self.equations(), set(map(id, parameters))
-        names = [name for name, parameter in self.parameters.items() if id(parameter) in own]
+        known = self.equations()
         return known is None or known.seen.isdisjoint(names)
 
 

@@ -205,7 +205,8 @@ class GroupFromCalls(DeferredGroup):
             group = self._groups[self._trained] = before
         elif before is not None and before.parameters.keys() == group.parameters.keys():
             self._has_grown = True
-            _tell_lost(before, group)
+            if not self.held:  # of which other warnings have told
+                _tell_lost(before, group)
         self._settled = group
         if not group.unseen and not self.is_waiting and self._trained >= self.parameters.keys():
             self.is_final, self._packed = True, packed(equations)
