@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -171,6 +172,35 @@ def test_what_a_loss_does_not_depend_on_counts() -> None:
     module, x, _ = net(), *next(batches())
     found = check_invariance(scaling_group(module, x), hidden(module, x))
     assert int(found.broken.sum()) == 8  # the head has no gradient
+
+
+def test_what_tells_nothing_is_refused() -> None:
+    module, x, y = net(), *next(batches())
+    group, loss = scaling_group(module, x), F.cross_entropy(module(x), y)
+    wrong: list[tuple[Any, Any, type[Exception], str]] = [
+        (group, net()(x).sum(), ValueError, "depends on no parameter of this group: is it of another"),
+        (group, loss.detach(), ValueError, "depends on no parameter of this group: it has no gradient"),
+        (group, None, ValueError, "tells nothing of any unit"),
+        (group, loss * 0, ValueError, "tells nothing of any unit"),
+        (group, lambda: None, TypeError, "a function that returned None"),
+        (group, lambda: loss.item(), TypeError, r"a function that returned \d"),
+        (group, 0.5, TypeError, "got 0.5"),
+        (module, loss, TypeError, r"got Sequential. Of a module it is scaling_group\("),
+    ]
+    for of, given_loss, error, words in wrong:
+        with pytest.raises(error, match=words):
+            check_invariance(of, given_loss)
+
+
+def test_units_that_cannot_be_judged_are_told() -> None:
+    module, x, y = net(), *next(batches())
+    group = scaling_group(module, x)
+    F.cross_entropy(module(x), y).backward()
+    module[2].bias.grad = None
+    found = check_invariance(group)
+    assert found
+    assert re.search(r"any of 20 of 28 units .*; 8 have no gradient", str(found))
+    assert str(found) in repr(found)
 
 
 # False alarms ---------------------------------------------------------------------------------------------------------
