@@ -265,13 +265,28 @@ def test_the_page_runs() -> None:
         ("_log_softmax", "no factor leaves"),
         ("mse_loss", "no factor leaves"),
         ("output", "must stay"),
-        ("output['past_key_values'].layers[0].keys", "must stay"),
-        ("output.logits", "must stay"),
-        ("add", "rule is exact"),
+        ("output['past_key_values'].layers[0].keys", "outputs="),
+        ("output.logits", "outputs="),
+        ("loss", "must stay"),
+        ("loss['loss']", "must stay"),
+        ("loss['feat']", "leave it out"),
+        ("kept by the module", "attribute"),
+        ("gradient", "see the warning"),
+        ("somebody else writes to the weights", "parametrization"),
+        ("_local_scalar_dense", "on_train_batch_end"),
+        ("add", "must scale alike"),
         ("mylib::fused", "docs/operations.md"),
         ("hypot", "docs/operations.md"),
     ],
 )
 def test_the_report_says_what_could_be_done(name: str, words: str) -> None:
     assert words in advice(name)
-    assert words != "rule is exact" or name in RULES
+    assert words != "must scale alike" or name in RULES
+
+
+@pytest.mark.parametrize("name", ["clamp", "softplus", "gradient", "_log_softmax", "binary_cross_entropy"])
+def test_what_a_training_step_computes_itself_is_the_loss(name: str) -> None:
+    lines = ["training_step, line 3", "training_step, line 7 of other.py"]
+    assert advice(name, lines) == "nothing: part of the loss"
+    for places in ([], ["net.0"], ["forward, line 3"], [*lines, "net.0"]):
+        assert advice(name, places) == advice(name) != "nothing: part of the loss"
