@@ -305,7 +305,7 @@ def test_a_term_that_begins_later_is_found_at_the_next_refresh(rule: str, make: 
     data = batches()
     train(module, optimizer, 8, data=data)
     assert optimizer.group.num_units == 28
-    with pytest.warns(UserWarning, match=r"2\.weight, 2\.bias, 4\.weight.*ratio 0\..*8 of 28.*check=None"):
+    with pytest.warns(UserWarning, match=r"2\.weight, 2\.bias, 4\.weight.* by \d+(\.\d+)? % of .*8 of 28.*check=None"):
         train(module, optimizer, 6, lambda m, x: 0.1 * hidden(m, x), data=data)
     assert optimizer.group.num_units == 20
     assert optimizer.violation > 0.01
