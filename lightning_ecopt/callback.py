@@ -30,7 +30,7 @@ from lightning_ecopt.optim.binding import parameters_of
 from lightning_ecopt.optim.options import Check, Options, RefreshInterval, Representative, RuleName, SkeletonChoice
 from lightning_ecopt.steps import RULES
 from lightning_ecopt.symmetry import DeferredGroup, ScalingGroup
-from lightning_ecopt.symmetry.followers import Given
+from lightning_ecopt.symmetry.followers import Given, check_given
 
 DEFAULTS = Options(refresh_interval="epoch")
 UNSUPPORTED_STRATEGIES = ("FSDPStrategy", "DeepSpeedStrategy", "XLAFSDPStrategy")
@@ -131,6 +131,7 @@ class EquivalentClassOptimization(Callback):
             check=check,
             implementation=implementation,
         )
+        check_given(followers)
         self._given = followers
         self._verbose = verbose
         self._logs = log  # Lightning puts its own function at `log`

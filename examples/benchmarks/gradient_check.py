@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import os
 import statistics
 import sys
 import time
@@ -287,14 +288,17 @@ def page(steps: int, repeats: int) -> str:
         "python examples/benchmarks/gradient_check.py --out FOLDER",
         "```",
         "",
-        f"with {', '.join(f'{key} {value}' for key, value in conditions(torch.device('cpu')).items())}.",
+        f"with {', '.join(f'{key} {value}' for key, value in conditions(torch.device('cpu')).items())}, one thread of "
+        f"{os.cpu_count()} cores.",
         "",
         "## False alarms",
         "",
         f"Networks of the tests' zoo, {steps} steps each on random data, with a refresh every third. *Held* counts "
         "units that were held fixed although the loss does not break them. *Largest* is the largest \\|Q\\| of a unit "
-        f"in standard deviations of rounding, of which {LAMBDA:g} raise the alarm. Left out are networks with an "
-        "operation that torch does not have in the precision.",
+        f"in standard deviations of rounding, of which {LAMBDA:g} raise the alarm. It is of the rounding that "
+        "gradients show, which may be of 32 bits under autocast. As nobody tells the precision here, it is inferred "
+        f"from the median of all units, and {LAMBDA:g} relates to the bound that is inferred: so thousands raise no "
+        "alarm there. Left out are networks with an operation that torch does not have in the precision.",
         "",
         "| precision | networks | left out | units | looks at a network | held | largest | in |",
         "|---|---:|---:|---:|---:|---:|---:|---|",

@@ -9,7 +9,8 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_ecopt.metrics.base import DTYPE, unobserved
-from lightning_ecopt.symmetry import ScalingGroup, check_invariance
+from lightning_ecopt.symmetry import ScalingGroup
+from lightning_ecopt.symmetry.invariance import told_by
 
 
 class InvarianceViolation(Metric):
@@ -50,7 +51,7 @@ class InvarianceViolation(Metric):
             group: The units, from :func:`lightning_ecopt.scaling_group` or ``callback.group``.
         """
         with unobserved():
-            found = check_invariance(group, roundoff=self.roundoff)
+            found = told_by(group, roundoff=self.roundoff)
             broken = torch.where(found.ratio > found.bound, found.ratio, 0.0)
             largest = broken.max() if len(broken) else broken.sum()
         before = self.largest_violation.to(DTYPE)

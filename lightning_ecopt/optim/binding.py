@@ -30,7 +30,8 @@ WAY_OUT = (
 )
 NO_FREEDOMS = (
     "The network has no scaling freedoms, so the base optimizer is used as it is. The report of the callback, or "
-    "optimizer.group.summary(), names the operations that cost them."
+    "optimizer.group.summary(), names the operations that cost them. What is computed to be logged alone, as norms of "
+    "weights, costs nothing outside of training_step, as in on_train_batch_end."
 )
 
 

@@ -39,10 +39,11 @@ LOOKS = 4
 #: Standard deviations of rounding from which on a unit is held fixed if another of its layer is.
 PEERS = 2.0
 BROKEN = (
-    "The loss changes when units of {names} are rescaled (ratio {ratio:.2g}, rounding explains {bound:.1g}), so that "
-    "{count} of {all} units are held fixed from now on. If the loss reads these weights or hidden values directly, as "
-    "a penalty or a loss on features does, this is right, and check_invariance finds such a term in a test. If "
-    "gradients are changed on purpose (noise, clipping by value, hooks), pass check=None."
+    "The loss changes when units of {names} are rescaled, by {ratio:.3g} % of their gradient (rounding explains "
+    "{bound:.1g} %): {count} of {all} units are held fixed from now on. That is right for a penalty or a loss on "
+    "features. Otherwise gradients are not those of the loss: they are changed on purpose (noise, clipping by value, "
+    "hooks), cut (features are detached for a probe, or meet a frozen copy) or computed at other weights (SAM through "
+    ".data): pass check=None; or a stand-in is wrong (check_stand_in tells), or the backward of an autograd.Function."
 )
 
 
@@ -189,8 +190,8 @@ class GradientCheck:
         worst = divmod(int(excess.argmax()), group.num_units)
         ratio, bound = float(ratios[worst]), float(bounds[worst])
         self.violation, self._left = max(self.violation, float(ratios[:, units.to(ratios.device)].max())), LOOKS
-        names = listing(group.scaled_by(units))
-        message = BROKEN.format(names=names, ratio=ratio, bound=bound, count=int(units.sum()), all=group.num_units)
+        names, count = listing(group.scaled_by(units)), int(units.sum())
+        message = BROKEN.format(names=names, ratio=100 * ratio, bound=100 * bound, count=count, all=group.num_units)
         return Verdict(units, Operation("gradient", names), message)
 
     # Checkpoints

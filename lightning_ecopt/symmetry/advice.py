@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from lightning_ecopt.symmetry.rules.registry import RULES
 
@@ -21,28 +22,50 @@ SOFT = {
     *("_softmax", "_log_softmax", "_safe_softmax", "logsumexp", "erf", "sin", "cos"),
     *("exp", "exp2", "expm1", "log", "log1p", "log2", "log10"),
 }
-#: What is no operation, but an end of the call.
-ENDS = {"input", "output", "kept by the module", "call", "another call"}
+#: What is no operation, but an end of the call, or what was seen of training.
+ENDS = {
+    **dict.fromkeys(("input", "output", "loss", "call", "another call"), "nothing: it must stay"),
+    "kept by the module": "do not keep it in an attribute",
+    "gradient": "a penalty, a loss on features, or changed gradients: see the warning",
+    "somebody else writes to the weights": "a parametrization, or freeze it: see the warning",
+    "_local_scalar_dense": "compute what is only logged outside of training_step, as in on_train_batch_end",
+}
+#: Parts of what a call returns.
+PARTS = {
+    "output": "say what counts: outputs=",
+    "loss": "leave it out of what training_step returns",
+}
 
 
-def advice(name: str) -> str:
+def advice(name: str, places: Sequence[str] = ()) -> str:
     """Say in a few words what could be done about an operation that fixes scales.
 
     Args:
         name: of the operation, as a report has it.
+        places: the modules or lines that it was in, likewise.
 
     Example::
 
         advice("gelu")  # "another activation: ReLU, LeakyReLU, PReLU"
     """
-    if re.split(r"[\[.]", name)[0] in ENDS:
-        return "nothing: it must stay"
+    root = re.split(r"[\[.]", name)[0]
+    if root in PARTS and name not in (root, f"{root}['loss']"):
+        return PARTS[root]
+    in_step = bool(places) and all(place.startswith("training_step, line ") for place in places)
+    if in_step and (name in ("gradient", "clamp", "softplus") or name in SOFT or _is_loss(name)):
+        return "nothing: part of the loss"
+    if name in ENDS or root in PARTS:
+        return ENDS[root if root in PARTS else name]
     if name in ACTIVATIONS:
         return "another activation: ReLU, LeakyReLU, PReLU"
     if name in NORMS:
         return "nothing: its epsilon does not scale"
-    if name in SOFT or "loss" in name or "nll" in name:
+    if name in SOFT or _is_loss(name):
         return "nothing: no factor leaves it"
     if name in RULES:
-        return "nothing: its rule is exact"
+        return "nothing: its inputs must scale alike"
     return "perhaps a stand-in: docs/operations.md"
+
+
+def _is_loss(name: str) -> bool:
+    return any(word in name for word in ("loss", "nll", "cross_entropy"))

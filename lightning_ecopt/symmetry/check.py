@@ -11,7 +11,8 @@ null space is the number of freedoms. That takes as many backward passes as ther
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,7 +20,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from lightning_ecopt.common.nested import tensors_in
+from lightning_ecopt.common.warn import warn
 from lightning_ecopt.symmetry.group import ScalingGroup
+from lightning_ecopt.symmetry.rules import RULES
+from lightning_ecopt.symmetry.stand_ins import STAND_INS, name_of, named_operation, short
 from lightning_ecopt.symmetry.trace import scaling_group
 
 #: Draws of weights and inputs, at least: rows of one draw agree on more directions than the network has freedoms.
@@ -54,6 +58,25 @@ def check_freedoms(module: nn.Module, *inputs: Any, complete: bool = True, seed:
 
         assert check_freedoms(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(8, 3)) == 4
     """
+    return _examined(module, inputs, complete, seed).num_units
+
+
+class _UnsoundError(ValueError):
+    """A freedom that was found is none."""
+
+
+class _IncompleteError(ValueError):
+    """There are more freedoms than were found."""
+
+    def __init__(self, missing: int, group: ScalingGroup) -> None:
+        self.missing, self.group = missing, group
+        costs = ", ".join(f"{operation.name} ({count})" for operation, count in group.costs.items())
+        super().__init__(
+            f"The group is incomplete: {missing} more freedoms were counted. Scales were fixed by: {costs}."
+        )
+
+
+def _examined(module: nn.Module, inputs: Sequence[Any], complete: bool, seed: int) -> ScalingGroup:
     module = copy.deepcopy(module).double()
     generator = torch.Generator().manual_seed(seed)
     group = scaling_group(module, *_drawn(inputs)(generator, 1.0))
@@ -61,33 +84,30 @@ def check_freedoms(module: nn.Module, *inputs: Any, complete: bool = True, seed:
         draw_(module, generator)
         change = _largest_change(module, group, _drawn(inputs)(generator, 1.0), generator)
         if not change <= ROUNDING:
-            raise ValueError(
-                f"The group is unsound: rescaling its units changes an output by {change:.2g} of its size."
+            raise _UnsoundError(
+                f"The group is unsound: rescaling its units changes an output by {100 * change:.2g} % of its size."
             )
     if not complete:
-        return group.num_units
+        return group
     rows, living = count_freedoms(module, _drawn(inputs), generator)
     found = directions(group)[living]
     rows = rows[:, living]
     if not (rows @ found).abs().sum() < ROUNDING * rows.abs().sum():
-        raise ValueError("The group is unsound: rescaling one of its units changes the outputs to first order.")
+        raise _UnsoundError("The group is unsound: rescaling one of its units changes the outputs to first order.")
     missing = nullity(rows) - int(torch.linalg.matrix_rank(found))
     if missing:
-        costs = ", ".join(f"{operation.name} ({count})" for operation, count in group.costs.items())
-        raise ValueError(
-            f"The group is incomplete: {missing} more freedoms were counted. Scales were fixed by: {costs}."
-        )
-    return group.num_units
+        raise _IncompleteError(missing, group)
+    return group
 
 
-def check_stand_in(operation: Callable[..., Any], *inputs: Any, complete: bool = True, seed: int = 0) -> int:
+def check_stand_in(operation: Callable[..., Any] | str, *inputs: Any, complete: bool = True, seed: int = 0) -> int:
     """Find out whether the stand-in of an operation is sound, and whether it says all that there is to say.
 
     The operation is put into a small network: its floating-point inputs come from linear layers, its outputs lead into
     others. Inputs that are ``nn.Parameter`` are weights of this network, too. Then :func:`check_freedoms` checks it.
 
     Args:
-        operation: what is called, such as ``torch.ops.mylib.scaled_relu`` or a function that calls it.
+        operation: what is called, such as ``torch.ops.mylib.scaled_relu``, its name, or a function that calls it.
         *inputs: its arguments; tensors have the batch first, and a few rows and features are enough.
         complete: whether to count the freedoms, too. Without it, the stand-in may say less than there is to say.
         seed: of the draws.
@@ -96,13 +116,55 @@ def check_stand_in(operation: Callable[..., Any], *inputs: Any, complete: bool =
         The number of freedoms of the small network.
 
     Raises:
-        ValueError: if the stand-in is wrong, or incomplete, or the freedoms cannot be counted.
+        ValueError: if there is no stand-in, or it is wrong, or incomplete, or the freedoms cannot be counted.
 
     Example::
 
         check_stand_in(torch.ops.mylib.scaled_relu, torch.randn(8, 4), 0.5)
     """
-    return check_freedoms(_Around(operation, inputs), *inputs, complete=complete, seed=seed)
+    name = operation if isinstance(operation, str) else name_of(operation)
+    called = named_operation(operation) if isinstance(operation, str) else operation
+    subject = "The stand-in" if name is None else f"The stand-in of {name}"
+    with _noting_stand_ins() as met:
+        try:
+            group = _examined(_Around(called, inputs), inputs, complete, seed)
+        except _UnsoundError as error:
+            raise ValueError(f"{subject} is unsound, it allows too much. {error}") from None
+        except _IncompleteError as error:
+            _check_taught(name, error.group)
+            few = f"it holds {error.missing} freedoms fixed that the operation has"
+            raise ValueError(f"{subject} is incomplete: {few}. {error}") from None
+    _check_taught(name, group)
+    if not met if name is None else short(name) not in met | RULES.keys():
+        warn(f"No stand-in{'' if name is None else f' of {name}'} was met, so that none was checked.")
+    return group.num_units
+
+
+def _check_taught(name: str | None, group: ScalingGroup) -> None:
+    """Check that nothing was held fixed for want of a stand-in."""
+    for operation, count in group.costs.items():
+        is_meant = "::" in operation.name or (name is not None and operation.name == short(name))
+        if is_meant and operation.name not in STAND_INS and operation.name not in RULES:
+            raise ValueError(f"{operation.name} has no stand-in, so that it holds {count} scales fixed.")
+
+
+@contextmanager
+def _noting_stand_ins() -> Iterator[set[str]]:
+    """Take down which stand-ins are traced."""
+    before, met = dict(STAND_INS), set[str]()
+
+    def noting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            met.add(name)
+            return function(*args, **kwargs)
+
+        return noted
+
+    STAND_INS.update({name: noting(name, function) for name, function in before.items()})
+    try:
+        yield met
+    finally:
+        STAND_INS.update(before)
 
 
 class _Around(nn.Module):

@@ -18,20 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_ecopt.common.sharding import Part, Ranks, gathering_modules, is_sharded, local, release
+from lightning_ecopt.common.sharding import Ranks, gathering_modules, release
 from lightning_ecopt.common.tensors import listing
 from lightning_ecopt.common.warn import warn
-from lightning_ecopt.symmetry.copies import Candidate, Places, averages_in, is_sibling, key, named, tensors_of
+from lightning_ecopt.symmetry.copies import Candidate, Places, are_near, averages_in, is_sibling, key, named, tensors_of
 from lightning_ecopt.symmetry.group import ScalingGroup
 
 #: A name in the module, or a module, tensor, or sequence or mapping of tensors itself.
 Side = Any
 #: By what follows, what it follows.
 Given = Mapping[Any, Any]
-
-#: A copy is at most so far from what it follows, relative to its length. Networks that have nothing to do with each
-#: other have a distance of 1.4; a copy that has begun to follow, or of a run that goes on, is not equal any more.
-_NEAR = 0.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +41,16 @@ class _Pair:
 
 def _unknown() -> None:
     return None
+
+
+def check_given(given: object) -> None:
+    """Check that followers that are given by hand have the right form, before any module is known.
+
+    Raises:
+        TypeError: if they are no mapping.
+    """
+    if given is not None and not isinstance(given, Mapping):
+        raise TypeError(f"followers is a mapping, as in followers={{'target': 'online'}}, got {given!r:.60}.")
 
 
 class Followers:
@@ -76,7 +82,8 @@ class Followers:
         self._trained = trained
         self._pairs: dict[Any, _Pair] = {}
         self.are_new = False  # whether some have been found since a call was traced
-        self.add(given or {})
+        self._doubted: set[Any] = set()  # pairs that a warning was about
+        self.add({} if given is None else given)
 
     def add(self, given: Given) -> None:
         """Take followers that are given by hand.
@@ -84,8 +91,7 @@ class Followers:
         Raises:
             TypeError: if it is no mapping, or something in it is neither a name nor a module nor a tensor.
         """
-        if not isinstance(given, Mapping):
-            raise TypeError(f"followers is a mapping, as in followers={{'target': 'online'}}, got {named(given)}.")
+        check_given(given)
         for follower, leader in given.items():
             for side in (follower, leader):
                 is_name = isinstance(side, str) and self._places.module is not None
@@ -114,12 +120,34 @@ class Followers:
                 name for name, (follower, _) in tensors.items() if id(follower) in own and follower.requires_grad
             ]
             if trained:
+                swapped = (
+                    f" Or did you mean {{{pair.leader!r}: {pair.follower!r}}}?"
+                    if _have_names(pair) and pair.follower != pair.leader
+                    else ""
+                )
                 raise ValueError(
                     f"followers: {pair}, but an optimizer trains it, {trained[0] or 'it'} first. Freeze it with "
-                    "requires_grad_(False), or leave it out of the optimizer."
+                    f"requires_grad_(False), or leave it out of the optimizer.{swapped}"
                 )
             if not any(id(_root(leader, leader_of)) in own for _, leader in tensors.values()):
                 raise ValueError(f"followers: {pair}, but no optimizer trains {named(pair.leader)}.")
+            self._doubt(pair, tensors.values(), own)
+
+    def _doubt(self, pair: _Pair, tensors: Iterable[tuple[Tensor, Tensor]], own: set[int]) -> None:
+        """Warn if a name that was given is far from the named leader, and near another trained part."""
+        module, name = self._places.module, _pair_key(pair.follower)
+        if module is None or not _have_names(pair) or name in self._doubted or are_near(tensors) is not False:
+            return
+        self._doubted.add(name)
+        one = Candidate(name, self._places.find(name))
+        alike = [part for part in trained_parts(module, own) if part.name != pair.leader and may_follow(one, part)]
+        near = [part.name for part in alike if are_near(_match(one.held, part.held).values())]
+        if near:
+            meant = _nearest(name, near)
+            warn(
+                f"followers: {name} is near {named(meant)} and not {named(pair.leader)}, which it is told to follow: "
+                f"is {{{name!r}: {meant!r}}} meant?"
+            )
 
     @property
     def module(self) -> nn.Module | None:
@@ -255,11 +283,7 @@ class Followers:
 
     def saved(self) -> list[tuple[str, str]]:
         """What a checkpoint needs: the names of those that have one."""
-        return [
-            (pair.follower, pair.leader)
-            for pair in self._pairs.values()
-            if isinstance(pair.follower, str) and isinstance(pair.leader, str)
-        ]
+        return [(pair.follower, pair.leader) for pair in self._pairs.values() if _have_names(pair)]
 
     def load(self, state: Iterable[tuple[str, str]]) -> None:
         """Add what :meth:`saved` returned in another run; those that are given by hand stay."""
@@ -307,6 +331,10 @@ def _root(leader: Tensor, leader_of: Mapping[Any, Tensor]) -> Tensor:
             break
         leader = leader_of[key(leader)]
     return leader
+
+
+def _have_names(pair: _Pair) -> bool:
+    return isinstance(pair.follower, str) and isinstance(pair.leader, str)
 
 
 def _pair_key(follower: Side) -> Any:
@@ -406,29 +434,3 @@ def _in_order(first: Mapping[str, Tensor], second: Mapping[str, Tensor], leader:
             return dict(zip(first, order, strict=True))
     shapes = [str(list(tensor.shape)) for tensor in first.values()]
     raise ValueError(f"its {len(first)} tensors of shapes {listing(shapes)} are not {listing(list(second), 9)}")
-
-
-def _here(follower: Tensor, leader: Tensor) -> Tensor:
-    """What a tensor that may follow another has where this rank holds that; they may be sharded in different ways."""
-    if is_sharded(follower) or not is_sharded(leader) or follower.shape != leader.shape or follower.ndim == 0:
-        return local(follower)
-    part = Part.of(tuple(slice(0, size, 1) for size in leader.shape), leader)
-    return follower[:0] if part is None else follower[part.rows]
-
-
-def are_near(matched: Iterable[tuple[Tensor, Tensor]]) -> bool | None:
-    """Whether tensors are near those that they may be copies of; ``None`` if nothing tells, in what this rank holds.
-
-    Only matrices and kernels whose elements differ tell: biases and gains of any two networks may be alike.
-    """
-    distance, size = 0.0, 0.0
-    for follower, leader in matched:
-        one, other = _here(follower.detach(), leader), local(leader.detach())
-        if one.is_meta or other.is_meta or one.shape != other.shape:
-            return False
-        if other.ndim > 1 and other.numel() and bool((other != other.reshape(-1)[0]).any()):
-            size += float(other.double().square().sum())
-            distance += float((one.to(other.device).double() - other.double()).square().sum())
-            if distance > _NEAR**2 * size:
-                return False
-    return None if size == 0 else distance <= _NEAR**2 * size

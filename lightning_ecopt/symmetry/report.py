@@ -151,7 +151,8 @@ def _costs_table(costs: Mapping[Operation, int]) -> Table:
         names = list(dict.fromkeys(operation.name for operation in operations))
         modules = list(dict.fromkeys(operation.module or "(top level)" for operation in operations))
         count = str(sum(costs[one] for one in operations))
-        table.add_row(Text(_shortened(names)), Text(_shortened(modules)), count, advice(operations[0].name))
+        todo = Text(advice(operations[0].name, [operation.module for operation in operations]))
+        table.add_row(Text(_shortened(names)), Text(_shortened(modules)), count, todo)
     return table
 
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ecopt.common.sharding import is_sharded
-from lightning_ecopt.symmetry.copies import Candidate
+from lightning_ecopt.symmetry.copies import Candidate, are_near
 from lightning_ecopt.symmetry.coupling import NO_UNIT
-from lightning_ecopt.symmetry.followers import are_near, may_follow, trained_parts
+from lightning_ecopt.symmetry.followers import may_follow, trained_parts
 from lightning_ecopt.symmetry.group import ScalingGroup
 
 

@@ -23,6 +23,8 @@ pytest.importorskip("accelerate")  # which the Trainer needs
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -321,3 +323,13 @@ def test_units_of_all_experts_are_found(kind: str, experts: str) -> None:
     before = model(ids).logits.detach()
     group.act_(torch.linspace(-1, 1, group.num_units))
     assert torch.allclose(model(ids).logits, before, rtol=1e-3, atol=1e-5)
+
+
+def test_a_decoder_has_twice_as_many_units_without_its_cache() -> None:
+    """The gains of its norms, and without keys and values to be kept those of the attention."""
+    tokens = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 1}
+    config = GPT2Config(n_positions=LENGTH, n_embd=8, n_layer=2, n_head=2, **tokens)
+    model, ids = GPT2LMHeadModel(config), torch.zeros(2, LENGTH, dtype=torch.long)
+    assert scaling_group(model, ids).num_units == 4 * 8
+    model.config.use_cache = False
+    assert scaling_group(model, ids).num_units == 2 * 4 * 8

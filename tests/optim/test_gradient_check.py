@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -173,6 +174,35 @@ def test_what_a_loss_does_not_depend_on_counts() -> None:
     assert int(found.broken.sum()) == 8  # the head has no gradient
 
 
+def test_what_tells_nothing_is_refused() -> None:
+    module, x, y = net(), *next(batches())
+    group, loss = scaling_group(module, x), F.cross_entropy(module(x), y)
+    wrong: list[tuple[Any, Any, type[Exception], str]] = [
+        (group, net()(x).sum(), ValueError, "depends on no parameter of this group: is it of another"),
+        (group, loss.detach(), ValueError, "depends on no parameter of this group: it has no gradient"),
+        (group, None, ValueError, "tells nothing of any unit"),
+        (group, loss * 0, ValueError, "tells nothing of any unit"),
+        (group, lambda: None, TypeError, "a function that returned None"),
+        (group, lambda: loss.item(), TypeError, r"a function that returned \d"),
+        (group, 0.5, TypeError, "got 0.5"),
+        (module, loss, TypeError, r"got Sequential. Of a module it is scaling_group\("),
+    ]
+    for of, given_loss, error, words in wrong:
+        with pytest.raises(error, match=words):
+            check_invariance(of, given_loss)
+
+
+def test_units_that_cannot_be_judged_are_told() -> None:
+    module, x, y = net(), *next(batches())
+    group = scaling_group(module, x)
+    F.cross_entropy(module(x), y).backward()
+    module[2].bias.grad = None
+    found = check_invariance(group)
+    assert found
+    assert re.search(r"any of 20 of 28 units .*; 8 have no gradient", str(found))
+    assert str(found) in repr(found)
+
+
 # False alarms ---------------------------------------------------------------------------------------------------------
 
 PRECISIONS = [(torch.float32, None), (torch.float32, torch.bfloat16), (torch.bfloat16, None), (torch.float64, None)]
@@ -275,7 +305,7 @@ def test_a_term_that_begins_later_is_found_at_the_next_refresh(rule: str, make: 
     data = batches()
     train(module, optimizer, 8, data=data)
     assert optimizer.group.num_units == 28
-    with pytest.warns(UserWarning, match=r"2\.weight, 2\.bias, 4\.weight.*ratio 0\..*8 of 28.*check=None"):
+    with pytest.warns(UserWarning, match=r"2\.weight, 2\.bias, 4\.weight.* by \d+(\.\d+)? % of .*8 of 28.*check=None"):
         train(module, optimizer, 6, lambda m, x: 0.1 * hidden(m, x), data=data)
     assert optimizer.group.num_units == 20
     assert optimizer.violation > 0.01

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from lightning_ecopt import EquivalentClassOptimization, ec_sgd
 from lightning_ecopt.symmetry import GroupFromNextCall, scaling_group
 from lightning_ecopt.symmetry.followers import Followers
 from tests.networks import mlp, norm_cnn
@@ -262,6 +264,9 @@ def test_followers_can_be_told_by_hand(name: str) -> None:
 
 WRONG: dict[str, tuple[Any, str]] = {
     "no such name": ({"targt": "net"}, "Pair has no targt. It has net, target, fixed"),
+    "the start of a name": ({"target": "ne"}, "Pair has no ne. It has net, target, fixed"),
+    "the start of another name": ({"targ": "net"}, "Pair has no targ. It has net, target, fixed"),
+    "swapped": ({"net": "target"}, r"an optimizer trains it.*did you mean {'target': 'net'}\?"),
     "other shapes": ({"target": "other"}, r"0.weight has shape \[4, 3\], and not \[9, 3\]"),
     "other names": ({"target": "odd"}, "0.weight.* is not among weight, bias"),
     "not trained": ({"target": "fixed"}, "target follows fixed, but no optimizer trains fixed"),
@@ -289,6 +294,31 @@ def test_an_error_names_what_does_not_fit(name: str) -> None:
 def test_what_is_no_follower_at_all_is_refused(given: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         Followers(None, given)
+
+
+def test_what_is_near_another_part_than_it_is_told_to_follow_is_doubted() -> None:
+    module = Pair(target=frozen, predictor=copy.deepcopy)
+    for p in module.predictor.parameters():
+        nn.init.normal_(p)
+    trained = [*module.net.parameters(), *module.predictor.parameters()]
+    followers = Followers(module, {"target": "predictor"})
+    with pytest.warns(UserWarning, match="target is near net and not predictor.* is {'target': 'net'} meant?") as told:
+        followers.check(trained)
+    assert len(told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        followers.check(trained)
+        Followers(module, {"target": "net"}).check(trained)
+        nn.init.normal_(module.target[0].weight)
+        Followers(module, {"target": "predictor"}).check(trained)
+
+
+@pytest.mark.parametrize("given", ["", "target", ["target"], 3])
+def test_what_is_no_mapping_is_refused_at_once(given: Any) -> None:
+    with pytest.raises(TypeError, match=r"followers is a mapping, as in followers={'target': 'online'}, got"):
+        EquivalentClassOptimization(followers=given)
+    with pytest.raises(TypeError, match="followers is a mapping"):
+        ec_sgd(mlp(3, 4, 2), lr=0.1, followers=given)
 
 
 # What a traced call says of them --------------------------------------------------------------------------------------
