@@ -169,6 +169,19 @@ class Ranks:
         return values
 
 
+def exchange_device(parameters: Iterable[Tensor]) -> torch.device:
+    """Return the device on which ranks that train some parameters can exchange what they find.
+
+    Sharded parameters may be offloaded to the CPU, where NCCL cannot reach them: they tell by their mesh.
+    """
+    own = list(parameters)
+    for parameter in own:
+        if is_sharded(parameter):
+            sharded: Any = parameter
+            return torch.device(sharded.device_mesh.device_type)
+    return own[0].device
+
+
 def _cut_axis(tensor: Tensor) -> int | None:
     """Return the axis of the device mesh along which a tensor is cut; ``None`` if this rank holds all of it."""
     if not is_sharded(tensor):
