@@ -18,20 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_ecopt.common.sharding import Part, Ranks, gathering_modules, is_sharded, local, release
+from lightning_ecopt.common.sharding import Ranks, gathering_modules, release
 from lightning_ecopt.common.tensors import listing
 from lightning_ecopt.common.warn import warn
 from lightning_ecopt.symmetry.copies import Candidate, Places, averages_in, is_sibling, key, named, tensors_of
 from lightning_ecopt.symmetry.group import ScalingGroup
+from lightning_ecopt.symmetry.nearness import are_near
 
 #: A name in the module, or a module, tensor, or sequence or mapping of tensors itself.
 Side = Any
 #: By what follows, what it follows.
 Given = Mapping[Any, Any]
-
-#: A copy is at most so far from what it follows, relative to its length. Networks that have nothing to do with each
-#: other have a distance of 1.4; a copy that has begun to follow, or of a run that goes on, is not equal any more.
-_NEAR = 0.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,15 +145,18 @@ class Followers:
         leaders = {id(p) for p in self._leading(parameters)}
         if module is None or not leaders:
             return False
-        taken = {key(follower) for follower, _ in self._all()}
-        candidates = self._places.candidates(self._is_trained_by(parameters))
-        candidates = [one for one in candidates if not taken >= {key(t) for t in tensors_of(one.held).values()}]
-        if not candidates:
+        ranks, parts, pairs = Ranks(parameters), _leading(module, leaders), list[tuple[Candidate, Candidate]]()
+        try:
+            candidates = self._candidates(parameters)
+            pairs = [(one, part) for one in candidates for part in parts if _may_follow(one, part)]
+        finally:  # even if this rank has failed: the others would wait for it
+            is_common = ranks.have_same(repr([(one.name, part.name) for one, part in pairs]))
+        if not is_common:
+            raise RuntimeError("the ranks that share parameters have different copies, or one of them has failed")
+        if not pairs:
             return False
-        parts = _leading(module, leaders)
-        pairs = [(one, part) for one in candidates for part in parts if _may_follow(one, part)]
         found: dict[str, list[str]] = {}
-        for (one, part), agrees in zip(pairs, self._agreement(pairs, parameters, leaders), strict=True):
+        for (one, part), agrees in zip(pairs, self._agreement(pairs, ranks, leaders), strict=True):
             if agrees:
                 found.setdefault(one.name, []).append(part.name)
         outermost = [one for one in candidates if one.name in found and not _has_parent(one.name, found)]
@@ -164,6 +164,12 @@ class Followers:
         self._pairs |= {one.name: _Pair(one.name, _nearest(one.name, found[one.name])) for one in new}
         self.are_new |= bool(new)
         return bool(new)
+
+    def _candidates(self, parameters: Mapping[str, Tensor]) -> list[Candidate]:
+        """What may be a copy, and is not known as one."""
+        taken = {key(follower) for follower, _ in self._all()}
+        candidates = self._places.candidates(self._is_trained_by(parameters))
+        return [one for one in candidates if not taken >= {key(t) for t in tensors_of(one.held).values()}]
 
     def _is_trained_by(self, parameters: Mapping[str, Tensor]) -> Callable[[Tensor, bool], bool]:
         """Whether a tensor is trained; if nobody knows, what requires a gradient is, but for averages of weights."""
@@ -180,23 +186,24 @@ class Followers:
         averages = {} if self._places.module is None else averages_in(self._places.module)
         return [p for p in parameters.values() if p.requires_grad and id(p) not in averages]
 
-    def _agreement(
-        self, pairs: list[tuple[Candidate, Candidate]], parameters: Mapping[str, Tensor], leaders: set[int]
-    ) -> list[bool]:
+    def _agreement(self, pairs: list[tuple[Candidate, Candidate]], ranks: Ranks, leaders: set[int]) -> list[bool]:
         """Whether each candidate agrees with a part of the module; on all ranks, if parameters are sharded."""
-        leader_of = self._leaders()
-        marks = torch.zeros(len(pairs), 2, dtype=torch.bool, device="cpu")
-        for (one, part), mark in zip(pairs, marks, strict=True):
+        marks = torch.tensor([[True, False]], device="cpu").repeat(len(pairs), 1)  # whether it differs, and if any tell
+        try:
+            leader_of = self._leaders()
+
+            def has_leader(leader: Tensor) -> bool:
+                return id(_root(leader, leader_of)) in leaders
+
             matched = [
-                (follower, leader)
-                for follower, leader in _match(one.held, part.held).values()
-                if id(_root(leader, leader_of)) in leaders
+                [both for both in _match(one.held, part.held).values() if has_leader(both[1])] for one, part in pairs
             ]
-            near = _are_near(matched)
-            mark[0] = not matched or (near is False and not one.averages)
-            mark[1] = one.averages or near is True
-        Ranks(parameters).any_(marks)
-        return [not bool(differs) and bool(tells) for differs, tells in marks]
+            for (one, _), tensors, near, mark in zip(pairs, matched, are_near(matched), marks, strict=True):
+                mark[0] = not tensors or (near is False and not one.averages)
+                mark[1] = one.averages or near is True
+        finally:  # even if this rank has failed
+            ranks.any_(marks)
+        return [tells and not differs for differs, tells in marks.tolist()]
 
     def seen_by_trace(self, parameters: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
         """What follows some parameters at the start of a traced call, which shows all uses of it."""
@@ -401,29 +408,3 @@ def _in_order(first: Mapping[str, Tensor], second: Mapping[str, Tensor], leader:
             return dict(zip(first, order, strict=True))
     shapes = [str(list(tensor.shape)) for tensor in first.values()]
     raise ValueError(f"its {len(first)} tensors of shapes {listing(shapes)} are not {listing(list(second), 9)}")
-
-
-def _here(follower: Tensor, leader: Tensor) -> Tensor:
-    """What a tensor that may follow another has where this rank holds that; they may be sharded in different ways."""
-    if is_sharded(follower) or not is_sharded(leader) or follower.shape != leader.shape or follower.ndim == 0:
-        return local(follower)
-    part = Part.of(tuple(slice(0, size, 1) for size in leader.shape), leader)
-    return follower[:0] if part is None else follower[part.rows]
-
-
-def _are_near(matched: Iterable[tuple[Tensor, Tensor]]) -> bool | None:
-    """Whether tensors are near those that they may be copies of; ``None`` if nothing tells, in what this rank holds.
-
-    Only matrices and kernels whose elements differ tell: biases and gains of any two networks may be alike.
-    """
-    distance, size = 0.0, 0.0
-    for follower, leader in matched:
-        one, other = _here(follower.detach(), leader), local(leader.detach())
-        if one.is_meta or other.is_meta or one.shape != other.shape:
-            return False
-        if other.ndim > 1 and other.numel() and bool((other != other.reshape(-1)[0]).any()):
-            size += float(other.double().square().sum())
-            distance += float((one.to(other.device).double() - other.double()).square().sum())
-            if distance > _NEAR**2 * size:
-                return False
-    return None if size == 0 else distance <= _NEAR**2 * size
