@@ -9,16 +9,22 @@ from pathlib import Path
 
 import torch
 from torch import distributed as dist
-from torch import multiprocessing
-from torch import Tensor
+from torch import multiprocessing, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_ecopt import ECSGD
-from tests.lightning_integration.modules import batches, mlp, weights
+from tests.lightning_integration.modules import Batch, batches, mlp, weights
 
 #: How many batches each of two ranks has.
 COUNTS = {"level": (3, 3), "uneven": (5, 2), "one has none": (4, 0), "begun before": (4, 2)}
+
+
+def step(module: nn.Module, optimizer: ECSGD, data: list[Batch]) -> None:
+    for x, y in data:
+        optimizer.zero_grad()
+        F.cross_entropy(module(x), y).backward()
+        optimizer.step()
 
 
 def train(rank: int, folder: Path, rule: str) -> None:
@@ -30,17 +36,11 @@ def train(rank: int, folder: Path, rule: str) -> None:
         module = DistributedDataParallel(mlp(rank))
         optimizer = ECSGD(module.parameters(), lr=0.05, momentum=0.9, rule=rule, refresh_interval=1)
         own = batches(8)[4 * rank :][: counts[rank]]
-
-        def step(x: Tensor, y: Tensor) -> None:
-            optimizer.zero_grad()
-            F.cross_entropy(module(x), y).backward()
-            optimizer.step()
-
-        if name == "begun before":  # the ranks have found their group together by the time that one runs out
-            step(*own.pop(0))
+        # The ranks may have found their group together by the time that one of them runs out.
+        early = int(name == "begun before")
+        step(module, optimizer, own[:early])
         with module.join():
-            for batch in own:
-                step(*batch)
+            step(module, optimizer, own[early:])
         units = 0 if optimizer.group is None else optimizer.group.num_units
         torch.save({"weights": weights(module.module), "units": units}, folder / f"{name}-{rank}.pt")
     dist.destroy_process_group()
