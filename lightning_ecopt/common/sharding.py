@@ -20,6 +20,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -167,6 +168,25 @@ class Ranks:
         if self._group is not None:
             values.copy_(self.sum_(values.to(torch.int32)) > 0)
         return values
+
+    def have_same(self, text: str) -> bool:
+        """Return whether this text is the same on all ranks; on all ranks the same answer."""
+        number = crc32(text.encode()) % 2**20  # so that the sum of squares is exact
+        count, total, squares = self.sum_(torch.tensor([1, number, number**2], device="cpu")).tolist()
+        return bool(count * squares == total**2)  # so it is for equal numbers alone
+
+
+def exchange_device(parameters: Iterable[Tensor]) -> torch.device:
+    """Return the device on which ranks that train some parameters can exchange what they find.
+
+    Sharded parameters may be offloaded to the CPU, where NCCL cannot reach them: they tell by their mesh.
+    """
+    own = list(parameters)
+    for parameter in own:
+        if is_sharded(parameter):
+            sharded: Any = parameter
+            return torch.device(sharded.device_mesh.device_type)
+    return own[0].device
 
 
 def _cut_axis(tensor: Tensor) -> int | None:

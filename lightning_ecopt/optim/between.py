@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_ecopt.common.sharding import can_be_rescaled, local
+from lightning_ecopt.common.sharding import Ranks, can_be_rescaled, local
 from lightning_ecopt.common.tensors import widest
 from lightning_ecopt.common.warn import warn
 from lightning_ecopt.optim.binding import parameters_of
@@ -117,11 +117,17 @@ def passing(session: Session, name: str, found: Any) -> Any:
             return found(*args, **kwargs)
         before = lengths(session)
         result = found(*args, **kwargs)
-        if lengths(session) != before:
+        if _has_moved(session, before):
             session.passed.add(name)
         return result
 
     return call
+
+
+def _has_moved(session: Session, before: str) -> bool:
+    """Whether weights have other norms than before on one of the ranks that share them, which refresh together."""
+    moved = torch.tensor([lengths(session) != before], device="cpu")
+    return bool(Ranks({} if session.group is None else session.group.parameters).any_(moved))
 
 
 def _leave(session: Session) -> None:
@@ -141,6 +147,8 @@ def _tell(session: Session, message: str, **words: str) -> None:
 def lengths(session: Session, but: frozenset[int] = frozenset()) -> str:
     """The norms of the weights of an optimizer, which change when somebody moves them; waits for the device.
 
+    They are those of what this rank holds: ranks that share parameters see different ones.
+
     Args:
         session: of the optimizer.
         but: identities of parameters that do not count.
@@ -157,6 +165,7 @@ class StepWatch:
     """Notices within an epoch that the weights of an optimizer move, although its ``step`` is not called.
 
     Weights that move in one batch alone may have been loaded, or made to fit a constraint, while gradients accumulate.
+    It only warns, so that ranks that share parameters need not agree.
 
     Args:
         session: of the optimizer.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,16 +12,12 @@ from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_ecopt.common.nested import dictionary, elements, is_a
-from lightning_ecopt.common.sharding import Part, is_sharded, local
+from lightning_ecopt.common.sharding import local
 from lightning_ecopt.symmetry.memory import storage_of
 
 _LISTS: Any = list | tuple | dict
 #: Objects of these packages hold no copies in lists of their own: trainers, optimizers, data loaders.
 _OTHERS = {"torch", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_ecopt", "torchmetrics"}
-
-#: A copy is at most so far from what it follows, relative to its length. Networks that have nothing to do with each
-#: other have a distance of 1.4; a copy that has begun to follow, or of a run that goes on, is not equal any more.
-_NEAR = 0.5
 
 
 @dataclass(frozen=True)
@@ -209,29 +205,3 @@ def named(side: Any) -> str:
     if isinstance(side, Tensor):
         return f"a tensor of shape {list(side.shape)}"
     return type(side).__name__
-
-
-def _here(follower: Tensor, leader: Tensor) -> Tensor:
-    """What a tensor that may follow another has where this rank holds that; they may be sharded in different ways."""
-    if is_sharded(follower) or not is_sharded(leader) or follower.shape != leader.shape or follower.ndim == 0:
-        return local(follower)
-    part = Part.of(tuple(slice(0, size, 1) for size in leader.shape), leader)
-    return follower[:0] if part is None else follower[part.rows]
-
-
-def are_near(matched: Iterable[tuple[Tensor, Tensor]]) -> bool | None:
-    """Whether tensors are near those that they may be copies of; ``None`` if nothing tells, in what this rank holds.
-
-    Only matrices and kernels whose elements differ tell: biases and gains of any two networks may be alike.
-    """
-    distance, size = 0.0, 0.0
-    for follower, leader in matched:
-        one, other = _here(follower.detach(), leader), local(leader.detach())
-        if one.is_meta or other.is_meta or one.shape != other.shape:
-            return False
-        if other.ndim > 1 and other.numel() and bool((other != other.reshape(-1)[0]).any()):
-            size += float(other.double().square().sum())
-            distance += float((one.to(other.device).double() - other.double()).square().sum())
-            if distance > _NEAR**2 * size:
-                return False
-    return None if size == 0 else distance <= _NEAR**2 * size

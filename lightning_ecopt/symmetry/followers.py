@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from lightning_ecopt.common.sharding import Ranks, gathering_modules, release
 from lightning_ecopt.common.tensors import listing
 from lightning_ecopt.common.warn import warn
-from lightning_ecopt.symmetry.copies import Candidate, Places, are_near, averages_in, is_sibling, key, named, tensors_of
+from lightning_ecopt.symmetry.copies import Candidate, Places, averages_in, is_sibling, key, named, tensors_of
 from lightning_ecopt.symmetry.group import ScalingGroup
+from lightning_ecopt.symmetry.nearness import are_near
 
 #: A name in the module, or a module, tensor, or sequence or mapping of tensors itself.
 Side = Any
@@ -136,12 +137,18 @@ class Followers:
     def _doubt(self, pair: _Pair, tensors: Iterable[tuple[Tensor, Tensor]], own: set[int]) -> None:
         """Warn if a name that was given is far from the named leader, and near another trained part."""
         module, name = self._places.module, _pair_key(pair.follower)
-        if module is None or not _have_names(pair) or name in self._doubted or are_near(tensors) is not False:
+        if (
+            module is None
+            or not _have_names(pair)
+            or name in self._doubted
+            or are_near([list(tensors)])[0] is not False
+        ):
             return
         self._doubted.add(name)
         one = Candidate(name, self._places.find(name))
         alike = [part for part in trained_parts(module, own) if part.name != pair.leader and may_follow(one, part)]
-        near = [part.name for part in alike if are_near(_match(one.held, part.held).values())]
+        matched = [list(_match(one.held, part.held).values()) for part in alike]
+        near = [part.name for part, is_near in zip(alike, are_near(matched), strict=True) if is_near]
         if near:
             meant = _nearest(name, near)
             warn(
@@ -181,15 +188,18 @@ class Followers:
         leaders = {id(p) for p in self._leading(parameters)}
         if module is None or not leaders:
             return False
-        taken = {key(follower) for follower, _ in self._all()}
-        candidates = self._places.candidates(self._is_trained_by(parameters))
-        candidates = [one for one in candidates if not taken >= {key(t) for t in tensors_of(one.held).values()}]
-        if not candidates:
+        ranks, parts, pairs = Ranks(parameters), trained_parts(module, leaders), list[tuple[Candidate, Candidate]]()
+        try:
+            candidates = self._candidates(parameters)
+            pairs = [(one, part) for one in candidates for part in parts if may_follow(one, part)]
+        finally:  # even if this rank has failed: the others would wait for it
+            is_common = ranks.have_same(repr([(one.name, part.name) for one, part in pairs]))
+        if not is_common:
+            raise RuntimeError("the ranks that share parameters have different copies, or one of them has failed")
+        if not pairs:
             return False
-        parts = trained_parts(module, leaders)
-        pairs = [(one, part) for one in candidates for part in parts if may_follow(one, part)]
         found: dict[str, list[str]] = {}
-        for (one, part), agrees in zip(pairs, self._agreement(pairs, parameters, leaders), strict=True):
+        for (one, part), agrees in zip(pairs, self._agreement(pairs, ranks, leaders), strict=True):
             if agrees:
                 found.setdefault(one.name, []).append(part.name)
         outermost = [one for one in candidates if one.name in found and not _has_parent(one.name, found)]
@@ -197,6 +207,12 @@ class Followers:
         self._pairs |= {one.name: _Pair(one.name, _nearest(one.name, found[one.name])) for one in new}
         self.are_new |= bool(new)
         return bool(new)
+
+    def _candidates(self, parameters: Mapping[str, Tensor]) -> list[Candidate]:
+        """What may be a copy, and is not known as one."""
+        taken = {key(follower) for follower, _ in self._all()}
+        candidates = self._places.candidates(self._is_trained_by(parameters))
+        return [one for one in candidates if not taken >= {key(t) for t in tensors_of(one.held).values()}]
 
     def _is_trained_by(self, parameters: Mapping[str, Tensor]) -> Callable[[Tensor, bool], bool]:
         """Whether a tensor is trained; if nobody knows, what requires a gradient is, but for averages of weights."""
@@ -213,23 +229,24 @@ class Followers:
         averages = {} if self._places.module is None else averages_in(self._places.module)
         return [p for p in parameters.values() if p.requires_grad and id(p) not in averages]
 
-    def _agreement(
-        self, pairs: list[tuple[Candidate, Candidate]], parameters: Mapping[str, Tensor], leaders: set[int]
-    ) -> list[bool]:
+    def _agreement(self, pairs: list[tuple[Candidate, Candidate]], ranks: Ranks, leaders: set[int]) -> list[bool]:
         """Whether each candidate agrees with a part of the module; on all ranks, if parameters are sharded."""
-        leader_of = self._leaders()
-        marks = torch.zeros(len(pairs), 2, dtype=torch.bool, device="cpu")
-        for (one, part), mark in zip(pairs, marks, strict=True):
+        marks = torch.tensor([[True, False]], device="cpu").repeat(len(pairs), 1)  # whether it differs, and if any tell
+        try:
+            leader_of = self._leaders()
+
+            def has_leader(leader: Tensor) -> bool:
+                return id(_root(leader, leader_of)) in leaders
+
             matched = [
-                (follower, leader)
-                for follower, leader in _match(one.held, part.held).values()
-                if id(_root(leader, leader_of)) in leaders
+                [both for both in _match(one.held, part.held).values() if has_leader(both[1])] for one, part in pairs
             ]
-            near = are_near(matched)
-            mark[0] = not matched or (near is False and not one.averages)
-            mark[1] = one.averages or near is True
-        Ranks(parameters).any_(marks)
-        return [not bool(differs) and bool(tells) for differs, tells in marks]
+            for (one, _), tensors, near, mark in zip(pairs, matched, are_near(matched), marks, strict=True):
+                mark[0] = not tensors or (near is False and not one.averages)
+                mark[1] = one.averages or near is True
+        finally:  # even if this rank has failed
+            ranks.any_(marks)
+        return [tells and not differs for differs, tells in marks.tolist()]
 
     def seen_by_trace(self, parameters: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
         """What follows some parameters at the start of a traced call, which shows all uses of it."""

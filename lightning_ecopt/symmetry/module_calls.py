@@ -133,6 +133,11 @@ class GroupFromModuleCalls(GroupFromCalls):
         """The ranks that train together."""
         return self.gather.module.process_group if isinstance(self.gather, _RanksOf) else None
 
+    @property
+    def ranks_answer(self) -> bool:
+        """Whether there are ranks that train together, all of which are still training."""
+        return super().ranks_answer and (not isinstance(self.gather, _RanksOf) or not self.gather.may_have_joined)
+
     def replace(self, equations: Equations | None) -> None:
         """Use these equations in place of those of the calls so far, which a new mode adds to."""
         super().replace(equations)
@@ -255,7 +260,12 @@ class _RanksOf:
     def __init__(self, module: DistributedDataParallel) -> None:
         self.module = module
 
+    @property
+    def may_have_joined(self) -> bool:
+        """Whether other ranks may have run out of batches already, within ``Join``, and would not answer."""
+        return bool(self.module._join_config.enable)
+
     def __call__(self, group: ScalingGroup, equations: Equations) -> Sequence[Equations] | None:
-        if self.module._join_config.enable:  # others may have joined already, and would not answer
+        if self.may_have_joined:
             return None
         return gather_if_different(group, equations, process_group=self.module.process_group)

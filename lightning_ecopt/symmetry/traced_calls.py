@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_ecopt.common.nested import tensors_in
+from lightning_ecopt.common.sharding import exchange_device
 from lightning_ecopt.common.tensors import listing
 from lightning_ecopt.common.warn import warn
 from lightning_ecopt.symmetry.deferred import DeferredGroup
@@ -108,11 +109,18 @@ class GroupFromCalls(DeferredGroup):
         return self.followers.seen_by_trace(self.parameters)
 
     def follow(self, group: ScalingGroup) -> bool:
-        """Look for copies; one that no traced call has shown as such has the next call traced before it follows."""
-        if self.followers.look(group.parameters):
+        """Look for copies; one that no traced call has shown as such has the next call traced before it follows.
+
+        One rank alone may have a copy. All ranks trace a call then and wait for that, as they rescale and gather
+        together.
+        """
+        if self._is_agreed(self.followers.look(group.parameters)):
             self._reopen()
             self.look_again()
-        return not (self.followers.are_new and self.is_waiting)
+        return not self._is_agreed(self.followers.are_new and self.is_waiting)
+
+    def _is_agreed(self, mark: bool) -> bool:
+        return bool(self.agreed(torch.tensor([mark], device="cpu")))
 
     def _reopen(self) -> None:
         """Have the equations at hand again, so that others can be added."""
@@ -178,10 +186,15 @@ class GroupFromCalls(DeferredGroup):
         """The ranks that train together, if any do; ``None`` for all."""
         return None
 
+    @property
+    def ranks_answer(self) -> bool:
+        """Whether there are ranks that train together, all of which are still training."""
+        return self.has_ranks
+
     def agreed(self, units: Tensor) -> Tensor:
         """Units that are marked on one of the ranks that train together."""
-        if self.has_ranks:
-            marks = units.to(next(iter(self.parameters.values())).device, torch.int32)
+        if self.ranks_answer:
+            marks = units.to(exchange_device(self.parameters.values()), torch.int32)
             torch.distributed.all_reduce(marks, torch.distributed.ReduceOp.MAX, self.process_group)
             units = (marks > 0).to(units.device)
         return units

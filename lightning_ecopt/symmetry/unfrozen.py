@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ecopt.common.sharding import is_sharded
-from lightning_ecopt.symmetry.copies import Candidate, are_near
+from lightning_ecopt.symmetry.copies import Candidate
 from lightning_ecopt.symmetry.coupling import NO_UNIT
 from lightning_ecopt.symmetry.followers import may_follow, trained_parts
 from lightning_ecopt.symmetry.group import ScalingGroup
+from lightning_ecopt.symmetry.nearness import are_near
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def unfrozen_copies(module: nn.Module | None, group: ScalingGroup) -> UnfrozenCo
 
 def _is_near(one: Candidate, part: Candidate) -> bool:
     others = dict(part.held.named_parameters())
-    return bool(are_near([(p, others[name]) for name, p in one.held.named_parameters()]))
+    return bool(are_near([[(p, others[name]) for name, p in one.held.named_parameters()]])[0])
 
 
 def _units_of(group: ScalingGroup, parameters: set[int]) -> Tensor:

@@ -8,6 +8,7 @@ Every rank leaves what it ended with in a file.
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -167,6 +168,17 @@ class Fickle(Follower):
         return self.net[4](torch.tanh(hidden) if squashes else torch.relu(hidden))
 
 
+class Copied(Follower):
+    """In the midst of training the first rank, and no other, begins to keep an average of the weights."""
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self.global_step == 6 and self.trainer.global_rank == 0:
+            self.average = copy.deepcopy(self.net).requires_grad_(False)
+        with torch.no_grad():
+            for name, p in self.average.named_parameters() if hasattr(self, "average") else ():
+                p.lerp_(self.net.get_parameter(name), 0.1)
+
+
 class Manual(Follower):
     """Takes its steps by itself."""
 
@@ -214,7 +226,7 @@ class Record(Callback):
         found = [getattr(part, "group", None) for part in (*trainer.callbacks, *trainer.optimizers)]
         self.result = {
             "start": getattr(pl_module, "start", None),
-            "weights": weights(pl_module),
+            "weights": [p.detach().clone() for p in pl_module.parameters() if p.requires_grad],
             "gradients": self.gradients,
             "units": {group.num_units for group in found if group is not None},
             "steps": trainer.global_step,
@@ -364,6 +376,7 @@ def cases(rule: str) -> dict[str, Case]:
         "low rank": Case(plain(), callback, hook=[powerSGD_hook, low_rank], exact=False),
         "never used": Case(lambda world: Sometimes(world, never), callback, finds_unused=True),
         "used by one rank": Case(lambda world: Sometimes(world, by_the_first), callback, finds_unused=True),
+        "a copy": Case(lambda world: Copied(), callback),
         "other first steps": Case(lambda world: Fickle(), callback),
         "other first calls": Case(lambda world: Fickle(configure=by_name), None),
         "other examples": Case(lambda world: Fickle(example=DOUBLE), callback),

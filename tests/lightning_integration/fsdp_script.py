@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import warnings
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -15,7 +16,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.optim import SGD
 
+from lightning_ecopt import EquivalentClassOptimizer
 from lightning_ecopt.common.sharding import Part, is_sharded, local
 from lightning_ecopt.symmetry import ScalingGroup, scaling_group
 from lightning_ecopt.symmetry.followers import Followers
@@ -202,6 +205,47 @@ def followed(mesh: DeviceMesh | None) -> dict[str, Any]:
     return found | {f"shadow.{number}": tensor for number, tensor in enumerate(module.shadow)}
 
 
+class _Broken(dict[str, object]):
+    """What a user's object may do when it is looked at."""
+
+    def items(self) -> Any:
+        raise KeyError("gone")
+
+
+class _Shaken(SGD):
+    """Moves on the first rank alone what its method moves."""
+
+    @torch.no_grad()
+    def shake_step(self) -> None:
+        if distributed.get_rank() == 0:
+            local(self.param_groups[0]["params"][0]).add_(1)
+
+
+def apart(mesh: DeviceMesh) -> dict[str, Any]:
+    """What is found, and what becomes of a refresh, if one rank alone has copies, fails, or moves weights."""
+    module = nn.Module()
+    module.net, (x,) = build(CASES[0])
+    copied = copy.deepcopy(module.net).requires_grad_(False)
+    shard(module.net, mesh)
+    shard(copied, mesh)
+    group, is_first = scaling_group(module.net, x), distributed.get_rank() == 0
+    followers = Followers(module, beside=lambda: _Broken() if is_first else {})
+    found: dict[str, Any] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found["failed"] = followers.look(group.parameters)
+        followers = Followers(module)
+        if is_first:
+            module.target = copied
+        found["one has it"] = followers.look(group.parameters)
+        module.target = copied
+        found["all have it"] = followers.look(group.parameters)
+    optimizer = EquivalentClassOptimizer(_Shaken(module.net.parameters(), lr=0.1), group)
+    for _ in range(2):
+        optimizer.shake_step()
+    return found | {"due": optimizer._session.refresh_due, "passed": optimizer._session.passed}
+
+
 def refusal(size: int) -> str:
     """What is said of parameters that are sharded over different ranks."""
     net, (x,) = build(CASES[0])
@@ -232,7 +276,7 @@ def main(rank: int, size: int, folder: Path) -> None:
         group = scaling_group(net, torch.zeros(1, 3, dtype=torch.float64))
         found["damages"][damage] = balance(shard(net, mesh), group.of(net))
     found["parts"], found["collectives"] = parts(size), collectives(mesh)
-    found["followed"] = followed(mesh)
+    found["followed"], found["apart"] = followed(mesh), apart(mesh)
     if size == 4:
         found["layouts"], found["refusal"] = layouts(size), refusal(size)
     torch.save(found, folder / f"{size}-{rank}.pt")

@@ -9,15 +9,22 @@ from pathlib import Path
 
 import torch
 from torch import distributed as dist
-from torch import multiprocessing
+from torch import multiprocessing, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_ecopt import ECSGD
-from tests.lightning_integration.modules import batches, mlp, weights
+from tests.lightning_integration.modules import Batch, batches, mlp, weights
 
 #: How many batches each of two ranks has.
-COUNTS = {"level": (3, 3), "uneven": (5, 2), "one has none": (4, 0)}
+COUNTS = {"level": (3, 3), "uneven": (5, 2), "one has none": (4, 0), "begun before": (4, 2)}
+
+
+def step(module: nn.Module, optimizer: ECSGD, data: list[Batch]) -> None:
+    for x, y in data:
+        optimizer.zero_grad()
+        F.cross_entropy(module(x), y).backward()
+        optimizer.step()
 
 
 def train(rank: int, folder: Path, rule: str) -> None:
@@ -27,12 +34,13 @@ def train(rank: int, folder: Path, rule: str) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
     for name, counts in COUNTS.items():
         module = DistributedDataParallel(mlp(rank))
-        optimizer = ECSGD(module.parameters(), lr=0.05, momentum=0.9, rule=rule)
+        optimizer = ECSGD(module.parameters(), lr=0.05, momentum=0.9, rule=rule, refresh_interval=1)
+        own = batches(8)[4 * rank :][: counts[rank]]
+        # The ranks may have found their group together by the time that one of them runs out.
+        early = int(name == "begun before")
+        step(module, optimizer, own[:early])
         with module.join():
-            for x, y in batches(8)[4 * rank :][: counts[rank]]:
-                optimizer.zero_grad()
-                F.cross_entropy(module(x), y).backward()
-                optimizer.step()
+            step(module, optimizer, own[early:])
         units = 0 if optimizer.group is None else optimizer.group.num_units
         torch.save({"weights": weights(module.module), "units": units}, folder / f"{name}-{rank}.pt")
     dist.destroy_process_group()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import PropertyMock, patch
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn import functional as F
 
 from lightning_ecopt import scaling_group
-from lightning_ecopt.common.sharding import Ranks
+from lightning_ecopt.common.sharding import Ranks, exchange_device
 from lightning_ecopt.symmetry import GroupFromNextCall
 from tests.lightning_integration import fsdp_script as script
 from tests.lightning_integration.runs import launch
@@ -144,6 +145,21 @@ def test_copies_follow_sharded_or_whole(found: Any, size: int) -> None:
     for rank in found[size]:
         assert rank["followed"].pop("lines") == expected["lines"]
         _assert_close(rank["followed"], {name: value for name, value in expected.items() if name != "lines"})
+
+
+@full
+@pytest.mark.parametrize("size", SIZES)
+def test_ranks_decide_together_what_one_of_them_sees(found: Any, size: int) -> None:
+    expected = {"failed": False, "one has it": False, "all have it": True, "due": True, "passed": {"shake_step"}}
+    assert [rank["apart"] for rank in found[size]] == [expected] * size
+
+
+@full
+@pytest.mark.parametrize(("device", "expected"), [("cuda", "cuda"), ("cpu", "cpu")])
+def test_what_is_offloaded_is_agreed_on_where_the_mesh_is(mesh: Any, device: str, expected: str) -> None:
+    sharded = nn.Parameter(distribute_tensor(torch.ones(2, 2), mesh, [Shard(0)]))
+    with patch.object(type(mesh), "device_type", PropertyMock(return_value=device)):
+        assert exchange_device([nn.Parameter(torch.ones(1)), sharded]).type == expected
 
 
 @full

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_ecopt import EquivalentClassOptimization, ec_sgd
-from lightning_ecopt.symmetry import GroupFromNextCall, scaling_group
+from lightning_ecopt.symmetry import GroupFromNextCall, nearness, scaling_group
 from lightning_ecopt.symmetry.followers import Followers
 from tests.networks import mlp, norm_cnn
 from tests.symmetry.helpers import assert_same
@@ -544,3 +545,62 @@ def test_balanced_weights_can_be_mixed_whatever_members_of_their_classes_were_sa
     agree = torch.allclose(*results, rtol=1e-9, atol=1e-9)
     assert agree == (mixed == "balanced")
     assert torch.allclose(results[1], first(X), atol=1e-4) == (mixed == "balanced")
+
+
+# What it costs to look ------------------------------------------------------------------------------------------------
+
+
+class Cost(TorchDispatchMode):
+    """Counts how often a device is waited for, and the elements of the largest result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits = self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.waits += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
+        if isinstance(result, Tensor):
+            self.largest = max(self.largest, result.numel())
+        return result
+
+
+def test_what_is_far_from_all_costs_little_each_time() -> None:
+    nets = [nn.Sequential(*(nn.Linear(200, 200) for _ in range(4))) for _ in range(2)]
+    module = Pair(nets[0], backbone=lambda _: nets[1].double().requires_grad_(False))
+    followers, parameters = Followers(module), dict(module.named_parameters())
+    with Cost() as cost:
+        assert not followers.look(parameters)
+    assert cost.waits == 0  # but for one list of numbers
+    assert 4000 < cost.largest < 40000 / 2
+
+
+@pytest.mark.parametrize("write", ["data", "leader", "version"])
+def test_what_was_far_is_found_once_it_is_near(write: str) -> None:
+    """Writes to ``data`` have no version."""
+    module = Pair(other=lambda net: mlp(3, 4, 5, 2).double().requires_grad_(False))
+    followers, parameters = Followers(module), dict(module.named_parameters())
+    assert not followers.look(parameters)
+    for p, t in zip(module.net.parameters(), module.other.parameters(), strict=True):
+        if write == "data":
+            t.data.copy_(p.data)
+        else:
+            with torch.no_grad():
+                _ = p.copy_(t) if write == "leader" else t.copy_(p)
+    assert followers.look(parameters)
+
+
+def test_a_device_without_float64_needs_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nearness, "widest", lambda device: torch.float32)
+    module = Pair(other=frozen).float()
+    dtypes = set()
+
+    class Types(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            dtypes.update({result.dtype} if isinstance(result, Tensor) else ())
+            return result
+
+    with Types():
+        assert Followers(module).look(dict(module.named_parameters()))
+    assert torch.float64 not in dtypes
