@@ -167,9 +167,10 @@ class GroupFromNextCall(GroupFromCalls):
         is_manual = self.method == "training_step" and not getattr(self.module, "automatic_optimization", True)
         equations = self.equations()
         # An optimizer that steps in every fifth batch may have a loss of its own, which the first has not shown.
+        wanted = {name for name, parameter in self.parameters.items() if parameter.requires_grad}
         is_over = not is_manual or self._count >= MOST_STEPS
-        self.is_provisional = not is_over and not self._stepped >= self._trained
-        if is_over or (equations is not None and equations.seen & self._stepped >= self._trained):
+        self.is_provisional = not is_over and bool(self._stepped) and not self._stepped >= wanted
+        if is_over or (equations is not None and equations.seen & self._stepped >= wanted):
             self.cancel()
 
     def note_step(self, parameters: Iterable[Tensor]) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ExponentialLR
+from torch.utils.data import DataLoader
 
 from lightning_ecopt import EquivalentClassOptimization, EquivalentClassOptimizer, ec_sgd, scaling_group
 from tests.lightning_integration.modules import (
@@ -341,3 +342,46 @@ def test_the_whole_training_step_is_watched(form: str, compares: bool, recwarn: 
     assert module.seen == pytest.approx([module.seen[0]] * len(module.seen) if compares else [], rel=1e-5)
     assert not [w for w in recwarn if "lightning_ecopt" in str(w.message) or "base optimizer" in str(w.message)]
     assert is_clean(module)
+
+
+class Rarely(LightningModule):
+    """A generator that learns in every third batch only, by features of the discriminator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        torch.manual_seed(0)
+        self.G, self.features = (nn.Sequential(nn.Linear(a, 8), nn.ReLU(), nn.Linear(8, 6)) for a in (4, 6))
+        self.judge = nn.Linear(6, 1)
+        self.seen: list[float] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        generator, discriminator = self.optimizers()
+        x, made = self.pair()
+        if batch_idx % 3 == 2:
+            optimizer, loss = generator, (self.features(made) - self.features(x)).square().mean()
+        else:
+            scores = [self.judge(self.features(of).relu()).mean() for of in (x, made.detach())]
+            optimizer, loss = discriminator, scores[0] - scores[1]
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        return torch.linspace(-1, 1, 48).view(8, 6), self.G(torch.linspace(0, 1, 32).view(8, 4))
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        with torch.no_grad():
+            x, made = map(self.features, self.pair())
+            self.seen.append(float((made - x).square().mean()))
+
+    def configure_optimizers(self) -> Any:
+        others = [*self.features.parameters(), *self.judge.parameters()]
+        return [torch.optim.SGD(of, lr=1e-9) for of in (self.G.parameters(), others)]
+
+
+def test_a_loss_that_only_a_rare_step_has_is_seen_before_anything_is_rescaled() -> None:
+    plain, ours = Rarely(), Rarely()
+    for module, callbacks in ((plain, []), (ours, [EquivalentClassOptimization(verbose=False, log=False)])):
+        trainer(*callbacks, max_epochs=2).fit(module, DataLoader(range(6)))
+    assert ours.seen == pytest.approx(plain.seen, rel=1e-4)
