@@ -51,9 +51,9 @@ class EquivalentClassOptimization(Callback):
     forward call is traced before training, too, so that the freedoms are known by then; the training step may tell that
     there are fewer. Under manual optimization it is watched through all backward passes and steps of optimizers: these
     are the base optimizer's own that once, and equivalent-class steps from the second training step on; or, if some
-    step less often, as in every fifth batch, from when all have stepped, and after eight training steps. Parameters that
-    no watched step has used are held fixed, named in a warning, and looked for again in a training step when they first
-    get a gradient. Each step looks up which parameters require a gradient; when further ones are added, another
+    step less often, as in every fifth batch, from when all have stepped, and after eight training steps. Parameters
+    that no watched step has used are held fixed, named in a warning, and looked for again in a training step when they
+    first get a gradient. Each step looks up which parameters require a gradient; when further ones are added, another
     training step is watched.
 
     Args:
