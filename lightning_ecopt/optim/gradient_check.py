@@ -117,7 +117,7 @@ class GradientCheck:
         self._was_fresh = False  # at the last step; a resumed run and a copy have no step before the next
         self._group: ScalingGroup | None = None  # which the numbers of units belong to
         self._sums: Evidence | None = None  # over the looks since the refresh
-        self._largest: Tensor | None = None  # mean of A over units, of all looks so far
+        self._largest: Tensor | None = None  # mean of A over units, of all looks at the group so far
         self._left, self._is_first = LOOKS, True
         self.note_step(parameters)
 
@@ -150,7 +150,7 @@ class GradientCheck:
         if not (is_refresh or self._left) or not group.num_units or len(devices) > 1:
             return None
         if self._group is not group:
-            self._group, self._sums = group, None
+            self._group, self._sums, self._largest = group, None, None  # as in a run that is resumed with it
         known, gradients = roundoff_at(self.precision()), self._gradients(group, deferred.checks)
         now = self._now(group, gradients, known)
         sums = now if self._sums is None else self._sums + now

@@ -213,8 +213,9 @@ SAMS: dict[str, Sam] = {
     "WSAM": lambda module: library.WSAM(  # whose other form moves the weights by itself, which is told as such
         module, module.parameters(), ECSGD, decouple=False, lr=0.1, momentum=0.9, refresh_interval=5
     ),
+    # It adds an earlier direction to the gradient, which is not that of the loss then.
     "LookSAM": lambda module: library.LookSAM(
-        module.parameters(), ECSGD, k=3, lr=0.1, momentum=0.9, refresh_interval=5
+        module.parameters(), ECSGD, k=3, lr=0.1, momentum=0.9, refresh_interval=5, check=None
     ),
     "FriendlySAM": lambda module: library.FriendlySAM(
         module.parameters(), ECSGD, lr=0.1, momentum=0.9, refresh_interval=5

@@ -101,11 +101,9 @@ def said(module: Any, *callbacks: Any, **options: Any) -> list[str]:
     "hook",
     few(
         [
-            "training_step",
             "on_train_batch_start",
             "on_train_batch_end",
             "on_before_optimizer_step",
-            "on_before_zero_grad",
         ],
         ["on_train_batch_end", "on_before_optimizer_step"],
     ),

@@ -342,7 +342,7 @@ def run_with_another_dtype(
     optimizer = make([*module.parameters()])
     if rule is not None:
         optimizer = EquivalentClassOptimizer(
-            optimizer, scaling_group(module, x), rule=rule, implementation=form, refresh_interval=4
+            optimizer, scaling_group(module, x), rule=rule, implementation=form, refresh_interval=4, check=None
         )
     for step in range(6):
         if step == at:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD, AdamW
+from torch.utils._pytree import tree_map_only
 
 from lightning_ecopt import ECSGD, EquivalentClassOptimizer, ScalingGroup, check_invariance, scaling_group
 from tests.networks import mlp
@@ -221,7 +222,7 @@ def test_no_network_of_the_zoo_raises_an_alarm(case: Case, kept: torch.dtype, au
     )
     for _ in range(5):
         optimizer.zero_grad()
-        inputs = [v.to(kept) if v.is_floating_point() else v for v in case.inputs(generator)]
+        inputs = tree_map_only(Tensor, lambda v: v.to(kept) if v.is_floating_point() else v, case.inputs(generator))
         try:
             with torch.autocast("cpu", autocast) if autocast else nullcontext():
                 output = flat_output(module(*inputs)).float()
