@@ -40,8 +40,8 @@ WARNING = (
     "Somebody else writes to {} after each step (a clamp, a norm constraint, copies of other weights, rounding). That "
     "undoes what a rescaling does, so that the function would jump at each refresh: {} of {} units are held fixed from "
     "now on. To keep these units, let the forward call do what is done after the step, with "
-    "torch.nn.utils.parametrize: there it is traced. A target that follows other weights is to be frozen, requires_grad_(False), or given by "
-    "followers=."
+    "torch.nn.utils.parametrize: there it is traced. A target that follows other weights is to be frozen, "
+    "requires_grad_(False), or given by followers=."
 )
 #: So many times the weights are compared after a refresh.
 GAPS = 3
