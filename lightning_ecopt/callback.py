@@ -81,8 +81,7 @@ class EquivalentClassOptimization(Callback):
         verbose: print a report of the freedoms when they are known.
         log: log whether all is well with the logger, as ``ecopt/...``, every ``log_every_n_steps``: the number of
             dormant units, the largest violation of invariance that was found in units that are held fixed since, and
-            the share of clipped gradients (unit) or the extremes of beta and the number of guarded
-            paths (path).
+            the share of clipped gradients (unit) or the extremes of beta and the number of guarded paths (path).
         refresh: an old name of ``refresh_interval``, which goes in version 0.2.
 
     Attributes:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -16,8 +15,8 @@ from lightning_ecopt.optim.bases import BASES
 from lightning_ecopt.optim.options import Options
 from lightning_ecopt.steps import RULES
 from lightning_ecopt.symmetry import DeferredGroup, KnownGroup, ScalingGroup
-from lightning_ecopt.symmetry.coupling import NO_UNIT
 from lightning_ecopt.symmetry.followers import Given
+from lightning_ecopt.symmetry.held import units_of
 
 #: Finds the group of a list of parameters, now or later.
 Finder = Callable[[Sequence[Tensor]], ScalingGroup | DeferredGroup]
@@ -124,7 +123,7 @@ class Network:
         is_fused = type(base) in BASES and options.implementation != "wrapped"
         return cls(
             group,
-            ~group.monomials.in_(_scales_of_others(group, {id(p) for p in trainable})),
+            ~units_of(group, {id(p) for p in group.parameters.values()} - {id(p) for p in trainable}),
             frozenset(name for name, p in group.parameters.items() if id(p) in own),
             [p for p in parameters_of(base) if p.requires_grad and id(p) not in seen],
             [group.parameters[name] for name in group.unseen if id(group.parameters[name]) in set(map(id, trainable))],
@@ -166,16 +165,6 @@ class Network:
     def parameters(self) -> dict[str, nn.Parameter]:
         """The optimizer's own parameters by name."""
         return {name: p for name, p in self.group.parameters.items() if name in self.names}
-
-
-def _scales_of_others(group: ScalingGroup, own: set[int]) -> Tensor:
-    """Scales of parameters that this optimizer does not train: another does, or they are frozen by now; ``bool[S]``."""
-    found = torch.zeros(group.monomials.num_scales, dtype=torch.bool, device="cpu")
-    for coupling in group.couplings:
-        if id(group.parameters[coupling.parameter]) not in own:
-            for scales in (coupling.incoming, coupling.outgoing):
-                found[scales[scales != NO_UNIT]] = True
-    return found
 
 
 def check_belongs(group: ScalingGroup, parameters: Sequence[Tensor]) -> None:

@@ -146,8 +146,9 @@ class GradientCheck:
         """
         self._own, self._was_fresh = {id(p) for p in parameters}, self._is_fresh
         deferred.checks.add(self)
-        devices = {p.device for p in group.parameters.values()}
-        if not (is_refresh or self._left) or not group.num_units or len(devices) > 1:
+        if not (is_refresh or self._left) or not group.num_units:
+            return None
+        if len({p.device for p in group.parameters.values()}) > 1:
             return None
         if self._group is not group:
             self._group, self._sums, self._largest = group, None, None  # as in a run that is resumed with it

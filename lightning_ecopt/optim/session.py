@@ -171,7 +171,7 @@ class Session:
 
         So it does if the group is known from example inputs, as the call may tell more.
         """
-        is_first = self.binding.deferred.note_step(trainable_parameters(self.base))
+        is_first = self.binding.deferred.note_step(p for p in parameters_of(self.base) if p.requires_grad)
         if is_first and isinstance(self.stage, Running):  # its weights were balanced before
             self.leave_rule()
             self.refresh_due = True
@@ -219,8 +219,7 @@ class Session:
     def ask_gradient(self, is_refresh: bool) -> None:
         """Hold units fixed that the gradient shows to change the loss; a refresh is due then."""
         if self.options.check == "gradient":
-            parameters, deferred = trainable_parameters(self.base), self.binding.deferred
-            verdict = self.gradient_check.look(self.network.group, deferred, parameters, is_refresh)
+            verdict = self.gradient_check.look(self.network.group, self.binding.deferred, self.trained, is_refresh)
             if verdict is not None:
                 self._warn_once(verdict.message)
                 self.hold(verdict.units, verdict.why)

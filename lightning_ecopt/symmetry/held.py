@@ -7,13 +7,13 @@ a parameter, and the side on which the unit scales it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_ecopt.symmetry.coupling import Coupling
+from lightning_ecopt.symmetry.coupling import NO_UNIT, Coupling
 from lightning_ecopt.symmetry.group import ScalingGroup
 from lightning_ecopt.symmetry.scales import Operation
 
@@ -116,3 +116,13 @@ def units_at(group: ScalingGroup, marks: Iterable[Mark]) -> Tensor:
             at = [part.index(place) for place, part in zip(element, parts, strict=True)][len(parts) - side.ndim :]
             scales[side[tuple(min(place, size - 1) for place, size in zip(at, side.shape, strict=True))]] = True
     return group.monomials.in_(scales[:-1])
+
+
+def units_of(group: ScalingGroup, parameters: Collection[int]) -> Tensor:
+    """The units that scale any element of some parameters, given by their ``id``; ``bool[H]``."""
+    scales = torch.zeros(group.monomials.num_scales, dtype=torch.bool, device="cpu")
+    for coupling in group.couplings:
+        if id(group.parameters[coupling.parameter]) in parameters:
+            for side in (coupling.incoming, coupling.outgoing):
+                scales[side[side != NO_UNIT]] = True
+    return group.monomials.in_(scales)

@@ -175,9 +175,11 @@ class GroupFromNextCall(GroupFromCalls):
 
     def note_step(self, parameters: Iterable[Tensor]) -> bool:
         """Take note of a step; what the call has computed before it is held fixed if the call uses it afterwards."""
-        own = set(map(id, parameters))
-        names = {name for name, parameter in self.parameters.items() if id(parameter) in own}
-        self._stepped |= names
+        names: set[str] = set()
+        if self._mode is not None or len(self._stepped) < len(self.parameters):  # most steps have nothing to add
+            own = set(map(id, parameters))
+            names = {name for name, parameter in self.parameters.items() if id(parameter) in own}
+            self._stepped |= names
         if self._mode is not None:
             self._mode.memory.num_steps += 1
         elif not (self._has_begun and self._calls):

@@ -7,7 +7,7 @@ arithmetic. Where that is impossible, as for control flow that depends on values
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -168,6 +168,27 @@ def solved(
     return replace(group, gathering=gathering) if gathering else group
 
 
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """A call that is to be traced.
+
+    Args:
+        module: the module that it calls.
+        function: what is called, usually the module.
+        parameters: those whose scales are looked for, by name.
+        copies: tensors that are rescaled with a parameter.
+        args: inputs.
+        kwargs: further inputs.
+    """
+
+    module: nn.Module
+    function: Callable[..., Any]
+    parameters: Mapping[str, nn.Parameter]
+    copies: Copies
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
 def trace(module: nn.Module, parameters: Mapping[str, nn.Parameter], /, *args: Any, **kwargs: Any) -> Equations:
     """Trace one call ``module(*args, **kwargs)``, as :func:`scaling_group` says.
 
@@ -189,9 +210,10 @@ def trace_call(
     kwargs: dict[str, Any],
 ) -> Equations:
     """Trace ``call(*args, **kwargs)``, which calls the module, in view of copies that are rescaled with parameters."""
+    traced = _Call(module, call, parameters, copies, args, kwargs)
     if any(map(is_sharded, module.parameters())):
         try:
-            return _trace_fake(module, call, parameters, copies, args, kwargs)
+            return _trace_fake(traced)
         except Exception as error:
             raise ValueError(
                 f"{type(module).__name__} has sharded parameters and cannot be called with fake tensors, which is the "
@@ -201,11 +223,11 @@ def trace_call(
     # Scripted modules take no fake parameters; control flow that depends on data takes no fake inputs.
     if not any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):
         try:
-            return _trace_fake(module, call, parameters, copies, args, kwargs)
+            return _trace_fake(traced)
         except Exception:  # a mistake of the module shows up again below
             pass
     try:
-        return _trace_real(module, call, parameters, copies, args, kwargs)
+        return _trace_real(traced)
     except Exception as error:
         with values_kept(module), inputs_kept((args, kwargs)):
             call(*args, **kwargs)  # raises what the module raises by itself
@@ -220,27 +242,21 @@ def all_fixed(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Equa
     return mode.equations
 
 
-def _trace_fake(
-    module: nn.Module,
-    call: Callable[..., Any],
-    parameters: Mapping[str, nn.Parameter],
-    copies: Copies,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Equations:
+def _trace_fake(call: _Call) -> Equations:
     """Trace a call of the module in which fake tensors stand for its parameters, its buffers and the inputs."""
+    module = call.module
     gathering = gathering_modules(module)
-    with inputs_kept((args, kwargs)), fake_tensors() as fake_mode:
+    with inputs_kept((call.args, call.kwargs)), fake_tensors() as fake_mode:
         fake = partial(_fake, fake_mode)
-        own = [*module.parameters(), *module.buffers(), *(copy for _, copy in copies)]
+        own = [*module.parameters(), *module.buffers(), *(copy for _, copy in call.copies)]
         state = {id(tensor): fake(tensor) for tensor in own}
-        args, kwargs = tree_map_only(Tensor, fake, (args, kwargs))
-        mode = TraceMode(module, {name: state[id(parameter)] for name, parameter in parameters.items()})
-        mode.add_copies((name, state[id(copy)]) for name, copy in copies)
+        args, kwargs = tree_map_only(Tensor, fake, (call.args, call.kwargs))
+        mode = TraceMode(module, {name: state[id(parameter)] for name, parameter in call.parameters.items()})
+        mode.add_copies((name, state[id(copy)]) for name, copy in call.copies)
         with attributes_kept(module, state):
             if gathering:
                 stop_gathering_(module)
-            _trace_call(mode, module, call, args, kwargs)
+            _run(mode, replace(call, args=args, kwargs=kwargs))
     return mode.equations
 
 
@@ -252,29 +268,20 @@ def _fake(fake_mode: FakeTensorMode, tensor: Tensor) -> Tensor:
     return nn.Parameter(whole, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else whole
 
 
-def _trace_real(
-    module: nn.Module,
-    call: Callable[..., Any],
-    parameters: Mapping[str, nn.Parameter],
-    copies: Copies,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Equations:
+def _trace_real(call: _Call) -> Equations:
     """Trace a call of the module as it is, and put back what the call changes."""
-    mode = TraceMode(module, parameters)
-    mode.add_copies(copies)
-    with values_kept(module), inputs_kept((args, kwargs)):
-        _trace_call(mode, module, call, args, kwargs)
+    mode = TraceMode(call.module, call.parameters)
+    mode.add_copies(call.copies)
+    with values_kept(call.module), inputs_kept((call.args, call.kwargs)):
+        _run(mode, call)
     return mode.equations
 
 
-def _trace_call(
-    mode: TraceMode, module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> None:
-    mode.register_inputs(tensors_in((args, kwargs), objects=True))
+def _run(mode: TraceMode, call: _Call) -> None:
+    mode.register_inputs(tensors_in((call.args, call.kwargs), objects=True))
     with mode.tracing():
-        output = call(*args, **kwargs)
-    hold_results_fixed(mode, module, output)
+        output = call.function(*call.args, **call.kwargs)
+    hold_results_fixed(mode, call.module, output)
 
 
 def hold_results_fixed(

@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from lightning_ecopt.common.sharding import is_sharded
 from lightning_ecopt.symmetry.copies import Candidate
-from lightning_ecopt.symmetry.coupling import NO_UNIT
 from lightning_ecopt.symmetry.followers import may_follow, trained_parts
 from lightning_ecopt.symmetry.group import ScalingGroup
+from lightning_ecopt.symmetry.held import units_of
 from lightning_ecopt.symmetry.nearness import are_near
 
 
@@ -58,20 +57,9 @@ def unfrozen_copies(module: nn.Module | None, group: ScalingGroup) -> UnfrozenCo
     if not found:
         return None
     held = [dict(module.named_modules())[name] for pair in found.items() for name in pair]
-    return UnfrozenCopies(found, _units_of(group, {id(p) for part in held for p in part.parameters()}))
+    return UnfrozenCopies(found, units_of(group, {id(p) for part in held for p in part.parameters()}))
 
 
 def _is_near(one: Candidate, part: Candidate) -> bool:
     others = dict(part.held.named_parameters())
     return bool(are_near([[(p, others[name]) for name, p in one.held.named_parameters()]])[0])
-
-
-def _units_of(group: ScalingGroup, parameters: set[int]) -> Tensor:
-    """The units that scale any of some parameters, ``bool[H]``."""
-    scales = torch.zeros(group.monomials.num_scales + 1, dtype=torch.bool, device="cpu")  # the last for NO_UNIT
-    for coupling in group.couplings:
-        if id(group.parameters[coupling.parameter]) in parameters:
-            scales[coupling.incoming.cpu().long()] = True
-            scales[coupling.outgoing.cpu().long()] = True
-    scales[NO_UNIT] = False
-    return group.monomials.in_(scales[:-1])
