@@ -59,15 +59,16 @@ def saved(session: Session) -> dict[str, Any]:
 
 def saved_rule(session: Session) -> dict[str, Any] | None:
     """What the rule needs to go on beside the base's state; ``None`` before the first step."""
-    stage, group = session.stage, session.group
+    stage = session.stage
     if isinstance(stage, Waiting | Ready):
-        # There is no rule yet, but perhaps more is known than at the beginning.
-        is_known = session.has_stepped_plainly or bool(session.binding.deferred.held)
-        group = group or session.binding.deferred.group
-        return dict(stage.saved) or (_saved_group(session, group) if is_known and group is not None else None)
+        is_known = session.has_stepped_plainly or bool(session.binding.deferred.held)  # more than at the beginning
+        if stage.saved or not is_known:
+            return dict(stage.saved) or None
+        group = session.group or session.binding.deferred.group
+        return None if group is None else _saved_group(session, group, group.fingerprint())
     trained = set(map(id, session.trained))
     counts = {
-        **_saved_group(session, stage.network.group),
+        **_saved_group(session, stage.network.group, stage.network.fingerprint),
         "steps_since_refresh": session.steps_since_refresh,
         "refresh_due": session.refresh_due,
         "active": stage.active.clone(),
@@ -78,7 +79,7 @@ def saved_rule(session: Session) -> dict[str, Any] | None:
     return None if session.refresh_due else counts  # there was nothing to be done at the last refresh
 
 
-def _saved_group(session: Session, group: ScalingGroup) -> dict[str, Any]:
+def _saved_group(session: Session, group: ScalingGroup, fingerprint: str) -> dict[str, Any]:
     """The group, with which the next step begins, and what else is known of the training."""
     deferred = session.binding.deferred
     state = {
@@ -86,7 +87,7 @@ def _saved_group(session: Session, group: ScalingGroup) -> dict[str, Any]:
         "refresh_due": True,
         "epoch": session.last_epoch,
         "surprises": session.surprises,
-        "fingerprint": group.fingerprint(),
+        "fingerprint": fingerprint,
         "parameters": list(group.parameters),
         "shapes": _shapes(session),
         "equations": deferred.saved(),

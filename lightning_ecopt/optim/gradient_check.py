@@ -64,9 +64,10 @@ class LastStep:
     @classmethod
     def of(cls, parameters: Sequence[Tensor]) -> LastStep | None:
         """Of the first of the parameters with a gradient, or the first of all; ``None`` if there are none."""
-        for p in [p for p in parameters if p.grad is not None] or parameters:
-            return cls(TensorWeakRef(p), _version(p), None if p.grad is None else TensorWeakRef(p.grad))
-        return None
+        p = next((p for p in parameters if p.grad is not None), next(iter(parameters), None))
+        if p is None:
+            return None
+        return cls(TensorWeakRef(p), _version(p), None if p.grad is None else TensorWeakRef(p.grad))
 
     def is_over(self, has_zeroed: bool) -> bool:
         """Whether there are other gradients, at the weights that the step has left."""

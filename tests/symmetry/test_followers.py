@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_ecopt import EquivalentClassOptimization, ec_sgd
-from lightning_ecopt.symmetry import GroupFromNextCall, nearness, scaling_group
+from lightning_ecopt.symmetry import GroupFromNextCall, ScalingGroup, nearness, scaling_group
 from lightning_ecopt.symmetry.followers import Followers
 from tests.networks import mlp, norm_cnn
 from tests.symmetry.helpers import assert_same
@@ -422,12 +422,18 @@ class Step(Pair):
         return loss
 
 
-def units_of(module: Step) -> int:
-    deferred = GroupFromNextCall(module, "forward", module.net.parameters())
+def watched(module: nn.Module, *inputs: Tensor, parameters: Iterable[Tensor] | None = None) -> ScalingGroup:
+    """The group from a call that is watched in view of the module's followers."""
+    deferred = GroupFromNextCall(module, "forward", parameters)
     deferred.followers = Followers(module)
-    module(module.x)
+    module(*inputs)
     group = deferred.settle()
     assert group is not None
+    return group
+
+
+def units_of(module: Step) -> int:
+    group = watched(module, module.x, parameters=module.net.parameters())
     assert not group.unseen
     return group.num_units
 
@@ -476,11 +482,7 @@ def test_a_plain_copy_of_one_weight_that_the_loss_reads_is_no_follower() -> None
             return self.net(x).sum() + self.kept.square().sum()
 
     module = Reads()
-    deferred = GroupFromNextCall(module, "forward")
-    deferred.followers = Followers(module)
-    module(X)
-    group = deferred.settle()
-    assert group is not None
+    group = watched(module, X)
     assert group.num_units == 5
 
 
@@ -501,11 +503,7 @@ def test_what_only_a_follower_uses_is_unseen() -> None:
             return F.mse_loss(self.net(x), seen)
 
     module = Skips()
-    deferred = GroupFromNextCall(module, "forward")
-    deferred.followers = Followers(module)
-    module(X)
-    group = deferred.settle()
-    assert group is not None
+    group = watched(module, X)
     assert group.num_units == 9
     assert set(group.unseen) == {f"branch.{name}" for name, _ in module.branch.named_parameters()}
 
