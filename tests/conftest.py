@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from lightning_ecopt.symmetry import DeferredGroup, isolation
 from tests import selection
 
 # A failed assertion of a helper shows its values, as that of a test does.
@@ -31,8 +32,14 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def few_objects() -> Iterator[None]:
-    """Let garbage collections look at the objects of this module's tests alone: all others make them take 0.4 s."""
+    """Let garbage collections look at the objects of this module's tests alone: all others make them take 0.4 s.
+
+    What still waits for calls of modules is another test's, which is frozen with all that refers to it.
+    """
     gc.collect()
+    for waiting in [reference() for reference in isolation._waiting.values()]:
+        if isinstance(waiting, DeferredGroup):
+            waiting.cancel()
     gc.freeze()
     yield
     gc.unfreeze()

@@ -23,14 +23,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from lightning_ecopt import ECSGD, scaling_group
 from lightning_ecopt.common.shared import Shared
-from lightning_ecopt.symmetry import (
-    DeferredGroup,
-    GroupFromModuleCalls,
-    GroupFromNextCall,
-    KnownGroup,
-    isolation,
-    threads,
-)
+from lightning_ecopt.symmetry import GroupFromModuleCalls, GroupFromNextCall, KnownGroup, isolation, threads
 from tests.networks import mlp
 from tests.selection import few
 
@@ -79,9 +72,6 @@ def state(module: nn.Module) -> list[tuple[Any, ...]]:
 @pytest.fixture(autouse=True)
 def nothing_is_left(few_objects: None) -> Iterator[None]:
     gc.collect()
-    for waiting in [reference() for reference in isolation._waiting.values()]:  # of another test, whose objects live on
-        if isinstance(waiting, DeferredGroup):
-            waiting.cancel()
     before = process()
     yield
     gc.collect()
