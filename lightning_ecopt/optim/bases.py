@@ -21,14 +21,39 @@ from torch import Tensor
 from torch.optim import ASGD, SGD, Adam, AdamW, Optimizer
 
 from lightning_ecopt.kernels import Coefficient
+from lightning_ecopt.optim.calls import optimizers_in
+from lightning_ecopt.steps.rule import StepKind
 
 ParamGroups = Sequence[Mapping[str, Any]]
 #: An option: one number for all parameters, or one for each, ``[N]`` in float64.
 Value = float | Tensor
 Coefficients = dict[str, Coefficient | None]
 
-#: Optimizers whose steps are linear in the gradients; steps of all others are of a size of their own.
+#: Optimizers whose steps are linear in the gradients.
 LINEAR = (SGD, ASGD)
+
+
+def step_kinds(base: Optimizer) -> dict[int, StepKind]:
+    """The kind of an optimizer's step in each of its parameters, by ``id``.
+
+    Steps are ``"whole"`` in parameter groups with ``use_muon=True``, whatever the optimizer, and in matrices that a
+    Muon has, one of whose classes has the word in its name, unless their group says ``use_muon=False`` (or
+    ``use_fallback=True``, as timm's does). An optimizer may run another one, as Lookahead does; then the inner one
+    tells. All other steps are ``"linear"`` if the optimizer is SGD or ASGD, or else of their ``"own size"``.
+    """
+    usual: StepKind = "linear" if isinstance(base, LINEAR) else "own size"
+    kinds: dict[int, StepKind] = {id(p): usual for options in base.param_groups for p in options["params"]}
+    for one in optimizers_in(base):
+        for options in one.param_groups:
+            kinds |= {id(p): "whole" for p in options["params"] if _is_whole(one, options, p)}
+    return kinds
+
+
+def _is_whole(optimizer: Optimizer, options: Mapping[str, Any], p: Tensor) -> bool:
+    if "use_muon" in options:
+        return bool(options["use_muon"])
+    is_muon = any("muon" in kind.__name__.lower() for kind in type(optimizer).__mro__)
+    return is_muon and p.ndim > 1 and not options.get("use_fallback")
 
 
 @dataclass(frozen=True)

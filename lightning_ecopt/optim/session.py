@@ -15,7 +15,7 @@ from lightning_ecopt.common.sharding import Ranks, local
 from lightning_ecopt.common.signals import uninterrupted
 from lightning_ecopt.common.tensors import listing
 from lightning_ecopt.common.warn import warn
-from lightning_ecopt.optim.bases import LINEAR, momentum_to_mean
+from lightning_ecopt.optim.bases import momentum_to_mean, step_kinds
 from lightning_ecopt.optim.binding import NO_FREEDOMS, Binding, Network, Source, parameters_of, trainable_parameters
 from lightning_ecopt.optim.calls import states_in
 from lightning_ecopt.optim.gradient_check import GradientCheck
@@ -24,7 +24,7 @@ from lightning_ecopt.optim.stages import Idle, Ready, Resting, Running, Stage, W
 from lightning_ecopt.optim.stepper import Stepper
 from lightning_ecopt.optim.writers import Writers
 from lightning_ecopt.steps import RULES
-from lightning_ecopt.steps.rule import PathStatistics, Rule, Setting, UnitStatistics
+from lightning_ecopt.steps.rule import PathStatistics, Rule, Setting, StepKind, UnitStatistics
 from lightning_ecopt.steps.state import StateEntries, StateEntry, entries_of, has_weight_averages
 from lightning_ecopt.symmetry import ScalingGroup
 from lightning_ecopt.symmetry.followers import Given
@@ -354,12 +354,17 @@ class Session:
             kernels=network.kernels,
             alive=alive,
             exclusive=network.exclusive,
-            is_linear=isinstance(self.base, LINEAR),
+            kinds=self._kinds(network),
             means=lambda: self._mean_gradients(network),
             skeleton=self.options.skeleton,
             free_start=self.options.free_start,
             max_path_ratio=self.options.max_path_ratio,
         )
+
+    def _kinds(self, network: Network) -> dict[str, StepKind]:
+        """The kind of the base's steps in its own parameters, by name."""
+        kinds = step_kinds(self.base)
+        return {name: kinds[id(p)] for name, p in network.parameters.items()}
 
     def _mean_gradients(self, network: Network) -> dict[str, Tensor]:
         """The means of gradients in the momentum of SGD, by parameter name; of other optimizers none are used."""

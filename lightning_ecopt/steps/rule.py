@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
@@ -27,6 +27,11 @@ from lightning_ecopt.steps.coordinates import FreeWeights
 from lightning_ecopt.steps.rows import Rows
 from lightning_ecopt.steps.state import StateEntries
 from lightning_ecopt.symmetry import ScalingGroup
+
+#: How the base's step in a parameter depends on its gradients. ``"linear"``: twice the gradients make a step of twice
+#: the length, as in SGD. ``"own size"``: each element's step has a size of its own, as in Adam. ``"whole"``: the step
+#: is made of the parameter as a whole, as in Muon, which makes all singular values of a matrix equal.
+StepKind = Literal["linear", "own size", "whole"]
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ class Setting:
         kernels: make the passes over weights and gradients.
         alive: units on a path of non-zero elements, ``bool[H]``.
         exclusive: units that scale trainable parameters of this optimizer alone, ``bool[H]``.
-        is_linear: whether the base's steps are linear in gradients (SGD), or of a size of their own (Adam).
+        kinds: of the base's steps in its parameters, by name.
         means: returns the means of gradients that the base's momentum holds, by parameter name.
         skeleton: how the path rule chooses skeleton weights.
         free_start: value at which the path rule starts the coordinates of free skeleton weights.
@@ -83,7 +88,7 @@ class Setting:
     kernels: Kernels
     alive: Tensor
     exclusive: Tensor
-    is_linear: bool
+    kinds: Mapping[str, StepKind]
     means: Callable[[], Tensors]
     skeleton: str
     free_start: float

@@ -47,7 +47,15 @@ from lightning_ecopt.common.sharding import local
 from lightning_ecopt.common.tensors import Tensors, ordinary_tensors, updates_by_difference
 from lightning_ecopt.kernels import Coefficient, Kernels
 from lightning_ecopt.steps.rows import Rows
-from lightning_ecopt.steps.rule import Advance, Allocation, Reparametrization, Rule, Setting, UnitStatistics
+from lightning_ecopt.steps.rule import (
+    Advance,
+    Allocation,
+    Reparametrization,
+    Rule,
+    Setting,
+    StepKind,
+    UnitStatistics,
+)
 from lightning_ecopt.steps.state import StateEntries, weight_averages
 from lightning_ecopt.symmetry import Coupling, ScalingGroup
 from lightning_ecopt.symmetry.coupling import NO_UNIT
@@ -77,6 +85,7 @@ def _look_at_gradients(
     weight: Tensor,
     size: Tensor,
     single: Tensor,
+    whole: Tensor | None,
     present: Tensor | None,
     rho: Tensor | None,
     tiny: float,
@@ -90,6 +99,7 @@ def _look_at_gradients(
         weight: sum of the weights in the running mean, which tends to 1.
         size: number of elements of each row.
         single: rows that are not centred.
+        whole: rows that are neither centred nor clipped; ``None`` if there are none.
         present: rows that have a gradient; ``None`` if all have one.
         rho: rho_k; ``None`` if steps are not relative to gradients.
         tiny: lower bound of sqrt(q_k) in the quotient, so that it does not overflow.
@@ -99,7 +109,8 @@ def _look_at_gradients(
         ``rho``; and how many rows were clipped.
     """
     mean = sums / size
-    share = CENTRING * (~single).to(size)  # of the mean that is taken out: c = g - share mean(g)
+    untouched = single if whole is None else single | whole
+    share = CENTRING * (~untouched).to(size)  # of the mean that is taken out: c = g - share mean(g)
     # Without another pass over the gradients:  mean(c**2) = mean(g**2) - mean(g)**2 (1 - (1 - share)**2)
     centred_square = (squares / size - mean.square() * (share * (2 - share))).clamp(min=0)
     centred_square = centred_square.nan_to_num(-1, -1)  # a gradient that is not finite leaves q_k as it is
@@ -109,6 +120,8 @@ def _look_at_gradients(
     q = second / weight.clamp(min=1 - MEMORY)
     slack = 1 + 8 * torch.finfo(size.dtype).eps  # the first gradient equals its own mean, but for rounding
     is_clipped = centred_square > slack * q
+    if whole is not None:
+        is_clipped = is_clipped & ~whole
     grad_scale = torch.where(is_clipped, (q / centred_square).sqrt(), 1.0)
     grad_shift = (mean * share).nan_to_num(0, 0, 0) * -grad_scale
     relative = None
@@ -130,7 +143,7 @@ class UnitRule:
         parameters: the base optimizer's own, by name, at the balanced member; all on one device. If they are sharded,
             all ranks take their steps together.
         kernels: make the passes over weights and gradients.
-        is_linear: whether the base's steps are linear in gradients, as those of SGD, or of a size of their own.
+        kinds: of the base's steps, by parameter name.
         means: of gradients, by name, from the base's momentum: mean(means**2) counts as one earlier mean(c**2).
     """
 
@@ -140,15 +153,16 @@ class UnitRule:
         couplings: Sequence[Coupling],
         parameters: Tensors,
         kernels: Kernels,
-        is_linear: bool,
+        kinds: Mapping[str, StepKind],
         means: Tensors | None = None,
     ) -> None:
         narrowest = min((p.dtype for p in parameters.values()), key=lambda kind: torch.finfo(kind).bits)
         # s_k, and a weight divided by it, stay within the range of the weights' type.
         self._tiny = torch.finfo(narrowest).tiny ** 0.75
-        self._is_linear = is_linear
         self.kernels = kernels
         self.rows = Rows(couplings, parameters)
+        self._linear, self._whole = self._of_kind(kinds, "linear"), self._of_kind(kinds, "whole")
+        self._all_linear = self._linear is not None and bool(self._linear.all())
         self._size = self.rows.sizes
         self._clipped = torch.zeros((), dtype=torch.int64, device=self._size.device)
         self._steps = 0
@@ -210,7 +224,12 @@ class UnitRule:
     @classmethod
     def _make(cls, setting: Setting) -> UnitRule:
         means = setting.means()
-        return cls(setting.group.couplings, setting.parameters, setting.kernels, setting.is_linear, means)
+        return cls(setting.group.couplings, setting.parameters, setting.kernels, setting.kinds, means)
+
+    def _of_kind(self, kinds: Mapping[str, StepKind], kind: StepKind) -> Tensor | None:
+        """Rows of parameters in which the base's steps are of a kind, ``bool[R]``; ``None`` if there are none."""
+        chosen = [kinds[name] == kind for name in self.rows.names]
+        return self.rows.spread(torch.tensor(chosen, device=self.rows.sizes.device)) if any(chosen) else None
 
     def _sums_and_squares(self, tensors: Tensors) -> Tensor:
         """Sums and sums of squares of all rows, ``[2, R]``; zero for tensors that are missing."""
@@ -234,7 +253,12 @@ class UnitRule:
         into_unit[no_unit] = mean_norm
         single = torch.where(additive, into_unit[units], squares.sqrt())
         of_rows = _at_least_a_share((squares / self._size).sqrt(), rho)
-        return torch.where(rows.single, SINGLE * _at_least_a_share(single, mean_norm), of_rows), rho
+        of_rows = torch.where(rows.single, SINGLE * _at_least_a_share(single, mean_norm), of_rows)
+        return of_rows if self._whole is None else torch.where(self._whole, self._of_whole(rho), of_rows), rho
+
+    def _of_whole(self, rho: Tensor) -> Tensor:
+        """rho_k of rows whose parameter is treated whole, so that s_k = rho_k / rho is the same for all of them."""
+        return rho
 
     @ordinary_tensors()
     def reparametrization(self, weights: Tensors, gradients: Tensors, to_mean: Coefficient) -> Reparametrization:
@@ -244,14 +268,20 @@ class UnitRule:
         if present is not None:
             present = self.rows.spread(present)
         sums, squares = self._sums_and_squares(gradients)
-        running = (self._second, self._weight, self._size, self.rows.single)
-        rho = self._rho if self._is_linear else None
+        running = (self._second, self._weight, self._size, self.rows.single, self._whole)
+        rho = None if self._linear is None else self._rho
         second, weight, grad_scale, grad_shift, relative, clipped = self.kernels.run(
             _look_at_gradients, sums, squares, *running, present, rho, self._tiny
         )
         self._next = (second, weight, self._clipped + clipped)
-        s = to_mean * relative if self._is_linear else self._rho / self._reference
-        return Reparametrization(s, grad_scale, grad_shift)
+        return Reparametrization(self._scale(relative, to_mean), grad_scale, grad_shift)
+
+    def _scale(self, relative: Tensor | None, to_mean: Coefficient) -> Tensor:
+        """s_k, ``[R]``; ``relative`` is rho_k / sqrt(q_k), or ``None`` if no step is linear."""
+        if relative is None:
+            return self._rho / self._reference
+        s = to_mean * relative
+        return s if self._all_linear else torch.where(self._linear, s, self._rho / self._reference)  # type: ignore[arg-type]
 
     def transform_gradients_(self, here: Reparametrization, gradients: Tensors) -> Callable[[], None]:
         """Centre and clip gradients in place; returns the way back."""

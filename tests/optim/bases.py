@@ -143,11 +143,13 @@ class Base:
         powers: by entry of its state, by which power of what makes weights larger it would be divided; entries that are
             not of the form of the weights are left out.
         matrices: whether it takes matrices alone.
+        is_whole: whether its steps are made of each parameter as a whole.
     """
 
     make: Make
     powers: Mapping[str, int] = field(default_factory=dict)
     matrices: bool = False
+    is_whole: bool = False
 
 
 ADAM = {"exp_avg": 1, "exp_avg_sq": 2}
@@ -187,7 +189,9 @@ BASES: dict[str, Base] = {
     "schedule_free": Base(lambda params: ScheduleFree(params, lr=0.1), {"z": -1}),
 }
 if hasattr(optim, "Muon"):
-    BASES["muon"] = Base(lambda params: optim.Muon(params, lr=0.02), {"momentum_buffer": 1}, matrices=True)
+    BASES["muon"] = Base(
+        lambda params: optim.Muon(params, lr=0.02), {"momentum_buffer": 1}, matrices=True, is_whole=True
+    )
 
 #: SGD and Adam with the options that their formulas have, which the tests of the rules write out.
 WITH_FORMULAS: dict[str, Make] = {
@@ -333,7 +337,7 @@ class UnitDefinition(Definition):
         """Centres and clips the gradients; s of every row."""
         rows = self.rows
         for k, row in enumerate(rows.rows):
-            if row.name not in gradients:
+            if row.name not in gradients or self.base.is_whole:
                 continue
             g = gradients[row.name][row.index]
             if g.numel() > 1 and not row.added:
@@ -343,6 +347,8 @@ class UnitDefinition(Definition):
             rows.seen[k] = 0.99 * rows.seen[k] + 0.01
             running = rows.second[k] / rows.seen[k]
             gradients[row.name][row.index] = g * (math.sqrt(running / square) if square > running else 1.0)
+        if self.base.is_whole:
+            return [1.0 for _ in rows.rows]
         if not isinstance(self.optimizer, optim.SGD | optim.ASGD):
             return [rho / rows.mean for rho in rows.rho]
         deviations = [math.sqrt(second / max(seen, 0.01)) for second, seen in zip(rows.second, rows.seen, strict=True)]
