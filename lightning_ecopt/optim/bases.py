@@ -13,6 +13,7 @@ and the state of the base ends as if the three passes had been made.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -90,8 +91,27 @@ def momentum_to_mean(options: Mapping[str, Any]) -> float:
     Args:
         options: a parameter group of any optimizer.
     """
+    momentum, dampening = _momentum(options)
+    return (1 - momentum) / (1 - dampening)
+
+
+def momentum_to_step(options: Mapping[str, Any]) -> float:
+    """The factor that gives momentum, a sum of gradients in SGD, the size of one gradient.
+
+    It is the geometric mean of 1 - momentum, which does so if all gradients are the same, and sqrt(1 - momentum^2),
+    which does so if they are independent, by (1 - dampening).
+
+    Args:
+        options: a parameter group of any optimizer.
+    """
+    momentum, dampening = _momentum(options)
+    return math.sqrt((1 - momentum) * math.sqrt(1 - momentum**2)) / (1 - dampening)
+
+
+def _momentum(options: Mapping[str, Any]) -> tuple[float, float]:
+    """Momentum and dampening; zero where momentum does not add up gradients."""
     momentum, dampening = options.get("momentum", 0.0), options.get("dampening", 0.0)
-    return (1 - momentum) / (1 - dampening) if 0 < momentum < 1 and dampening < 1 else 1.0
+    return (momentum, dampening) if 0 < momentum < 1 and dampening < 1 else (0.0, 0.0)
 
 
 def _sgd_entry_names(groups: ParamGroups) -> tuple[str, ...] | None:

@@ -15,7 +15,7 @@ from lightning_ecopt.common.sharding import is_sharded, local
 from lightning_ecopt.common.signals import uninterrupted
 from lightning_ecopt.common.tensors import Tensors, to_device, updates_by_difference
 from lightning_ecopt.kernels import Coefficient, EagerKernels
-from lightning_ecopt.optim.bases import BASES, Base, Value, has_own_step, momentum_to_mean
+from lightning_ecopt.optim.bases import BASES, Base, Value, has_own_step, momentum_to_step
 from lightning_ecopt.optim.calls import StepCall
 from lightning_ecopt.steps.rule import Reparametrization, Rule
 from lightning_ecopt.steps.state import StateEntries
@@ -50,7 +50,7 @@ class Stepper:
         Returns:
             What the base's own ``step`` has returned; ``None`` if the step was fused.
         """
-        here = self._rule.reparametrization(weights, gradients, self._fused.to_mean)
+        here = self._rule.reparametrization(weights, gradients, self._fused.to_step)
         fusible = None if call.has_more else self._fused.entries(gradients)
         result = None
         with uninterrupted():
@@ -157,9 +157,9 @@ class FusedStep:
         self._group_of: list[int] = []  # by name of a parameter that has rows, ``[N]``
 
     @property
-    def to_mean(self) -> Coefficient:
-        """The factor that turns the base's momentum into a mean: a number, or one for each row, ``[R]``."""
-        value = self._of_parameters([momentum_to_mean(options) for options in self._optimizer.param_groups])
+    def to_step(self) -> Coefficient:
+        """The factor that gives the base's momentum the size of one gradient: a number, or one for each row."""
+        value = self._of_parameters([momentum_to_step(options) for options in self._optimizer.param_groups])
         return _over(value, self._rule.rows.spread, self._rule.rows.sizes)
 
     def entries(self, gradients: Tensors) -> list[dict[str, Tensor]] | None:

@@ -132,7 +132,7 @@ class PathRule:
     def _make(cls, setting: Setting, skeleton: Skeleton, free_start: float) -> PathRule:
         return cls(setting.group, setting.parameters, setting.kernels, skeleton, free_start, setting.max_path_ratio)
 
-    def reparametrization(self, weights: Tensors, gradients: Tensors, to_mean: Coefficient) -> Reparametrization:
+    def reparametrization(self, weights: Tensors, gradients: Tensors, to_step: Coefficient) -> Reparametrization:
         """Path coordinates: v = w beta and dL/dv = g / beta; free skeleton weights have their own."""
         scale = self._coordinates.weight_scale
         return Reparametrization(scale, scale, None, self._coordinates.free_weights(weights, gradients))

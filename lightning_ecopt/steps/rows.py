@@ -35,7 +35,7 @@ class Rows:
     Attributes:
         dtype: of vectors over the rows.
         sizes: numbers of elements, ``[R]``, on all ranks.
-        single: whether a row has no direction: it is one element, or added to others' (a bias), ``bool[R]``.
+        single: whether a row is one element, as those of biases and gains are, ``bool[R]``.
         names: names of the N parameters that have rows; those without elements have none.
         covered: names of the parameters all of whose elements belong to rows.
 
@@ -58,7 +58,7 @@ class Rows:
         self._counted = {name for name in self.names if self._ranks.counts(parameters[name])}
 
         self.sizes = _cat([part.sizes for part in parts], device).to(self.dtype)
-        self.single = _cat([part.filled(part.is_single) for part in parts], device).to(torch.bool)
+        self.single = self.sizes == 1
         self._owners = _cat(
             [torch.tensor([self.names.index(part.coupling.parameter)], device="cpu") for part in parts], device
         )
@@ -83,6 +83,11 @@ class Rows:
         parts = _parts(self._couplings, self._order)
         return _cat([part.filled(part.coupling.additive) for part in parts], self.sizes.device).to(torch.bool)
 
+    def by_parameter(self, values: Tensor) -> Tensor:
+        """Sums over the rows of each parameter: ``[N]`` from ``[R]``. Groups are formed anew at each call."""
+        numbers = torch.arange(len(self.names), device=values.device)
+        return SegmentSum(self.spread(numbers), len(self.names))(values)
+
     def present(self, tensors: Tensors) -> Tensor | None:
         """Which parameters have a tensor, ``bool[N]``; ``None`` if all have one."""
         if tensors.keys() >= self._all_names:
@@ -98,7 +103,7 @@ class Rows:
 
         Args:
             kernels: make the pass.
-            name: ``"sums_and_squares"`` or ``"products"``.
+            name: ``"sums_and_squares"``, ``"absolute_sums"`` or ``"products"``.
             *tensors: by parameter name.
 
         Returns:
@@ -183,11 +188,6 @@ class _Part:
     def filled(self, value: bool) -> Tensor:
         """The same for all rows, ``int64[r]``."""
         return torch.full_like(self.units, int(value))
-
-    @property
-    def is_single(self) -> bool:
-        """Whether the rows have no direction: they are added, or have one element each."""
-        return self.coupling.additive or bool((self.sizes == 1).all())
 
 
 def _parts(couplings: Sequence[Coupling], names: list[str]) -> list[_Part]:

@@ -195,14 +195,14 @@ class Rule(Protocol):
     def resume(cls, setting: Setting, state: Mapping[str, Any], entries: StateEntries) -> Rule:
         """The rule that :meth:`state_dict` saved; the state has been checked."""
 
-    def reparametrization(self, weights: Tensors, gradients: Tensors, to_mean: Coefficient) -> Reparametrization:
+    def reparametrization(self, weights: Tensors, gradients: Tensors, to_step: Coefficient) -> Reparametrization:
         """Where the base optimizer takes its next step; changes no weight, no gradient and no state.
 
         Args:
             weights: by parameter name.
             gradients: by parameter name; parameters without a gradient are missing.
-            to_mean: momentum of the base times ``to_mean`` is a mean of gradients: 1 - momentum for SGD. A number, or
-                one for each row, ``[R]``.
+            to_step: momentum of the base times ``to_step`` has the size of one gradient. A number, or one for each row,
+                ``[R]``.
         """
 
     def transform_gradients_(self, here: Reparametrization, gradients: Tensors) -> Callable[[], None]:

@@ -9,8 +9,9 @@ that lead into one unit, or into one value that is held fixed. With w its weight
     g_v   = c min(1, sqrt(q_k / mean(c**2)))    clipped to its running size: what the base optimizer is shown
     w'    = w + s_k (step of the base)
 
-    SGD, ASGD:  s_k = (1 - momentum) rho_k / sqrt(q_k)       lr is the relative length of a step
-    all others: s_k = rho_k / rho                            lr keeps its meaning; rho is the magnitude of all weights
+    SGD, ASGD:    s_k = f(momentum) rho_k / sqrt(q_k)           lr is the relative length of a step
+    all others:   s_k = max(rho_k / rho, 1/3)                   lr keeps its meaning
+    and matrices that the base treats whole, as Muon does:  s_k = 1,  g_v = g
 
 The step depends on the class alone, because the balanced member does and all of the above are functions of weights and
 gradients there. Nero (Liu et al., "Learning by Turning", arXiv:2102.07227) takes the same relative step, and projects
@@ -22,15 +23,33 @@ belongs to the mean of a, and at the balanced member the mean is close to the di
 gradient's component in this direction by 10 is a natural gradient for that rank-one part, for the price of one mean per
 row. Taking the component out altogether is gradient centralization (Yong et al., arXiv:2004.01461).
 
-Rows of one element (gains) and rows that are added (biases) are *single*: they have no direction, and are not centred.
-The rho_k of a gain is a tenth of its own magnitude, of a bias a tenth of the norm of the weights into the same unit.
-The other rows have at least a tenth of rho, single ones at least a hundredth of the root mean square norm of the
-others. A row of zeros counts as having rho, a single one as having a tenth of that norm.
+**What lr means with SGD.** A step of SGD without momentum has the relative length lr: s_k g_v is rho_k long (root mean
+square). Momentum mu adds gradients up: to 1 / (1 - mu) times their size if they are all the same, to 1 / sqrt(1 - mu^2)
+times it if they are independent. f(mu), the geometric mean of 1 - mu and sqrt(1 - mu^2), is right for both to within
+((1 + mu) / (1 - mu))^(1/4), which is 2.1 for 0.9.
 
-With SGD and ASGD sqrt(q_k) counts as at least 1e-5 rms_j(rho_j sqrt(q_j)) / rho_k, with the root mean square over all
-rows j. So a gradient that is rounding, as a bias before a batch norm has, does not make a full step. Weight decay is
-lr * weight_decay * w, without s_k, where it is decoupled or the base is SGD without momentum; elsewhere the base adds
-weight_decay * w / s_k to g_v, which enters its momentum or second moments.
+**What lr means with all others.** Their steps have a size of their own: Adam's first one moves every weight by lr.
+Relative steps keep that on average: with the first gradients,
+
+    log rho = sum_k |g_k| log rho_k / sum_k |g_k|,       |g_k| the sum of absolute values in row k,
+
+log(s_k) has the mean zero where the loss falls, by lr sum_k s_k |g_k| in a first step. Vectors that are rarely used
+have little weight in it, however many and large they are: an embedding drawn from N(0, 1) does not change the steps of
+all others. No row moves by less than a third of what the base would move it by; by more than three times of it move
+only rows that are three times as large as rho: those of such an embedding, or of a first layer that reads few values.
+
+**Rows of one element** (biases, gains) have no direction. They are not centred, and take the base's own steps, s_k = 1,
+unless the base is SGD or ASGD: then the rho_k of a gain is a tenth of its own magnitude, of a bias a tenth of the norm
+of the weights into the same unit. Rows of several elements that are added, as positions are, are not centred either.
+
+With SGD and ASGD a row has at least a tenth of the typical rho_k, the geometric mean over parameters of their root mean
+squares, and one of zeros has as much; rows of one element have at least a hundredth of the typical norm, and a bias
+without weights into its unit has a tenth of it. Elsewhere s_k = 1 for a row of zeros. sqrt(q_k) counts as at least
+1e-5 rms_j(rho_j sqrt(q_j)) / rho_k, with the root mean square over all rows j. So a gradient that is rounding, as a
+bias before a batch norm has, does not make a full step.
+
+Weight decay is lr * weight_decay * w, without s_k, where it is decoupled or the base is SGD without momentum; elsewhere
+the base adds weight_decay * w / s_k to g_v, which enters its momentum or second moments.
 """
 
 from __future__ import annotations
@@ -62,20 +81,17 @@ from lightning_ecopt.symmetry.coupling import NO_UNIT
 
 CENTRING = 0.9  # share of the mean that is taken out of the gradients of a row
 MEMORY = 0.99  # of the running second moments
-SINGLE = 0.1  # share of a full step that single rows take
-FLOOR = 0.1  # smallest magnitude of a row, relative to the mean of all
+SINGLE = 0.1  # share of a full step of SGD that rows of one element take
+FLOOR = 0.1  # smallest magnitude of a row for SGD, relative to the typical one
+LEAST = 1 / 3  # share of a step of the base's own size that a row takes
 FAINT = 1e-5  # relative size of gradients that are rounding
-SAVED = ("rho", "reference", "second", "weight")  # attributes in a checkpoint
+SAVED = ("rho", "second", "weight")  # vectors over rows in a checkpoint
+_State = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
 
-def _at_least_a_share(rho: Tensor, mean: Tensor) -> Tensor:
-    """Magnitudes that are at least ``FLOOR * mean``; rows of zeros have no magnitude of their own and get the mean."""
-    return torch.where(rho > 0, torch.maximum(rho, FLOOR * mean), mean)
-
-
-def _or_one(magnitude: Tensor) -> Tensor:
-    """A magnitude; 1 for zero, so that an optimizer all of whose weights are zero takes the base's own steps."""
-    return torch.where(magnitude > 0, magnitude, 1.0)
+def _at_least_a_share(rho: Tensor, typical: Tensor) -> Tensor:
+    """Magnitudes that are at least ``FLOOR * typical``; ``typical`` for rows of zeros, which have none of their own."""
+    return torch.where(rho > 0, torch.maximum(rho, FLOOR * typical), typical)
 
 
 def _look_at_gradients(
@@ -84,7 +100,7 @@ def _look_at_gradients(
     second: Tensor,
     weight: Tensor,
     size: Tensor,
-    single: Tensor,
+    uncentred: Tensor,
     whole: Tensor | None,
     present: Tensor | None,
     rho: Tensor | None,
@@ -98,8 +114,8 @@ def _look_at_gradients(
         second: running mean of mean(c**2) times ``weight``, so that q_k is ``second / weight``.
         weight: sum of the weights in the running mean, which tends to 1.
         size: number of elements of each row.
-        single: rows that are not centred.
-        whole: rows that are neither centred nor clipped; ``None`` if there are none.
+        uncentred: rows that are not centred.
+        whole: rows that are not clipped; ``None`` if there are none.
         present: rows that have a gradient; ``None`` if all have one.
         rho: rho_k; ``None`` if steps are not relative to gradients.
         tiny: lower bound of sqrt(q_k) in the quotient, so that it does not overflow.
@@ -109,8 +125,7 @@ def _look_at_gradients(
         ``rho``; and how many rows were clipped.
     """
     mean = sums / size
-    untouched = single if whole is None else single | whole
-    share = CENTRING * (~untouched).to(size)  # of the mean that is taken out: c = g - share mean(g)
+    share = CENTRING * (~uncentred).to(size)  # of the mean that is taken out: c = g - share mean(g)
     # Without another pass over the gradients:  mean(c**2) = mean(g**2) - mean(g)**2 (1 - (1 - share)**2)
     centred_square = (squares / size - mean.square() * (share * (2 - share))).clamp(min=0)
     centred_square = centred_square.nan_to_num(-1, -1)  # a gradient that is not finite leaves q_k as it is
@@ -130,6 +145,13 @@ def _look_at_gradients(
         faint = FAINT * (rho * deviation).square().mean().sqrt() / rho
         relative = rho / torch.maximum(deviation, faint).clamp(min=tiny)
     return second, weight, grad_scale, grad_shift, relative, is_clipped.sum()
+
+
+def _geometric_mean(squares: Tensor) -> Tensor:
+    """exp(mean(log(sqrt(x)))), a scalar, of a vector without its entries that are no positive numbers; or 1."""
+    known = squares > 0
+    logs = torch.where(known, squares, 1.0).log()
+    return (0.5 * logs.sum() / known.sum().clamp(min=1)).exp()
 
 
 class UnitRule:
@@ -171,9 +193,15 @@ class UnitRule:
         means = {name: mean.to(parameters[name].dtype) for name, mean in (means or {}).items()}
         self._second = (1 - MEMORY) * self._sums_and_squares(means)[1] / self._size
         self._weight = (self._second > 0).to(self.rows.dtype) * (1 - MEMORY)
-        self._next = (self._second, self._weight, self._clipped)  # taken over when the step succeeds
         weights = {name: local(parameter) for name, parameter in parameters.items()}
-        self._rho, self._reference = self._magnitudes(self._sums_and_squares(weights)[1])
+        self._rho = self._magnitudes(self._sums_and_squares(weights)[1])
+        self._uncentred = self.rows.single | self.rows.additive()
+        if self._whole is not None:
+            self._uncentred |= self._whole
+        #: rho, which the first gradients tell; and s_k of the rows whose steps are of the base's own size.
+        self._reference: Tensor | None = None
+        self._own: Tensor | None = None
+        self._next: _State = (self._second, self._weight, self._clipped, self._reference, self._own)
 
     name = "unit"
     needs_paths = False
@@ -195,7 +223,7 @@ class UnitRule:
             ValueError: if they are not.
         """
         rows = len(Rows(group.couplings, parameters))
-        if any(state[name].shape != (rows,) for name in ("rho", "second", "weight")):
+        if any(state[name].shape != (rows,) for name in SAVED):
             raise ValueError(
                 f"The checkpoint was made with {len(state['rho'])} rows of weights, this optimizer has {rows}: load it "
                 "into the network and the parameter groups that it was made with."
@@ -219,6 +247,9 @@ class UnitRule:
         rule = cls._make(setting)
         for name in SAVED:
             getattr(rule, f"_{name}").copy_(state[name])
+        if float(state["reference"]) > 0:  # 0 stands for one that no gradient has told yet
+            rule._reference = state["reference"].to(rule._rho)
+            rule._own = rule._own_scale(rule._reference)
         return rule
 
     @classmethod
@@ -235,53 +266,83 @@ class UnitRule:
         """Sums and sums of squares of all rows, ``[2, R]``; zero for tensors that are missing."""
         return self.rows.reduced(self.kernels, "sums_and_squares", tensors)
 
-    def _magnitudes(self, squares: Tensor) -> tuple[Tensor, Tensor]:
-        """rho_k ``[R]``, and rho, the root mean square of all elements of rows that are not single, a scalar.
+    def _magnitudes(self, squares: Tensor) -> Tensor:
+        """rho_k, ``[R]``.
 
         Args:
             squares: sums of squares of the weights of each row, ``[R]``.
         """
-        rows, one = self.rows, self._size.new_ones(1)
-        has_weights = bool((~rows.single).any())
-        counted = squares[~rows.single] if has_weights else one
-        rho = _or_one((counted.sum() / (self._size[~rows.single] if has_weights else one).sum()).sqrt())
-        mean_norm = _or_one(counted.mean().sqrt())
+        own = (squares / self._size).sqrt()
+        if self._linear is None:
+            return own
+        rows, counted = self.rows, ((squares > 0) & ~self.rows.single).to(squares)
+        total = rows.by_parameter(squares * counted)
+        typical = _geometric_mean(total / rows.by_parameter(self._size * counted))
+        typical_norm = _geometric_mean(total / rows.by_parameter(counted))
         units, additive = rows.units(), rows.additive()
         no_unit = int(units.max()) + 1 if len(rows) else 0  # a number for rows that lead into no unit
-        total = SegmentSum(torch.where(units == NO_UNIT, no_unit, units), no_unit + 1)
-        into_unit = total(torch.where(additive, 0.0, squares)).sqrt()
-        into_unit[no_unit] = mean_norm
-        single = torch.where(additive, into_unit[units], squares.sqrt())
-        of_rows = _at_least_a_share((squares / self._size).sqrt(), rho)
-        of_rows = torch.where(rows.single, SINGLE * _at_least_a_share(single, mean_norm), of_rows)
-        return of_rows if self._whole is None else torch.where(self._whole, self._of_whole(rho), of_rows), rho
+        into = SegmentSum(torch.where(units == NO_UNIT, no_unit, units), no_unit + 1)
+        into_unit = into(torch.where(additive, 0.0, squares)).sqrt()
+        into_unit[no_unit] = typical_norm
+        single = SINGLE * _at_least_a_share(torch.where(additive, into_unit[units], squares.sqrt()), typical_norm)
+        bounded = torch.where(rows.single, single, _at_least_a_share(own, typical))
+        return torch.where(self._linear, bounded, own)
 
-    def _of_whole(self, rho: Tensor) -> Tensor:
-        """rho_k of rows whose parameter is treated whole, so that s_k = rho_k / rho is the same for all of them."""
-        return rho
+    def _measured(self, gradients: Tensors) -> Tensor:
+        """rho, a scalar, from the first gradients; if they are zero, the geometric mean over rows."""
+        (mass,) = self.rows.reduced(self.kernels, "absolute_sums", gradients)
+        has_size = self._has_size()
+        mass = torch.where(has_size & mass.isfinite(), mass, 0.0)
+        mass = torch.where(mass.sum() > 0, mass / mass.sum(), has_size.to(mass))
+        log_rho = torch.where(has_size, self._rho, 1.0).log()
+        return ((mass * log_rho).sum() / mass.sum().clamp(min=self._tiny)).exp()
+
+    def _has_size(self) -> Tensor:
+        """Rows whose steps are of the base's own size, and scaled, ``bool[R]``."""
+        scaled = (self._rho > 0) & ~self.rows.single
+        for others in (self._linear, self._whole):
+            if others is not None:
+                scaled &= ~others
+        return scaled
+
+    def _own_scale(self, reference: Tensor) -> Tensor:
+        """s_k, ``[R]``; that of rows with linear steps has no meaning."""
+        return torch.where(self._has_size(), (self._rho / reference).clamp(min=LEAST), 1.0)
 
     @ordinary_tensors()
-    def reparametrization(self, weights: Tensors, gradients: Tensors, to_mean: Coefficient) -> Reparametrization:
+    def reparametrization(self, weights: Tensors, gradients: Tensors, to_step: Coefficient) -> Reparametrization:
         """The base steps at v = w / s_k, so that its step in v is s_k times as long in w."""
         self._moving = set(gradients)
         present = self.rows.present(gradients)
         if present is not None:
             present = self.rows.spread(present)
         sums, squares = self._sums_and_squares(gradients)
-        running = (self._second, self._weight, self._size, self.rows.single, self._whole)
+        running = (self._second, self._weight, self._size, self._uncentred, self._whole)
         rho = None if self._linear is None else self._rho
         second, weight, grad_scale, grad_shift, relative, clipped = self.kernels.run(
             _look_at_gradients, sums, squares, *running, present, rho, self._tiny
         )
-        self._next = (second, weight, self._clipped + clipped)
-        return Reparametrization(self._scale(relative, to_mean), grad_scale, grad_shift)
+        reference, own = self._reference, self._own
+        if own is None and gradients and not self._all_linear:
+            reference = self._measured(gradients)
+            own = self._own_scale(reference)
+        self._next = (second, weight, self._clipped + clipped, reference, own)
+        return Reparametrization(self._scale(relative, to_step, own), grad_scale, grad_shift)
 
-    def _scale(self, relative: Tensor | None, to_mean: Coefficient) -> Tensor:
-        """s_k, ``[R]``; ``relative`` is rho_k / sqrt(q_k), or ``None`` if no step is linear."""
+    def _scale(self, relative: Tensor | None, to_step: Coefficient, own: Tensor | None) -> Tensor:
+        """s_k, ``[R]``.
+
+        Args:
+            relative: rho_k / sqrt(q_k); ``None`` if no step is linear.
+            to_step: f(momentum).
+            own: s_k of rows whose steps are not linear; ``None`` if all are, or before the first gradients.
+        """
+        if own is None:  # all steps are linear, or there are no gradients
+            return torch.ones_like(self._rho) if relative is None else to_step * relative
         if relative is None:
-            return self._rho / self._reference
-        s = to_mean * relative
-        return s if self._all_linear else torch.where(self._linear, s, self._rho / self._reference)  # type: ignore[arg-type]
+            return own
+        assert self._linear is not None
+        return torch.where(self._linear, to_step * relative, own)
 
     def transform_gradients_(self, here: Reparametrization, gradients: Tensors) -> Callable[[], None]:
         """Centre and clip gradients in place; returns the way back."""
@@ -339,7 +400,7 @@ class UnitRule:
 
     def commit(self) -> None:
         """Take over the running second moments of the last step."""
-        self._second, self._weight, self._clipped = self._next
+        self._second, self._weight, self._clipped, self._reference, self._own = self._next
         self._steps += 1
 
     def to_weight_entries_(self, entries: StateEntries, weights: Tensors) -> None:
@@ -354,5 +415,6 @@ class UnitRule:
         return UnitStatistics(int(self._clipped) / max(1, self._steps * len(self._size)), dormant)
 
     def state_dict(self, entries: StateEntries) -> dict[str, Any]:
-        """``rho``, ``second`` and ``weight`` over the rows, ``[R]``, and the scalar ``reference``, which is rho."""
-        return {name: getattr(self, f"_{name}").clone() for name in SAVED}
+        """``rho``, ``second``, ``weight`` over the rows, ``[R]``; and rho, the scalar ``reference``, 0 if unknown."""
+        reference = self._rho.new_zeros(()) if self._reference is None else self._reference.clone()
+        return {"reference": reference, **{name: getattr(self, f"_{name}").clone() for name in SAVED}}

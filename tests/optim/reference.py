@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +63,8 @@ class Reference:
         assert all(bool((count == 1).all()) for count in covered.values())
         self.second = [0.0] * len(self.rows)  # running mean of |g|^2 / n
         self.seen = [0.0] * len(self.rows)  # sum of its weights
-        self.rho: list[float] = []  # from the first refresh on
+        self.rho: list[float] = []  # from the first refresh on, for SGD
+        self.own: list[float] = []  # root mean squares
         self.mean = math.nan
         self.state: dict[str, dict[str, Any]] = {name: {"step": 0} for name in self.parameters}
 
@@ -86,23 +87,46 @@ class Reference:
         """rho of all rows."""
         squares = [float(self.parameters[row.name].detach()[row.index].square().sum()) for row in self.rows]
         sizes = [self.parameters[row.name][row.index].numel() for row in self.rows]
-        proper = [k for k, row in enumerate(self.rows) if sizes[k] > 1 and not row.added]
-        self.mean = math.sqrt(sum(squares[k] for k in proper) / sum(sizes[k] for k in proper))
-        mean_norm = math.sqrt(sum(squares[k] for k in proper) / len(proper))
+        proper = [k for k in range(len(self.rows)) if sizes[k] > 1 and squares[k] > 0]
+        of_parameter: dict[str, list[int]] = {}
+        for k in proper:
+            of_parameter.setdefault(self.rows[k].name, []).append(k)
+
+        def typical(count: Callable[[list[int]], float]) -> float:
+            logs = [0.5 * math.log(sum(squares[k] for k in own) / count(own)) for own in of_parameter.values()]
+            return math.exp(sum(logs) / len(logs)) if logs else 1.0
+
+        usual, usual_norm = typical(lambda own: sum(sizes[k] for k in own)), typical(len)
 
         def bounded(own: float, usual: float) -> float:
             return max(own, 0.1 * usual) if own > 0 else usual
 
         for k, row in enumerate(self.rows):
-            if k in proper:
-                self.rho.append(bounded(math.sqrt(squares[k] / sizes[k]), self.mean))
+            self.own.append(math.sqrt(squares[k] / sizes[k]))
+            if sizes[k] > 1:
+                self.rho.append(bounded(math.sqrt(squares[k] / sizes[k]), usual))
             elif not row.added:
-                self.rho.append(0.1 * bounded(math.sqrt(squares[k]), mean_norm))
+                self.rho.append(0.1 * bounded(math.sqrt(squares[k]), usual_norm))
             elif row.unit is None:
-                self.rho.append(0.1 * mean_norm)
+                self.rho.append(0.1 * usual_norm)
             else:
                 into = [j for j, one in enumerate(self.rows) if one.unit == row.unit and not one.added]
-                self.rho.append(0.1 * bounded(math.sqrt(sum(squares[j] for j in into)), mean_norm))
+                self.rho.append(0.1 * bounded(math.sqrt(sum(squares[j] for j in into)), usual_norm))
+
+    def own_scale(self, k: int) -> float:
+        """s of a row whose step has a size of its own, by the first gradients."""
+        if math.isnan(self.mean):
+            mass, logs = 0.0, 0.0
+            for row, own in zip(self.rows, self.own, strict=True):
+                gradient = self.parameters[row.name].grad
+                if gradient is not None and gradient[row.index].numel() > 1 and own > 0:
+                    size = float(gradient[row.index].abs().sum())
+                    mass, logs = mass + size, logs + size * math.log(own)
+            self.mean = math.exp(logs / mass) if mass else 1.0
+        row, own = self.rows[k], self.own[k]
+        if self.parameters[row.name][row.index].numel() == 1 or own == 0:
+            return 1.0
+        return max(own / self.mean, 1 / 3)
 
     def step(self, base: Optimizer, options: Mapping[str, dict[str, Any]]) -> None:
         """One step with the options of each parameter."""
@@ -137,11 +161,11 @@ class Reference:
             v = self.second[k] / self.seen[k]
             if isinstance(base, SGD):
                 momentum, dampening = chosen["momentum"], chosen["dampening"]
-                rate = (1 - momentum) / (1 - dampening) if momentum else 1.0
+                rate = ((1 - momentum) * (1 - momentum**2) ** 0.5) ** 0.5 / (1 - dampening) if momentum else 1.0
                 s = rate * rho / max(math.sqrt(v), faint / rho)
                 direction = self._sgd(g + chosen["weight_decay"] * w / s, row, chosen, state)
             else:
-                s = rho / self.mean
+                s = self.own_scale(k)
                 if isinstance(base, AdamW):
                     w *= 1 - chosen["lr"] * chosen["weight_decay"]
                 else:

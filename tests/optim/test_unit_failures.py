@@ -223,7 +223,7 @@ def test_a_unit_without_gradients_stays_finite_and_where_it_is(base: str, dtype:
     # It comes to life, and is not thrown out of the network by it.
     train(module, optimizer, x, y, range(100, 101))
     moved = float((module[0].weight[2].detach() - before).norm() / before.norm())
-    assert 0 < moved <= (0.0051 if base == "momentum" else 0.1)
+    assert 0 < moved <= (0.0105 if base == "momentum" else 0.1)  # 0.209 lr with a momentum of 0.9
     train(module, optimizer, x, y, range(101, 110))
     assert finite(module)
 
@@ -302,10 +302,10 @@ def test_parameters_without_an_axis_take_a_tenth_of_a_step(dtype: torch.dtype) -
     scaling_group(start, x).balance_()
     optimizer = unit(module, x, lambda params: SGD(params, lr=0.05))
     losses = train(module, optimizer, x, y, range(1))
-    # The gain makes one unit of all outputs, so that the rows that lead into them count as one.
+    # The gain makes one unit of all outputs, so that the weights, and biases, that lead into them are one row each.
     hidden, outputs = (p.detach().square() for p in start.parameters() if p.ndim == 2)
-    squares = torch.cat([hidden.sum(1), outputs.sum()[None]])
-    floor = 0.1 * float(squares.mean().sqrt())
+    biases = start.net[-1].bias.detach().square()
+    floor = 0.1 * float(hidden.sum(1).mean() * outputs.sum() * biases.sum()) ** (1 / 6)  # of the typical norm
     for name, length in (("gain", None), ("net.1.weight", None), ("shift", 10 * floor)):
         before, now = start.get_parameter(name).detach(), module.get_parameter(name).detach()
         expected = max(abs(float(before)), floor) if length is None else length

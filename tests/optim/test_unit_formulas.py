@@ -170,30 +170,41 @@ def test_the_rate_of_sgd_is_the_relative_length_of_a_step(width: int, lr: float)
             before = start.get_parameter(name)
             ratio = (p - before).norm(dim=1) / before.norm(dim=1)
             torch.testing.assert_close(ratio, torch.full_like(ratio, lr), rtol=1e-11, atol=0)
-        else:  # a tenth of the norm of the weights into the same unit, or of the mean norm
+        else:  # a tenth of the norm of the weights into the same unit, or of the typical norm
             weight = start.get_parameter(name.replace("bias", "weight"))
-            rows = [q.square().sum(1) for q in start.parameters() if q.ndim == 2]
-            norm = torch.cat(rows).mean().sqrt() if name.startswith("4") else weight.norm(dim=1)
+            typical = torch.stack([q.square().sum(1).mean().log() for q in start.parameters() if q.ndim == 2])
+            norm = (0.5 * typical.mean()).exp() if name.startswith("4") else weight.norm(dim=1)
             moved = (p - start.get_parameter(name)).abs()
             torch.testing.assert_close(moved, (0.1 * lr * norm).expand_as(moved), rtol=1e-10, atol=0)
 
 
 @pytest.mark.parametrize(("momentum", "dampening"), [(0.0, 0.0), (0.9, 0.0), (0.8, 0.6)])
-def test_under_a_constant_gradient_the_rate_is_the_length_whatever_the_momentum(
+def test_the_rate_is_the_length_of_a_step_between_constant_and_independent_gradients(
     momentum: float, dampening: float
 ) -> None:
-    module, x, _ = problem(5, 6, 3)
-    gradients = {name: torch.randn_like(p) for name, p in module.named_parameters()}
-    optimizer = unit(module, x, lambda params: SGD(params, lr=1e-3, momentum=momentum, dampening=dampening), check=None)
-    only_refresh(optimizer)
-    magnitude = module[0].weight.detach().norm(dim=1)
-    for _ in range(240):
-        before = module[0].weight.detach().clone()
-        for name, p in module.named_parameters():
-            p.grad = gradients[name].clone()
-        optimizer.step()
-    moved = (module[0].weight.detach() - before).norm(dim=1)
-    torch.testing.assert_close(moved, 1e-3 * magnitude, rtol=1e-9, atol=0)
+    """Both are wrong by the same factor, in opposite directions, which is 1 without momentum."""
+    lengths = {}
+    for independent in (False, True):
+        module, x, _ = problem(4, 500, 8, 3)
+        optimizer = unit(
+            module, x, lambda params: SGD(params, lr=1e-3, momentum=momentum, dampening=dampening), check=None
+        )
+        only_refresh(optimizer)
+        magnitude = module[2].weight.detach().norm(dim=1)
+        ratios = []
+        generator = torch.Generator().manual_seed(0)
+        for step in range(200):
+            if independent or step == 0:
+                gradients = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in module.parameters()]
+            before = module[2].weight.detach().clone()
+            for p, gradient in zip(module.parameters(), gradients, strict=True):
+                p.grad = gradient.clone()
+            optimizer.step()
+            ratios.append((module[2].weight.detach() - before).norm(dim=1) / magnitude)
+        lengths[independent] = torch.stack(ratios[100:]).square().mean().sqrt() / 1e-3
+    factor = ((1 + momentum) / (1 - momentum)) ** 0.25
+    assert lengths[False] == pytest.approx(factor, rel=1e-5)
+    assert lengths[True] == pytest.approx(1 / factor, rel=0.05)  # clipping, and the spread of random numbers
 
 
 @pytest.mark.parametrize("base", ["sgd", "momentum", "amsgrad"])
