@@ -35,8 +35,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from grid import Contender, Grid, Task, add_grid_options, chosen_grid  # noqa: E402
-from training import Result, Run, train  # noqa: E402
+from grid import Contender, Grid, Task, add_grid_options, chosen_grid
+from training import Result, Run, train
 
 Results = Mapping[Run, Result]
 

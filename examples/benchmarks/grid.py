@@ -61,7 +61,6 @@ class Task:
         batch_size: images or windows of text in a step.
         epochs: passes over the training images; for text, ``steps`` instead.
         steps: number of steps; for images, ``epochs`` instead.
-        contenders: if they are not all of the grid's.
         rates: if they are not those of the grid.
 
     Raises:
@@ -73,7 +72,6 @@ class Task:
     batch_size: int
     epochs: int | None = None
     steps: int | None = None
-    contenders: list[str] | None = None
     rates: list[float] | None = None
 
     def __post_init__(self) -> None:
@@ -108,6 +106,7 @@ class Contender:
         plain: the contender that it is a form of; all seeds are trained at the best rate of that, too.
         default_rate: one rate for all tasks, at which all seeds are trained, too.
         rescaled: whether it is trained from a rescaled start, too.
+        tasks: names of those that it is trained on, if not on all.
         tier: contenders of lower tiers are run first, on all tasks.
     """
 
@@ -122,6 +121,7 @@ class Contender:
     plain: str | None = None
     default_rate: float | None = None
     rescaled: bool = False
+    tasks: list[str] | None = None
     tier: int = 1
 
 
@@ -167,18 +167,17 @@ class Grid:
         return grid
 
     def check(self, path: Path) -> None:
-        """Raises ValueError if a contender is named that there is not."""
-        for name, task in self.tasks.items():
-            unknown = set(task.contenders or ()) - set(self.contenders)
-            if unknown:
-                raise ValueError(f"{path}: task {name} names contenders that there are not: {sorted(unknown)}")
+        """Raises ValueError if a contender names a task or a contender that there is not."""
         for name, contender in self.contenders.items():
+            unknown = set(contender.tasks or ()) - set(self.tasks)
+            if unknown:
+                raise ValueError(f"{path}: contender {name} names tasks that there are not: {sorted(unknown)}.")
             if contender.plain is not None and contender.plain not in self.contenders:
                 raise ValueError(f"{path}: contender {name} is a form of {contender.plain}, which there is not.")
 
     def of(self, task: str) -> list[str]:
         """The contenders of a task."""
-        return self.tasks[task].contenders or list(self.contenders)
+        return [name for name, one in self.contenders.items() if one.tasks is None or task in one.tasks]
 
     def rates_of(self, task: str) -> list[float]:
         """The rates of a task, in ascending order."""

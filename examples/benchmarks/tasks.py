@@ -119,7 +119,7 @@ class Text:
 
 @functools.cache
 def load(folder: str, device: str, **arguments: Any) -> Data:
-    """The data of a task, from its arguments: of :func:`load_text` if there is a ``text``, else of :func:`load_images`."""
+    """The data of a task: :func:`load_text` of its arguments if there is a ``text``, else :func:`load_images`."""
     loader: Callable[..., Images | Text] = load_text if "text" in arguments else load_images
     data = loader(Path(folder), **arguments)
 

@@ -58,18 +58,26 @@ class Result:
     state_bytes: int
 
 
-def _sgd(net: nn.Module, example: Tensor, **options: Any) -> torch.optim.Optimizer:
-    return torch.optim.SGD(net.parameters(), **options)
+Base = Callable[..., torch.optim.Optimizer]
 
 
-def _adamw(net: nn.Module, example: Tensor, **options: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(net.parameters(), **options)
+def _of_parameters(kind: Base) -> Base:
+    return lambda net, example, **options: kind(net.parameters(), **options)
 
 
-BASES: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "sgd": _sgd,
-    "adamw": _adamw,
+def _of_module(kind: Base) -> Base:
+    return lambda net, example, **options: kind(net, **options)
+
+
+BASES: dict[str, Base] = {  # of a network, an example of its inputs, and options
+    "sgd": _of_parameters(torch.optim.SGD),
+    "adamw": _of_parameters(torch.optim.AdamW),
+    "muon": _of_module(peers.muon_adamw),
     "path_sgd": peers.PathSGD,
+    "lamb": _of_parameters(peers.LAMB),
+    "lars": _of_parameters(peers.LARS),
+    "nero": _of_parameters(peers.Nero),
+    "adam_mini": _of_module(peers.adam_mini),
 }
 
 
