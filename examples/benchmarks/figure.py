@@ -40,7 +40,7 @@ def plot(found: Mapping[str, Mapping[str, Outcome]], path: Path) -> None:
         metric = next(iter(outcomes.values())).metric
         best = max(max(outcome.searched.values(), default=-math.inf) for outcome in outcomes.values())
         limits = [metric.gain(best - SHOWN * metric.close), metric.gain(best + metric.close)]
-        axis.set(title=task, ylim=sorted(limits), ylabel=f"{metric.name}, {metric.unit}")
+        axis.set(title=task, ylim=sorted(limits), ylabel=f"validation {metric.name}, {metric.unit}")
     for axis in list(axes.flat)[len(found) :]:
         axis.set_axis_off()
     figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=min(6, len(handles)))

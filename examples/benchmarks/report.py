@@ -137,7 +137,8 @@ def comparison_rows(found: Found, pairs: Iterable[tuple[str, str]], of: Tests, o
         if known:
             count = {verdict: sum(one.verdict == verdict for one in known) for verdict in ("ahead", "behind")}
             summary = f"{count['ahead']} ahead, {count['behind']} behind of {len(known)}"
-            rows.append([f"{first} against {second}", *("" if d is None else d.text() for d in differences), summary])
+            name = first if first == second else f"{first} against {second}"
+            rows.append([name, *("" if d is None else d.text() for d in differences), summary])
     return rows
 
 
@@ -226,9 +227,8 @@ def readme_lines(grid: Grid, results: Results) -> list[str]:
         cells = [cell for form, plain in shown for cell in _readme_cells(grid, outcomes, form, plain)]
         if any(cells):
             rows.append([f"{task}, {grid.tasks[task].metric.unit}", *cells])
-    return table(header, rows) + [
-        sentence for form, plain in shown for sentence in _readme_sentence(found, form, plain)
-    ]
+    sentences = [line for form, plain in shown for line in _readme_sentence(found, form, plain)]
+    return table(header, rows) + sentences
 
 
 def _readme_cells(grid: Grid, outcomes: Mapping[str, Outcome], form: str, plain: str) -> list[str]:
@@ -250,15 +250,13 @@ def _readme_cells(grid: Grid, outcomes: Mapping[str, Outcome], form: str, plain:
 
 def _readme_sentence(found: Found, form: str, plain: str) -> list[str]:
     parts = []
-    for title, kind in (("at the rate of " + plain, "plain"), ("at its own best rate", "best")):
-        pairs = [
-            difference(o, form, plain, lambda outcome, kind=kind: outcome.tests(kind), best) for o in found.values()
-        ]
-        known = [one.verdict for one in pairs if one is not None]
+    kinds: dict[str, Tests] = {f"at the rate of {plain}": lambda o: o.tests("plain"), "at its own best rate": best}
+    for title, of in kinds.items():
+        differences = [difference(outcomes, form, plain, of, best) for outcomes in found.values()]
+        known = [one.verdict for one in differences if one is not None]
         if known:
-            parts.append(
-                f"{title} on {known.count('ahead')} and behind on {known.count('behind')} of {len(known)} tasks"
-            )
+            ahead, behind = known.count("ahead"), known.count("behind")
+            parts.append(f"{title} on {ahead} and behind on {behind} of {len(known)} tasks")
     ratios = list(width_ratios(found, form, plain).values())
     if not parts or not ratios:
         return []
@@ -276,9 +274,8 @@ def fill_readme(path: Path, lines: Iterable[str]) -> None:
     if text.count(MARKERS[0]) != 1 or text.count(MARKERS[1]) != 1:
         raise ValueError(f"{path} needs one line {MARKERS[0]} and, behind it, one line {MARKERS[1]}.")
     before, rest = text.split(MARKERS[0])
-    path.write_text(
-        "\n".join([before + MARKERS[0], "", *lines]).rstrip() + "\n\n" + MARKERS[1] + rest.split(MARKERS[1])[1]
-    )
+    block = "\n".join(lines).strip()
+    path.write_text(f"{before}{MARKERS[0]}\n\n{block}\n\n{MARKERS[1]}{rest.split(MARKERS[1])[1]}")
 
 
 # The whole -----------------------------------------------------------------------------------------------------------
@@ -291,14 +288,14 @@ def introduction(grid: Grid, results: Results, conditions: Iterable[str]) -> lis
     return [
         "Written by `report.py` from the lines of JSON that `accuracy.py` wrote; their docstrings say how.",
         "",
-        f"{len(results)} runs, {grid.seeds} seeds ({grid.search_seeds} of them to choose the rate), {hours:.1f} hours of "
-        f"one process; {where}.",
+        f"{len(results)} runs, {grid.seeds} seeds ({grid.search_seeds} of them to choose the rate), {hours:.1f} hours "
+        f"of one process; {where}.",
         "",
-        "± is half of a 95 % interval (Student's t over the seeds). *Rates within* is the largest over the smallest rate "
-        f"that is so close to the best validation score; *state* the memory of the optimizer's state; *steps to* the "
-        f"share of the steps after which the running training loss is down where {REFERENCE}'s ends (median). -M is "
-        "momentum 0.9, GC gradient centralization, *clip* clips the gradient's norm to 1; *current* is the rule without "
-        "balancing; the rescaled start has every hidden unit multiplied by exp(N(0, 1)).",
+        "± is half of a 95 % interval (Student's t over the seeds). *Rates within* is the largest over the smallest "
+        "rate that is so close to the best validation score; *state* the memory of the optimizer's state; *steps to* "
+        f"the share of the steps after which the running training loss is down where {REFERENCE}'s ends (median). SGD "
+        "has momentum 0.9 in all; GC is gradient centralization, *clip* clips the gradient's norm to 1; *current* is "
+        "the rule without balancing; the rescaled start has every hidden unit multiplied by exp(N(0, 1)).",
         "",
     ]
 
@@ -322,7 +319,7 @@ def write_report(grid: Grid, results_path: Path, folder: Path, name: str) -> Non
         lines += [
             "## Comparisons",
             "",
-            "Differences of test scores, in per cent or nats, *positive if the first is better*; **significantly ahead** "
+            "Differences of test scores, in per cent or nats, positive if the first is better; **significantly ahead** "
             "and *significantly behind* by Welch's test (p < 0.05); empty: not run.",
             "",
             *compared,
