@@ -1,8 +1,9 @@
 """Tables and a figure from the results of ``accuracy.py``::
 
-    python examples/benchmarks/report.py results.jsonl --out FOLDER --name RESULTS
+    python examples/benchmarks/report.py results.jsonl --out examples/benchmarks --readme README.md
 
-writes ``RESULTS.md`` and ``RESULTS.png``.
+writes ``RESULTS.md`` and ``RESULTS.png`` of whatever has been run so far, and the table between the two markers
+``<!-- accuracy -->`` and ``<!-- /accuracy -->`` of the README.
 """
 
 from __future__ import annotations
@@ -10,240 +11,328 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
-
-from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from accuracy import (
-    Grid,
-    Result,
-    Run,
-    add_grid_options,
-    best_rate,
-    chosen_grid,
-    read_results,
-    search,
+from accuracy import Results, read_results
+from figure import plot
+from grid import LOSS, Grid, Metric, add_grid_options, chosen_grid
+from outcomes import Difference, Interval, Outcome, geometric_mean, one_rate, outcomes_of
+
+MARKERS = ("<!-- accuracy -->", "<!-- /accuracy -->")
+REFERENCE = "AdamW"  # whose state and final training loss others are compared with
+OTHERS = (  # beside each form and its plain form
+    ("EC-SGD (units)", "AdamW"),
+    ("EC-SGD (units)", "Adam-mini"),
+    ("EC-SGD (units)", "EC-SGD (paths)"),
+    ("EC-SGD (units)", "SGD-M + GC"),
+    ("EC-AdamW (units)", "AdamW + GC"),
+    ("EC-SGD (units) + clip", "SGD-M + clip"),
+    ("EC-SGD (units)", "SGD-M + clip"),
+    ("EC-SGD (units) + clip", "AdamW + clip"),
+    ("EC-AdamW (units)", "AdamW + clip"),
 )
-
-CLOSE = 1.0  # per cent of accuracy that count as level with the best rate
-SIGNIFICANT = 0.05
-COMPARISONS = (
-    ("EC-SGD, path", "SGD"),
-    ("EC-SGD-M, path", "SGD-M"),
-    ("EC-AdamW, path", "AdamW"),
-    ("EC-SGD, unit", "SGD"),
-    ("EC-SGD-M, unit", "SGD-M"),
-    ("EC-SGD-M, unit", "SGD-M + GC"),
-    ("EC-AdamW, unit", "AdamW"),
-    ("EC-AdamW, unit", "AdamW + GC"),
+CLASS_OR_STEP = (
+    ("EC-SGD (units)", "EC-SGD (units, current)"),
+    ("EC-AdamW (units)", "EC-AdamW (units, current)"),
+    ("EC-SGD (units)", "LARS"),
+    ("EC-SGD (units)", "Nero"),
+    ("EC-AdamW (units)", "LAMB"),
 )
-SHOWN = ("SGD-M", "AdamW", "EC-SGD-M, path", "EC-SGD-M, unit", "EC-AdamW, unit")
+README_FORMS = ("EC-SGD (units)", "EC-AdamW (units)")
+
+Found = Mapping[str, Mapping[str, Outcome]]  # by task and contender
+Tests = Callable[[Outcome], list[float]]
 
 
-class Interval(NamedTuple):
-    """A mean and half of its 95 % interval, by Student's t."""
-
-    mean: float
-    half: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Interval:
-        if len(values) < 2:
-            return cls(values[0], math.nan)
-        half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-        return cls(statistics.mean(values), float(half))
-
-    def text(self, digits: int = 2) -> str:
-        half = "" if math.isnan(self.half) else f" ± {self.half:.{digits}f}"
-        return f"{self.mean:.{digits}f}{half}"
+def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    """A table in Markdown and an empty line."""
+    header = list(header)
+    lines = [header, ["---"] * len(header), *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines] + [""]
 
 
-class Outcome:
-    """What one contender reached on one task, or nothing yet."""
-
-    def __init__(self, grid: Grid, results: Mapping[Run, Result], task: str, contender: str) -> None:
-        runs = [r for r in results.values() if (r.run.task, r.run.contender) == (task, contender)]
-        plain = [r for r in runs if not r.run.scale]
-        self.by_rate, missing = search(grid, task, contender, results)
-        self.complete = not missing
-        if self.complete:
-            self.rate = best_rate(self.by_rate)
-            self.final = sorted((r for r in plain if r.run.rate == self.rate), key=lambda r: r.run.seed)
-            self.rescaled = [r for r in runs if r.run.scale and r.run.rate == self.rate]
-            self.complete = len(self.final) == grid.seeds
-
-    @property
-    def tests(self) -> list[float]:
-        return [result.test for result in self.final]
-
-    def width(self) -> float:
-        """Largest over smallest rate within ``CLOSE`` of the best, by interpolation between the logarithms of rates."""
-        points = [(math.log(rate), accuracy) for rate, accuracy in sorted(self.by_rate.items())]
-        level = max(accuracy for _, accuracy in points) - CLOSE
-        top = max(range(len(points)), key=lambda k: points[k][1])
-
-        def edge(direction: int) -> float:
-            k = top
-            while 0 <= k + direction < len(points) and points[k + direction][1] >= level:
-                k += direction
-            if not 0 <= k + direction < len(points):
-                return points[k][0]
-            (inside, high), (outside, low) = points[k], points[k + direction]
-            return inside + (outside - inside) * (high - level) / (high - low)
-
-        return math.exp(edge(1) - edge(-1))
-
-    def steps_to(self, target: float) -> float:
-        """Share of the steps, in per cent, after which the running training accuracy reached the target."""
-        shares = []
-        for result in self.final:
-            first = next((k + 1 for k, value in enumerate(result.curve) if value >= target), math.inf)
-            shares.append(100 * first / len(result.curve))
-        return statistics.median(shares)
+# One task ------------------------------------------------------------------------------------------------------------
 
 
-def compare(first: Sequence[float], second: Sequence[float]) -> str:
-    """Whether the first is ahead, behind or level, by Welch's test."""
-    if len(first) < 2 or len(second) < 2:
-        return "one seed"
-    p = float(stats.ttest_ind(first, second, equal_var=False).pvalue)
-    difference = statistics.mean(first) - statistics.mean(second)
-    verdict = "level" if not p < SIGNIFICANT else ("ahead" if difference > 0 else "behind")
-    return f"{verdict} ({difference:+.2f}, p = {p:.2g})"
-
-
-def task_table(outcomes: Mapping[str, Outcome], target: float) -> list[str]:
-    """The contenders of one task at their best rates."""
-    lines = [
-        "| contender | best rate | test accuracy, % | training loss | from a rescaled start, % "
-        f"| rates within {CLOSE:g} % | steps to {target:g} % |",
-        "|---|---|---|---|---|---|---|",
+def task_table(outcomes: Mapping[str, Outcome], metric: Metric) -> list[str]:
+    """The contenders of one task whose best rate is known."""
+    header = [
+        "contender",
+        "best rate",
+        f"test {metric.name}, {metric.unit}",
+        "at the plain form's best rate",
+        "at one rate for all",
+        "from a rescaled start",
+        f"rates within {metric.close:g} {metric.unit}",
+        "seconds",
+        f"state / {REFERENCE}'s",
+        f"steps to {REFERENCE}'s training loss",
     ]
-    for name, outcome in outcomes.items():
-        rescaled = Interval.of([r.test for r in outcome.rescaled]).text() if outcome.rescaled else ""
-        steps = outcome.steps_to(target)
-        lines.append(
-            f"| {name} | {outcome.rate:g} | {Interval.of(outcome.tests).text()} "
-            f"| {Interval.of([r.loss for r in outcome.final]).text(3)} | {rescaled} | factor {outcome.width():.1f} "
-            f"| {'not reached' if math.isinf(steps) else f'{steps:.0f} %'} |"
-        )
-    return lines
+    reference = outcomes.get(REFERENCE)
+    return table(header, [_task_row(name, o, reference) for name, o in outcomes.items() if o.runs()])
 
 
-def rate_table(outcomes: Mapping[str, Outcome]) -> list[str]:
-    """Mean validation accuracy at every rate."""
-    rates = sorted({rate for outcome in outcomes.values() for rate in outcome.by_rate})
-    lines = ["| contender | " + " | ".join(f"{rate:g}" for rate in rates) + " |", "|---|" + "---|" * len(rates)]
-    for name, outcome in outcomes.items():
-        best = max(outcome.by_rate.values())
-        values = [outcome.by_rate.get(rate) for rate in rates]
-        cells = ["" if v is None else f"**{v:.1f}**" if v == best else f"{v:.1f}" for v in values]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return lines
+def _task_row(name: str, outcome: Outcome, reference: Outcome | None) -> list[str]:
+    digits = outcome.metric.digits
+
+    def cell(kind: str, rescaled: bool = False, with_rate: bool = True) -> str:
+        tests = outcome.tests(kind, rescaled)
+        rate = f" (rate {outcome.rates[kind]:g})" if tests and with_rate else ""
+        return Interval.of(tests).text(digits) + rate if tests else ""
+
+    state = steps = ""
+    if reference is not None and reference.runs():
+        state = f"{outcome.mean('state_bytes') / reference.mean('state_bytes'):.2f}"
+        share = outcome.steps_to(reference.mean("loss"))
+        steps = "not reached" if math.isinf(share) else f"{share:.0f} %"
+    return [
+        name,
+        f"{outcome.rates['best']:g}",
+        cell("best", with_rate=False),
+        cell("plain"),
+        cell("default"),
+        cell("best", rescaled=True, with_rate=False),
+        f"factor {outcome.width():.1f}",
+        f"{outcome.mean('seconds'):.1f}",
+        state,
+        steps,
+    ]
 
 
-def comparison_table(all_outcomes: Mapping[str, Mapping[str, Outcome]]) -> list[str]:
-    """Every equivalent-class form against what it is the form of."""
-    lines = ["| | " + " | ".join(all_outcomes) + " |", "|---|" + "---|" * len(all_outcomes)]
-    for first, second in COMPARISONS:
-        cells = [
-            compare(outcomes[first].tests, outcomes[second].tests) if first in outcomes and second in outcomes else ""
-            for outcomes in all_outcomes.values()
-        ]
+def rate_table(outcomes: Mapping[str, Outcome], metric: Metric) -> list[str]:
+    """Mean validation score at every rate."""
+    shown = {name: outcome for name, outcome in outcomes.items() if outcome.by_rate}
+    rates = sorted({rate for outcome in shown.values() for rate in outcome.by_rate})
+    rows = []
+    for name, outcome in shown.items():
+        best = outcome.rates.get("best")
+        cells = [metric.text(outcome.by_rate[rate]) if rate in outcome.by_rate else "" for rate in rates]
+        rows.append([name, *(f"**{text}**" if rate == best else text for rate, text in zip(rates, cells, strict=True))])
+    return table(["contender", *(f"{rate:g}" for rate in rates)], rows)
+
+
+# Comparisons ---------------------------------------------------------------------------------------------------------
+
+
+def difference(
+    outcomes: Mapping[str, Outcome], first: str, second: str, of: Tests, of_second: Tests
+) -> Difference | None:
+    """``None`` if one of the two was not run."""
+    if first not in outcomes or second not in outcomes:
+        return None
+    tests = of(outcomes[first]), of_second(outcomes[second])
+    return Difference.of(*tests, outcomes[first].metric) if all(tests) else None
+
+
+def comparison_rows(found: Found, pairs: Iterable[tuple[str, str]], of: Tests, of_second: Tests) -> list[list[str]]:
+    """A row for each pair that has been run on some task: the differences, and on how many it is ahead and behind."""
+    rows = []
+    for first, second in pairs:
+        differences = [difference(outcomes, first, second, of, of_second) for outcomes in found.values()]
+        known = [one for one in differences if one is not None]
+        if known:
+            count = {verdict: sum(one.verdict == verdict for one in known) for verdict in ("ahead", "behind")}
+            summary = f"{count['ahead']} ahead, {count['behind']} behind of {len(known)}"
+            name = first if first == second else f"{first} against {second}"
+            rows.append([name, *("" if d is None else d.text() for d in differences), summary])
+    return rows
+
+
+def best(outcome: Outcome) -> list[float]:
+    """Test scores at its own best rate."""
+    return outcome.tests()
+
+
+def rescaled(outcome: Outcome) -> list[float]:
+    """Test scores from the rescaled start."""
+    return outcome.tests(rescaled=True)
+
+
+def forms(grid: Grid) -> list[tuple[str, str]]:
+    """Contenders and what they are forms of."""
+    return [(name, contender.plain) for name, contender in grid.contenders.items() if contender.plain is not None]
+
+
+def comparisons(grid: Grid, found: Found) -> list[str]:
+    """All comparisons, each a table under its heading."""
+    others = [*forms(grid), *OTHERS]
+    parts = [
+        ("At the plain form's best rate", forms(grid), lambda outcome: outcome.tests("plain"), best),
+        ("Each at its own best rate", others, best, best),
+        ("One rate for all tasks against the tuned plain form", forms(grid), lambda o: o.tests("default"), best),
+        ("Is it the class or the step? From the ordinary start", CLASS_OR_STEP, best, best),
+        ("Is it the class or the step? From the rescaled start", CLASS_OR_STEP, rescaled, rescaled),
+        ("What the rescaled start changes", [(n, n) for n, c in grid.contenders.items() if c.rescaled], rescaled, best),
+    ]
+    lines = []
+    for title, pairs, of, of_second in parts:
+        rows = comparison_rows(found, pairs, of, of_second)
+        if rows:
+            lines += [f"### {title}", "", *table(["", *found, "significant"], rows)]
+    return lines + width_lines(grid, found) + one_rate_lines(grid, found)
+
+
+def width_ratios(found: Found, first: str, second: str) -> dict[str, float]:
+    """Ratio of the ranges of good rates, by task."""
+    both = {task: (o.get(first), o.get(second)) for task, o in found.items()}
+    return {
+        task: one.width() / other.width()
+        for task, (one, other) in both.items()
+        if one is not None and other is not None and "best" in one.rates and "best" in other.rates
+    }
+
+
+def width_lines(grid: Grid, found: Found) -> list[str]:
+    """How much wider the range of good rates is than the plain form's."""
+    rows = []
+    for first, second in forms(grid):
+        ratios = width_ratios(found, first, second)
+        if ratios:
+            cells = [f"{ratios[task]:.2f}" if task in ratios else "" for task in found]
+            rows.append([f"{first} / {second}", *cells, f"{geometric_mean(list(ratios.values())):.2f}"])
+    return ["### Ratio of the ranges of good rates", "", *table(["", *found, "geometric mean"], rows)] if rows else []
+
+
+def one_rate_lines(grid: Grid, found: Found) -> list[str]:
+    """What each contender loses by one rate for all tasks, chosen afterwards."""
+    rows = []
+    for name in grid.contenders:
+        mine = [outcomes[name] for outcomes in found.values() if name in outcomes]
+        if len(mine) == len(found) and all("best" in outcome.rates for outcome in mine):
+            rate, lost = one_rate(grid, found, name)
+            if lost:
+                cells = [f"{lost[task]:.{outcomes[name].metric.digits}f}" for task, outcomes in found.items()]
+                rows.append([name, f"{rate:g}", *cells])
+    title = "### What the best single rate for all tasks loses against the best of each, on validation data"
+    return [title, "", *table(["", "rate", *found], rows)] if rows else []
+
+
+# The README ----------------------------------------------------------------------------------------------------------
+
+
+def readme_lines(grid: Grid, results: Results) -> list[str]:
+    """What stands between the markers of the README: a table of one line a task, and how often who is ahead."""
+    found = outcomes_of(grid, results)
+    shown = [(form, plain) for form, plain in forms(grid) if form in README_FORMS]
+    header = ["task"]
+    for form, plain in shown:
+        rate = grid.contenders[form].default_rate
+        header += [plain, f"{form}, same rate", "own best rate"] + ([f"always {rate:g}"] if rate is not None else [])
+    rows = []
+    for task, outcomes in found.items():
+        cells = [cell for form, plain in shown for cell in _readme_cells(grid, outcomes, form, plain)]
         if any(cells):
-            lines.append(f"| {first} against {second} | " + " | ".join(cells) + " |")
-    return lines
+            rows.append([f"{task}, {grid.tasks[task].metric.unit}", *cells])
+    sentences = [line for form, plain in shown for line in _readme_sentence(found, form, plain)]
+    return table(header, rows) + sentences
 
 
-def plot(all_outcomes: Mapping[str, Mapping[str, Outcome]], path: Path) -> None:
-    """Validation accuracy over the learning rate, one panel for each task."""
-    import matplotlib as mpl
+def _readme_cells(grid: Grid, outcomes: Mapping[str, Outcome], form: str, plain: str) -> list[str]:
+    kinds = ["plain", "best"] + (["default"] if grid.contenders[form].default_rate is not None else [])
+    tuned = outcomes[plain].tests() if plain in outcomes else []
+    metric = next(iter(outcomes.values())).metric
+    digits = metric.digits - (metric is not LOSS)
+    cells = [f"{Interval.of(tuned).mean:.{digits}f}" if tuned else ""]
+    for kind in kinds:
+        tests = outcomes[form].tests(kind) if form in outcomes else []
+        if not tests:
+            cells.append("")
+            continue
+        verdict = Difference.of(tests, tuned, metric).verdict if tuned else "level"
+        mark = {"ahead": "**", "behind": "*", "level": ""}[verdict]
+        cells.append(f"{mark}{Interval.of(tests).mean:.{digits}f}{mark}")
+    return cells
 
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
 
-    columns = min(4, len(all_outcomes))
-    rows = math.ceil(len(all_outcomes) / columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(3.6 * columns, 3 * rows), layout="constrained", squeeze=False)
-    for axis, (task, outcomes) in zip(axes.flat, all_outcomes.items(), strict=False):
-        names = SHOWN if set(SHOWN) & set(outcomes) else tuple(outcomes)
-        for number, name in enumerate(names):
-            if name in outcomes:
-                rates = outcomes[name].by_rate
-                style = "o--" if "EC" not in name else "o-"
-                axis.semilogx(list(rates), list(rates.values()), style, color=f"C{number}", label=name, markersize=3)
-        best = max(max(outcome.by_rate.values()) for outcome in outcomes.values())
-        axis.set(title=task, ylim=(best - 15, best + 1))
-    for axis in list(axes.flat)[len(all_outcomes) :]:
-        axis.set_axis_off()
-    handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
-    figure.supxlabel("learning rate")
-    figure.supylabel("validation accuracy, %")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+def _readme_sentence(found: Found, form: str, plain: str) -> list[str]:
+    parts = []
+    kinds: dict[str, Tests] = {f"at the rate of {plain}": lambda o: o.tests("plain"), "at its own best rate": best}
+    for title, of in kinds.items():
+        differences = [difference(outcomes, form, plain, of, best) for outcomes in found.values()]
+        known = [one.verdict for one in differences if one is not None]
+        if known:
+            ahead, behind = known.count("ahead"), known.count("behind")
+            parts.append(f"{title} on {ahead} and behind on {behind} of {len(known)} tasks")
+    ratios = list(width_ratios(found, form, plain).values())
+    if not parts or not ratios:
+        return []
+    width = f"its range of good rates is {geometric_mean(ratios):.1f} times as wide (geometric mean)"
+    return [f"{form} is significantly ahead of {plain} {', '.join(parts)}; {width}.", ""]
+
+
+def fill_readme(path: Path, lines: Iterable[str]) -> None:
+    """Put lines between the two markers.
+
+    Raises:
+        ValueError: if the file does not have them.
+    """
+    text = path.read_text()
+    if text.count(MARKERS[0]) != 1 or text.count(MARKERS[1]) != 1:
+        raise ValueError(f"{path} needs one line {MARKERS[0]} and, behind it, one line {MARKERS[1]}.")
+    before, rest = text.split(MARKERS[0])
+    block = "\n".join(lines).strip()
+    path.write_text(f"{before}{MARKERS[0]}\n\n{block}\n\n{MARKERS[1]}{rest.split(MARKERS[1])[1]}")
+
+
+# The whole -----------------------------------------------------------------------------------------------------------
+
+
+def introduction(grid: Grid, results: Results, conditions: Iterable[str]) -> list[str]:
+    """What was run, and how to read the tables."""
+    hours = sum(result.seconds for result in results.values()) / 3600
+    where = "; ".join(", ".join(f"{k} {v}" for k, v in json.loads(line).items()) for line in sorted(conditions))
+    return [
+        "Written by `report.py` from the lines of JSON that `accuracy.py` wrote; their docstrings say how.",
+        "",
+        f"{len(results)} runs, {grid.seeds} seeds ({grid.search_seeds} of them to choose the rate), {hours:.1f} hours "
+        f"of one process; {where}.",
+        "",
+        "± is half of a 95 % interval (Student's t over the seeds). *Rates within* is the largest over the smallest "
+        "rate that is so close to the best validation score; *state* the memory of the optimizer's state; *steps to* "
+        f"the share of the steps after which the running training loss is down where {REFERENCE}'s ends (median). SGD "
+        "has momentum 0.9 in all; GC is gradient centralization, *clip* clips the gradient's norm to 1; *current* is "
+        "the rule without balancing; the rescaled start has every hidden unit multiplied by exp(N(0, 1)).",
+        "",
+    ]
 
 
 def write_report(grid: Grid, results_path: Path, folder: Path, name: str) -> None:
-    """Write ``name.md`` and ``name.png`` of what is complete.
+    """Write ``name.md`` and ``name.png`` of what has been run, and say what is missing.
 
     Raises:
-        ValueError: if nothing is, or the file is not one of this benchmark's.
+        ValueError: if nothing has, or the file is not one of this benchmark's.
     """
     results = read_results(results_path)
-    found = {task: {name: Outcome(grid, results, task, name) for name in grid.of(task)} for task in grid.tasks}
-    complete = {
-        task: {name: outcome for name, outcome in outcomes.items() if outcome.complete}
-        for task, outcomes in found.items()
-    }
-    complete = {task: outcomes for task, outcomes in complete.items() if outcomes}
-    if not complete:
-        raise ValueError(f"{results_path} holds no complete contender of this grid: run the missing ones first.")
+    found = outcomes_of(grid, results)
+    if not any(outcome.runs() for outcomes in found.values() for outcome in outcomes.values()):
+        raise ValueError(f"{results_path} holds no complete search of this grid: run the missing ones first.")
     conditions = {
         line for line in results_path.read_text().splitlines() if line.strip() and "run" not in json.loads(line)
     }
-    lines = [
-        f"# {name.capitalize()} of the accuracy benchmark",
-        "",
-        "Written by `report.py` from the lines of JSON that `accuracy.py` wrote; their docstrings say how.",
-        "",
-        f"{len(results)} runs, {grid.seeds} seeds ({grid.search_seeds} of them to choose the rate), "
-        f"{sum(result.seconds for result in results.values()) / 3600:.1f} hours of one process; "
-        + "; ".join(", ".join(f"{k} {v}" for k, v in json.loads(line).items()) for line in sorted(conditions))
-        + ".",
-        "",
-        "± is half of a 95 % interval (Student's t over the seeds). *Rates within* is the largest over the smallest "
-        f"rate within {CLOSE:g} % of the best validation accuracy, *steps to* the share of the steps after which the "
-        "running training accuracy reached the number (median).",
-        "",
-    ]
-    if any(pair[0] in outcomes and pair[1] in outcomes for pair in COMPARISONS for outcomes in complete.values()):
+    lines = [f"# {name.capitalize()} of the accuracy benchmark", "", *introduction(grid, results, conditions)]
+    compared = comparisons(grid, found)
+    if compared:
         lines += [
-            f"Differences of test accuracy, in per cent; level means p >= {SIGNIFICANT:g} in Welch's test:",
+            "## Comparisons",
             "",
-            *comparison_table(complete),
+            "Differences of test scores, in per cent or nats, positive if the first is better; **significantly ahead** "
+            "and *significantly behind* by Welch's test (p < 0.05); empty: not run.",
             "",
+            *compared,
         ]
-    for task, outcomes in complete.items():
-        missing = [name for name, outcome in found[task].items() if not outcome.complete]
-        lines += [f"## {task}", "", *task_table(outcomes, grid.tasks[task].target), ""]
-        if missing:
-            lines += [f"Not run: {', '.join(missing)}.", ""]
-        lines += [
-            "Validation accuracy by learning rate (empty: not tried):",
-            "",
-            *rate_table(outcomes),
-            "",
-        ]
+    for task, outcomes in found.items():
+        metric = grid.tasks[task].metric
+        missing = [f"{contender} ({gap})" for contender, o in outcomes.items() if (gap := o.missing())]
+        lines += [f"## {task}", "", *task_table(outcomes, metric)]
+        lines += [f"Missing: {'; '.join(missing)}.", ""] if missing else []
+        lines += [f"Validation {metric.name} by learning rate, {metric.unit}:", "", *rate_table(outcomes, metric)]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.md").write_text("\n".join(lines))
-    plot(complete, folder / f"{name}.png")
+    plot(found, folder / f"{name}.png")
     print(f"Wrote {folder / name}.md and {name}.png")
 
 
@@ -253,10 +342,14 @@ def main() -> None:
     parser.add_argument("results", type=Path, help="file of JSON lines")
     parser.add_argument("--out", type=Path, default=Path(), help="folder to write to")
     parser.add_argument("--name", default="RESULTS", help="name of the two files")
+    parser.add_argument("--readme", type=Path, help="file with the two markers, to fill in the table")
     add_grid_options(parser)
     arguments = parser.parse_args()
     try:
-        write_report(chosen_grid(arguments), arguments.results, arguments.out, arguments.name)
+        grid = chosen_grid(arguments)
+        write_report(grid, arguments.results, arguments.out, arguments.name)
+        if arguments.readme is not None:
+            fill_readme(arguments.readme, readme_lines(grid, read_results(arguments.results)))
     except ValueError as error:
         parser.error(str(error))
 

@@ -1,0 +1,166 @@
+"""What the runs of the accuracy benchmark say of one contender on one task, and of two of them."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from accuracy import best_rate, compared_rates, gains, search
+from grid import Grid, Metric
+from scipy import stats
+from training import Result, Run
+
+SIGNIFICANT = 0.05
+KINDS = ("best", "plain", "default")  # of rates that are compared, as in accuracy.compared_rates
+
+
+class Interval(NamedTuple):
+    """A mean and half of its 95 % interval, by Student's t; NaN of one value."""
+
+    mean: float
+    half: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Interval:
+        if len(values) < 2:
+            return cls(values[0], math.nan)
+        half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+        return cls(statistics.mean(values), float(half))
+
+    def text(self, digits: int) -> str:
+        half = "" if math.isnan(self.half) else f" ± {self.half:.{digits}f}"
+        return f"{self.mean:.{digits}f}{half}"
+
+
+class Difference(NamedTuple):
+    """Mean gain of the first over the second, positive if it is better, and p of Welch's test (NaN of one seed)."""
+
+    gain: float
+    p: float
+    digits: int
+
+    @classmethod
+    def of(cls, first: Sequence[float], second: Sequence[float], metric: Metric) -> Difference:
+        gain = metric.gain(statistics.mean(first) - statistics.mean(second))
+        if len(first) < 2 or len(second) < 2:
+            return cls(gain, math.nan, metric.digits)
+        if statistics.pvariance(first) == statistics.pvariance(second) == 0:
+            return cls(gain, 1.0 if gain == 0 else 0.0, metric.digits)
+        return cls(gain, float(stats.ttest_ind(first, second, equal_var=False).pvalue), metric.digits)
+
+    @property
+    def verdict(self) -> str:
+        """``ahead``, ``behind`` or ``level``."""
+        if not self.p < SIGNIFICANT:
+            return "level"
+        return "ahead" if self.gain > 0 else "behind"
+
+    def text(self) -> str:
+        value = f"{self.gain:+.{self.digits}f}"
+        mark = {"ahead": "**", "behind": "*", "level": ""}[self.verdict]
+        p = "one seed" if math.isnan(self.p) else f"p = {self.p:.2g}"
+        return f"{mark}{value}{mark} ({p})"
+
+
+class Outcome:
+    """What one contender reached on one task, as far as it was run.
+
+    Attributes:
+        rates: that are compared, by kind; without ``best`` if its search is not over.
+        by_rate: validation scores of all rates that have all seeds of the search.
+        searched: gains of the rates that the search has tried.
+    """
+
+    def __init__(self, grid: Grid, results: Mapping[Run, Result], task: str, contender: str) -> None:
+        self.metric = grid.tasks[task].metric
+        self._runs = [r for r in results.values() if (r.run.task, r.run.contender) == (task, contender)]
+        self.searched, _ = search(grid, task, contender, results)
+        self.rates = compared_rates(grid, task, contender, results)
+        tried = sorted({result.run.rate for result in self._runs if not result.run.scale})
+        found = gains(grid, task, contender, tried, results)
+        self.by_rate = {rate: self.metric.gain(gain) for rate, gain in found.items()}
+        self.wants_rescaled = grid.contenders[contender].rescaled
+        self.seeds = grid.seeds
+        self._has_plain = grid.plain(task, contender) is not None
+
+    def runs(self, kind: str = "best", rescaled: bool = False) -> list[Result]:
+        """The runs at one of the compared rates, by seed."""
+        rate = self.rates.get(kind)
+        chosen = [r for r in self._runs if r.run.rate == rate and bool(r.run.scale) is rescaled]
+        return sorted(chosen, key=lambda result: result.run.seed)
+
+    def tests(self, kind: str = "best", rescaled: bool = False) -> list[float]:
+        """Test scores at one of the compared rates."""
+        return [result.test for result in self.runs(kind, rescaled)]
+
+    def missing(self) -> str:
+        """What has not been run, in words; empty if nothing."""
+        if not self._runs:
+            return "not run"
+        if "best" not in self.rates:
+            return "the search is not over"
+        wanted = {kind: len(self.tests(kind)) for kind in self.rates}
+        if self._has_plain and "plain" not in self.rates:
+            wanted["plain"] = 0
+        if self.wants_rescaled:
+            wanted["rescaled"] = len(self.tests(rescaled=True))
+        parts = [f"{kind} {number} of {self.seeds}" for kind, number in wanted.items() if number < self.seeds]
+        return f"seeds: {', '.join(parts)}" if parts else ""
+
+    def width(self) -> float:
+        """Largest over smallest rate that is close to the best, by interpolation between the logarithms of rates."""
+        points = [(math.log(rate), gain) for rate, gain in sorted(self.searched.items())]
+        level = max(gain for _, gain in points) - self.metric.close
+        top = max(range(len(points)), key=lambda k: points[k][1])
+
+        def edge(direction: int) -> float:
+            k = top
+            while 0 <= k + direction < len(points) and points[k + direction][1] >= level:
+                k += direction
+            if not 0 <= k + direction < len(points):
+                return points[k][0]
+            (inside, high), (outside, low) = points[k], points[k + direction]
+            return inside + (outside - inside) * (high - level) / (high - low)
+
+        return math.exp(edge(1) - edge(-1))
+
+    def steps_to(self, loss: float) -> float:
+        """Share of the steps, in per cent, after which the running training loss is down at ``loss`` (median)."""
+        shares = []
+        for result in self.runs():
+            reached = (k for k, value in enumerate(result.curve, 1) if value is not None and value <= loss)
+            shares.append(100 * next(reached, math.inf) / len(result.curve))
+        return statistics.median(shares)
+
+    def mean(self, name: str) -> float:
+        """Mean of a number of the runs at the best rate: ``seconds``, ``state_bytes`` or ``loss``."""
+        return statistics.mean(getattr(result, name) for result in self.runs())
+
+
+def outcomes_of(grid: Grid, results: Mapping[Run, Result]) -> dict[str, dict[str, Outcome]]:
+    """By task and contender."""
+    return {task: {name: Outcome(grid, results, task, name) for name in grid.of(task)} for task in grid.tasks}
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """Of positive numbers."""
+    return math.exp(statistics.mean(map(math.log, values)))
+
+
+def one_rate(grid: Grid, found: Mapping[str, Mapping[str, Outcome]], contender: str) -> tuple[float, dict[str, float]]:
+    """The rate that is best for all tasks together, and by how much it falls behind the best of each, on validation.
+
+    It is the one with the least largest loss, in units of what counts as close; of those tried on every task.
+    """
+    mine = {task: outcomes[contender] for task, outcomes in found.items() if contender in outcomes}
+    common = set.intersection(*(set(outcome.searched) for outcome in mine.values()))
+    lost = {
+        rate: {task: outcome.searched[rate] - max(outcome.searched.values()) for task, outcome in mine.items()}
+        for rate in common
+    }
+    if not lost:
+        return math.nan, {}
+    best = best_rate({rate: min(lost[rate][task] / mine[task].metric.close for task in mine) for rate in lost})
+    return best, lost[best]
