@@ -28,6 +28,7 @@ from lightning_ecopt.optim.arguments import check_base
 from lightning_ecopt.optim.between import StepWatch, step_watches
 from lightning_ecopt.optim.binding import parameters_of
 from lightning_ecopt.optim.options import Check, Options, RefreshInterval, Representative, RuleName, SkeletonChoice
+from lightning_ecopt.optim.rates import meaning
 from lightning_ecopt.steps import RULES
 from lightning_ecopt.symmetry import DeferredGroup, ScalingGroup
 from lightning_ecopt.symmetry.followers import Given, check_given
@@ -307,6 +308,8 @@ class EquivalentClassOptimization(Callback):
             usable |= optimizer.usable_units()
         needs_paths = any(RULES[optimizer.rule].needs_paths for optimizer in own)
         rank_zero_only(group.summary)(usable=usable, needs_paths=needs_paths, followers=own[0].followers)
+        for line in dict.fromkeys(meaning(optimizer.optimizer, optimizer.rule) for optimizer in own):
+            rank_zero_only(print)(line)
 
 
 class _Finder:

@@ -28,7 +28,7 @@ _Optimizer = TypeVar("_Optimizer", ECSGD, ECAdamW)
 
 
 def ec_sgd(
-    module: nn.Module, params: Params | None = None, *, lr: float = 1e-3, **options: Unpack[SGDArguments]
+    module: nn.Module, params: Params | None = None, *, lr: float = 0.05, **options: Unpack[SGDArguments]
 ) -> ECSGD:
     """EC-SGD for a module, to be returned from ``configure_optimizers``.
 
@@ -60,7 +60,7 @@ def ec_sgd(
 
 
 def ec_adamw(
-    module: nn.Module, params: Params | None = None, *, lr: float = 1e-3, **options: Unpack[AdamWArguments]
+    module: nn.Module, params: Params | None = None, *, lr: float = 3e-3, **options: Unpack[AdamWArguments]
 ) -> ECAdamW:
     """EC-AdamW for a module, to be returned from ``configure_optimizers``.
 

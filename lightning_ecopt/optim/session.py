@@ -20,6 +20,7 @@ from lightning_ecopt.optim.binding import NO_FREEDOMS, Binding, Network, Source,
 from lightning_ecopt.optim.calls import states_in
 from lightning_ecopt.optim.gradient_check import GradientCheck
 from lightning_ecopt.optim.options import Options
+from lightning_ecopt.optim.rates import mistaken_rate
 from lightning_ecopt.optim.stages import Idle, Ready, Resting, Running, Stage, Waiting
 from lightning_ecopt.optim.stepper import Stepper
 from lightning_ecopt.optim.writers import Writers
@@ -315,8 +316,16 @@ class Session:
                 self._balance(network.group, active, entries)
             setting = self.setting(network, alive)
             rule = RULES[self.options.rule].begin(setting, entries, before)
+            self._judge_rate(may_rise=before is None)
             self.stage = Idle(network, active) if rule is None else self.running(network, active, rule)
         self.steps_since_refresh, self.refresh_due = 0, False
+
+    def _judge_rate(self, may_rise: bool) -> None:
+        """Warn, once, of a rate that is far outside of the useful range."""
+        mistake = None if "lr" in self._named else mistaken_rate(self.base, self.options.rule, may_rise)
+        if mistake is not None:
+            self._named.add("lr")
+            self._warn_once(mistake)
 
     def _can_use(self, network: Network) -> bool:
         """Whether there is anything for the rule to do."""

@@ -1,0 +1,70 @@
+"""What the learning rate of a step in the equivalent-class space means, in words, and which rates are mistakes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch.optim import Adam, AdamW, Optimizer
+
+from lightning_ecopt.optim.bases import step_kinds
+from lightning_ecopt.steps.rule import StepKind
+
+#: Smallest and largest rate that trained any network that we tried, with a factor of three on both sides.
+_LINEAR_RANGE, _ADAM_RANGE = (1e-3, 3.0), (3e-5, 0.3)
+_MEANINGS: Mapping[StepKind, str] = {
+    "linear": "with the rule 'unit' the relative length of a step: of each row of weights, about this share changes",
+    "own size": "as {base} has it; rows of weights move in proportion to their size, by {base}'s step on average",
+    "whole": "as {base} has it; the step is taken at the balanced weights",
+}
+
+
+def meaning(base: Optimizer, rule: str) -> str:
+    """Say in one line what ``lr`` is, for the report.
+
+    Args:
+        base: the optimizer whose steps are taken.
+        rule: ``"unit"`` or ``"path"``.
+
+    Example::
+
+        meaning(torch.optim.AdamW(model.parameters(), lr=1e-3), "unit")
+        # lr = 0.001: as AdamW has it; rows of weights move in proportion to their size, by AdamW's step on average
+    """
+    rates = sorted({_rate(options) for options in base.param_groups})
+    shown = f"{rates[0]:g}" if len(rates) == 1 else f"{rates[0]:g} to {rates[-1]:g}"
+    if rule != "unit":
+        return f"lr = {shown}: as {type(base).__name__} has it, in values of basis paths"
+    kinds = dict.fromkeys(step_kinds(base).values())
+    return f"lr = {shown}: " + "; ".join(_MEANINGS[kind].format(base=type(base).__name__) for kind in kinds)
+
+
+def mistaken_rate(base: Optimizer, rule: str, may_rise: bool) -> str | None:
+    """Say what is wrong with a rate that is far outside of the useful range; ``None`` if no rate is.
+
+    Rates of zero are not judged, and the rate that a scheduler started from is, not what it has made of it.
+
+    Args:
+        base: the optimizer whose steps are taken.
+        rule: ``"unit"`` or ``"path"``.
+        may_rise: whether training has just begun, so that a rate may be small as yet: a finder of rates, a warm-up.
+    """
+    if rule != "unit":
+        return None
+    kinds = set(step_kinds(base).values())
+    smallest, largest = _LINEAR_RANGE if kinds == {"linear"} else _ADAM_RANGE
+    if kinds != {"linear"} and type(base) not in (Adam, AdamW):  # some have rates of 1, as Adadelta and Prodigy
+        return None
+    rates = map(_rate, base.param_groups)
+    wrong = [rate for rate in rates if rate > largest or (0 < rate < smallest and not may_rise)]
+    if not wrong:
+        return None
+    return (
+        f"lr = {wrong[0]:g} of {type(base).__name__} is far outside of the rates that train with the rule 'unit', "
+        f"{smallest:g} to {largest:g}. It is {meaning(base, rule).split(': ', 1)[1]}."
+    )
+
+
+def _rate(options: Mapping[str, Any]) -> float:
+    """The rate of a parameter group, without what a scheduler has made of it."""
+    return max(float(options[name]) for name in ("lr", "initial_lr", "max_lr") if name in options)
