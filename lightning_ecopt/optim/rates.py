@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from torch.optim import Adam, AdamW, Optimizer
 
@@ -39,30 +39,27 @@ def meaning(base: Optimizer, rule: str) -> str:
     return f"lr = {shown}: " + "; ".join(_MEANINGS[kind].format(base=type(base).__name__) for kind in kinds)
 
 
-def mistaken_rate(base: Optimizer, rule: str, may_rise: bool) -> str | None:
-    """Say what is wrong with a rate that is far outside of the useful range; ``None`` if no rate is.
+def mistaken_rate(base: Optimizer, rule: str) -> tuple[Literal["small", "large"], str] | None:
+    """Tell a rate that is far outside of the useful range; ``None`` if no rate is.
 
     Rates of zero are not judged, and the rate that a scheduler started from is, not what it has made of it.
 
-    Args:
-        base: the optimizer whose steps are taken.
-        rule: ``"unit"`` or ``"path"``.
-        may_rise: whether training has just begun, so that a rate may be small as yet: a finder of rates, a warm-up.
+    Returns:
+        On which side it is, and a message.
     """
-    if rule != "unit":
-        return None
     kinds = set(step_kinds(base).values())
-    smallest, largest = _LINEAR_RANGE if kinds == {"linear"} else _ADAM_RANGE
-    if kinds != {"linear"} and type(base) not in (Adam, AdamW):  # some have rates of 1, as Adadelta and Prodigy
+    if rule != "unit" or (kinds != {"linear"} and type(base) not in (Adam, AdamW)):  # others have rates of their own
         return None
-    rates = map(_rate, base.param_groups)
-    wrong = [rate for rate in rates if rate > largest or (0 < rate < smallest and not may_rise)]
+    smallest, largest = _LINEAR_RANGE if kinds == {"linear"} else _ADAM_RANGE
+    rates = [_rate(options) for options in base.param_groups]
+    wrong = [rate for rate in rates if rate > largest] or [rate for rate in rates if 0 < rate < smallest]
     if not wrong:
         return None
-    return (
+    message = (
         f"lr = {wrong[0]:g} of {type(base).__name__} is far outside of the rates that train with the rule 'unit', "
         f"{smallest:g} to {largest:g}. It is {meaning(base, rule).split(': ', 1)[1]}."
     )
+    return "large" if wrong[0] > largest else "small", message
 
 
 def _rate(options: Mapping[str, Any]) -> float:

@@ -86,6 +86,7 @@ class Session:
         self.steps_since_refresh = 0
         self.refresh_due = True
         self._named: set[Any] = set()  # what warnings have said: messages, state entries, identities of parameters
+        self._rate_is_judged = False
         self.surprises = 0
         self.has_stepped_plainly = False
         self.trained: list[Tensor] = []
@@ -316,16 +317,18 @@ class Session:
                 self._balance(network.group, active, entries)
             setting = self.setting(network, alive)
             rule = RULES[self.options.rule].begin(setting, entries, before)
-            self._judge_rate(may_rise=before is None)
+            self._judge_rate(has_begun=before is not None)
             self.stage = Idle(network, active) if rule is None else self.running(network, active, rule)
         self.steps_since_refresh, self.refresh_due = 0, False
 
-    def _judge_rate(self, may_rise: bool) -> None:
-        """Warn, once, of a rate that is far outside of the useful range."""
-        mistake = None if "lr" in self._named else mistaken_rate(self.base, self.options.rule, may_rise)
-        if mistake is not None:
-            self._named.add("lr")
-            self._warn_once(mistake)
+    def _judge_rate(self, has_begun: bool) -> None:
+        """Warn, once, of a rate that is far outside of the useful range; when training begins it may still be small."""
+        if self._rate_is_judged:
+            return
+        side, message = mistaken_rate(self.base, self.options.rule) or (None, "")
+        if side == "large" or (side == "small" and has_begun):
+            self._warn_once(message)
+        self._rate_is_judged = side != "small" or has_begun
 
     def _can_use(self, network: Network) -> bool:
         """Whether there is anything for the rule to do."""

@@ -336,6 +336,7 @@ class UnitDefinition(Definition):
     def _scales(self, gradients: dict[str, Tensor]) -> list[float]:
         """Centres and clips the gradients; s of every row."""
         rows = self.rows
+        rows.measure(gradients)
         for k, row in enumerate(rows.rows):
             if row.name not in gradients or self.base.is_whole:
                 continue
@@ -350,15 +351,17 @@ class UnitDefinition(Definition):
         if self.base.is_whole:
             return [1.0 for _ in rows.rows]
         if not isinstance(self.optimizer, optim.SGD | optim.ASGD):
-            return [rho / rows.mean for rho in rows.rho]
+            return [rows.own_scale(k) for k in range(len(rows.rows))]
         deviations = [math.sqrt(second / max(seen, 0.01)) for second, seen in zip(rows.second, rows.seen, strict=True)]
         relative = [(rho * deviation) ** 2 for rho, deviation in zip(rows.rho, deviations, strict=True)]
         faint = 1e-5 * math.sqrt(sum(relative) / len(relative))
-        momentum = {
-            id(p): options.get("momentum", 0.0) for options in self.optimizer.param_groups for p in options["params"]
+        factor = {
+            id(p): rows.momentum_factor({"momentum": 0.0, "dampening": 0.0, **options})
+            for options in self.optimizer.param_groups
+            for p in options["params"]
         }
         return [
-            (1 - momentum[id(self.moved[row.name])]) * rho / max(deviation, faint / rho)
+            factor[id(self.moved[row.name])] * rho / max(deviation, faint / rho)
             for row, rho, deviation in zip(rows.rows, rows.rho, deviations, strict=True)
         ]
 

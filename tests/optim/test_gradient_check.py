@@ -353,7 +353,7 @@ def test_another_loss_on_the_same_weights_tells_the_optimizer_that_rescales_them
     both = nn.Sequential(second, first)
     group = scaling_group(both, torch.randn(2, 6))
     one, two = (
-        EquivalentClassOptimizer(SGD(part.parameters(), lr=1e-4), group, refresh_interval=5) for part in (first, second)
+        EquivalentClassOptimizer(SGD(part.parameters(), lr=1e-3), group, refresh_interval=5) for part in (first, second)
     )
     data = batches()
 
