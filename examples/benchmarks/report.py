@@ -227,8 +227,12 @@ def readme_lines(grid: Grid, results: Results) -> list[str]:
         cells = [cell for form, plain in shown for cell in _readme_cells(grid, outcomes, form, plain)]
         if any(cells):
             rows.append([f"{task}, {grid.tasks[task].metric.unit}", *cells])
+    legend = (
+        f"Test scores, means of {grid.seeds} seeds. *Same rate*: at the plain form's best. **Bold**: significantly ahead "
+        f"of the plain form at its best rate, *italic*: behind (Welch's test, p < {SIGNIFICANT:g})."
+    )
     sentences = [line for form, plain in shown for line in _readme_sentence(found, form, plain)]
-    return table(header, rows) + sentences
+    return [*table(header, rows), legend, "", *sentences]
 
 
 def _readme_cells(grid: Grid, outcomes: Mapping[str, Outcome], form: str, plain: str) -> list[str]:
