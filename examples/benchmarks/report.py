@@ -228,8 +228,8 @@ def readme_lines(grid: Grid, results: Results) -> list[str]:
         if any(cells):
             rows.append([f"{task}, {grid.tasks[task].metric.unit}", *cells])
     legend = (
-        f"Test scores, means of {grid.seeds} seeds. *Same rate*: at the plain form's best. **Bold**: significantly ahead "
-        f"of the plain form at its best rate, *italic*: behind (Welch's test, p < {SIGNIFICANT:g})."
+        f"Test scores, means of {grid.seeds} seeds. *Same rate*: at the plain form's best. **Bold**: significantly "
+        f"ahead of the plain form at its best rate, *italic*: behind (Welch's test, p < {SIGNIFICANT:g})."
     )
     sentences = [line for form, plain in shown for line in _readme_sentence(found, form, plain)]
     return [*table(header, rows), legend, "", *sentences]

@@ -159,14 +159,14 @@ def test_seeds_that_are_missing_are_counted(grid: Grid) -> None:
 
 def test_the_readme_gets_its_table_between_two_markers(grid: Grid, tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
-    readme.write_text("Before\n\n<!-- accuracy -->\nold\n<!-- /accuracy -->\n\nBehind\n")
+    readme.write_text("Before\n\n<!-- accuracy -->\nstale\n<!-- /accuracy -->\n\nBehind\n")
     lines = report.readme_lines(grid, completed(grid))
     for _ in range(2):
         report.fill_readme(readme, lines)
     text = readme.read_text()
     assert text.startswith("Before\n\n<!-- accuracy -->\n\n| task | SGD-M | EC-SGD (units), same rate |")
     assert text.endswith("<!-- /accuracy -->\n\nBehind\n")
-    assert "old" not in text
+    assert "stale" not in text
     assert "| images, % | 90.0 | *87.5* | 90.0 | *87.7* |" in text
     assert "behind on 2 of 2 tasks" in text
     readme.write_text("<!-- accuracy -->")
