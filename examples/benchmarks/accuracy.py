@@ -12,7 +12,8 @@ may be run in as many sittings as it takes::
 
 FOLDER holds ``mnist.npz`` and ``cifar10.npz`` in Keras layout, or torchvision's copies, and ``tinyshakespeare.txt``.
 ``--scale full`` is the grid for a GPU, ``--grid settings.yaml`` the one by which the defaults of the path rule were
-chosen. ``--tasks`` and ``--contenders`` restrict a sitting to some of the grid's.
+chosen. ``--tasks`` and ``--contenders`` restrict a sitting to some of the grid's. A line names its task and its
+contender: begin a new file when what these names stand for has changed.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from accuracy import Results, read_results
 from figure import plot
 from grid import LOSS, Grid, Metric, add_grid_options, chosen_grid
-from outcomes import Difference, Interval, Outcome, geometric_mean, one_rate, outcomes_of
+from outcomes import SIGNIFICANT, Difference, Interval, Outcome, geometric_mean, one_rate, outcomes_of
 
 MARKERS = ("<!-- accuracy -->", "<!-- /accuracy -->")
 REFERENCE = "AdamW"  # whose state and final training loss others are compared with
@@ -227,8 +227,12 @@ def readme_lines(grid: Grid, results: Results) -> list[str]:
         cells = [cell for form, plain in shown for cell in _readme_cells(grid, outcomes, form, plain)]
         if any(cells):
             rows.append([f"{task}, {grid.tasks[task].metric.unit}", *cells])
+    legend = (
+        f"Test scores, means of {grid.seeds} seeds. *Same rate*: at the plain form's best. **Bold**: significantly "
+        f"ahead of the plain form at its best rate, *italic*: behind (Welch's test, p < {SIGNIFICANT:g})."
+    )
     sentences = [line for form, plain in shown for line in _readme_sentence(found, form, plain)]
-    return table(header, rows) + sentences
+    return [*table(header, rows), legend, "", *sentences]
 
 
 def _readme_cells(grid: Grid, outcomes: Mapping[str, Outcome], form: str, plain: str) -> list[str]:
@@ -293,9 +297,8 @@ def introduction(grid: Grid, results: Results, conditions: Iterable[str]) -> lis
         "",
         "± is half of a 95 % interval (Student's t over the seeds). *Rates within* is the largest over the smallest "
         "rate that is so close to the best validation score; *state* the memory of the optimizer's state; *steps to* "
-        f"the share of the steps after which the running training loss is down where {REFERENCE}'s ends (median). SGD "
-        "has momentum 0.9 in all; GC is gradient centralization, *clip* clips the gradient's norm to 1; *current* is "
-        "the rule without balancing; the rescaled start has every hidden unit multiplied by exp(N(0, 1)).",
+        f"the share of the steps after which the running training loss is down where {REFERENCE}'s ends (median). The "
+        "rescaled start has every hidden unit multiplied by exp(N(0, 1)).",
         "",
     ]
 
@@ -320,7 +323,9 @@ def write_report(grid: Grid, results_path: Path, folder: Path, name: str) -> Non
             "## Comparisons",
             "",
             "Differences of test scores, in per cent or nats, positive if the first is better; **significantly ahead** "
-            "and *significantly behind* by Welch's test (p < 0.05); empty: not run.",
+            f"and *significantly behind* by Welch's test (p < {SIGNIFICANT:g}); empty: not run. All SGD has momentum "
+            "0.9; GC is gradient centralization, *clip* clips the gradient's norm to 1, *current* is the rule without "
+            "balancing.",
             "",
             *compared,
         ]

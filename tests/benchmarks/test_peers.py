@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -21,21 +20,10 @@ from tests.networks import DenseNet, ResidualMLP, mlp, norm_cnn, plain_cnn
 from tests.selection import full
 
 pytestmark = full
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "benchmarks"))
 
-FILE = Path(__file__).parents[2] / "examples" / "benchmarks" / "peers.py"
-
-
-def _load() -> Any:
-    spec = importlib.util.spec_from_file_location("benchmark_peers", FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-peers = _load()
+import peers  # noqa: E402
+from peers import path_norms  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -579,7 +567,7 @@ def test_path_conditioning_finds_its_minimum_from_far_away() -> None:
 def test_path_conditioning_says_when_it_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(VECTORS)
     net, group, _ = rescaled(mlp(3, 6, 2), x)
-    monkeypatch.setattr(peers, "NEWTON_STEPS", 1)
+    monkeypatch.setattr(path_norms, "NEWTON_STEPS", 1)
     with pytest.raises(RuntimeError, match=r"no minimum in 1 steps: call group\.balance_\(\) first"):
         peers.path_condition_(net, x, group)
     with torch.no_grad():
