@@ -32,7 +32,7 @@ import yaml
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_ecopt import EquivalentClassOptimizer, scaling_group
+from lightning_ecopt import EquivalentClassOptimizer, scaling_group, set_skeleton_to_one_
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
@@ -80,7 +80,7 @@ class Contender:
         centralize: whether gradients are centralised (Yong et al., arXiv:2004.01461).
         enorm: whether ENorm follows each step.
         path_condition: whether the start is rescaled by PathCond.
-        unit_skeleton: whether the start has its diagonal weights set to one, as the authors of EC-SGD do.
+        unit_skeleton: whether the start has skeleton weights of one, as the authors of EC-SGD have.
         rescaled: whether it is trained from a rescaled start, too.
     """
 
@@ -218,16 +218,6 @@ def schedule(step: int, total: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - first) / max(1, total - first)))
 
 
-def set_unit_skeleton_(net: nn.Module) -> None:
-    """Set the diagonal of every weight, at the centre of the kernel, to one."""
-    with torch.no_grad():
-        for layer in net.modules():
-            if isinstance(layer, nn.Linear | nn.Conv2d):
-                outputs, inputs, *kernel = layer.weight.shape
-                number = torch.arange(max(outputs, inputs))
-                layer.weight[(number % outputs, number % inputs, *[torch.tensor(size // 2) for size in kernel])] = 1.0
-
-
 def train(run: Run, task: Task, contender: Contender, warmup: float, folder: str, device: torch.device) -> Result:
     """One run. It ends early where nothing was learned in the first third, or the loss is no number any more."""
     data = tasks.load(folder=folder, **task.data)
@@ -235,7 +225,7 @@ def train(run: Run, task: Task, contender: Contender, warmup: float, folder: str
     torch.manual_seed(run.seed)
     net = task.net()
     if contender.unit_skeleton:
-        set_unit_skeleton_(net)
+        set_skeleton_to_one_(scaling_group(net, data.train[0][:2]))
     generator = torch.Generator().manual_seed(run.seed)
     if run.scale:
         group = scaling_group(net, data.train[0][:2])
