@@ -69,7 +69,7 @@ class Run:
     """One training run.
 
     Args:
-        contender: one of :data:`CONTENDERS`.
+        contender: one of those of ``authors.py``.
         start: ``"torch"``, as torch initialises; ``"skeleton"``, then with skeleton weights of one.
         seed: of the weights and of the order of the images.
         epochs: passes over the training images.
