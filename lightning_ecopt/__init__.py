@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from lightning_ecopt.callback import EquivalentClassOptimization
     from lightning_ecopt.configure import ec_adamw, ec_sgd
     from lightning_ecopt.metrics import EquivalentClassDistance, InvarianceViolation, PathNorm, UnitImbalance
-    from lightning_ecopt.optim import ECSGD, ECAdamW, EquivalentClassOptimizer
+    from lightning_ecopt.optim import ECSGD, ECAdamW, EquivalentClassOptimizer, set_skeleton_to_one_
     from lightning_ecopt.symmetry import ScalingGroup, check_invariance, scaling_group
 
 __version__ = "0.1.0.dev0"
@@ -29,6 +29,7 @@ __all__ = [
     "ec_adamw",
     "ec_sgd",
     "scaling_group",
+    "set_skeleton_to_one_",
 ]
 
 # Whoever trains with plain PyTorch need not import Lightning.
@@ -48,5 +49,6 @@ __getattr__, __dir__ = lazy_names(
         "ec_adamw": "configure",
         "ec_sgd": "configure",
         "scaling_group": "symmetry",
+        "set_skeleton_to_one_": "optim",
     },
 )

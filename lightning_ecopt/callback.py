@@ -58,8 +58,9 @@ class EquivalentClassOptimization(Callback):
     training step is watched.
 
     Args:
-        rule: how a step is taken: ``"unit"``, relative to the unit that takes it, or ``"path"``, in the path
-            coordinates of the paper (EC-SGD).
+        rule: how a step is taken: ``"unit"``, relative to the unit that takes it; ``"path"``, in the path coordinates
+            of the paper (EC-SGD); or ``"paper"``, in these with all options as in the paper, see
+            :class:`~lightning_ecopt.EquivalentClassOptimizer`.
         refresh_interval: when weights are balanced (and skeleton weights chosen) again: every ``"epoch"``, after a
             number of steps, or never (``None``).
         representative: ``"balanced"``, or ``"current"`` to stay at the weights as they are (then what happens does not
@@ -131,6 +132,7 @@ class EquivalentClassOptimization(Callback):
             state_powers=state_powers,
             check=check,
             implementation=implementation,
+            defaults=DEFAULTS,
         )
         check_given(followers)
         self._given = followers

@@ -102,7 +102,7 @@ class Contender:
         centralize: whether gradients are centralised (Yong et al., arXiv:2004.01461).
         enorm: whether ENorm follows each step.
         path_condition: whether the start is rescaled by PathCond.
-        unit_skeleton: whether the start has its diagonal weights set to one, as the authors of EC-SGD do.
+        unit_skeleton: whether the start has skeleton weights of one, as the authors of EC-SGD have.
         plain: the contender that it is a form of; all seeds are trained at the best rate of that, too.
         default_rate: one rate for all tasks, at which all seeds are trained, too.
         rescaled: whether it is trained from a rescaled start, too.

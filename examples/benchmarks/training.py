@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
-from lightning_ecopt import EquivalentClassOptimizer, scaling_group
+from lightning_ecopt import EquivalentClassOptimizer, scaling_group, set_skeleton_to_one_
 
 POINTS = 20  # of a training curve
 LEARNED = 0.995  # of the loss of a guess; a run that is above it after a third of its steps is given up
@@ -143,22 +143,12 @@ def schedule(step: int, total: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - first) / max(1, total - first)))
 
 
-def set_unit_skeleton_(net: nn.Module) -> None:
-    """Set the diagonal of every weight, at the centre of the kernel, to one."""
-    with torch.no_grad():
-        for layer in net.modules():
-            if isinstance(layer, nn.Linear | nn.Conv2d):
-                outputs, inputs, *kernel = layer.weight.shape
-                number = torch.arange(max(outputs, inputs))
-                layer.weight[(number % outputs, number % inputs, *[torch.tensor(size // 2) for size in kernel])] = 1.0
-
-
 def start(run: Run, task: Task, contender: Contender, data: tasks.Data) -> nn.Module:
     """The network of a seed, rescaled by exp(N(0, scale^2)) unit by unit if the run says so."""
     torch.manual_seed(run.seed)
     net = task.net(data.outputs)
     if contender.unit_skeleton:
-        set_unit_skeleton_(net)
+        set_skeleton_to_one_(scaling_group(net, data.example.cpu()))
     if run.scale:
         group = scaling_group(net, data.example.cpu())
         generator = torch.Generator().manual_seed(1000 + run.seed)

@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from lightning_ecopt.optim.named import ECSGD, ECAdamW
 from lightning_ecopt.optim.optimizer import EquivalentClassOptimizer
+from lightning_ecopt.steps.path import set_skeleton_to_one_
 from lightning_ecopt.steps.rule import PathStatistics, UnitStatistics
 
-__all__ = ["ECSGD", "ECAdamW", "EquivalentClassOptimizer", "PathStatistics", "UnitStatistics"]
+__all__ = [
+    "ECSGD",
+    "ECAdamW",
+    "EquivalentClassOptimizer",
+    "PathStatistics",
+    "UnitStatistics",
+    "set_skeleton_to_one_",
+]

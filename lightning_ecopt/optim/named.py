@@ -68,7 +68,8 @@ class ECSGD(EquivalentClassOptimizer):
         maximize: whether to maximise the loss.
         foreach: whether torch's own step, where it is used, groups tensors.
         fused: whether torch's own step, where it is used, is its fused one.
-        rule: ``"unit"``, or ``"path"`` for the paper's path coordinates.
+        rule: ``"unit"``; ``"path"`` for the paper's path coordinates; or ``"paper"`` for these with all options as in
+            the paper, see :class:`~lightning_ecopt.EquivalentClassOptimizer`.
         refresh_interval: steps from one refresh to the next, or ``"epoch"`` for the first step of each epoch; ``None``
             if only :meth:`refresh` asks for it. The epoch is known in a Trainer: to the callback, and to ``ec_sgd``.
         representative: ``"balanced"``, or ``"current"`` to stay at the weights as they are.
@@ -154,7 +155,8 @@ class ECAdamW(EquivalentClassOptimizer):
         maximize: whether to maximise the loss.
         foreach: whether torch's own step, where it is used, groups tensors.
         fused: whether torch's own step, where it is used, is its fused one.
-        rule: ``"unit"``, or ``"path"`` for the paper's path coordinates.
+        rule: ``"unit"``; ``"path"`` for the paper's path coordinates; or ``"paper"`` for these with all options as in
+            the paper, see :class:`~lightning_ecopt.EquivalentClassOptimizer`.
         refresh_interval: steps from one refresh to the next, or ``"epoch"`` for the first step of each epoch; ``None``
             if only :meth:`refresh` asks for it. The epoch is known in a Trainer: to the callback, and to ``ec_sgd``.
         representative: ``"balanced"``, or ``"current"`` to stay at the weights as they are.

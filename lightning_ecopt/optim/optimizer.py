@@ -56,6 +56,9 @@ class EquivalentClassOptimizer(Optimizer):
       coordinate is ``free_start``. So learning rate, momentum and every other option keep their meaning; weight decay
       acts on path values (the basis-path regularisation of the paper). At skeleton weights momentum starts anew at a
       refresh. See :mod:`lightning_ecopt.steps.coordinates`.
+    - ``"paper"``: the paper's exact setting: short for ``rule="path", representative="current", skeleton="diagonal",
+      refresh_interval=None, max_path_ratio=None, free_start=1.0``, which the attributes show. Its authors start from
+      skeleton weights of one: call :func:`~lightning_ecopt.set_skeleton_to_one_` before, as no optimizer does.
 
     ``isinstance(optimizer, torch.optim.SGD)`` holds if the base is one. All methods do the same when they are called on
     what Fabric's ``setup`` or Lightning's ``self.optimizers()`` return. Every option is an attribute, too. A changed
@@ -71,14 +74,13 @@ class EquivalentClassOptimizer(Optimizer):
             parameters, and is called again when other parameters are to be trained; or ``None``, if the calls of
             modules that use the parameters are to be watched until the first step. Instead of a group it may be a
             :class:`~lightning_ecopt.symmetry.DeferredGroup`, which is found by then.
-        rule: ``"unit"`` or ``"path"``.
+        rule: ``"unit"``, ``"path"`` or ``"paper"``.
         refresh_interval: steps from one refresh to the next, or ``"epoch"`` for the first step of each epoch; ``None``
             if only :meth:`refresh` asks for it. The epoch is known in a Trainer: to the callback, and to ``ec_sgd``.
         representative: ``"balanced"``, or ``"current"`` to stay at the weights as they are. Only the first depends on
             the class alone; the second is the paper's own setting.
-        skeleton: how the rule ``"path"`` chooses skeleton weights: ``"max"`` takes the largest weights, ``"diagonal"``
-            is the paper's choice (unit i to unit i), for networks in which every unit has one weight tensor on each
-            side.
+        skeleton: how the rule ``"path"`` chooses skeleton weights: ``"max"`` takes the largest, ``"diagonal"`` is the
+            paper's choice (unit i to unit i), for networks whose units have one weight tensor on each side.
         max_path_ratio: the guard of the rule ``"path"``: in one step the coordinate of a free skeleton weight, and so
             the scale of a unit, changes by at most this factor and keeps its sign. ``None`` is the paper's rule.
         free_start: value at which the rule ``"path"`` starts the coordinates of free skeleton weights. It sets how fast

@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from numbers import Integral, Number, Real
 from typing import Any, Literal, TypedDict, TypeGuard, get_args
 
 from lightning_ecopt.common.tensors import listing
 from lightning_ecopt.kernels import Implementation
 
-RuleName = Literal["unit", "path"]
+RuleName = Literal["unit", "path", "paper"]
 Representative = Literal["balanced", "current"]
 SkeletonChoice = Literal["max", "diagonal"]
 RefreshInterval = Literal["epoch"] | int | None
 Check = Literal["gradient"] | None
+
+#: What ``rule="paper"`` stands for: the setting of Meng et al., arXiv:1802.03713, and of its authors' public code. They
+#: choose the skeleton weights once, unit i to unit i, and step in the values of the paths as these are, without bounds.
+#: With skeleton weights of one, which :func:`~lightning_ecopt.set_skeleton_to_one_` sets, a path starts at one, too.
+PAPER: Mapping[str, Any] = {
+    "rule": "path",
+    "refresh_interval": None,
+    "representative": "current",
+    "skeleton": "diagonal",
+    "max_path_ratio": None,
+    "free_start": 1.0,
+}
 
 
 @dataclass(frozen=True)
@@ -24,7 +36,8 @@ class Options:
 
     Args:
         rule: how a step is taken. ``"unit"``: relative to the unit that takes it. ``"path"``: in the path coordinates
-            of the paper.
+            of the paper. ``"paper"``: in the paper's exact setting, which is ``"path"`` with the options of
+            :data:`PAPER`; they become the fields, so that ``Options(rule="paper").rule`` is ``"path"``.
         refresh_interval: steps from one refresh to the next, or ``"epoch"`` for the first step of each epoch; ``None``
             if only ``refresh()`` asks for one. The epoch is known in a Trainer.
         representative: ``"balanced"`` moves weights to the balanced member of their class at each refresh, so that
@@ -43,9 +56,10 @@ class Options:
             :mod:`lightning_ecopt.optim.gradient_check`. ``None`` trusts the trace.
         implementation: how the step runs, which changes its speed alone; see
             :func:`lightning_ecopt.kernels.choose_kernels`.
+        defaults: values that nobody has chosen, where they are not those of the fields: ``"paper"`` replaces them.
 
     Raises:
-        ValueError: if an option is out of range.
+        ValueError: if an option is out of range, or contradicts ``rule="paper"``.
 
     Example::
 
@@ -61,6 +75,7 @@ class Options:
     state_powers: Mapping[str, int] | None = None
     check: Check = "gradient"
     implementation: Implementation = "auto"
+    defaults: InitVar[Options | None] = None
 
     @classmethod
     def of(cls, owner: type, **options: Any) -> Options:
@@ -74,7 +89,25 @@ class Options:
         except ValueError as error:
             raise ValueError(f"{owner.__name__}: {error}") from None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, defaults: Options | None) -> None:
+        self._check()
+        if self.rule == "paper":
+            self._become_the_papers(type(self)() if defaults is None else defaults)
+        # A copy, so that nothing gets in unchecked when the user changes his.
+        object.__setattr__(self, "state_powers", dict(self.state_powers or {}))
+
+    def _become_the_papers(self, defaults: Options) -> None:
+        # A command line gives all options, so that one with its default cannot be told from one that was not given.
+        for name, value in PAPER.items():
+            given = getattr(self, name)
+            if name != "rule" and given not in (value, getattr(defaults, name)):
+                raise ValueError(
+                    f"rule='paper' sets {name} to {value!r}, got {shown(given)}: leave {name} out, or give rule='path' "
+                    "and the options that you want"
+                )
+            object.__setattr__(self, name, value)
+
+    def _check(self) -> None:
         implementations = get_args(Implementation)
         if self.implementation not in implementations:
             raise ValueError(
@@ -82,8 +115,8 @@ class Options:
             )
         for name, kind in (("rule", RuleName), ("skeleton", SkeletonChoice), ("representative", Representative)):
             if getattr(self, name) not in get_args(kind):
-                allowed = " or ".join(map(repr, get_args(kind)))
-                raise ValueError(f"{name} must be {allowed}, got {shown(getattr(self, name))}")
+                *others, last = map(repr, get_args(kind))
+                raise ValueError(f"{name} must be {', '.join(others)} or {last}, got {shown(getattr(self, name))}")
         ratio, interval, start = self.max_path_ratio, self.refresh_interval, self.free_start
         if ratio is not None and not (_is_finite(ratio) and ratio > 1):
             raise ValueError(f"max_path_ratio must be a finite number greater than 1, or None, got {shown(ratio)}")
@@ -97,8 +130,6 @@ class Options:
             raise ValueError(f"check must be 'gradient' or None, got {shown(self.check)}")
         if not isinstance(self.state_powers or {}, Mapping):
             raise ValueError(f"state_powers must be a mapping, got {shown(self.state_powers)}")
-        # A copy, so that nothing gets in unchecked when the user changes his.
-        object.__setattr__(self, "state_powers", dict(self.state_powers or {}))
         for entry, power in self.degrees.items():
             if not _is_whole(power) or not -2 <= power <= 2:
                 raise ValueError(f"state_powers must be whole numbers from -2 to 2, got {shown(power)} for {entry!r}")
@@ -120,7 +151,8 @@ class Option:
 
     def __set__(self, optimizer: Any, value: Any) -> None:
         session = optimizer._session
-        session.options = Options.of(type(optimizer), **{**vars(session.options), self._name: value})
+        changed = {**vars(session.options), self._name: value}
+        session.options = Options.of(type(optimizer), **changed, defaults=session.options)
 
 
 class OptionArguments(TypedDict, total=False):

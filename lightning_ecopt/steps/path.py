@@ -24,6 +24,12 @@ from lightning_ecopt.steps.skeleton import Skeleton, choose_skeleton
 from lightning_ecopt.steps.state import WEIGHT_AVERAGE, StateEntries
 from lightning_ecopt.symmetry import ScalingGroup
 
+#: The way out where :func:`set_skeleton_to_one_` does not fit.
+NOT_PLAIN = (
+    "In the paper's networks each unit has one tensor of weights on each side. Leave out others with "
+    "group.without(units)."
+)
+
 
 class PathRule:
     """Turns a step of the base optimizer into one in path coordinates, from one refresh to the next.
@@ -236,3 +242,46 @@ class PathRule:
 def _free(here: Reparametrization) -> FreeWeights:
     assert here.free is not None  # the path rule made it
     return here.free
+
+
+@torch.no_grad()
+def set_skeleton_to_one_(group: ScalingGroup) -> None:
+    """Set the diagonal skeleton weights of a network to one: the start of Meng et al., arXiv:1802.03713.
+
+    Of a multi-layer perceptron with weights w1 ... wL these are w1[i, i], w2[i, i] ... and, in front of C outputs,
+    wL[i % C, i]; of a convolution they are at the centre of the kernel. All else stays as it was initialised. So the
+    authors' public code starts, for EC-SGD and for the SGD that it is compared with. **This changes the function of the
+    network**: call it before training. It is what ``rule="paper"`` is meant for, but any optimizer trains from there.
+
+    Args:
+        group: the scaling group of the network, whose weights are changed in place. Biases stay as they are.
+
+    Raises:
+        ValueError: if the network is not of the paper's kind: it has no units, some have no weight of two or more axes
+            on each side, some are in products of scales, or parameters are sharded. Then nothing has changed.
+
+    Example::
+
+        set_skeleton_to_one_(scaling_group(model, x))
+        optimizer = ec_sgd(model, lr=0.1, rule="paper")
+    """
+    if any(map(is_sharded, group.parameters.values())):
+        raise ValueError("set_skeleton_to_one_: the parameters are sharded. Call it before they are.")
+    usable = PathRule.usable_units(group)
+    if group.num_units == 0:
+        raise ValueError("set_skeleton_to_one_: the network has no units that can be rescaled, and so no skeleton.")
+    if not bool(usable.all()):
+        found = f"{int((~usable).sum())} of {group.num_units} units are in products of scales, or only normalised"
+        raise ValueError(f"set_skeleton_to_one_: {found}. {NOT_PLAIN}")
+    ones = {name: torch.ones_like(p, device="cpu") for name, p in group.parameters.items()}
+    try:
+        skeleton = choose_skeleton(group.couplings, ones, usable, "diagonal")
+    except ValueError:
+        raise ValueError(f"set_skeleton_to_one_: some units have no diagonal weight. {NOT_PLAIN}") from None
+    fixed, out = (skeleton.fixed_coupling, skeleton.fixed_index), (skeleton.out_coupling, skeleton.out_index)
+    for couplings, index in (fixed, out):
+        for number in couplings.unique().tolist():
+            coupling = group.couplings[number]
+            weight = coupling.view(group.parameters[coupling.parameter].detach())
+            places = index[couplings == number].to(weight.device)
+            weight[torch.unravel_index(places, weight.shape)] = 1.0

@@ -92,6 +92,8 @@ def choose_skeleton(
         active: ``bool[H]``, the units that are to have skeleton weights, all of them alive.
         rule: ``"max"``, or ``"diagonal"`` for the choice of Meng et al., arXiv:1802.03713: unit i to unit i at the
             centre of the kernel, for networks in which every unit has one incoming and one outgoing weight tensor.
+            Then magnitudes do not matter, and the first such element is taken: of ``Linear(784, 64)`` the 64 elements
+            ``[i, i]``, of ``Linear(64, 10)`` the 64 elements ``[i % 10, i]``, as in the authors' code.
 
     Raises:
         ValueError: if the rule is unknown, or the diagonal one does not fit the network.
@@ -101,14 +103,14 @@ def choose_skeleton(
     active = active.cpu()
     weights = [coupling.view(parameters[coupling.parameter].detach()) for coupling in couplings]
     if rule == "diagonal":
-        weights = [_keep_diagonal(c, w) for c, w in zip(couplings, weights, strict=True)]
+        weights = [_diagonal(c, w) for c, w in zip(couplings, weights, strict=True)]
     incoming = _grow([(c.outgoing, c.incoming, c.additive, w) for c, w in zip(couplings, weights, strict=True)], active)
     outgoing = _grow([(c.incoming, c.outgoing, c.additive, w) for c, w in zip(couplings, weights, strict=True)], active)
     missing = active & ~(incoming.reached & outgoing.reached)
     if bool(missing.any()):
         why = (
             "The diagonal choice needs non-zero diagonals and one weight tensor on each side of every unit: use "
-            "skeleton='max'."
+            "rule='path' with skeleton='max'."
             if rule == "diagonal"
             else "Only units that are alive can be active."
         )
@@ -217,14 +219,17 @@ def _at(ids: Tensor, places: np.ndarray, shape: Sequence[int]) -> np.ndarray:
     return ids.numpy()[tuple(axis if size > 1 else 0 * axis for axis, size in zip(axes, ids.shape, strict=True))]
 
 
-def _keep_diagonal(coupling: Coupling, weight: Tensor) -> Tensor:
-    """Leave only the elements from channel i to channel i at the centre of the kernel."""
-    if coupling.additive or weight.ndim < 2:
-        return torch.zeros_like(weight)
-    outputs, inputs, *kernel = weight.shape
+def _diagonal(coupling: Coupling, weight: Tensor) -> Tensor:
+    """One for the elements from channel i to channel i at the centre of the kernel, unless they are zero; else zero.
+
+    Where there are more channels on one side than on the other, the other's are counted again from the first.
+    """
     mask = torch.zeros_like(weight)
+    if coupling.additive or weight.ndim < 2:
+        return mask
+    outputs, inputs, *kernel = weight.shape
     number = torch.arange(max(outputs, inputs), device=weight.device)
     centre = [number.new_tensor(size // 2) for size in kernel]
     place = [number % outputs, number % inputs, *centre]
     mask[tuple(place)] = 1
-    return weight * mask
+    return mask * (weight != 0)

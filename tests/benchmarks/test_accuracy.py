@@ -246,17 +246,6 @@ def test_the_schedule_warms_up_and_ends_at_zero() -> None:
     assert 0 < factors[-1] < 1e-3
 
 
-def test_the_unit_skeleton_is_the_diagonal() -> None:
-    net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(3, 5))
-    before = [p.detach().clone() for p in net.parameters()]
-    training.set_unit_skeleton_(net)
-    conv, linear = net[0].weight, net[2].weight
-    assert [conv[i, i % 2, 1, 1].item() for i in range(3)] == [1.0] * 3
-    assert [linear[i, i % 3].item() for i in range(5)] == [1.0] * 5
-    changed = sum(int((p != old).sum()) for p, old in zip(net.parameters(), before, strict=True))
-    assert changed == 8
-
-
 def test_gradients_are_centralized_and_clipped() -> None:
     net = nn.Linear(4, 3)
     x = torch.randn(2, 4)

@@ -143,6 +143,33 @@ def test_the_printed_configuration_shows_the_callback_and_can_be_run(
     assert same(weights(cli("fit", "--config", str(path)).model), _expected(rule))
 
 
+PAPER: dict[str, Any] = {
+    "rule": "path",
+    "refresh_interval": None,
+    "representative": "current",
+    "skeleton": "diagonal",
+    "max_path_ratio": None,
+    "free_start": 1.0,
+}
+
+
+def test_the_papers_setting_has_one_word_that_a_printed_configuration_keeps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [f"--trainer.callbacks+={NAME}", "--trainer.callbacks.rule=paper", "--trainer.callbacks.verbose=false"]
+    with pytest.raises(SystemExit):
+        cli("fit", *QUIET, *flags, "--print_config")
+    path = tmp_path / "printed.yaml"
+    path.write_text(capsys.readouterr().out)  # with the defaults of all other options
+    made = cli("fit", "--config", str(path))
+    optimizer = made.trainer.optimizers[0]
+    assert {name: getattr(optimizer, name) for name in PAPER} == PAPER
+    module = Pipeline()
+    fit(module, EquivalentClassOptimization(**PAPER, verbose=False))
+    assert same(weights(made.model), weights(module))
+    assert not same(weights(made.model), _expected("path"))
+
+
 @pytest.mark.parametrize(
     "option", ["rule=paths", "refresh_interval=often", "skeleton=none", "max_path_ratio=wide", "max_path_ratio=0.5"]
 )
@@ -191,6 +218,13 @@ def test_an_optimizer_by_name_is_bound_by_the_first_step(rule: str) -> None:
     made = named("fit", *QUIET, *NAMED, f"--optimizer.rule={rule}", "--optimizer.refresh_interval=3")
     assert type(made.trainer.optimizers[0]) is ECSGD
     assert same(weights(made.model), _in_code(3, rule))
+
+
+def test_an_optimizer_by_name_takes_the_word_for_the_papers_setting() -> None:
+    optimizer = named("fit", *QUIET, *NAMED, "--optimizer.rule=paper").trainer.optimizers[0]
+    assert {name: getattr(optimizer, name) for name in PAPER} == PAPER
+    with pytest.raises(ValueError, match=r"rule='paper' sets free_start to 1\.0, got 3\.0"):
+        named("fit", *QUIET, *NAMED, "--optimizer.rule=paper", "--optimizer.free_start=3.0")
 
 
 def test_an_optimizer_by_name_is_bound_by_the_callback_and_keeps_its_options() -> None:

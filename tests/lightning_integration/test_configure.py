@@ -234,7 +234,7 @@ def test_the_module_stays_as_it_is_when_the_optimizer_cannot_be_made(
         make(net, lr=-1.0)
     with pytest.raises(ValueError, match="pass the module that owns all of them"):
         make(net, mlp(seed=1).parameters(), lr=0.1)
-    with pytest.raises(ValueError, match="rule must be 'unit' or 'path'"):
+    with pytest.raises(ValueError, match="rule must be 'unit', 'path' or 'paper'"):
         make(net, lr=0.1, rule="none")
     with pytest.raises(ValueError, match="skeleton must be 'max' or 'diagonal'"):
         make(net, lr=0.1, skeleton="none")

@@ -270,7 +270,7 @@ def test_two_optimizers_leave_the_units_that_touch_both_alone(rule: str) -> None
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rule": "paths"}, "rule must be 'unit' or 'path', got 'paths'"),
+        ({"rule": "paths"}, "rule must be 'unit', 'path' or 'paper', got 'paths'"),
         ({"skeleton": "min"}, "skeleton must be 'max' or 'diagonal', got 'min'"),
         ({"representative": "first"}, "representative must be 'balanced' or 'current', got 'first'"),
         ({"max_path_ratio": 1.0}, "max_path_ratio must be a finite number greater than 1, or None, got 1.0"),

@@ -7,14 +7,27 @@ the paths along the diagonals, and for every other weight the path that contains
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_ecopt import EquivalentClassOptimizer, scaling_group
-from tests.networks import mlp
+from lightning_ecopt import ECSGD, ECAdamW, EquivalentClassOptimizer, ec_adamw, ec_sgd, scaling_group
+from lightning_ecopt import set_skeleton_to_one_ as set_to_one_
+from tests.networks import mlp, norm_cnn
+from tests.optim.training import problem, train
 from tests.selection import few
+
+#: What ``rule="paper"`` stands for.
+SETTING: dict[str, Any] = {
+    "rule": "path",
+    "refresh_interval": None,
+    "representative": "current",
+    "skeleton": "diagonal",
+    "max_path_ratio": None,
+    "free_start": 1.0,
+}
 
 Path = tuple[tuple[int, int, int], ...]  # layer, output, input of the weights on it
 
@@ -107,16 +120,8 @@ def test_training_agrees_with_the_papers_own_algorithm(layers: int, momentum: fl
     y = torch.randn(16, width, dtype=torch.float64)
     group = scaling_group(module, x)
     assert group.dimension == len(paths)
-    optimizer = EquivalentClassOptimizer(
-        torch.optim.SGD(module.parameters(), lr=lr, momentum=momentum),
-        group,
-        rule="path",
-        refresh_interval=None,
-        representative="current",
-        skeleton="diagonal",
-        max_path_ratio=None,
-        free_start=1.0,
-    )
+    base = torch.optim.SGD(module.parameters(), lr=lr, momentum=momentum)
+    optimizer = EquivalentClassOptimizer(base, group, rule="paper")
     start = path_values(linear_weights(module), paths)
     for _ in range(50):
         optimizer.zero_grad()
@@ -134,3 +139,216 @@ def test_training_agrees_with_the_papers_own_algorithm(layers: int, momentum: fl
         assert all(float(weight[i, i]) == 1.0 for weight in linear_weights(module)[:-1])
         assert all(float(weight[i, i]) == 1.0 for weight in literal.weights[1:])
     assert not torch.equal(module[0].weight, literal_module[0].weight)
+
+
+class MatrixECSGD:
+    """The same algorithm with a matrix for each layer, as in the authors' experiment: H hidden units in every layer.
+
+    The skeleton weights are the diagonals, and in the last layer those from unit i to output i modulo the number of
+    outputs. All but the first layer's stay one, so that these are the values of the H paths along the skeleton.
+    """
+
+    def __init__(self, weights: list[Tensor], lr: float) -> None:
+        self.weights, self.lr, self.units = weights, lr, torch.arange(len(weights[0]))
+        self.masks = []
+        for weight in weights:
+            mask = torch.zeros_like(weight)
+            mask[self.units % len(weight), self.units] = 1
+            self.masks.append(mask)
+
+    def step(self, gradients: list[Tensor]) -> None:
+        value = self.weights[0][self.units, self.units].clone()
+        slope = gradients[0][self.units, self.units] * value
+        for weight, gradient, mask in zip(self.weights[1:], gradients[1:], self.masks[1:], strict=True):
+            slope -= (weight * gradient * (1 - mask)).sum(0)
+        ratio = 1 - self.lr * slope / value**2
+        self.weights[0] -= self.lr * gradients[0] * (1 - self.masks[0])
+        self.weights[0][self.units, self.units] = value * ratio
+        for weight, gradient, mask in zip(self.weights[1:], gradients[1:], self.masks[1:], strict=True):
+            moved = (weight - self.lr * gradient / value**2) / ratio
+            weight.copy_(torch.where(mask == 1, weight, moved))
+
+
+def test_training_agrees_with_the_authors_network_and_start() -> None:
+    torch.manual_seed(0)
+    module = mlp(9, 5, 5, 5, 3, bias=False).double()
+    x = torch.randn(16, 9, dtype=torch.float64)
+    y = torch.randint(0, 3, (16,))
+    set_to_one_(scaling_group(module, x))
+    other = copy.deepcopy(module)
+    literal = MatrixECSGD(linear_weights(other), 0.05)
+    optimizer = ec_sgd(module, lr=0.05, rule="paper")
+    before = module(x).detach()
+    for _ in range(50):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(module(x), y).backward()
+        optimizer.step()
+        loss = nn.functional.cross_entropy(other(x), y)
+        literal.step(list(torch.autograd.grad(loss, list(other.parameters()))))
+        torch.testing.assert_close(module(x), other(x), rtol=1e-10, atol=1e-10)
+    assert float((module(x).detach() - before).abs().max()) > 0.5
+
+
+# One word for the setting ---------------------------------------------------------------------------------------------
+
+
+def _attributes(optimizer: Any) -> dict[str, Any]:
+    return {name: getattr(optimizer, name) for name in SETTING}
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("make", [ECSGD, ECAdamW, ec_sgd, ec_adamw, "wrapper"])
+def test_one_word_trains_as_the_options_that_it_stands_for_bit_for_bit(make: Any, momentum: float) -> None:
+    weights = []
+    for options in ({"rule": "paper"}, SETTING):
+        module, x, y = problem(4, 6, 6, 2)
+        if make == "wrapper":
+            base = torch.optim.SGD(module.parameters(), lr=0.1, momentum=momentum)
+            optimizer = EquivalentClassOptimizer(base, scaling_group(module, x), **options)
+        else:
+            of_base = {"betas": (momentum, 0.9)} if make in (ECAdamW, ec_adamw) else {"momentum": momentum}
+            optimizer = make(module.parameters() if isinstance(make, type) else module, lr=0.01, **of_base, **options)
+        assert _attributes(optimizer) == SETTING
+        train(module, optimizer, x, y, range(20))
+        weights.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
+    assert torch.equal(*weights)
+    default, x, y = problem(4, 6, 6, 2)
+    train(default, ec_sgd(default, lr=0.1, momentum=momentum, rule="path"), x, y, range(20))
+    assert not torch.equal(weights[0], torch.cat([p.detach().flatten() for p in default.parameters()]))
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("refresh_interval", "epoch"),
+        ("refresh_interval", 100),
+        ("skeleton", "max"),
+        ("representative", "balanced"),
+        ("max_path_ratio", 3.0),
+        ("free_start", 0.5),
+    ],
+)
+def test_another_value_of_an_option_that_the_word_sets_is_an_error(name: str, other: Any) -> None:
+    module = mlp(4, 6, 2)
+    ec_sgd(module, rule="paper", **{name: SETTING[name]})
+    optimizer = ec_sgd(module, rule="path", **{name: other})
+    if other in ("max", "balanced"):  # the defaults, which command lines give, too
+        assert _attributes(ec_sgd(module, rule="paper", **{name: other})) == SETTING
+    else:
+        with pytest.raises(ValueError, match=f"ECSGD: rule='paper' sets {name} to .*, got .*: leave {name} out"):
+            ec_sgd(module, rule="paper", **{name: other})
+    optimizer.rule = "paper"  # whoever says it later means all of it
+    assert _attributes(optimizer) == SETTING
+    setattr(optimizer, name, other)
+    assert _attributes(optimizer) == {**SETTING, name: other}
+
+
+def test_checkpoints_of_the_word_and_of_its_options_are_the_same() -> None:
+    module, x, y = problem(4, 6, 6, 2)
+    optimizer = ec_sgd(module, lr=0.1, momentum=0.9, rule="paper")
+    train(module, optimizer, x, y, range(5))
+    state, weights = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(module.state_dict())
+    assert state["equivalent_class"]["rule"] == "path"
+    train(module, optimizer, x, y, range(5, 20))
+    for options in ({"rule": "paper"}, SETTING):
+        other, _, _ = problem(4, 6, 6, 2)
+        other.load_state_dict(weights)
+        resumed = EquivalentClassOptimizer(
+            torch.optim.SGD(other.parameters(), lr=0.1, momentum=0.9), scaling_group(other, x), **options
+        )
+        resumed.load_state_dict(copy.deepcopy(state))
+        train(other, resumed, x, y, range(5, 20))
+        assert all(torch.equal(p, q) for p, q in zip(module.parameters(), other.parameters(), strict=True))
+
+
+def test_a_network_without_diagonal_says_what_covers_it() -> None:
+    module, x, y = problem(4, 6, 6, 2)
+    with torch.no_grad():
+        module[0].weight[1, 1] = 0
+    with pytest.raises(ValueError, match=r"needs non-zero diagonals .* use rule='path' with skeleton='max'"):
+        train(module, ec_sgd(module, rule="paper"), x, y, range(2))
+
+
+# The start ------------------------------------------------------------------------------------------------------------
+
+
+def ones_of(module: nn.Module) -> dict[str, set[tuple[int, ...]]]:
+    """What the start changes, and that it becomes one."""
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    shape = (2, 1, 8, 8) if any(isinstance(part, nn.Conv2d) for part in module) else (2, module[0].weight.shape[1])
+    x = torch.randn(shape, dtype=torch.float64)
+    outputs = module(x).detach()
+    set_to_one_(scaling_group(module, x))
+    assert not torch.allclose(module(x), outputs)
+    changed = {name: p != before[name] for name, p in module.named_parameters()}
+    assert all(bool((p[changed[name]] == 1).all()) for name, p in module.named_parameters())
+    return {name: set(map(tuple, where.nonzero().tolist())) for name, where in changed.items() if bool(where.any())}
+
+
+def test_the_start_sets_one_weight_on_each_side_of_each_unit() -> None:
+    diagonal = {(i, i) for i in range(4)}
+    found = ones_of(mlp(9, 4, 4, 3).double())
+    assert found == {"0.weight": diagonal, "2.weight": diagonal, "4.weight": {(i % 3, i) for i in range(4)}}
+    wide_to_narrow = {(i % 3, i) for i in range(6)}
+    narrow_to_wide = {(i, i % 3) for i in range(6)}
+    found = ones_of(mlp(2, 6, 3, 6, 1).double())
+    last = {(0, i) for i in range(6)}
+    first = {(i, i % 2) for i in range(6)}
+    assert found == {"0.weight": first, "2.weight": wide_to_narrow, "4.weight": narrow_to_wide, "6.weight": last}
+
+
+def test_the_start_takes_the_centre_of_kernels_and_one_of_several_positions() -> None:
+    convolutions = [nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Conv2d(2, 3, (5, 3)), nn.ReLU()]
+    found = ones_of(nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(24, 5)).double())
+    assert found["0.weight"] == {(0, 0, 1, 1), (1, 0, 1, 1)}
+    assert found["2.weight"] == {(0, 0, 2, 1), (1, 1, 2, 1), (2, 0, 2, 1)}
+    assert len(found["5.weight"]) == 3
+
+
+def test_the_start_is_where_the_paper_chooses_its_skeleton() -> None:
+    module, x, y = problem(9, 5, 5, 3)
+    set_to_one_(scaling_group(module, x))
+    optimizer = ec_sgd(module, lr=0.1, rule="paper")
+    train(module, optimizer, x, y, range(30))
+    skeleton = optimizer.state_dict()["equivalent_class"]["skeleton"]
+    couplings = optimizer.group.couplings
+    for number, index in zip(skeleton["fixed_coupling"].tolist(), skeleton["fixed_index"].tolist(), strict=True):
+        weight = couplings[number].view(optimizer.group.parameters[couplings[number].parameter])
+        assert float(weight.detach().flatten()[index]) == 1.0  # it is held fixed
+
+
+class Gate(nn.Module):
+    """A layer behind a product, whose weights scale with two units each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.hidden, self.last = (nn.Linear(4, 4) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        gated = self.first(x).relu() * self.second(x).relu()
+        return self.last(self.hidden(gated).relu())
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "message"),
+    [
+        (nn.Linear(3, 2), (1, 3), "the network has no units"),
+        (norm_cnn(), (2, 1, 8, 8), "some units have no diagonal weight"),
+        (Gate(), (1, 4), "8 of 12 units are in products"),
+    ],
+    ids=["no units", "norms", "products"],
+)
+def test_where_the_start_does_not_fit_nothing_is_changed(module: nn.Module, shape: Any, message: str) -> None:
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(ValueError, match=f"set_skeleton_to_one_: .*{message}"):
+        set_to_one_(scaling_group(module, torch.randn(shape)))
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+def test_units_of_another_kind_can_be_left_out() -> None:
+    module = Gate()
+    before = copy.deepcopy(module.state_dict())
+    group = scaling_group(module, torch.randn(1, 4))
+    set_to_one_(group.without(~group.monomials.simple))
+    changed = {name for name, value in module.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"hidden.weight", "last.weight"}

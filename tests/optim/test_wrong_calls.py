@@ -91,14 +91,17 @@ def test_an_error_says_the_call_that_was_meant(call: Callable[[], Any], meant: s
         (lambda: ec_adamw(NET, skeleton="min"), "ECAdamW: skeleton must be 'max' or 'diagonal', got 'min'"),
         (lambda: EquivalentClassOptimizer(sgd(), GROUP, free_start=None), "EquivalentClassOptimizer: free_start must"),
         (lambda: EquivalentClassOptimizer(sgd(), GROUP, state_powers=3), "state_powers must be a mapping, got 3"),
-        (lambda: EquivalentClassOptimization(rule="x"), "EquivalentClassOptimization: rule must be 'unit' or 'path'"),
-        (lambda: EquivalentClassOptimization(NET), "rule must be 'unit' or 'path', got Sequential"),
+        (
+            lambda: EquivalentClassOptimization(rule="x"),
+            "EquivalentClassOptimization: rule must be 'unit', 'path' or 'paper'",
+        ),
+        (lambda: EquivalentClassOptimization(NET), "rule must be 'unit', 'path' or 'paper', got Sequential"),
         (lambda: EquivalentClassOptimization(0), "EquivalentClassOptimization: rule must be"),
         (
             lambda: EquivalentClassOptimization(refresh_interval="x"),
             "EquivalentClassOptimization: refresh_interval must",
         ),
-        (lambda: setattr(ECSGD(PARAMS), "rule", "x"), "ECSGD: rule must be 'unit' or 'path', got 'x'"),
+        (lambda: setattr(ECSGD(PARAMS), "rule", "x"), "ECSGD: rule must be 'unit', 'path' or 'paper', got 'x'"),
     ],
 )
 def test_an_error_of_an_option_names_the_option_and_who_has_it(call: Callable[[], Any], message: str) -> None:
