@@ -1,8 +1,11 @@
-"""SGD and, with one line more, EC-SGD on scikit-learn's handwritten digits.
+"""SGD and, with one line more, EC-SGD on scikit-learn's handwritten digits, over the learning rate.
 
-Without arguments, ``python examples/digits.py`` trains an MLP and a small CNN four times each: with and without the
-callback, from an ordinary start and from the same function with every hidden unit rescaled by exp(N(0, 1)). It prints a
-table and writes ``digits.png``; ``--seeds 5`` does it with five seeds. With a subcommand it is a LightningCLI program::
+Without arguments, ``python examples/digits.py`` trains an MLP with six hidden layers at six learning rates, with three
+optimizers: SGD, EC-SGD in path coordinates (the paper's) and EC-SGD with steps relative to units (the default of the
+callback). It does so from two starts: an ordinary one, and the same function with every hidden unit rescaled by
+exp(N(0, 1)). It prints a table and writes ``digits.png``. ``--seeds 5`` gives means and standard deviations over five
+seeds, ``--readme README.md`` also writes the table between the markers of that file. With a subcommand it is a
+LightningCLI program::
 
     python examples/digits.py fit --config examples/digits.yaml
     python examples/digits.py fit --model MLP --trainer.callbacks+=lightning_ecopt.EquivalentClassOptimization
@@ -12,20 +15,25 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import platform
 import statistics
 import sys
 import time
 import warnings
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, RichProgressBar
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningCLI
+from rich import box
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -36,6 +44,19 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_ecopt import EquivalentClassOptimization, scaling_group
 
 EPOCHS = 12
+RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
+CLOSE = 2.0  # points of accuracy that count as level with the best rate
+PROCESSES = 2  # of one thread each
+SUBCOMMANDS = {"fit", "validate", "test", "predict"}
+STYLES = ("-", "--")  # of curves from the ordinary and from the rescaled start
+START, END = "<!-- digits -->", "<!-- /digits -->"  # what --readme writes stands between them
+
+# What is compared: the callbacks that the Trainer gets.
+CONTENDERS: dict[str, Callable[[], list[Callback]]] = {
+    "SGD": lambda: [],
+    "EC-SGD (paths)": lambda: [EquivalentClassOptimization(rule="path", verbose=False)],
+    "EC-SGD (units)": lambda: [EquivalentClassOptimization(verbose=False)],
+}
 
 
 class Digits(L.LightningDataModule):
@@ -90,11 +111,18 @@ class Classifier(L.LightningModule):
 
 
 class MLP(Classifier):
-    """64-128-128-10."""
+    """Six hidden layers of 64, with He's initialisation.
 
-    def __init__(self, lr: float = 0.05, momentum: float = 0.9) -> None:
-        layers = [nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10)]
-        super().__init__(nn.Sequential(*layers), lr, momentum)
+    With torch's own the signal shrinks from layer to layer, and SGD hardly begins to learn in a few epochs.
+    """
+
+    def __init__(self, lr: float = 0.01, momentum: float = 0.9) -> None:
+        hidden = [layer for _ in range(6) for layer in (nn.Linear(64, 64), nn.ReLU())]
+        super().__init__(nn.Sequential(nn.Flatten(), *hidden, nn.Linear(64, 10)), lr, momentum)
+        for layer in self.net:
+            if isinstance(layer, nn.Linear):
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+                nn.init.zeros_(layer.bias)
 
 
 class CNN(Classifier):
@@ -131,143 +159,274 @@ class Recorder(Callback):
         self.seconds.append(time.perf_counter() - self._start)
 
 
-@dataclass
-class Run:
-    """One training run and what came of it."""
+class Run(NamedTuple):
+    """One training run."""
 
-    model: type[Classifier]
+    contender: str
     rescaled: bool
-    equivalent_class: bool
+    lr: float
     seed: int
-    losses: list[float] = field(default_factory=list)
-    accuracy: float = float("nan")
-    epoch_seconds: float = float("nan")
+    epochs: int
+
+
+class Outcome(NamedTuple):
+    """What came of a run: losses of all steps, test accuracy in per cent, seconds of all epochs."""
+
+    run: Run
+    losses: list[float]
+    accuracy: float
+    seconds: list[float]
+
+
+def train(run: Run) -> Outcome:
+    """Train and test with Lightning; the contenders differ in their callbacks alone."""
+    L.seed_everything(run.seed, verbose=False)
+    model = MLP(run.lr)
+    if run.rescaled:
+        group = scaling_group(model, torch.zeros(1, 1, 8, 8))
+        group.act_(torch.randn(group.num_units))  # the same function, other weights
+    recorder = Recorder()
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=run.epochs,
+        callbacks=[recorder, *CONTENDERS[run.contender]()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+    )
+    data = Digits(seed=run.seed)
+    L.seed_everything(run.seed, verbose=False)  # the same order of batches in every run
+    trainer.fit(model, data)
+    (result,) = trainer.test(model, data, verbose=False)
+    return Outcome(run, recorder.losses, 100 * result["test_accuracy"], recorder.seconds)
+
+
+def quieten() -> None:
+    """Let one process train on one thread, and leave the screen to the progress bar."""
+    torch.set_num_threads(1)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")  # among others of rates that are far out, which are tried on purpose
+
+
+def train_all(runs: Sequence[Run], console: Console) -> list[Outcome]:
+    """Two runs at a time, behind one progress bar."""
+    with ProcessPoolExecutor(PROCESSES, initializer=quieten) as pool:
+        outcomes = pool.map(train, runs)
+        return list(track(outcomes, f"{len(runs)} runs with Lightning", total=len(runs), console=console))
+
+
+class Curve(NamedTuple):
+    """All runs of one contender from one start."""
+
+    contender: str
+    rescaled: bool
+    outcomes: list[Outcome]
 
     @property
-    def kind(self) -> tuple[type[Classifier], bool, bool]:
-        return self.model, self.rescaled, self.equivalent_class
+    def rates(self) -> list[float]:
+        return sorted({outcome.run.lr for outcome in self.outcomes})
 
-    @property
-    def name(self) -> str:
-        return ("EC-SGD" if self.equivalent_class else "SGD") + (", rescaled start" if self.rescaled else "")
+    def at(self, lr: float) -> list[float]:
+        """Test accuracy at a rate, for each seed."""
+        return [outcome.accuracy for outcome in self.outcomes if outcome.run.lr == lr]
 
-    def train(self) -> None:
-        L.seed_everything(self.seed, verbose=False)
-        model = self.model()
-        if self.rescaled:
-            group = scaling_group(model, torch.zeros(1, 1, 8, 8))
-            group.act_(torch.randn(group.num_units))  # the same function, other weights
-        recorder = Recorder()
-        callbacks = [recorder, RichProgressBar(leave=False)]
-        if self.equivalent_class:
-            callbacks.append(EquivalentClassOptimization(verbose=False))  # the one line
-        trainer = L.Trainer(
-            accelerator="cpu",
-            max_epochs=EPOCHS,
-            callbacks=callbacks,
-            logger=False,
-            enable_checkpointing=False,
-            enable_model_summary=False,
+    def mean(self, lr: float) -> float:
+        return statistics.mean(self.at(lr))
+
+    def best_rate(self) -> float:
+        return max(self.rates, key=self.mean)
+
+    def epoch_seconds(self) -> float:
+        """The median of all epochs; the first of a run, in which the network is traced, takes longer."""
+        return statistics.median(seconds for outcome in self.outcomes for seconds in outcome.seconds)
+
+    def width(self) -> str:
+        """Largest over smallest rate within ``CLOSE`` of the best, by interpolation between the logarithms of rates.
+
+        It starts with ``>`` if the ends of the grid are within.
+        """
+        points = [(math.log(rate), self.mean(rate)) for rate in self.rates]
+        top = self.rates.index(self.best_rate())
+        level = points[top][1] - CLOSE
+        below, low_end = _edge(points[top::-1], level)
+        above, high_end = _edge(points[top:], level)
+        factor = math.exp(above - below)
+        return f"{'> ' if low_end or high_end else ''}{factor:.{0 if factor > 10 else 1}f}"
+
+
+def _edge(points: Sequence[tuple[float, float]], level: float) -> tuple[float, bool]:
+    """Where the line through the points first falls below the level; or its end, and True."""
+    for (inside, high), (outside, low) in pairwise(points):
+        if low < level:
+            return inside + (outside - inside) * (high - level) / (high - low), False
+    return points[-1][0], True
+
+
+def curves_of(outcomes: Sequence[Outcome]) -> list[Curve]:
+    """One for each contender and start, SGD from the ordinary one first."""
+    kinds = [(contender, rescaled) for contender in CONTENDERS for rescaled in (False, True)]
+    return [Curve(*kind, [o for o in outcomes if (o.run.contender, o.run.rescaled) == kind]) for kind in kinds]
+
+
+def rows_of(curves: Sequence[Curve]) -> list[list[str]]:
+    """The table, its header first."""
+    users = curves[0].best_rate()
+    rows = [["optimizer", "start", "best, %", "range", f"at {users:g}, %", "s/epoch", "ratio"]]
+    for curve in curves:
+        best, seconds = curve.best_rate(), curve.epoch_seconds()
+        plain = curves[curve.rescaled].epoch_seconds()
+        rows.append(
+            [
+                curve.contender,
+                "rescaled" if curve.rescaled else "ordinary",
+                f"{_mean(curve.at(best))} at {best:g}",
+                curve.width(),
+                _mean(curve.at(users)),
+                f"{seconds:.3f}",
+                f"{seconds / plain:.2f}",
+            ]
         )
-        data = Digits(seed=self.seed)
-        L.seed_everything(self.seed, verbose=False)  # the same order of batches in every run
-        trainer.fit(model, data)
-        (result,) = trainer.test(model, data, verbose=False)
-        self.losses = recorder.losses
-        self.accuracy = result["test_accuracy"]
-        self.epoch_seconds = statistics.median(recorder.seconds[1:])  # the first epoch also traces the network
+    return rows
 
 
-def main_table(runs: list[Run]) -> Table:
-    """Means, and standard deviations, over the seeds."""
-    seeds = len({run.seed for run in runs})
-    table = Table(title=f"scikit-learn digits, {EPOCHS} epochs, {seeds} seed{'s' if seeds > 1 else ''}")
-    for column in ("network", "optimizer and start", "test accuracy", "m", "H", "m - H", "s / epoch", "ratio"):
-        table.add_column(column, justify="left" if column in ("network", "optimizer and start") else "right")
-    kinds = list(dict.fromkeys(run.kind for run in runs))
-    for kind in kinds:
-        members = [run for run in runs if run.kind == kind]
-        plain = [run.epoch_seconds for run in runs if run.kind == (*kind[:2], False)]
-        seconds = [run.epoch_seconds for run in members]
-        model = members[0].model
-        group = scaling_group(model(), torch.zeros(1, 1, 8, 8))
-        table.add_row(
-            model.__name__,
-            members[0].name,
-            _mean([100 * run.accuracy for run in members], "{:.1f}") + " %",
-            f"{group.num_parameters:,}",
-            f"{group.num_units:,}",
-            f"{group.dimension:,}",
-            _mean(seconds, "{:.3f}"),
-            f"{statistics.mean(seconds) / statistics.mean(plain):.2f}",
-            end_section=kind is kinds[-1] or kinds[kinds.index(kind) + 1][0] is not model,
-        )
-    return table
+def _mean(values: Sequence[float]) -> str:
+    text = f"{statistics.mean(values):.1f}"
+    return text if len(values) == 1 else f"{text} ± {statistics.stdev(values):.1f}"
 
 
-def _mean(values: list[float], form: str) -> str:
-    text = form.format(statistics.mean(values))
-    return text if len(values) == 1 else f"{text} +- {form.format(statistics.stdev(values))}"
+def notes_of(curves: Sequence[Curve]) -> list[str]:
+    """What was trained, and on what: a line each."""
+    runs = [outcome.run for outcome in curves[0].outcomes]
+    seeds, users = len({run.seed for run in runs}), curves[0].best_rate()
+    group = scaling_group(MLP(), torch.zeros(1, 1, 8, 8))
+    return [
+        f"Test accuracy after {runs[0].epochs} epochs, {seeds} seed{'s' if seeds > 1 else ''}. Range: largest over "
+        f"smallest rate within {CLOSE:g} points of the best. {users:g} is SGD's best rate from the ordinary start. "
+        "Seconds are medians of interleaved runs.",
+        f"m = {group.num_parameters:,} parameters, H = {group.num_units:,} freedoms, m - H = {group.dimension:,}.",
+        f"torch {torch.__version__}, lightning {L.__version__}, {PROCESSES} processes of one thread, {_processor()}.",
+    ]
 
 
-def plot(runs: list[Run], path: Path) -> None:
-    """Four training curves for each network, of the first seed."""
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def title_of(curves: Sequence[Curve]) -> str:
+    """What to see in the figure: how much the other start changes, at the rate that a user of SGD has."""
+    users = curves[0].best_rate()
+    pairs = zip(curves[::2], curves[1::2], strict=True)
+    changes = [f"{one.contender} {other.mean(users) - one.mean(users):+.1f}" for one, other in pairs]
+    return (
+        "One function, two starts: where dashed leaves solid, training depends on how units are scaled\n"
+        f"points of accuracy lost or won by rescaling, at SGD's best rate: {', '.join(changes)}"
+    )
+
+
+def plot(curves: Sequence[Curve], path: Path) -> None:
+    """Mean test accuracy over the learning rate, with its standard deviation over the seeds if there are several."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    models = list(dict.fromkeys(run.model for run in runs))
-    figure, axes = plt.subplots(1, len(models), figsize=(5 * len(models), 4), sharey=True, layout="constrained")
-    window = 20
-    for axis, model in zip(axes, models, strict=True):
-        for run in runs:
-            if run.model is model and run.seed == runs[0].seed:
-                smooth = torch.tensor(run.losses).unfold(0, window, 1).mean(1)
-                colours = ("tab:orange", "tab:red") if run.equivalent_class else ("tab:blue", "tab:cyan")
-                style = {"color": colours[run.rescaled], "linestyle": (0, (4, 4)) if run.rescaled else "-"}
-                axis.semilogy(range(window, len(run.losses) + 1), smooth, label=run.name, **style)
-        axis.set(title=model.__name__, xlabel="step")
-        axis.legend()
-    axes[0].set_ylabel(f"training loss (mean of {window} steps)")
+    figure, axis = plt.subplots(figsize=(7, 5), layout="constrained")
+    colours = dict(zip(CONTENDERS, ("tab:blue", "tab:orange", "tab:red"), strict=True))
+    for curve in curves:
+        rates, colour = curve.rates, colours[curve.contender]
+        means = [curve.mean(rate) for rate in rates]
+        label = None if curve.rescaled else curve.contender
+        axis.semilogx(rates, means, STYLES[curve.rescaled], color=colour, marker="o", markersize=4, label=label)
+        if len(curve.at(rates[0])) > 1:
+            spread = [statistics.stdev(curve.at(rate)) for rate in rates]
+            low, high = ([m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1))
+            axis.fill_between(rates, low, high, color=colour, alpha=0.15, linewidth=0)
+    axis.axvline(curves[0].best_rate(), color="grey", linewidth=0.8, linestyle=":", label="SGD's best rate")
+    for style, start in zip(STYLES, ("ordinary start", "same function, units rescaled"), strict=True):
+        axis.plot([], [], style, color="black", label=start)
+    axis.set(xlabel="learning rate", ylabel="test accuracy, %", ylim=(0, 101))
+    axis.set_title(title_of(curves), fontsize=9)
+    axis.legend(loc="lower left")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-def compare(seeds: int = 1, path: Path = Path("digits.png")) -> list[Run]:
-    """Train everything, print the table and write the figure."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    console = Console()
-    # The runs that are compared in time follow one another.
+def markdown_of(rows: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:], "", *notes])
+
+
+def between_markers(path: Path, text: str) -> str:
+    """The file's text with another one between its two markers.
+
+    Raises:
+        ValueError: if the markers are not there, each once and in order.
+    """
+    content = path.read_text()
+    if content.count(START) != 1 or content.count(END) != 1 or content.index(START) > content.index(END):
+        raise ValueError(f"{path} needs the lines {START} and {END}, each once, to have the table between them.")
+    return f"{content.partition(START)[0]}{START}\n\n{text}\n\n{END}{content.partition(END)[2]}"
+
+
+def show(curves: Sequence[Curve], console: Console, path: Path) -> None:
+    """Print the table and its notes."""
+    header, *rows = rows_of(curves)
+    table = Table(title="Six hidden layers of 64 on scikit-learn's digits", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for column in header:
+        table.add_column(column)
+    for number, row in enumerate(rows):
+        table.add_row(*row, end_section=number % 2 == 1)
+    console.print(table)
+    for note in [*notes_of(curves), f"Test accuracy over the learning rate: {path.resolve()}"]:
+        console.print(note, highlight=False, soft_wrap=True)
+
+
+def compare(seeds: int = 1, path: Path = Path("digits.png"), readme: Path | None = None) -> list[Outcome]:
+    """Train everything, print the table and write the figure, and the table into a file if there is one.
+
+    Raises:
+        ValueError: before anything is trained, if the file has no place for the table.
+    """
+    if readme is not None:
+        between_markers(readme, "")
+    # The runs that are compared in time are trained next to one another.
     runs = [
-        Run(model, rescaled, ec, seed)
-        for model in (MLP, CNN)
+        Run(contender, rescaled, lr, seed, EPOCHS)
         for seed in range(seeds)
+        for lr in RATES
         for rescaled in (False, True)
-        for ec in (False, True)
+        for contender in CONTENDERS
     ]
-    for number, run in enumerate(runs, 1):
-        console.print(f"[{number}/{len(runs)}] {run.model.__name__}: {run.name}, seed {run.seed}", markup=False)
-        run.train()
-    console.print(main_table(runs))
-    versions = f"torch {torch.__version__}, lightning {L.__version__}, {torch.get_num_threads()} threads"
-    console.print(
-        f"{versions}, {platform.machine()}. Training curves: {path.resolve()}", highlight=False, soft_wrap=True
-    )
-    plot(runs, path)
-    return runs
+    console = Console()
+    outcomes = train_all(runs, console)
+    curves = curves_of(outcomes)
+    show(curves, console, path)
+    plot(curves, path)
+    if readme is not None:
+        readme.write_text(between_markers(readme, markdown_of(rows_of(curves), notes_of(curves))))
+    return outcomes
 
 
 def main() -> None:
     """The comparison, or a LightningCLI program if there is a subcommand."""
-    if len(sys.argv) > 1 and not sys.argv[1].startswith("--seeds"):
+    if SUBCOMMANDS & set(sys.argv[1:]):
         LightningCLI(Classifier, Digits, subclass_mode_model=True, seed_everything_default=0)
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=1, help="number of seeds")
-    compare(parser.parse_args().seeds)
+    parser.add_argument("--readme", type=Path, help=f"write the table between {START} and {END} of this file, too")
+    arguments = parser.parse_args()
+    try:
+        compare(arguments.seeds, readme=arguments.readme)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":
