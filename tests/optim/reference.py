@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from lightning_ecopt import scaling_group
+from lightning_ecopt import MuonAdamW, scaling_group
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,18 @@ def rows_of(module: nn.Module, streams: Mapping[str, str | None]) -> list[Row]:
             if getattr(layer, "bias", None) is not None:
                 rows.append(Row(f"{name}.bias", (channel,), into, True))
     return rows
+
+
+def orthogonalised(matrix: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
+    """The singular values of a matrix made about equal, in the precision in which torch's Muon does it."""
+    a, b, c = coefficients
+    x = matrix.bfloat16()
+    x = x.T if len(x) > len(x.T) else x
+    x = x / x.norm()
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.T if len(matrix) > len(matrix.T) else x).to(matrix.dtype)
 
 
 class Reference:
@@ -130,13 +142,16 @@ class Reference:
 
     def step(self, base: Optimizer, options: Mapping[str, dict[str, Any]]) -> None:
         """One step with the options of each parameter."""
+        whole = {name for name, chosen in options.items() if chosen.get("use_muon")}
         for name, p in self.parameters.items():
-            if p.grad is not None:
+            if p.grad is not None and name in whole:
+                self._muon(p, options[name], self.state[name])
+            elif p.grad is not None:
                 self.state[name]["step"] += 1
         gradients: dict[int, Tensor] = {}
         for k, row in enumerate(self.rows):
             gradient = self.parameters[row.name].grad
-            if gradient is None:
+            if gradient is None or row.name in whole:
                 continue
             g = gradients[k] = gradient[row.index].clone()
             n = g.numel()
@@ -166,13 +181,24 @@ class Reference:
                 direction = self._sgd(g + chosen["weight_decay"] * w / s, row, chosen, state)
             else:
                 s = self.own_scale(k)
-                if isinstance(base, AdamW):
+                if isinstance(base, AdamW | MuonAdamW):
                     w *= 1 - chosen["lr"] * chosen["weight_decay"]
                 else:
                     g += chosen["weight_decay"] * w / s
                 direction = self._adam(g, row, chosen, state)
             with torch.no_grad():
                 p[row.index] = w - chosen["lr"] * s * direction
+
+    @torch.no_grad()
+    def _muon(self, p: Tensor, chosen: dict[str, Any], state: dict[str, Any]) -> None:
+        """Muon's own step in the whole matrix."""
+        assert p.grad is not None
+        rate, momentum = chosen["lr"], chosen["momentum"]
+        mean = state.setdefault("momentum_buffer", torch.zeros_like(p))
+        mean.copy_(momentum * mean + (1 - momentum) * p.grad)
+        along = (1 - momentum) * p.grad + momentum * mean if chosen["nesterov"] else mean
+        step = orthogonalised(along, chosen["ns_coefficients"], chosen["ns_steps"])
+        p.copy_((1 - rate * chosen["weight_decay"]) * p - rate * 0.2 * math.sqrt(max(p.shape)) * step)
 
     def _held(self, state: dict[str, Any], row: Row, entry: str) -> Tensor:
         if entry not in state:
