@@ -332,7 +332,7 @@ class UnitDefinition(Definition):
         super().__init__(base, module, x)
         layers = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
         self.rows = Reference(self.module, x, {**{name: name for name in layers}, layers[-1]: None})
-        self.whole = {list(self.parameters)[number] for number in self.base.whole}
+        self.rows.whole = {list(self.parameters)[number] for number in self.base.whole}
 
     def refresh(self, gradients: dict[str, Tensor]) -> None:
         self.balance(gradients)
@@ -342,8 +342,9 @@ class UnitDefinition(Definition):
     def _scales(self, gradients: dict[str, Tensor]) -> list[float]:
         """Centres and clips the gradients; s of every row."""
         rows = self.rows
+        rows.measure(gradients)
         for k, row in enumerate(rows.rows):
-            if row.name not in gradients or row.name in self.whole:
+            if row.name not in gradients or row.name in rows.whole:
                 continue
             g = gradients[row.name][row.index]
             if g.numel() > 1 and not row.added:
@@ -354,16 +355,17 @@ class UnitDefinition(Definition):
             running = rows.second[k] / rows.seen[k]
             gradients[row.name][row.index] = g * (math.sqrt(running / square) if square > running else 1.0)
         if not isinstance(self.optimizer, optim.SGD | optim.ASGD):
-            own = zip(rows.rows, rows.rho, strict=True)
-            return [1.0 if row.name in self.whole else rho / rows.mean for row, rho in own]
+            return [rows.own_scale(k) for k in range(len(rows.rows))]
         deviations = [math.sqrt(second / max(seen, 0.01)) for second, seen in zip(rows.second, rows.seen, strict=True)]
         relative = [(rho * deviation) ** 2 for rho, deviation in zip(rows.rho, deviations, strict=True)]
         faint = 1e-5 * math.sqrt(sum(relative) / len(relative))
-        momentum = {
-            id(p): options.get("momentum", 0.0) for options in self.optimizer.param_groups for p in options["params"]
+        factor = {
+            id(p): rows.momentum_factor({"momentum": 0.0, "dampening": 0.0, **options})
+            for options in self.optimizer.param_groups
+            for p in options["params"]
         }
         return [
-            (1 - momentum[id(self.moved[row.name])]) * rho / max(deviation, faint / rho)
+            factor[id(self.moved[row.name])] * rho / max(deviation, faint / rho)
             for row, rho, deviation in zip(rows.rows, rows.rho, deviations, strict=True)
         ]
 

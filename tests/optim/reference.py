@@ -78,6 +78,7 @@ class Reference:
         self.rho: list[float] = []  # from the first refresh on, for SGD
         self.own: list[float] = []  # root mean squares
         self.mean = math.nan
+        self.whole: set[str] = set()  # parameters of which the base's steps are made as a whole
         self.state: dict[str, dict[str, Any]] = {name: {"step": 0} for name in self.parameters}
 
     def refresh(self) -> None:
@@ -125,33 +126,43 @@ class Reference:
                 into = [j for j, one in enumerate(self.rows) if one.unit == row.unit and not one.added]
                 self.rho.append(0.1 * bounded(math.sqrt(sum(squares[j] for j in into)), usual_norm))
 
+    def measure(self, gradients: Mapping[str, Tensor]) -> None:
+        """What rows of the typical size are, by the first gradients."""
+        if not math.isnan(self.mean):
+            return
+        mass, logs = 0.0, 0.0
+        for row, own in zip(self.rows, self.own, strict=True):
+            is_counted = row.name in gradients and row.name not in self.whole and own > 0
+            if is_counted and gradients[row.name][row.index].numel() > 1:
+                size = float(gradients[row.name][row.index].abs().sum())
+                mass, logs = mass + size, logs + size * math.log(own)
+        self.mean = math.exp(logs / mass) if mass else 1.0
+
     def own_scale(self, k: int) -> float:
-        """s of a row whose step has a size of its own, by the first gradients."""
-        if math.isnan(self.mean):
-            mass, logs = 0.0, 0.0
-            for row, own in zip(self.rows, self.own, strict=True):
-                gradient = self.parameters[row.name].grad
-                if gradient is not None and gradient[row.index].numel() > 1 and own > 0:
-                    size = float(gradient[row.index].abs().sum())
-                    mass, logs = mass + size, logs + size * math.log(own)
-            self.mean = math.exp(logs / mass) if mass else 1.0
+        """s of a row whose step is not linear."""
         row, own = self.rows[k], self.own[k]
-        if self.parameters[row.name][row.index].numel() == 1 or own == 0:
+        if self.parameters[row.name][row.index].numel() == 1 or own == 0 or row.name in self.whole:
             return 1.0
         return max(own / self.mean, 1 / 3)
 
+    def momentum_factor(self, options: Mapping[str, Any]) -> float:
+        """Momentum times this has the size of one gradient."""
+        momentum, dampening = options["momentum"], options["dampening"]
+        return ((1 - momentum) * (1 - momentum**2) ** 0.5) ** 0.5 / (1 - dampening) if momentum else 1.0
+
     def step(self, base: Optimizer, options: Mapping[str, dict[str, Any]]) -> None:
         """One step with the options of each parameter."""
-        whole = {name for name, chosen in options.items() if chosen.get("use_muon")}
+        self.whole = {name for name, chosen in options.items() if chosen.get("use_muon")}
         for name, p in self.parameters.items():
-            if p.grad is not None and name in whole:
+            if p.grad is not None and name in self.whole:
                 self._muon(p, options[name], self.state[name])
             elif p.grad is not None:
                 self.state[name]["step"] += 1
+        self.measure({name: p.grad for name, p in self.parameters.items() if p.grad is not None})
         gradients: dict[int, Tensor] = {}
         for k, row in enumerate(self.rows):
             gradient = self.parameters[row.name].grad
-            if gradient is None or row.name in whole:
+            if gradient is None or row.name in self.whole:
                 continue
             g = gradients[k] = gradient[row.index].clone()
             n = g.numel()
@@ -175,9 +186,7 @@ class Reference:
             w = p.detach()[row.index].clone()
             v = self.second[k] / self.seen[k]
             if isinstance(base, SGD):
-                momentum, dampening = chosen["momentum"], chosen["dampening"]
-                rate = ((1 - momentum) * (1 - momentum**2) ** 0.5) ** 0.5 / (1 - dampening) if momentum else 1.0
-                s = rate * rho / max(math.sqrt(v), faint / rho)
+                s = self.momentum_factor(chosen) * rho / max(math.sqrt(v), faint / rho)
                 direction = self._sgd(g + chosen["weight_decay"] * w / s, row, chosen, state)
             else:
                 s = self.own_scale(k)
