@@ -14,17 +14,18 @@ from typing_extensions import Unpack
 from lightning_ecopt._lightning import LightningModule
 from lightning_ecopt.common.sharding import is_sharded
 from lightning_ecopt.common.warn import warn
-from lightning_ecopt.optim import ECSGD, ECAdamW
+from lightning_ecopt.optim import ECSGD, ECAdamW, ECMuon
 from lightning_ecopt.optim.arguments import check_module
 from lightning_ecopt.optim.binding import parameters_of
-from lightning_ecopt.optim.named import AdamWArguments, Params, SGDArguments
+from lightning_ecopt.optim.muon import hidden_matrices, marked
+from lightning_ecopt.optim.named import AdamWArguments, MuonArguments, Params, SGDArguments
 from lightning_ecopt.symmetry import DeferredGroup, GroupFromNextCall, ScalingGroup
 from lightning_ecopt.symmetry.equations import Equations
 from lightning_ecopt.symmetry.followers import Followers, Given
 from lightning_ecopt.symmetry.trace import select_parameters, trace_call
 from lightning_ecopt.symmetry.traced_calls import gather_if_different
 
-_Optimizer = TypeVar("_Optimizer", ECSGD, ECAdamW)
+_Optimizer = TypeVar("_Optimizer", ECSGD, ECAdamW, ECMuon)
 
 
 def ec_sgd(
@@ -84,6 +85,39 @@ def ec_adamw(
     check_module("ec_adamw", "ECAdamW", module, params)
     followers = options.pop("followers", None)  # names, perhaps, which only the module knows
     return _bound(ECAdamW(_given(module, params), lr, **options), module, followers)
+
+
+def ec_muon(
+    module: nn.Module, params: Params | None = None, *, lr: float = 1e-3, **options: Unpack[MuonArguments]
+) -> ECMuon:
+    """EC-Muon for a module, to be returned from ``configure_optimizers``.
+
+    Muon steps the weight matrices of hidden layers: two-dimensional parameters with ``weight`` in their names. AdamW
+    steps everything else: gains, biases and convolutions, the weights of ``nn.Embedding``, and those of the head, which
+    is the layer that was registered last of those that have a matrix. Parameter groups that say ``use_muon`` tell
+    otherwise. The freedoms are found as by :func:`ec_sgd`.
+
+    Args:
+        module: the module that is trained, in ``configure_optimizers`` usually ``self``.
+        params: parameters or parameter groups to optimise; by default all of the module's that require a gradient.
+        lr: learning rate, of Muon and AdamW: one that suits AdamW suits both.
+        **options: those of :class:`~lightning_ecopt.ECMuon`: ``weight_decay``, ``momentum``, ``rule`` and so on.
+
+    Raises:
+        RuntimeError: if torch has no Muon, as before 2.9.
+        TypeError: if an option is unknown.
+        ValueError: for options out of range, parameters that are not the module's, and parameter groups of which some
+            say ``use_muon`` and some do not.
+
+    Example::
+
+        def configure_optimizers(self):
+            return ec_muon(self, lr=1e-3)
+    """
+    check_module("ec_muon", "ECMuon", module, params)
+    followers = options.pop("followers", None)  # names, perhaps, which only the module knows
+    groups = marked(_given(module, params), hidden_matrices(module))
+    return _bound(ECMuon(groups, lr, **options), module, followers)
 
 
 def _given(module: nn.Module, params: Iterable[Any] | None) -> list[Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from lightning_ecopt.optim.named import ECSGD, ECAdamW
+from lightning_ecopt.optim.muon import MuonAdamW
+from lightning_ecopt.optim.named import ECSGD, ECAdamW, ECMuon
 from lightning_ecopt.optim.optimizer import EquivalentClassOptimizer
 from lightning_ecopt.steps.path import set_skeleton_to_one_
 from lightning_ecopt.steps.rule import PathStatistics, UnitStatistics
@@ -10,7 +11,9 @@ from lightning_ecopt.steps.rule import PathStatistics, UnitStatistics
 __all__ = [
     "ECSGD",
     "ECAdamW",
+    "ECMuon",
     "EquivalentClassOptimizer",
+    "MuonAdamW",
     "PathStatistics",
     "UnitStatistics",
     "set_skeleton_to_one_",

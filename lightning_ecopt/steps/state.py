@@ -31,6 +31,7 @@ DEGREES = {
     "variance": 2,  # Adafactor
     "row_var": 0,  # Adafactor: one number for many weights, so that no rescaling can be exact
     "col_var": 0,
+    "second_momentum_buffer": 0,  # NorMuon: of steps that have no scale any more
     "prev": 1,  # Rprop
     "step_size": 0,  # Rprop
     "ax": -1,  # ASGD

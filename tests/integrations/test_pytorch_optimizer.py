@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,16 @@ from tests.selection import few
 
 library = pytest.importorskip("pytorch_optimizer")
 
-# Optimizers that run another one, as the base of ours -----------------------------------------------------------------
+# Optimizers that run another one, or treat matrices whole, as the base of ours ----------------------------------------
+
+
+def marked(params: Iterable[Tensor]) -> list[dict[str, Any]]:
+    """Parameter groups for a Muon."""
+    own = list(params)
+    matrices = [p for p in own if p.ndim == 2][:-1]
+    others = [p for p in own if all(p is not matrix for matrix in matrices)]
+    return [{"params": matrices, "use_muon": True}, {"params": others, "use_muon": False, "lr": 0.02}]
+
 
 BASES: dict[str, Callable[[Any], Optimizer]] = {
     "lookahead": lambda params: library.Lookahead(SGD(params, lr=0.1, momentum=0.9), k=2),
@@ -46,8 +55,11 @@ BASES: dict[str, Callable[[Any], Optimizer]] = {
     "lookahead of adamw": lambda params: library.Lookahead(AdamW(params, lr=0.02), k=3),
     "orthograd": lambda params: library.OrthoGrad(SGD(params, lr=0.1, momentum=0.9)),
     "schedule-free": lambda params: library.ScheduleFreeWrapper(SGD(params, lr=0.1)),
+    "muon": lambda params: library.Muon(marked(params)),
+    "normuon": lambda params: library.NorMuon(marked(params)),
+    "lookahead of muon": lambda params: library.Lookahead(library.Muon(marked(params)), k=3),
 }
-EACH = pytest.mark.parametrize("base", few(list(BASES), ["lookahead", "orthograd", "schedule-free"]))
+EACH = pytest.mark.parametrize("base", few(list(BASES), ["lookahead", "orthograd", "schedule-free", "muon"]))
 RULES = pytest.mark.parametrize("rule", few(["unit", "path"], ["unit"]))
 
 
@@ -92,6 +104,36 @@ def test_a_run_is_resumed_bit_identical(base: str, rule: str) -> None:
     assert train(other, resumed, x, y, range(7, 14)) == expected
     assert same_bits(module, other)
     assert same_state(resumed.state_dict(), optimizer.state_dict())
+
+
+@pytest.mark.parametrize("base", ["muon", "normuon", "lookahead of muon"])
+def test_what_a_muon_steps_is_shown_gradients_as_they_are(base: str) -> None:
+    """They are neither centred nor clipped, and all elements of a matrix are divided by one number."""
+    module, x, y = problem(5, 8, 6, 2)
+    optimizer = ours(module, x, BASES[base])
+    plain = optimizer.optimizer
+    shown: list[tuple[Tensor, Tensor, Tensor]] = []
+    step = plain.step
+
+    def spy(*args: Any) -> Any:
+        shown.extend((p.detach().clone(), p.grad.clone(), before[p]) for p in before if p.grad is not None)
+        return step(*args)
+
+    plain.step = spy
+    for number in range(4):
+        optimizer.zero_grad()
+        loss_of(module, *batch_of(x, y, number)).backward()
+        if number == 0:
+            optimizer.start()  # balance, so that nothing else happens to the weights before the step
+        before = {p: p.detach().clone() for p in module.parameters()}
+        gradients = {p: p.grad.clone() for p in before if p.grad is not None}
+        shown.clear()
+        optimizer.step()
+        for (weight, gradient, old), p in zip(shown, before, strict=True):
+            if p.ndim == 2:
+                is_whole, ratio = p is not module[4].weight, old / weight
+                assert torch.equal(gradient, gradients[p]) == is_whole
+                assert bool((ratio / ratio[0, 0] - 1).abs().max() < 1e-12) == is_whole
 
 
 class InOne(Optimizer):

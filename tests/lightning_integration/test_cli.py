@@ -13,8 +13,18 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LightningCLI
 from torch.nn import functional as F
 
-from lightning_ecopt import ECSGD, ECAdamW, EquivalentClassOptimization, EquivalentClassOptimizer, ScalingGroup, ec_sgd
+from lightning_ecopt import (
+    ECSGD,
+    ECAdamW,
+    ECMuon,
+    EquivalentClassOptimization,
+    EquivalentClassOptimizer,
+    ScalingGroup,
+    ec_muon,
+    ec_sgd,
+)
 from tests.lightning_integration.modules import RULES, Batch, Classifier, fit, loader, mlp, same, sgd, weights
+from tests.optim.training import needs_muon
 
 NAME = "lightning_ecopt.EquivalentClassOptimization"
 QUIET = [
@@ -211,6 +221,22 @@ def _in_code(refresh_interval: int | None, rule: str) -> list[torch.Tensor]:
     module._configure = lambda m: ec_sgd(m, lr=0.1, momentum=0.9, rule=rule, refresh_interval=refresh_interval)
     fit(module)
     return weights(module)
+
+
+@needs_muon
+@pytest.mark.parametrize("bound", ["by the callback", "by the first step"])
+def test_muon_by_name_is_muon_in_code(bound: str, tmp_path: Path) -> None:
+    config: dict[str, Any] = {"optimizer": {"class_path": "lightning_ecopt.ECMuon", "init_args": {"lr": 0.02}}}
+    if bound == "by the callback":
+        config["trainer"] = {"callbacks": [{"class_path": NAME, "init_args": {"verbose": False}}]}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    made = named("fit", "--config", str(path), *QUIET)
+    assert type(made.trainer.optimizers[0]) is ECMuon
+    module = Pipeline()
+    module._configure = lambda m: ec_muon(m, lr=0.02)
+    fit(module)
+    assert same(weights(made.model), weights(module))
 
 
 @RULES

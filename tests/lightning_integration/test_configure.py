@@ -1,4 +1,4 @@
-"""``ec_sgd`` and ``ec_adamw`` in ``configure_optimizers``, and in a loop without Lightning."""
+"""``ec_sgd``, ``ec_adamw`` and ``ec_muon`` in ``configure_optimizers``, and in a loop without Lightning."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR
 from lightning_ecopt import (
     EquivalentClassOptimization,
     EquivalentClassOptimizer,
+    MuonAdamW,
     ScalingGroup,
     ec_adamw,
+    ec_muon,
     ec_sgd,
     scaling_group,
 )
@@ -35,7 +37,9 @@ from tests.lightning_integration.modules import (
     train_plainly,
     weights,
 )
+from tests.optim.training import needs_muon
 
+MAKERS = [ec_sgd, ec_adamw, pytest.param(ec_muon, marks=needs_muon)]
 ALL_OPTIONS = {
     "lr": 0.05,
     "momentum": 0.8,
@@ -87,7 +91,29 @@ def test_every_option_of_adamw_is_handed_on() -> None:
     assert type(optimizer.optimizer) is AdamW
 
 
-@pytest.mark.parametrize("make", [ec_sgd, ec_adamw])
+@needs_muon
+def test_every_option_of_muon_is_handed_on() -> None:
+    options: dict[str, Any] = {
+        "lr": 0.05,
+        "weight_decay": 1e-3,
+        "momentum": 0.8,
+        "nesterov": False,
+        "ns_coefficients": (3.0, -4.0, 2.0),
+        "ns_steps": 4,
+        "adjust_lr_fn": "original",
+        "betas": (0.8, 0.9),
+        "eps": 1e-6,
+        "amsgrad": True,
+        "foreach": True,
+    }
+    optimizer = ec_muon(mlp(), adamw_lr=0.01, fused=False, **options)
+    for group, lr in zip(optimizer.optimizer.param_groups, (0.05, 0.01), strict=True):
+        assert {name: group[name] for name in options} == {**options, "lr": lr}
+        assert group["fused"] is False
+    assert type(optimizer.optimizer) is MuonAdamW
+
+
+@pytest.mark.parametrize("make", MAKERS)
 def test_every_option_of_the_rules_is_handed_on(make: Callable[..., EquivalentClassOptimizer]) -> None:
     options: dict[str, Any] = {
         "rule": "path",
@@ -225,12 +251,12 @@ def test_two_optimizers_watch_one_module_side_by_side(rule: str) -> None:
     assert [int(optimizer.usable_units().sum()) for optimizer in pair] == [32, 10]
 
 
-@pytest.mark.parametrize("make", [ec_sgd, ec_adamw])
+@pytest.mark.parametrize("make", MAKERS)
 def test_the_module_stays_as_it_is_when_the_optimizer_cannot_be_made(
     make: Callable[..., EquivalentClassOptimizer],
 ) -> None:
     net = mlp()
-    with pytest.raises(ValueError, match="learning rate"):
+    with pytest.raises(ValueError, match="earning rate"):
         make(net, lr=-1.0)
     with pytest.raises(ValueError, match="pass the module that owns all of them"):
         make(net, mlp(seed=1).parameters(), lr=0.1)

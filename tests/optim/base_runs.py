@@ -15,8 +15,8 @@ from tests.optim.bases import BASES, Base, Definition
 from tests.optim.training import loss_of, weights_of
 from tests.selection import few
 
-#: Of each kind of kernel one base, and one without.
-A_FEW = ["nesterov", "adamw", "lion"]
+#: Of each kind of kernel one base, and two without.
+A_FEW = ["nesterov", "adamw", "lion", *(["muon_adamw"] if "muon_adamw" in BASES else [])]
 EVERY_BASE = pytest.mark.parametrize("name", few(BASES, A_FEW))
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn, optim
 from torch.optim import Optimizer
 
-from lightning_ecopt import scaling_group
+from lightning_ecopt import MuonAdamW, scaling_group
 from lightning_ecopt.steps.skeleton import choose_skeleton
 from tests.optim.reference import Reference
 from tests.optim.training import loss_of
@@ -143,13 +143,13 @@ class Base:
         powers: by entry of its state, by which power of what makes weights larger it would be divided; entries that are
             not of the form of the weights are left out.
         matrices: whether it takes matrices alone.
-        is_whole: whether its steps are made of each parameter as a whole.
+        whole: numbers of the parameters of which its steps are made as a whole, if ``make`` is given a list.
     """
 
     make: Make
     powers: Mapping[str, int] = field(default_factory=dict)
     matrices: bool = False
-    is_whole: bool = False
+    whole: tuple[int, ...] = ()
 
 
 ADAM = {"exp_avg": 1, "exp_avg_sq": 2}
@@ -190,7 +190,10 @@ BASES: dict[str, Base] = {
 }
 if hasattr(optim, "Muon"):
     BASES["muon"] = Base(
-        lambda params: optim.Muon(params, lr=0.02), {"momentum_buffer": 1}, matrices=True, is_whole=True
+        lambda params: optim.Muon(params, lr=0.02), {"momentum_buffer": 1}, matrices=True, whole=(0, 1, 2)
+    )
+    BASES["muon_adamw"] = Base(
+        lambda params: MuonAdamW(params, lr=0.02, weight_decay=0.1), {"momentum_buffer": 1, **ADAM}, whole=(0, 2)
     )
 
 #: SGD and Adam with the options that their formulas have, which the tests of the rules write out.
@@ -205,6 +208,8 @@ WITH_FORMULAS: dict[str, Make] = {
     "adamw": lambda params: optim.AdamW(params, lr=0.01, weight_decay=0.3),
     "amsgrad": lambda params: optim.AdamW(params, lr=0.01, weight_decay=0.3, amsgrad=True, betas=(0.8, 0.9)),
 }
+if hasattr(optim, "Muon"):
+    WITH_FORMULAS["muon_adamw"] = lambda params: MuonAdamW(params, lr=0.02, weight_decay=0.3)
 
 
 def entries_of(base: Base, optimizer: Optimizer, p: Tensor) -> dict[str, tuple[int, Tensor]]:
@@ -327,6 +332,7 @@ class UnitDefinition(Definition):
         super().__init__(base, module, x)
         layers = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
         self.rows = Reference(self.module, x, {**{name: name for name in layers}, layers[-1]: None})
+        self.rows.whole = {list(self.parameters)[number] for number in self.base.whole}
 
     def refresh(self, gradients: dict[str, Tensor]) -> None:
         self.balance(gradients)
@@ -338,7 +344,7 @@ class UnitDefinition(Definition):
         rows = self.rows
         rows.measure(gradients)
         for k, row in enumerate(rows.rows):
-            if row.name not in gradients or self.base.is_whole:
+            if row.name not in gradients or row.name in rows.whole:
                 continue
             g = gradients[row.name][row.index]
             if g.numel() > 1 and not row.added:
@@ -348,8 +354,6 @@ class UnitDefinition(Definition):
             rows.seen[k] = 0.99 * rows.seen[k] + 0.01
             running = rows.second[k] / rows.seen[k]
             gradients[row.name][row.index] = g * (math.sqrt(running / square) if square > running else 1.0)
-        if self.base.is_whole:
-            return [1.0 for _ in rows.rows]
         if not isinstance(self.optimizer, optim.SGD | optim.ASGD):
             return [rows.own_scale(k) for k in range(len(rows.rows))]
         deviations = [math.sqrt(second / max(seen, 0.01)) for second, seen in zip(rows.second, rows.seen, strict=True)]

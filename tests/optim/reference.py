@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from lightning_ecopt import scaling_group
+from lightning_ecopt import MuonAdamW, scaling_group
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,18 @@ def rows_of(module: nn.Module, streams: Mapping[str, str | None]) -> list[Row]:
     return rows
 
 
+def orthogonalised(matrix: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
+    """The singular values of a matrix made about equal, in the precision in which torch's Muon does it."""
+    a, b, c = coefficients
+    x = matrix.bfloat16()
+    x = x.T if len(x) > len(x.T) else x
+    x = x / x.norm()
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.T if len(matrix) > len(matrix.T) else x).to(matrix.dtype)
+
+
 class Reference:
     """Takes the steps of the rule "unit" as its documentation has them, one row after the other.
 
@@ -66,6 +78,7 @@ class Reference:
         self.rho: list[float] = []  # from the first refresh on, for SGD
         self.own: list[float] = []  # root mean squares
         self.mean = math.nan
+        self.whole: set[str] = set()  # parameters of which the base's steps are made as a whole
         self.state: dict[str, dict[str, Any]] = {name: {"step": 0} for name in self.parameters}
 
     def refresh(self) -> None:
@@ -119,15 +132,16 @@ class Reference:
             return
         mass, logs = 0.0, 0.0
         for row, own in zip(self.rows, self.own, strict=True):
-            if row.name in gradients and gradients[row.name][row.index].numel() > 1 and own > 0:
+            is_counted = row.name in gradients and row.name not in self.whole and own > 0
+            if is_counted and gradients[row.name][row.index].numel() > 1:
                 size = float(gradients[row.name][row.index].abs().sum())
                 mass, logs = mass + size, logs + size * math.log(own)
-        self.mean = math.exp(logs / mass)
+        self.mean = math.exp(logs / mass) if mass else 1.0
 
     def own_scale(self, k: int) -> float:
-        """s of a row whose step has a size of its own."""
+        """s of a row whose step is not linear."""
         row, own = self.rows[k], self.own[k]
-        if self.parameters[row.name][row.index].numel() == 1 or own == 0:
+        if self.parameters[row.name][row.index].numel() == 1 or own == 0 or row.name in self.whole:
             return 1.0
         return max(own / self.mean, 1 / 3)
 
@@ -138,14 +152,17 @@ class Reference:
 
     def step(self, base: Optimizer, options: Mapping[str, dict[str, Any]]) -> None:
         """One step with the options of each parameter."""
+        self.whole = {name for name, chosen in options.items() if chosen.get("use_muon")}
         for name, p in self.parameters.items():
-            if p.grad is not None:
+            if p.grad is not None and name in self.whole:
+                self._muon(p, options[name], self.state[name])
+            elif p.grad is not None:
                 self.state[name]["step"] += 1
         self.measure({name: p.grad for name, p in self.parameters.items() if p.grad is not None})
         gradients: dict[int, Tensor] = {}
         for k, row in enumerate(self.rows):
             gradient = self.parameters[row.name].grad
-            if gradient is None:
+            if gradient is None or row.name in self.whole:
                 continue
             g = gradients[k] = gradient[row.index].clone()
             n = g.numel()
@@ -173,13 +190,24 @@ class Reference:
                 direction = self._sgd(g + chosen["weight_decay"] * w / s, row, chosen, state)
             else:
                 s = self.own_scale(k)
-                if isinstance(base, AdamW):
+                if isinstance(base, AdamW | MuonAdamW):
                     w *= 1 - chosen["lr"] * chosen["weight_decay"]
                 else:
                     g += chosen["weight_decay"] * w / s
                 direction = self._adam(g, row, chosen, state)
             with torch.no_grad():
                 p[row.index] = w - chosen["lr"] * s * direction
+
+    @torch.no_grad()
+    def _muon(self, p: Tensor, chosen: dict[str, Any], state: dict[str, Any]) -> None:
+        """Muon's own step in the whole matrix."""
+        assert p.grad is not None
+        rate, momentum = chosen["lr"], chosen["momentum"]
+        mean = state.setdefault("momentum_buffer", torch.zeros_like(p))
+        mean.copy_(momentum * mean + (1 - momentum) * p.grad)
+        along = (1 - momentum) * p.grad + momentum * mean if chosen["nesterov"] else mean
+        step = orthogonalised(along, chosen["ns_coefficients"], chosen["ns_steps"])
+        p.copy_((1 - rate * chosen["weight_decay"]) * p - rate * 0.2 * math.sqrt(max(p.shape)) * step)
 
     def _held(self, state: dict[str, Any], row: Row, entry: str) -> Tensor:
         if entry not in state:

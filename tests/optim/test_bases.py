@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn, optim
 from torch.optim import Optimizer
 
-from lightning_ecopt import EquivalentClassOptimizer, scaling_group
+from lightning_ecopt import EquivalentClassOptimizer, MuonAdamW, scaling_group
 from lightning_ecopt.steps.state import entries_of as state_entries
 from tests.optim.base_runs import A_FEW, BOUND, EVERY_BASE, LIMIT, backward, error_of, problem, wrap
 from tests.optim.bases import (
@@ -155,6 +155,12 @@ STILL: dict[str, Make] = {
 }
 if "muon" in BASES:
     STILL["muon"] = lambda params: optim.Muon(params, lr=1e-12, weight_decay=0.0)
+    STILL["muon_adamw"] = lambda params: MuonAdamW(
+        [{"params": params[:1], "use_muon": True}, {"params": params[1:], "use_muon": False}],
+        lr=1e-12,
+        weight_decay=0.0,
+        eps=0.0,
+    )
 
 
 @pytest.mark.parametrize("name", STILL)
@@ -256,7 +262,7 @@ def test_a_run_that_is_resumed_between_two_refreshes_has_the_same_bits(name: str
     assert all(not torch.equal(p, before[key]) and bool(p.isfinite().all()) for key, p in plain.named_parameters())
 
 
-@pytest.mark.parametrize("name", ["rmsprop_centered", "muon"])
+@pytest.mark.parametrize("name", ["rmsprop_centered", "muon", "muon_adamw"])
 def test_what_a_loaded_state_knows_of_gradients_does_not_depend_on_the_size_of_the_loss(name: str) -> None:
     """These have an entry of the name that SGD's momentum has, and another meaning."""
     if name not in BASES:

@@ -10,14 +10,25 @@ from typing import Any, get_type_hints
 import pytest
 from torch import nn
 
-from lightning_ecopt import ECSGD, ECAdamW, EquivalentClassOptimization, EquivalentClassOptimizer, ec_adamw, ec_sgd
-from lightning_ecopt.optim.named import AdamWArguments, SGDArguments
+from lightning_ecopt import (
+    ECSGD,
+    ECAdamW,
+    ECMuon,
+    EquivalentClassOptimization,
+    EquivalentClassOptimizer,
+    MuonAdamW,
+    ec_adamw,
+    ec_muon,
+    ec_sgd,
+)
+from lightning_ecopt.optim.named import AdamWArguments, MuonArguments, SGDArguments
 from lightning_ecopt.optim.options import OptionArguments, Options
+from tests.optim.training import needs_muon
 
 NAMES = [field.name for field in fields(Options)]
 
 
-@pytest.mark.parametrize("kind", [EquivalentClassOptimizer, ECSGD, ECAdamW, EquivalentClassOptimization])
+@pytest.mark.parametrize("kind", [EquivalentClassOptimizer, ECSGD, ECAdamW, ECMuon, EquivalentClassOptimization])
 def test_defaults_and_types_are_those_of_the_options(kind: Any) -> None:
     parameters, hints = inspect.signature(kind).parameters, get_type_hints(kind.__init__)
     its_own, options = get_type_hints(Options), Options()
@@ -27,10 +38,10 @@ def test_defaults_and_types_are_those_of_the_options(kind: Any) -> None:
         assert hints[name] == its_own[name]
 
 
-KINDS = [Options, EquivalentClassOptimizer, ECSGD, ECAdamW, EquivalentClassOptimization, ec_sgd, ec_adamw]
+OPTIMIZERS = [EquivalentClassOptimizer, ECSGD, ECAdamW, ECMuon, MuonAdamW, ec_sgd, ec_adamw, ec_muon]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [Options, EquivalentClassOptimization, *OPTIMIZERS])
 def test_every_option_has_a_sentence(kind: Any) -> None:
     documented = inspect.getdoc(kind) or ""
     for name, parameter in inspect.signature(kind).parameters.items():
@@ -40,12 +51,12 @@ def test_every_option_has_a_sentence(kind: Any) -> None:
 
 def test_keyword_arguments_for_type_checkers_are_those_of_the_classes() -> None:
     assert set(OptionArguments.__annotations__) == set(NAMES)
-    for arguments, kind in ((SGDArguments, ECSGD), (AdamWArguments, ECAdamW)):
+    for arguments, kind in ((SGDArguments, ECSGD), (AdamWArguments, ECAdamW), (MuonArguments, ECMuon)):
         own = set(inspect.signature(kind).parameters) - {"params", "lr"}
         assert {name for base in arguments.__mro__ for name in getattr(base, "__annotations__", {})} | set(NAMES) == own
 
 
-@pytest.mark.parametrize("make", [ec_sgd, ec_adamw])
+@pytest.mark.parametrize("make", [ec_sgd, ec_adamw, pytest.param(ec_muon, marks=needs_muon)])
 def test_a_misspelt_option_is_an_error(make: Any) -> None:
     with pytest.raises(TypeError, match="momentun"):
         make(nn.Linear(2, 2), lr=0.1, momentun=0.9)
@@ -53,7 +64,7 @@ def test_a_misspelt_option_is_an_error(make: Any) -> None:
 
 CALLS = """
 import torch
-from lightning_ecopt import ECSGD, ECAdamW, EquivalentClassOptimization, ec_adamw, ec_sgd
+from lightning_ecopt import ECSGD, ECAdamW, ECMuon, EquivalentClassOptimization, ec_adamw, ec_muon, ec_sgd
 
 net = torch.nn.Linear(2, 2)
 ec_sgd(net, lr=0.1, momentum=0.9, rule="path")
@@ -63,6 +74,9 @@ ec_sgd(net, lr=0.1, momentun=0.9)  # wrong
 ec_adamw(net, lr=0.1, rule="paths")  # wrong
 ECSGD(net.parameters(), refresh=5)  # wrong
 ECAdamW(net.parameters(), lr="0.1")  # wrong
+ec_muon(net, lr=0.1, adjust_lr_fn="original", rule="unit")
+ec_muon(net, lr=0.1, maximize=True)  # wrong
+ECMuon(net.parameters(), adjust_lr_fn="rms")  # wrong
 EquivalentClassOptimization(interval=5)  # wrong
 """
 

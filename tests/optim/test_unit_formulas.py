@@ -28,9 +28,18 @@ from tests.selection import examples, few
     few(
         [("mlp", base) for base in WITH_FORMULAS if base != "nesterov"]
         + [(name, "nesterov") for name in EXAMPLES]
-        + [(name, "amsgrad") for name in ("one_input", "slope", "norms", "transposed", "grouped_transposed")],
+        + [(name, "amsgrad") for name in ("one_input", "slope", "norms", "transposed", "grouped_transposed")]
+        + [
+            (name, "muon_adamw")
+            for name in ("one_input", "no_bias", "residual", "cnn")
+            if "muon_adamw" in WITH_FORMULAS
+        ],
         [
-            *[("mlp", base) for base in ("sgd", "dampening", "adam_l2", "adamw")],
+            *[
+                ("mlp", base)
+                for base in ("sgd", "dampening", "adam_l2", "adamw", "muon_adamw")
+                if base in WITH_FORMULAS
+            ],
             *[(name, "nesterov") for name in ("cnn", "residual")],
             *[(name, "amsgrad") for name in ("norms", "grouped_transposed")],
         ],

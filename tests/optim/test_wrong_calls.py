@@ -14,9 +14,11 @@ from torch.optim import SGD
 from lightning_ecopt import (
     ECSGD,
     ECAdamW,
+    ECMuon,
     EquivalentClassOptimization,
     EquivalentClassOptimizer,
     ec_adamw,
+    ec_muon,
     ec_sgd,
     scaling_group,
 )
@@ -41,6 +43,7 @@ WITH_MODULE: Calls = {
     "an optimizer": (lambda: ec_sgd(sgd()), "EquivalentClassOptimizer(optimizer, group)"),
     "AdamW of parameters": (lambda: ec_adamw(NET.parameters()), "ec_adamw(model, lr=0.1)"),
     "AdamW, a rate": (lambda: ec_adamw(NET, 1), "ec_adamw(model, lr=1)"),
+    "Muon of parameters": (lambda: ec_muon(NET.parameters()), "ec_muon(model, lr=0.1)"),
 }
 WITH_OPTIMIZER: Calls = {
     "a class": (lambda: EquivalentClassOptimizer(SGD, GROUP), "EquivalentClassOptimizer(SGD(model.parameters(), ...)"),
@@ -59,6 +62,7 @@ WITH_OPTIMIZER: Calls = {
 WITH_PARAMETERS: Calls = {
     "a module": (lambda: ECSGD(NET), "ec_sgd(model, lr=0.1)"),
     "AdamW, a module": (lambda: ECAdamW(NET), "ec_adamw(model, lr=0.1)"),
+    "Muon, a module": (lambda: ECMuon(NET), "ec_muon(model, lr=0.1)"),
     "a group": (lambda: ECSGD(PARAMS, GROUP), "optimizer.bind(group)"),
     "an optimizer": (lambda: ECSGD(sgd()), "EquivalentClassOptimizer(optimizer, group)"),
     "a class": (lambda: ECSGD(SGD, PARAMS), "ECSGD(model.parameters(), lr=0.1)"),

@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from lightning_ecopt import EquivalentClassOptimizer, scaling_group
 from tests.networks import mlp
 
+needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+
 #: For what does not depend on how a step is taken.
 RULES = pytest.mark.parametrize("rule", ["unit", "path"])
 
