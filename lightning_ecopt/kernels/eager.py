@@ -46,15 +46,6 @@ class EagerKernels:
             found.append(self.run(_sums_and_squares, views[few:], shapes[few:], dtype))
         return torch.cat(found, 1)
 
-    def absolute_sums(self, views: Views, shapes: Shapes, dtype: torch.dtype) -> Tensor:
-        """See :class:`~lightning_ecopt.kernels.Kernels`. Needed once in a run, so that all kernels share it."""
-        found = []
-        for view, shape in zip(views, shapes, strict=True):
-            axes = _axes(view, shape)
-            total = torch.linalg.vector_norm(view, 1, axes, dtype=dtype) if axes else view.abs().to(dtype)
-            found.append(total.reshape(-1))
-        return torch.cat(found)[None]
-
     def products(self, views: Views, others: Views, shapes: Shapes, dtype: torch.dtype) -> Tensor:
         """See :class:`~lightning_ecopt.kernels.Kernels`."""
         few = _num_single(views, shapes)

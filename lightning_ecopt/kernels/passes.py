@@ -10,11 +10,10 @@ once. It takes
 - coefficients: vectors ``[P]`` over the places of all blocks, one block after the other, or numbers, or tensors without
   axes. In the formulas a coefficient multiplies, element by element, the view that follows it.
 
-Three passes return sums over the elements at each place:
+Two passes return sums over the elements at each place:
 
 ========================  ========================  ==========
 ``sums_and_squares``      sum x, sum x^2            ``[2, P]``
-``absolute_sums``         sum abs(x)                ``[1, P]``
 ``products``              sum x y                   ``[1, P]``
 ========================  ========================  ==========
 
@@ -83,9 +82,6 @@ class Kernels(Protocol):
 
     def sums_and_squares(self, views: Views, shapes: Shapes, dtype: torch.dtype) -> Tensor:
         """Return the sums of the elements at each place, and of their squares, ``[2, P]`` in ``dtype``."""
-
-    def absolute_sums(self, views: Views, shapes: Shapes, dtype: torch.dtype) -> Tensor:
-        """Return the sums of the absolute values of the elements at each place, ``[1, P]`` in ``dtype``."""
 
     def products(self, views: Views, others: Views, shapes: Shapes, dtype: torch.dtype) -> Tensor:
         """Return the sums of the products of two tensors at each place, ``[1, P]`` in ``dtype``."""

@@ -103,7 +103,7 @@ class Rows:
 
         Args:
             kernels: make the pass.
-            name: ``"sums_and_squares"``, ``"absolute_sums"`` or ``"products"``.
+            name: ``"sums_and_squares"`` or ``"products"``.
             *tensors: by parameter name.
 
         Returns:

@@ -28,22 +28,18 @@ square). Momentum mu adds gradients up: to 1 / (1 - mu) times their size if they
 times it if they are independent. f(mu), the geometric mean of 1 - mu and sqrt(1 - mu^2), is right for both to within
 ((1 + mu) / (1 - mu))^(1/4), which is 2.1 for 0.9.
 
-**What lr means with all others.** Their steps have a size of their own: Adam's first one moves every weight by lr.
-Relative steps keep that on average: with the first gradients,
-
-    log rho = sum_k |g_k| log rho_k / sum_k |g_k|,       |g_k| the sum of absolute values in row k,
-
-log(s_k) has the mean zero where the loss falls, by lr sum_k s_k |g_k| in a first step. Vectors that are rarely used
-have little weight in it, however many and large they are: an embedding drawn from N(0, 1) does not change the steps of
-all others. No row moves by less than a third of what the base would move it by; by more than three times of it move
-only rows that are three times as large as rho: those of such an embedding, or of a first layer that reads few values.
+**What lr means with all others.** Their steps have a size of their own: Adam's first one moves every weight by lr. So
+does that of a row of typical size: rho is the median, over the parameters, of the root mean squares of their rows. No
+single parameter moves it, however large it is: an embedding drawn from N(0, 1) does not change the steps of all others.
+No row moves by less than a third of what the base would move it by; by more than three times of it move only rows that
+are three times as large as rho: those of such an embedding, or of a first layer that reads few values.
 
 **Rows of one element** (biases, gains) have no direction. They are not centred, and take the base's own steps, s_k = 1,
 unless the base is SGD or ASGD: then the rho_k of a gain is a tenth of its own magnitude, of a bias a tenth of the norm
 of the weights into the same unit. Rows of several elements that are added, as positions are, are not centred either.
 
-With SGD and ASGD a row has at least a tenth of the typical rho_k, the geometric mean over parameters of their root mean
-squares, and one of zeros has as much; rows of one element have at least a hundredth of the typical norm, and a bias
+With SGD and ASGD a row has at least a tenth of rho, and one of zeros has rho; rows of one element have at least a
+hundredth of the typical norm (the median, over the parameters, of the root mean square norms of their rows), and a bias
 without weights into its unit has a tenth of it. Elsewhere s_k = 1 for a row of zeros. sqrt(q_k) counts as at least
 1e-5 rms_j(rho_j sqrt(q_j)) / rho_k, with the root mean square over all rows j. So a gradient that is rounding, as a
 bias before a batch norm has, does not make a full step.
@@ -85,8 +81,7 @@ SINGLE = 0.1  # share of a full step of SGD that rows of one element take
 FLOOR = 0.1  # smallest magnitude of a row for SGD, relative to the typical one
 LEAST = 1 / 3  # share of a step of the base's own size that a row takes
 FAINT = 1e-5  # relative size of gradients that are rounding
-SAVED = ("rho", "second", "weight")  # vectors over rows in a checkpoint
-_State = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+SAVED = ("rho", "reference", "second", "weight")  # attributes in a checkpoint
 
 
 def _at_least_a_share(rho: Tensor, typical: Tensor) -> Tensor:
@@ -147,11 +142,15 @@ def _look_at_gradients(
     return second, weight, grad_scale, grad_shift, relative, is_clipped.sum()
 
 
-def _geometric_mean(squares: Tensor) -> Tensor:
-    """exp(mean(log(sqrt(x)))), a scalar, of a vector without its entries that are no positive numbers; or 1."""
-    known = squares > 0
-    logs = torch.where(known, squares, 1.0).log()
-    return (0.5 * logs.sum() / known.sum().clamp(min=1)).exp()
+def _median_root(squares: Tensor) -> Tensor:
+    """The median of the square roots of a vector's positive entries, a scalar; 1 without any.
+
+    Between two entries it is their geometric mean.
+    """
+    logs = squares[squares > 0].log().sort().values
+    count = len(logs)
+    middle = logs[(count - 1) // 2 : count // 2 + 1]
+    return (0.5 * middle.mean()).exp() if count else squares.new_ones(())
 
 
 class UnitRule:
@@ -193,15 +192,13 @@ class UnitRule:
         means = {name: mean.to(parameters[name].dtype) for name, mean in (means or {}).items()}
         self._second = (1 - MEMORY) * self._sums_and_squares(means)[1] / self._size
         self._weight = (self._second > 0).to(self.rows.dtype) * (1 - MEMORY)
-        weights = {name: local(parameter) for name, parameter in parameters.items()}
-        self._rho = self._magnitudes(self._sums_and_squares(weights)[1])
         self._uncentred = self.rows.single | self.rows.additive()
         if self._whole is not None:
             self._uncentred |= self._whole
-        #: rho, which the first gradients tell; and s_k of the rows whose steps are of the base's own size.
-        self._reference: Tensor | None = None
-        self._own: Tensor | None = None
-        self._next: _State = (self._second, self._weight, self._clipped, self._reference, self._own)
+        weights = {name: local(parameter) for name, parameter in parameters.items()}
+        self._rho, self._reference = self._magnitudes(self._sums_and_squares(weights)[1])
+        self._own = self._own_scale()
+        self._next = (self._second, self._weight, self._clipped)  # taken over when the step succeeds
 
     name = "unit"
     needs_paths = False
@@ -223,7 +220,7 @@ class UnitRule:
             ValueError: if they are not.
         """
         rows = len(Rows(group.couplings, parameters))
-        if any(state[name].shape != (rows,) for name in SAVED):
+        if any(state[name].shape != (rows,) for name in ("rho", "second", "weight")):
             raise ValueError(
                 f"The checkpoint was made with {len(state['rho'])} rows of weights, this optimizer has {rows}: load it "
                 "into the network and the parameter groups that it was made with."
@@ -247,9 +244,7 @@ class UnitRule:
         rule = cls._make(setting)
         for name in SAVED:
             getattr(rule, f"_{name}").copy_(state[name])
-        if float(state["reference"]) > 0:  # 0 stands for one that no gradient has told yet
-            rule._reference = state["reference"].to(rule._rho)
-            rule._own = rule._own_scale(rule._reference)
+        rule._own = rule._own_scale()
         return rule
 
     @classmethod
@@ -266,48 +261,34 @@ class UnitRule:
         """Sums and sums of squares of all rows, ``[2, R]``; zero for tensors that are missing."""
         return self.rows.reduced(self.kernels, "sums_and_squares", tensors)
 
-    def _magnitudes(self, squares: Tensor) -> Tensor:
-        """rho_k, ``[R]``.
+    def _magnitudes(self, squares: Tensor) -> tuple[Tensor, Tensor]:
+        """rho_k, ``[R]``, and rho, a scalar.
 
         Args:
             squares: sums of squares of the weights of each row, ``[R]``.
         """
-        own = (squares / self._size).sqrt()
-        if self._linear is None:
-            return own
-        rows, counted = self.rows, ((squares > 0) & ~self.rows.single).to(squares)
+        rows, own = self.rows, (squares / self._size).sqrt()
+        counted = ((squares > 0) & ~rows.single).to(squares)
         total = rows.by_parameter(squares * counted)
-        typical = _geometric_mean(total / rows.by_parameter(self._size * counted))
-        typical_norm = _geometric_mean(total / rows.by_parameter(counted))
+        rho = _median_root(total / rows.by_parameter(self._size * counted))
+        if self._linear is None:
+            return own, rho
+        typical_norm = _median_root(total / rows.by_parameter(counted))
         units, additive = rows.units(), rows.additive()
         no_unit = int(units.max()) + 1 if len(rows) else 0  # a number for rows that lead into no unit
         into = SegmentSum(torch.where(units == NO_UNIT, no_unit, units), no_unit + 1)
         into_unit = into(torch.where(additive, 0.0, squares)).sqrt()
         into_unit[no_unit] = typical_norm
         single = SINGLE * _at_least_a_share(torch.where(additive, into_unit[units], squares.sqrt()), typical_norm)
-        bounded = torch.where(rows.single, single, _at_least_a_share(own, typical))
-        return torch.where(self._linear, bounded, own)
+        bounded = torch.where(rows.single, single, _at_least_a_share(own, rho))
+        return torch.where(self._linear, bounded, own), rho
 
-    def _measured(self, gradients: Tensors) -> Tensor:
-        """rho, a scalar, from the first gradients; if they are zero, the geometric mean over rows."""
-        (mass,) = self.rows.reduced(self.kernels, "absolute_sums", gradients)
-        has_size = self._has_size()
-        mass = torch.where(has_size & mass.isfinite(), mass, 0.0)
-        mass = torch.where(mass.sum() > 0, mass / mass.sum(), has_size.to(mass))
-        log_rho = torch.where(has_size, self._rho, 1.0).log()
-        return ((mass * log_rho).sum() / mass.sum().clamp(min=self._tiny)).exp()
-
-    def _has_size(self) -> Tensor:
-        """Rows whose steps are of the base's own size, and scaled, ``bool[R]``."""
-        scaled = (self._rho > 0) & ~self.rows.single
-        for others in (self._linear, self._whole):
-            if others is not None:
-                scaled &= ~others
-        return scaled
-
-    def _own_scale(self, reference: Tensor) -> Tensor:
-        """s_k, ``[R]``; that of rows with linear steps has no meaning."""
-        return torch.where(self._has_size(), (self._rho / reference).clamp(min=LEAST), 1.0)
+    def _own_scale(self) -> Tensor:
+        """s_k, ``[R]``, of rows in which the base's steps are not linear; elsewhere it has no meaning."""
+        is_scaled = (self._rho > 0) & ~self.rows.single
+        if self._whole is not None:
+            is_scaled &= ~self._whole
+        return torch.where(is_scaled, (self._rho / self._reference).clamp(min=LEAST), 1.0)
 
     @ordinary_tensors()
     def reparametrization(self, weights: Tensors, gradients: Tensors, to_step: Coefficient) -> Reparametrization:
@@ -322,27 +303,11 @@ class UnitRule:
         second, weight, grad_scale, grad_shift, relative, clipped = self.kernels.run(
             _look_at_gradients, sums, squares, *running, present, rho, self._tiny
         )
-        reference, own = self._reference, self._own
-        if own is None and gradients and not self._all_linear:
-            reference = self._measured(gradients)
-            own = self._own_scale(reference)
-        self._next = (second, weight, self._clipped + clipped, reference, own)
-        return Reparametrization(self._scale(relative, to_step, own), grad_scale, grad_shift)
-
-    def _scale(self, relative: Tensor | None, to_step: Coefficient, own: Tensor | None) -> Tensor:
-        """s_k, ``[R]``.
-
-        Args:
-            relative: rho_k / sqrt(q_k); ``None`` if no step is linear.
-            to_step: f(momentum).
-            own: s_k of rows whose steps are not linear; ``None`` if all are, or before the first gradients.
-        """
-        if own is None:  # all steps are linear, or there are no gradients
-            return torch.ones_like(self._rho) if relative is None else to_step * relative
-        if relative is None:
-            return own
-        assert self._linear is not None
-        return torch.where(self._linear, to_step * relative, own)
+        self._next = (second, weight, self._clipped + clipped)
+        scale = self._own
+        if self._linear is not None:
+            scale = to_step * relative if self._all_linear else torch.where(self._linear, to_step * relative, scale)
+        return Reparametrization(scale, grad_scale, grad_shift)
 
     def transform_gradients_(self, here: Reparametrization, gradients: Tensors) -> Callable[[], None]:
         """Centre and clip gradients in place; returns the way back."""
@@ -400,7 +365,7 @@ class UnitRule:
 
     def commit(self) -> None:
         """Take over the running second moments of the last step."""
-        self._second, self._weight, self._clipped, self._reference, self._own = self._next
+        self._second, self._weight, self._clipped = self._next
         self._steps += 1
 
     def to_weight_entries_(self, entries: StateEntries, weights: Tensors) -> None:
@@ -415,6 +380,5 @@ class UnitRule:
         return UnitStatistics(int(self._clipped) / max(1, self._steps * len(self._size)), dormant)
 
     def state_dict(self, entries: StateEntries) -> dict[str, Any]:
-        """``rho``, ``second``, ``weight`` over the rows, ``[R]``; and rho, the scalar ``reference``, 0 if unknown."""
-        reference = self._rho.new_zeros(()) if self._reference is None else self._reference.clone()
-        return {"reference": reference, **{name: getattr(self, f"_{name}").clone() for name in SAVED}}
+        """``rho``, ``second`` and ``weight`` over the rows, ``[R]``, and the scalar ``reference``, which is rho."""
+        return {name: getattr(self, f"_{name}").clone() for name in SAVED}

@@ -1,8 +1,8 @@
 """Write the checkpoints of this folder, which later versions must go on from: ``python -m tests.compatibility.write``.
 
 They were written by version 0.1.0.dev0 before its modules got their present names (commit b7b8d28). Do not write them
-again: a checkpoint of a new format gets a file of its own. Where runs with the rule ``"unit"`` end was computed anew when
-lr got its present meaning; the states from which they go on were not.
+again: a checkpoint of a new format gets a file of its own. Where runs with the rule ``"unit"`` end was computed anew
+when lr got its present meaning; the states from which they go on were not.
 """
 
 from __future__ import annotations

@@ -342,7 +342,6 @@ class UnitDefinition(Definition):
     def _scales(self, gradients: dict[str, Tensor]) -> list[float]:
         """Centres and clips the gradients; s of every row."""
         rows = self.rows
-        rows.measure(gradients)
         for k, row in enumerate(rows.rows):
             if row.name not in gradients or row.name in rows.whole:
                 continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -107,9 +108,9 @@ class Reference:
 
         def typical(count: Callable[[list[int]], float]) -> float:
             logs = [0.5 * math.log(sum(squares[k] for k in own) / count(own)) for own in of_parameter.values()]
-            return math.exp(sum(logs) / len(logs)) if logs else 1.0
+            return math.exp(statistics.median(logs)) if logs else 1.0
 
-        usual, usual_norm = typical(lambda own: sum(sizes[k] for k in own)), typical(len)
+        self.mean, usual_norm = typical(lambda own: sum(sizes[k] for k in own)), typical(len)
 
         def bounded(own: float, usual: float) -> float:
             return max(own, 0.1 * usual) if own > 0 else usual
@@ -117,7 +118,7 @@ class Reference:
         for k, row in enumerate(self.rows):
             self.own.append(math.sqrt(squares[k] / sizes[k]))
             if sizes[k] > 1:
-                self.rho.append(bounded(math.sqrt(squares[k] / sizes[k]), usual))
+                self.rho.append(bounded(math.sqrt(squares[k] / sizes[k]), self.mean))
             elif not row.added:
                 self.rho.append(0.1 * bounded(math.sqrt(squares[k]), usual_norm))
             elif row.unit is None:
@@ -125,18 +126,6 @@ class Reference:
             else:
                 into = [j for j, one in enumerate(self.rows) if one.unit == row.unit and not one.added]
                 self.rho.append(0.1 * bounded(math.sqrt(sum(squares[j] for j in into)), usual_norm))
-
-    def measure(self, gradients: Mapping[str, Tensor]) -> None:
-        """What rows of the typical size are, by the first gradients."""
-        if not math.isnan(self.mean):
-            return
-        mass, logs = 0.0, 0.0
-        for row, own in zip(self.rows, self.own, strict=True):
-            is_counted = row.name in gradients and row.name not in self.whole and own > 0
-            if is_counted and gradients[row.name][row.index].numel() > 1:
-                size = float(gradients[row.name][row.index].abs().sum())
-                mass, logs = mass + size, logs + size * math.log(own)
-        self.mean = math.exp(logs / mass) if mass else 1.0
 
     def own_scale(self, k: int) -> float:
         """s of a row whose step is not linear."""
@@ -158,7 +147,6 @@ class Reference:
                 self._muon(p, options[name], self.state[name])
             elif p.grad is not None:
                 self.state[name]["step"] += 1
-        self.measure({name: p.grad for name, p in self.parameters.items() if p.grad is not None})
         gradients: dict[int, Tensor] = {}
         for k, row in enumerate(self.rows):
             gradient = self.parameters[row.name].grad

@@ -305,7 +305,9 @@ def test_parameters_without_an_axis_take_a_tenth_of_a_step(dtype: torch.dtype) -
     # The gain makes one unit of all outputs, so that the weights, and biases, that lead into them are one row each.
     hidden, outputs = (p.detach().square() for p in start.parameters() if p.ndim == 2)
     biases = start.net[-1].bias.detach().square()
-    floor = 0.1 * float(hidden.sum(1).mean() * outputs.sum() * biases.sum()) ** (1 / 6)  # of the typical norm
+    floor = 0.1 * float(
+        torch.stack([hidden.sum(1).mean(), outputs.sum(), biases.sum()]).median().sqrt()
+    )  # typical norm
     for name, length in (("gain", None), ("net.1.weight", None), ("shift", 10 * floor)):
         before, now = start.get_parameter(name).detach(), module.get_parameter(name).detach()
         expected = max(abs(float(before)), floor) if length is None else length

@@ -182,7 +182,7 @@ def test_the_rate_of_sgd_is_the_relative_length_of_a_step(width: int, lr: float)
         else:  # a tenth of the norm of the weights into the same unit, or of the typical norm
             weight = start.get_parameter(name.replace("bias", "weight"))
             typical = torch.stack([q.square().sum(1).mean().log() for q in start.parameters() if q.ndim == 2])
-            norm = (0.5 * typical.mean()).exp() if name.startswith("4") else weight.norm(dim=1)
+            norm = (0.5 * typical.median()).exp() if name.startswith("4") else weight.norm(dim=1)
             moved = (p - start.get_parameter(name)).abs()
             torch.testing.assert_close(moved, (0.1 * lr * norm).expand_as(moved), rtol=1e-10, atol=0)
 
