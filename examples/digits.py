@@ -302,9 +302,9 @@ def notes_of(curves: Sequence[Curve]) -> list[str]:
     seeds, users = len({run.seed for run in runs}), curves[0].best_rate()
     group = scaling_group(MLP(), torch.zeros(1, 1, 8, 8))
     return [
-        f"Test accuracy after {runs[0].epochs} epochs, {seeds} seed{'s' if seeds > 1 else ''}. Range: largest over "
-        f"smallest rate within {CLOSE:g} points of the best. {users:g} is SGD's best rate from the ordinary start. "
-        "Seconds are medians of interleaved runs.",
+        f"Test accuracy after {runs[0].epochs} epochs at constant rates with momentum {MLP().momentum:g}, "
+        f"{seeds} seed{'s' if seeds > 1 else ''}. Range: largest over smallest rate within {CLOSE:g} points of the "
+        f"best. {users:g} is SGD's best rate from the ordinary start. Seconds are medians of interleaved runs.",
         f"m = {group.num_parameters:,} parameters, H = {group.num_units:,} freedoms, m - H = {group.dimension:,}.",
         f"torch {torch.__version__}, lightning {L.__version__}, {PROCESSES} processes of one thread, {_processor()}.",
     ]
@@ -325,8 +325,9 @@ def title_of(curves: Sequence[Curve]) -> str:
     pairs = zip(curves[::2], curves[1::2], strict=True)
     changes = [f"{one.contender} {other.mean(users) - one.mean(users):+.1f}" for one, other in pairs]
     return (
-        "One function, two starts: where dashed leaves solid, training depends on how units are scaled\n"
-        f"points of accuracy lost or won by rescaling, at SGD's best rate: {', '.join(changes)}"
+        "The same function with rescaled units (dashed): SGD trains differently,\n"
+        "EC-SGD as before, until float32 rounding has grown, which it does fast at high rates.\n"
+        f"Points of accuracy gained at SGD's best rate: {', '.join(changes)}"
     )
 
 
