@@ -124,7 +124,7 @@ class ECSGD(EquivalentClassOptimizer):
 
     Example::
 
-        optimizer = ECSGD(model.parameters(), lr=0.1, momentum=0.9)
+        optimizer = ECSGD(model.parameters(), lr=0.05, momentum=0.9)
         loss_function(model(x), y).backward()
         optimizer.step()
     """

@@ -14,7 +14,7 @@ from lightning_ecopt.steps.rule import StepKind
 _LINEAR_RANGE, _ADAM_RANGE = (1e-3, 3.0), (3e-5, 0.3)
 _MEANINGS: Mapping[StepKind, str] = {
     "linear": "with the rule 'unit' the relative length of a step: of each row of weights, about this share changes",
-    "own size": "as {base} has it; rows of weights move in proportion to their size, by {base}'s step on average",
+    "own size": "as {base} has it; rows of weights move in proportion to their size, a typical row by {base}'s step",
     "whole": "as {base} has it; the step is taken at the balanced weights",
 }
 
@@ -29,7 +29,7 @@ def meaning(base: Optimizer, rule: str) -> str:
     Example::
 
         meaning(torch.optim.AdamW(model.parameters(), lr=1e-3), "unit")
-        # lr = 0.001: as AdamW has it; rows of weights move in proportion to their size, by AdamW's step on average
+        # lr = 0.001: as AdamW has it; rows of weights move in proportion to their size, a typical row by AdamW's step
     """
     rates = sorted({_rate(options) for options in base.param_groups})
     shown = f"{rates[0]:g}" if len(rates) == 1 else f"{rates[0]:g} to {rates[-1]:g}"
