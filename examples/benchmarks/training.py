@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
-from lightning_ecopt import EquivalentClassOptimizer, scaling_group, set_skeleton_to_one_
+from lightning_ecopt import EquivalentClassOptimizer, MuonAdamW, scaling_group, set_skeleton_to_one_
+from lightning_ecopt.optim.muon import hidden_matrices, marked
 
 POINTS = 20  # of a training curve
 LEARNED = 0.995  # of the loss of a guess; a run that is above it after a third of its steps is given up
@@ -69,10 +70,15 @@ def _of_module(kind: Base) -> Base:
     return lambda net, example, **options: kind(net, **options)
 
 
+def _muon(net: nn.Module, **options: Any) -> torch.optim.Optimizer:
+    """Hidden matrices by Muon, all else by AdamW, as :func:`lightning_ecopt.ec_muon` divides them."""
+    return MuonAdamW(marked(net.parameters(), hidden_matrices(net)), **options)
+
+
 BASES: dict[str, Base] = {  # of a network, an example of its inputs, and options
     "sgd": _of_parameters(torch.optim.SGD),
     "adamw": _of_parameters(torch.optim.AdamW),
-    "muon": _of_module(peers.muon_adamw),
+    "muon": _of_module(_muon),
     "path_sgd": peers.PathSGD,
     "lamb": _of_parameters(peers.LAMB),
     "lars": _of_parameters(peers.LARS),

@@ -8,13 +8,11 @@ trace, but what is built on path norms, the first and the third, needs a network
 - :func:`path_condition_`: one move within the class before training.
 
 Some take steps relative to the weights, without the class: of a tensor (:class:`LAMB`, :class:`LARS`), of a neuron
-(:class:`Nero`). :class:`AdamMini` has one second moment for a row, and so less state. :func:`muon_adamw`
-orthogonalises the steps of matrices.
+(:class:`Nero`). :class:`AdamMini` has one second moment for a row, and so less state.
 """
 
 from peers.adam_mini import AdamMini, adam_mini
 from peers.enorm import ENorm
-from peers.muon import muon_adamw
 from peers.path_norms import PathSGD, path_condition_, path_kappa
 from peers.relative import LAMB, LARS, Nero
 
@@ -26,7 +24,6 @@ __all__ = [
     "Nero",
     "PathSGD",
     "adam_mini",
-    "muon_adamw",
     "path_condition_",
     "path_kappa",
 ]
