@@ -151,8 +151,8 @@ def _row(run: Run, found: list[Result]) -> list[str]:
     return [
         TITLES[run.contender],
         str(len(found)),
-        Interval.of([result.test[-1] for result in found]).text(),
-        Interval.of(best).text(),
+        Interval.of([result.test[-1] for result in found]).text(2),
+        Interval.of(best).text(2),
         f"{statistics.median(result.test.index(max(result.test)) + 1 for result in found):g}",
         f"{statistics.mean(result.loss[-1] for result in found):.2g}",
         f"{statistics.mean(result.test_loss[-1] for result in found):.2g}",
@@ -196,7 +196,7 @@ def difference_table(found: dict[Run, list[Result]]) -> list[str]:
             pairs = [one.test[-1] - ends[one.run.seed] for one in found[run] if one.run.seed in ends]
             if pairs:
                 names = [f"{TITLES[each.contender]}, {WORDS[each.start]}" for each in (run, other)]
-                rows.append([*names, str(len(pairs)), Interval.of(pairs).text()])
+                rows.append([*names, str(len(pairs)), Interval.of(pairs).text(2)])
     return table("this | less this | pairs of a seed | test accuracy at the end", rows)
 
 

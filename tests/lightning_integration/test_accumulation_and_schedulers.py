@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim import lr_scheduler as schedulers
 
 from lightning_ecopt import EquivalentClassOptimization, ec_sgd
+from lightning_ecopt.optim.bases import momentum_to_step
 from tests.lightning_integration.modules import (
     EXAMPLES,
     RULES,
@@ -248,11 +249,11 @@ class SetsMomentum(Callback):
 
 
 def test_the_relative_length_of_a_step_follows_the_momentum_of_that_step() -> None:
-    # A step is lr rho / sqrt(v) times (1 - momentum) (momentum buffer + g): linear in the momentum but for one factor.
+    # A step is lr rho / sqrt(v) times f(momentum) (momentum buffer + g): linear in the momentum but for one factor.
     def moved(momentum: float) -> Tensor:
         change = SetsMomentum(momentum, at=3)
         fit(Classifier(mlp().double()), quiet(refresh_interval=None), change, max_epochs=1, precision="64-true")
-        return torch.cat([step.flatten() for step in change.moved]) / (1 - momentum)
+        return torch.cat([step.flatten() for step in change.moved]) / momentum_to_step({"momentum": momentum})
 
     none, half, much = moved(0.0), moved(0.5), moved(0.9)
     assert (half - none).abs().max() > 1e-4

@@ -151,7 +151,7 @@ def test_a_group_of_another_module_is_refused() -> None:
 
 @EXAMPLES
 def test_an_optimizer_that_computes_gradients_by_itself_is_left_as_it_is(example: Tensor | None) -> None:
-    ours, plain = (Classifier(mlp(), lambda m: LBFGS(m.parameters()), example) for _ in range(2))
+    ours, plain = (Classifier(mlp(), lambda m: LBFGS(m.parameters(), lr=0.1), example) for _ in range(2))
     with pytest.warns(UserWarning, match=r"leaves LBFGS as it is\. LBFGS computes gradients several times"):
         fit(ours, quiet())
     fit(plain)
