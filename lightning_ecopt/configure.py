@@ -29,7 +29,7 @@ _Optimizer = TypeVar("_Optimizer", ECSGD, ECAdamW, ECMuon)
 
 
 def ec_sgd(
-    module: nn.Module, params: Params | None = None, *, lr: float = 0.05, **options: Unpack[SGDArguments]
+    module: nn.Module, params: Params | None = None, *, lr: float = 0.03, **options: Unpack[SGDArguments]
 ) -> ECSGD:
     """EC-SGD for a module, to be returned from ``configure_optimizers``.
 

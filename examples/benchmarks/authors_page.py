@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from report import Interval
+from outcomes import Interval
 
 STARTS = ("torch", "skeleton")
 TITLES = {

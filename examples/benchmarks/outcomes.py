@@ -34,6 +34,10 @@ class Interval(NamedTuple):
         return f"{self.mean:.{digits}f}{half}"
 
 
+#: How a table shows the verdicts.
+MARKS = {"ahead": "**", "behind": "*", "level": "", "unknown": ""}
+
+
 class Difference(NamedTuple):
     """Mean gain of the first over the second, positive if it is better, and p of Welch's test (NaN of one seed)."""
 
@@ -52,14 +56,16 @@ class Difference(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """``ahead``, ``behind`` or ``level``."""
+        """``ahead``, ``behind``, ``level``, or ``unknown`` of one seed."""
+        if math.isnan(self.p):
+            return "unknown"
         if not self.p < SIGNIFICANT:
             return "level"
         return "ahead" if self.gain > 0 else "behind"
 
     def text(self) -> str:
         value = f"{self.gain:+.{self.digits}f}"
-        mark = {"ahead": "**", "behind": "*", "level": ""}[self.verdict]
+        mark = MARKS[self.verdict]
         p = "one seed" if math.isnan(self.p) else f"p = {self.p:.2g}"
         return f"{mark}{value}{mark} ({p})"
 

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from accuracy import Results, read_results
 from figure import plot
 from grid import LOSS, Grid, Metric, add_grid_options, chosen_grid
-from outcomes import SIGNIFICANT, Difference, Interval, Outcome, geometric_mean, one_rate, outcomes_of
+from outcomes import MARKS, SIGNIFICANT, Difference, Interval, Outcome, geometric_mean, one_rate, outcomes_of
 
 MARKERS = ("<!-- accuracy -->", "<!-- /accuracy -->")
 REFERENCE = "AdamW"  # whose state and final training loss others are compared with
@@ -136,7 +136,8 @@ def comparison_rows(found: Found, pairs: Iterable[tuple[str, str]], of: Tests, o
         known = [one for one in differences if one is not None]
         if known:
             count = {verdict: sum(one.verdict == verdict for one in known) for verdict in ("ahead", "behind")}
-            summary = f"{count['ahead']} ahead, {count['behind']} behind of {len(known)}"
+            judged = sum(one.verdict != "unknown" for one in known)
+            summary = f"{count['ahead']} ahead, {count['behind']} behind of {judged}"
             name = first if first == second else f"{first} against {second}"
             rows.append([name, *("" if d is None else d.text() for d in differences), summary])
     return rows
@@ -238,16 +239,17 @@ def readme_lines(grid: Grid, results: Results) -> list[str]:
 def _readme_cells(grid: Grid, outcomes: Mapping[str, Outcome], form: str, plain: str) -> list[str]:
     kinds = ["plain", "best"] + (["default"] if grid.contenders[form].default_rate is not None else [])
     tuned = outcomes[plain].tests() if plain in outcomes else []
+    if len(tuned) < grid.seeds:  # what runs are missing, RESULTS.md says
+        return [""] * (1 + len(kinds))
     metric = next(iter(outcomes.values())).metric
     digits = metric.digits - (metric is not LOSS)
-    cells = [f"{Interval.of(tuned).mean:.{digits}f}" if tuned else ""]
+    cells = [f"{Interval.of(tuned).mean:.{digits}f}"]
     for kind in kinds:
         tests = outcomes[form].tests(kind) if form in outcomes else []
-        if not tests:
+        if len(tests) < grid.seeds:
             cells.append("")
             continue
-        verdict = Difference.of(tests, tuned, metric).verdict if tuned else "level"
-        mark = {"ahead": "**", "behind": "*", "level": ""}[verdict]
+        mark = MARKS[Difference.of(tests, tuned, metric).verdict]
         cells.append(f"{mark}{Interval.of(tests).mean:.{digits}f}{mark}")
     return cells
 
@@ -257,7 +259,7 @@ def _readme_sentence(found: Found, form: str, plain: str) -> list[str]:
     kinds: dict[str, Tests] = {f"at the rate of {plain}": lambda o: o.tests("plain"), "at its own best rate": best}
     for title, of in kinds.items():
         differences = [difference(outcomes, form, plain, of, best) for outcomes in found.values()]
-        known = [one.verdict for one in differences if one is not None]
+        known = [one.verdict for one in differences if one is not None and one.verdict != "unknown"]
         if known:
             ahead, behind = known.count("ahead"), known.count("behind")
             parts.append(f"{title} on {ahead} and behind on {behind} of {len(known)} tasks")

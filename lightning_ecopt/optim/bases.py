@@ -37,10 +37,10 @@ LINEAR = (SGD, ASGD)
 def step_kinds(base: Optimizer) -> dict[int, StepKind]:
     """The kind of an optimizer's step in each of its parameters, by ``id``.
 
-    Steps are ``"whole"`` in parameter groups with ``use_muon=True``, whatever the optimizer, and in matrices that a
-    Muon has, one of whose classes has the word in its name, unless their group says ``use_muon=False`` (or
-    ``use_fallback=True``, as timm's does). An optimizer may run another one, as Lookahead does; then the inner one
-    tells. All other steps are ``"linear"`` if the optimizer is SGD or ASGD, or else of their ``"own size"``.
+    A step is ``"whole"`` in every group that says ``use_muon=True``; and in parameters of two axes or more of an
+    optimizer, or of one that it runs, that has "Muon" in the name of its class or of a base class, unless the group
+    says ``use_muon=False`` (or ``use_fallback=True``, as timm's does). Else it is ``"linear"`` if the optimizer itself,
+    not one that it runs, is SGD or ASGD. Else it is of its ``"own size"``.
     """
     usual: StepKind = "linear" if isinstance(base, LINEAR) else "own size"
     kinds: dict[int, StepKind] = {id(p): usual for options in base.param_groups for p in options["params"]}
@@ -99,13 +99,15 @@ def momentum_to_step(options: Mapping[str, Any]) -> float:
     """The factor that gives momentum, a sum of gradients in SGD, the size of one gradient.
 
     It is the geometric mean of 1 - momentum, which does so if all gradients are the same, and sqrt(1 - momentum^2),
-    which does so if they are independent, by (1 - dampening).
+    which does so if they are independent, by (1 - dampening). SGD does not dampen the first gradient; so that its step
+    is no longer than those that follow it may be, ((1 + momentum) / (1 - momentum))^(1/4) is the most.
 
     Args:
         options: a parameter group of any optimizer.
     """
     momentum, dampening = _momentum(options)
-    return math.sqrt((1 - momentum) * math.sqrt(1 - momentum**2)) / (1 - dampening)
+    factor = math.sqrt((1 - momentum) * math.sqrt(1 - momentum**2)) / (1 - dampening)
+    return min(factor, ((1 + momentum) / (1 - momentum)) ** 0.25)
 
 
 def _momentum(options: Mapping[str, Any]) -> tuple[float, float]:

@@ -94,11 +94,7 @@ class MuonAdamW(Optimizer):
             {"lr": rate, "betas": betas, "eps": eps, "amsgrad": amsgrad, "foreach": foreach, "fused": fused},
         )
         self._parts = muon, adamw
-        groups = marked(params, _matrices_but_the_last)
-        for group in groups:
-            if not group["use_muon"]:
-                group.setdefault("lr", rate)
-        super().__init__(groups, {**adamw.defaults, **muon.defaults})
+        super().__init__(marked(params, _matrices_but_the_last), {**adamw.defaults, **muon.defaults, "adamw_lr": rate})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; one that does not say ``use_muon`` is added as two, of matrices for Muon and of the others.
@@ -107,6 +103,8 @@ class MuonAdamW(Optimizer):
             ValueError: if it is for Muon and has a parameter that is not a matrix.
         """
         for group in _divided(param_group, lambda p: _is_matrix(p)):
+            if not group["use_muon"]:
+                group.setdefault("lr", self.defaults["adamw_lr"])
             super().add_param_group(group)
             shapes = [list(p.shape) for p in group["params"] if group["use_muon"] and not _is_matrix(p)]
             if shapes:
@@ -136,12 +134,12 @@ class MuonAdamW(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy has defaults, groups and state alone; a checkpoint of another version of torch may lack options.
+        if any("use_muon" not in group for group in state["param_groups"]):
+            raise ValueError(
+                "The parameter groups of this state do not say use_muon, as it was saved by another optimizer."
+            )
         super().__setstate__(state)
         for group in self.param_groups:
-            if "use_muon" not in group:
-                raise ValueError(
-                    "The parameter groups of this state do not say use_muon, as it was saved by another optimizer."
-                )
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
         self._parts = _empty({}, {})

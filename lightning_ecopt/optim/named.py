@@ -132,7 +132,7 @@ class ECSGD(EquivalentClassOptimizer):
     def __init__(
         self,
         params: Params,
-        lr: float = 0.05,
+        lr: float = 0.03,
         momentum: float = 0.0,
         dampening: float = 0.0,
         weight_decay: float = 0.0,

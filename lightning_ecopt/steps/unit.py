@@ -26,13 +26,16 @@ row. Taking the component out altogether is gradient centralization (Yong et al.
 **What lr means with SGD.** A step of SGD without momentum has the relative length lr: s_k g_v is rho_k long (root mean
 square). Momentum mu adds gradients up: to 1 / (1 - mu) times their size if they are all the same, to 1 / sqrt(1 - mu^2)
 times it if they are independent. f(mu), the geometric mean of 1 - mu and sqrt(1 - mu^2), is right for both to within
-((1 + mu) / (1 - mu))^(1/4), which is 2.1 for 0.9.
+((1 + mu) / (1 - mu))^(1/4), which is 2.1 for 0.9; with Nesterov's momentum, too. The first step is f(mu) lr, which is
+0.21 lr for 0.9, as nothing has added up yet.
 
 **What lr means with all others.** Their steps have a size of their own: Adam's first one moves every weight by lr. So
-does that of a row of typical size: rho is the median, over the parameters, of the root mean squares of their rows. No
-single parameter moves it, however large it is: an embedding drawn from N(0, 1) does not change the steps of all others.
-No row moves by less than a third of what the base would move it by; by more than three times of it move only rows that
-are three times as large as rho: those of such an embedding, or of a first layer that reads few values.
+does that of a row of typical size: rho is the median, over the parameters, of the root mean squares of their elements
+(in rows of several elements, not all zero); between two parameters it is their geometric mean. Of three or more
+parameters none can move it far, however large it is: an embedding drawn from N(0, 1) does not change the steps of all
+others. No row moves by less than a third of what the base would move it by. By more than three times of it move only
+rows that are three times as large as rho: those of such an embedding, by lr / rho (14 lr among torch's linear layers
+that read 64 values, 55 lr among those of 1,024), or of a first layer that reads few values.
 
 **Rows of one element** (biases, gains) have no direction. They are not centred, and take the base's own steps, s_k = 1,
 unless the base is SGD or ASGD: then the rho_k of a gain is a tenth of its own magnitude, of a bias a tenth of the norm
@@ -197,7 +200,7 @@ class UnitRule:
             self._uncentred |= self._whole
         weights = {name: local(parameter) for name, parameter in parameters.items()}
         self._rho, self._reference = self._magnitudes(self._sums_and_squares(weights)[1])
-        self._own = self._own_scale()
+        self._own = None if self._all_linear else self._own_scale()
         self._next = (self._second, self._weight, self._clipped)  # taken over when the step succeeds
 
     name = "unit"
@@ -244,7 +247,7 @@ class UnitRule:
         rule = cls._make(setting)
         for name in SAVED:
             getattr(rule, f"_{name}").copy_(state[name])
-        rule._own = rule._own_scale()
+        rule._own = None if rule._all_linear else rule._own_scale()
         return rule
 
     @classmethod
@@ -304,10 +307,16 @@ class UnitRule:
             _look_at_gradients, sums, squares, *running, present, rho, self._tiny
         )
         self._next = (second, weight, self._clipped + clipped)
-        scale = self._own
-        if self._linear is not None:
-            scale = to_step * relative if self._all_linear else torch.where(self._linear, to_step * relative, scale)
-        return Reparametrization(scale, grad_scale, grad_shift)
+        return Reparametrization(self._scale(relative, to_step), grad_scale, grad_shift)
+
+    def _scale(self, relative: Tensor | None, to_step: Coefficient) -> Tensor:
+        """s_k, ``[R]``; ``relative`` is rho_k / sqrt(q_k), or ``None`` if no step is linear."""
+        if self._own is None or self._linear is None:  # all steps are linear, or none is
+            scale = self._own if relative is None else to_step * relative
+            assert scale is not None
+            return scale
+        assert relative is not None
+        return torch.where(self._linear, to_step * relative, self._own)
 
     def transform_gradients_(self, here: Reparametrization, gradients: Tensors) -> Callable[[], None]:
         """Centre and clip gradients in place; returns the way back."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import SGD
 
 from lightning_ecopt import EquivalentClassOptimization
 from tests.lightning_integration.modules import (
@@ -193,3 +194,29 @@ def test_frozen_parameters_are_not_rescaled(rule: str) -> None:
     assert callback.group.num_units == 16
     assert same(weights(module.net[0]), weights(mlp()[0]))
     assert not same(weights(module.net[2]), weights(mlp()[2]))
+
+
+class WithoutRate(SGD):
+    """Finds its rate by itself, as transformers' Adafactor does."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, lr=0.1)
+        for options in self.param_groups:
+            options["lr"] = None
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        with torch.enable_grad():
+            loss = closure()
+        for options in self.param_groups:
+            for p in options["params"]:
+                p.sub_(p.grad, alpha=0.01)
+        return loss
+
+
+def test_an_optimizer_without_a_rate_trains_and_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
+    module = Classifier(mlp(), lambda m: WithoutRate(m.parameters()))
+    before = weights(module)
+    fit(module, EquivalentClassOptimization())
+    assert not same(weights(module), before)
+    assert "lr = WithoutRate's own: " in capsys.readouterr().out

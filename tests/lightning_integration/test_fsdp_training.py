@@ -80,7 +80,8 @@ def test_vectors_over_rows_are_those_of_one_process(found: Any, alone: Any, name
 @every_run
 def test_statistics_are_those_of_one_process(found: Any, alone: Any, name: str, base: str, size: int) -> None:
     expected = alone[name, base]["statistics"]
-    assert all(rank["trained"][name, base]["statistics"] == expected for rank in found[size])
+    for rank in found[size]:  # gradients that are rounding, as before a norm, may be clipped or not
+        assert rank["trained"][name, base]["statistics"] == pytest.approx(expected, abs=0.01)
     assert 0 < expected["clipped"] < 1
     assert expected["dormant_units"] == (1 if name == "perceptron" else 0)
 

@@ -191,6 +191,7 @@ def test_a_checkpoint_may_lack_options_but_not_whose_a_group_is() -> None:
         del group["use_muon"]
     with pytest.raises(ValueError, match="saved by another optimizer"):
         optimizer.load_state_dict(state)
+    train(module, optimizer, x, y, range(4, 6))  # nothing has changed
 
 
 # Whose a parameter is -------------------------------------------------------------------------------------------------
@@ -205,6 +206,16 @@ def test_a_group_that_is_added_is_divided() -> None:
     optimizer.add_param_group({"params": module[2].weight})
     assert names(module, optimizer) == ["0.weight", "2.weight"]
     assert [group["lr"] for group in optimizer.param_groups] == [0.01, 0.1, 0.1, 0.01]
+
+
+@needs_muon
+def test_a_group_that_is_added_gets_the_rate_of_its_kind() -> None:
+    module = mlp(4, 8, 6, 3)
+    optimizer = MuonAdamW(module[4].parameters(), lr=0.02, adamw_lr=0.001)
+    optimizer = copy.deepcopy(optimizer)
+    optimizer.add_param_group({"params": module[0].parameters()})
+    rates = {group["use_muon"]: group["lr"] for group in optimizer.param_groups}
+    assert rates == {True: 0.02, False: 0.001}
 
 
 @needs_muon

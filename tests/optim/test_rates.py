@@ -13,7 +13,7 @@ from torch.optim import SGD, Adadelta, AdamW
 from lightning_ecopt import ECSGD, ECAdamW, EquivalentClassOptimizer, ScalingGroup, scaling_group
 from lightning_ecopt.optim.rates import meaning, mistaken_rate
 from tests.networks import mlp
-from tests.optim.training import problem, train
+from tests.optim.training import only_refresh, problem, train
 from tests.selection import few
 
 
@@ -73,6 +73,7 @@ def test_no_row_moves_by_a_third_or_three_times_the_rate_unless_it_is_that_large
         moved = (p.detach() - before[name]).abs() / lr
         if p.ndim == 1:  # biases and gains take the base's own step
             assert float(moved.max()) <= 1.01, name
+            assert float(moved.median()) >= 0.99, name
             continue
         axes = axes_of_rows(group, name)
         size = before[name].square().mean(axes).sqrt()
@@ -100,6 +101,40 @@ def test_sgd_takes_the_same_relative_step_in_all_rows_whatever_is_embedded() -> 
             torch.testing.assert_close(ratio, torch.full_like(ratio, 0.01), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("times", [1e-3, 1e3])
+def test_the_size_of_one_parameter_does_not_change_the_steps_of_all_others(times: float) -> None:
+    moved = []
+    for factor in (1.0, times):
+        torch.manual_seed(0)
+        net = Tokens(50, 32, positions=False)
+        i = torch.randint(50, (16, 8))
+        with torch.no_grad():
+            net.tokens.weight.mul_(factor)
+        base = AdamW(net.parameters(), lr=1e-3, weight_decay=0.0)
+        optimizer = EquivalentClassOptimizer(base, scaling_group(net, i), check=None)
+        optimizer.start()
+        before = net.up.weight.detach().clone()
+        for p in net.parameters():
+            p.grad = torch.ones_like(p).normal_(generator=torch.Generator().manual_seed(1))
+        optimizer.step()
+        moved.append((net.up.weight.detach() - before).abs().amax())
+    assert 0.5 < float(moved[1] / moved[0]) < 2
+
+
+@pytest.mark.parametrize(("momentum", "dampening", "longest"), [(0.9, 0.0, 0.21), (0.9, 0.9, 2.1), (0.9, 0.999, 2.1)])
+def test_the_first_step_of_sgd_is_no_longer_than_those_that_follow_may_be(
+    momentum: float, dampening: float, longest: float
+) -> None:
+    module, x, y = problem(4, 6, 5, 3)
+    base = SGD(module.parameters(), lr=0.01, momentum=momentum, dampening=dampening)
+    optimizer = EquivalentClassOptimizer(base, scaling_group(module, x))
+    only_refresh(optimizer)
+    before = module[0].weight.detach().clone()
+    train(module, optimizer, x, y, range(1))
+    length = (module[0].weight.detach() - before).norm(dim=1) / before.norm(dim=1)
+    torch.testing.assert_close(length, torch.full_like(length, 0.01 * longest), rtol=0.01, atol=0)
+
+
 @pytest.mark.parametrize(
     ("base", "is_wrong"),
     [
@@ -109,11 +144,13 @@ def test_sgd_takes_the_same_relative_step_in_all_rows_whatever_is_embedded() -> 
         (SGD([nn.Parameter(torch.ones(2))], lr=0.0), False),
         (AdamW([nn.Parameter(torch.ones(2))], lr=torch.tensor(1e-3)), False),
         (AdamW([nn.Parameter(torch.ones(2))], lr=1.0), True),
+        (AdamW([nn.Parameter(torch.ones(2))], lr=1e-6), False),  # as in fine-tuning
+        (SGD([{"params": [nn.Parameter(torch.ones(2))], "lr": lr} for lr in (0.1, 1e-6)]), False),
         (Adadelta([nn.Parameter(torch.ones(2))], lr=1.0), False),
     ],
 )
 def test_rates_far_outside_of_what_trains_are_told(base: torch.optim.Optimizer, is_wrong: bool) -> None:
-    found, lr = mistaken_rate(base, "unit"), float(base.param_groups[0]["lr"])
+    found, lr = mistaken_rate(base, "unit"), max(float(options["lr"]) for options in base.param_groups)
     assert (found is not None) == is_wrong
     if found is not None:
         assert found[0] == ("large" if lr > 0.1 else "small")
@@ -150,6 +187,19 @@ def test_the_meaning_of_the_rate_is_one_line() -> None:
     assert meaning(adamw, "unit").startswith("lr = 0.001: as AdamW has it")
     assert meaning(adamw, "path") == "lr = 0.001: as AdamW has it, in values of basis paths"
     assert all("\n" not in meaning(base, rule) for base in (sgd, adamw) for rule in ("unit", "path"))
+
+
+def test_the_meaning_tells_what_it_is_of_where_steps_are_of_two_kinds_and_where_there_is_no_rate() -> None:
+    module = mlp(3, 4, 2)
+    base = SGD(module.parameters(), lr=0.1)
+    base.param_groups[0]["use_muon"] = False
+    base.add_param_group({"params": [nn.Parameter(torch.ones(2, 2))], "use_muon": True, "lr": 0.2})
+    assert meaning(base, "unit").startswith("lr = 0.1 to 0.2: ")
+    assert "of matrices: as SGD has it" in meaning(base, "unit")
+    for options in base.param_groups:
+        options["lr"] = None  # as transformers' Adafactor has it
+    assert meaning(base, "path") == "lr = SGD's own: as SGD has it, in values of basis paths"
+    assert mistaken_rate(base, "unit") is None
 
 
 @pytest.mark.parametrize("kind", [ECSGD, ECAdamW])

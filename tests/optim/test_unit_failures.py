@@ -245,7 +245,7 @@ def test_a_unit_that_comes_to_life_moves_by_the_rate_at_most(weight_decay: float
     factor[2] = size
     train(module, optimizer, x, y, range(30, 31))
     moved = float((module[0].weight[2].detach() - before).norm() / before.norm())
-    assert moved < 0.0051 + 0.05 * weight_decay * 10
+    assert moved < 0.0105 + 0.05 * weight_decay * 10  # 0.209 lr with a momentum of 0.9
     if size == 1.0:
         assert moved > 0.001
     elif not weight_decay:
