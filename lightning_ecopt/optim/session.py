@@ -366,6 +366,7 @@ class Session:
             kernels=network.kernels,
             alive=alive,
             exclusive=network.exclusive,
+            is_balanced=self.options.representative == "balanced",
             kinds=self._kinds(network),
             means=lambda: self._mean_gradients(network),
             skeleton=self.options.skeleton,

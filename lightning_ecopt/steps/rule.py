@@ -75,6 +75,7 @@ class Setting:
         kernels: make the passes over weights and gradients.
         alive: units on a path of non-zero elements, ``bool[H]``.
         exclusive: units that scale trainable parameters of this optimizer alone, ``bool[H]``.
+        is_balanced: whether the representative is the balanced member.
         kinds: of the base's steps in its parameters, by name.
         means: returns the means of gradients that the base's momentum holds, by parameter name.
         skeleton: how the path rule chooses skeleton weights.
@@ -88,6 +89,7 @@ class Setting:
     kernels: Kernels
     alive: Tensor
     exclusive: Tensor
+    is_balanced: bool
     kinds: Mapping[str, StepKind]
     means: Callable[[], Tensors]
     skeleton: str

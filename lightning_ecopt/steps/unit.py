@@ -11,7 +11,7 @@ that lead into one unit, or into one value that is held fixed. With w its weight
 
     SGD, ASGD:    s_k = f(momentum) rho_k / sqrt(q_k)           lr is the relative length of a step
     all others:   s_k = max(rho_k / rho, 1/3)                   lr keeps its meaning
-    and matrices that the base treats whole, as Muon does:  s_k = 1,  g_v = g
+    and matrices that the base treats whole, as Muon does:  s_k = |W| / |W_1|,  g_v = g
 
 The step depends on the class alone, because the balanced member does and all of the above are functions of weights and
 gradients there. Nero (Liu et al., "Learning by Turning", arXiv:2102.07227) takes the same relative step, and projects
@@ -37,11 +37,18 @@ others. No row moves by less than a third of what the base would move it by. By 
 rows that are three times as large as rho: those of such an embedding, by lr / rho (14 lr among torch's linear layers
 that read 64 values, 55 lr among those of 1,024), or of a first layer that reads few values.
 
+rho is measured where the gains of normalisation layers are one, which is another member of the class. Networks are made
+there, and the rates that people use are for weights of that size. Balancing turns gains of 1 into, say, 0.5, and
+doubles the matrices behind them: s_k = rho_k / rho gives these twice the step, which is the same share of them. A
+matrix W that the base treats whole takes a step of the same relative length as it would as W_1, which it is there; the
+norms are those of the start.
+
 **Rows of one element** (biases, gains) have no direction. They are not centred, and take the base's own steps, s_k = 1,
 unless the base is SGD or ASGD: then the rho_k of a gain is a tenth of its own magnitude, of a bias a tenth of the norm
 of the weights into the same unit. Rows of several elements that are added, as positions are, are not centred either.
 
-With SGD and ASGD a row has at least a tenth of rho, and one of zeros has rho; rows of one element have at least a
+With SGD and ASGD a row has at least a tenth of the typical rho_k (the median over the parameters, as for rho, but at
+the balanced member), and one of zeros has all of it; rows of one element have at least a
 hundredth of the typical norm (the median, over the parameters, of the root mean square norms of their rows), and a bias
 without weights into its unit has a tenth of it. Elsewhere s_k = 1 for a row of zeros. sqrt(q_k) counts as at least
 1e-5 rms_j(rho_j sqrt(q_j)) / rho_k, with the root mean square over all rows j. So a gradient that is rounding, as a
@@ -77,6 +84,7 @@ from lightning_ecopt.steps.rule import (
 from lightning_ecopt.steps.state import StateEntries, weight_averages
 from lightning_ecopt.symmetry import Coupling, ScalingGroup
 from lightning_ecopt.symmetry.coupling import NO_UNIT
+from lightning_ecopt.symmetry.gains import scale_to_gains_of_one
 
 CENTRING = 0.9  # share of the mean that is taken out of the gradients of a row
 MEMORY = 0.99  # of the running second moments
@@ -168,6 +176,7 @@ class UnitRule:
             all ranks take their steps together.
         kernels: make the passes over weights and gradients.
         kinds: of the base's steps, by parameter name.
+        typical: the same weights where gains are one, by name; by default ``parameters``.
         means: of gradients, by name, from the base's momentum: mean(means**2) counts as one earlier mean(c**2).
     """
 
@@ -178,6 +187,7 @@ class UnitRule:
         parameters: Tensors,
         kernels: Kernels,
         kinds: Mapping[str, StepKind],
+        typical: Tensors | None = None,
         means: Tensors | None = None,
     ) -> None:
         narrowest = min((p.dtype for p in parameters.values()), key=lambda kind: torch.finfo(kind).bits)
@@ -199,7 +209,10 @@ class UnitRule:
         if self._whole is not None:
             self._uncentred |= self._whole
         weights = {name: local(parameter) for name, parameter in parameters.items()}
-        self._rho, self._reference = self._magnitudes(self._sums_and_squares(weights)[1])
+        squares = self._sums_and_squares(weights)[1]
+        self._rho, self._reference = self._magnitudes(
+            squares, squares if typical is None else self._sums_and_squares(typical)[1]
+        )
         self._own = None if self._all_linear else self._own_scale()
         self._next = (self._second, self._weight, self._clipped)  # taken over when the step succeeds
 
@@ -252,8 +265,14 @@ class UnitRule:
 
     @classmethod
     def _make(cls, setting: Setting) -> UnitRule:
+        typical = None
+        if setting.is_balanced and set(setting.kinds.values()) != {"linear"}:
+            log_scale = scale_to_gains_of_one(setting.group, setting.active)
+            if log_scale is not None:
+                typical = {name: setting.weights[name].clone() for name in setting.parameters}
+                setting.group.rescale_(typical, log_scale)
         means = setting.means()
-        return cls(setting.group.couplings, setting.parameters, setting.kernels, setting.kinds, means)
+        return cls(setting.group.couplings, setting.parameters, setting.kernels, setting.kinds, typical, means)
 
     def _of_kind(self, kinds: Mapping[str, StepKind], kind: StepKind) -> Tensor | None:
         """Rows of parameters in which the base's steps are of a kind, ``bool[R]``; ``None`` if there are none."""
@@ -264,18 +283,23 @@ class UnitRule:
         """Sums and sums of squares of all rows, ``[2, R]``; zero for tensors that are missing."""
         return self.rows.reduced(self.kernels, "sums_and_squares", tensors)
 
-    def _magnitudes(self, squares: Tensor) -> tuple[Tensor, Tensor]:
-        """rho_k, ``[R]``, and rho, a scalar.
+    def _magnitudes(self, squares: Tensor, typical: Tensor) -> tuple[Tensor, Tensor]:
+        """rho_k, ``[R]``, and what it is divided by in s_k: rho, a scalar, or ``[R]`` if there are whole matrices.
 
         Args:
             squares: sums of squares of the weights of each row, ``[R]``.
+            typical: the same where gains are one.
         """
         rows, own = self.rows, (squares / self._size).sqrt()
         counted = ((squares > 0) & ~rows.single).to(squares)
-        total = rows.by_parameter(squares * counted)
-        rho = _median_root(total / rows.by_parameter(self._size * counted))
+        size = rows.by_parameter(self._size * counted)
+        total, usual = rows.by_parameter(squares * counted), rows.by_parameter(typical * counted)
+        reference = _median_root(usual / size)
+        if self._whole is not None:
+            own = torch.where(self._whole, rows.spread((total / size).sqrt()), own)
+            reference = torch.where(self._whole, rows.spread((usual / size).sqrt()), reference)
         if self._linear is None:
-            return own, rho
+            return own, reference
         typical_norm = _median_root(total / rows.by_parameter(counted))
         units, additive = rows.units(), rows.additive()
         no_unit = int(units.max()) + 1 if len(rows) else 0  # a number for rows that lead into no unit
@@ -283,15 +307,16 @@ class UnitRule:
         into_unit = into(torch.where(additive, 0.0, squares)).sqrt()
         into_unit[no_unit] = typical_norm
         single = SINGLE * _at_least_a_share(torch.where(additive, into_unit[units], squares.sqrt()), typical_norm)
-        bounded = torch.where(rows.single, single, _at_least_a_share(own, rho))
-        return torch.where(self._linear, bounded, own), rho
+        bounded = torch.where(rows.single, single, _at_least_a_share(own, _median_root(total / size)))
+        return torch.where(self._linear, bounded, own), reference
 
     def _own_scale(self) -> Tensor:
         """s_k, ``[R]``, of rows in which the base's steps are not linear; elsewhere it has no meaning."""
         is_scaled = (self._rho > 0) & ~self.rows.single
+        least = LEAST * torch.ones_like(self._rho)
         if self._whole is not None:
-            is_scaled &= ~self._whole
-        return torch.where(is_scaled, (self._rho / self._reference).clamp(min=LEAST), 1.0)
+            least = torch.where(self._whole, 0.0, least)
+        return torch.where(is_scaled, torch.maximum(self._rho / self._reference, least), 1.0)
 
     @ordinary_tensors()
     def reparametrization(self, weights: Tensors, gradients: Tensors, to_step: Coefficient) -> Reparametrization:
@@ -389,5 +414,5 @@ class UnitRule:
         return UnitStatistics(int(self._clipped) / max(1, self._steps * len(self._size)), dormant)
 
     def state_dict(self, entries: StateEntries) -> dict[str, Any]:
-        """``rho``, ``second`` and ``weight`` over the rows, ``[R]``, and the scalar ``reference``, which is rho."""
+        """``rho``, ``second`` and ``weight`` over the rows, ``[R]``, and ``reference``, rho or |W_1|."""
         return {name: getattr(self, f"_{name}").clone() for name in SAVED}

@@ -18,7 +18,7 @@ Letters: H units; S scales, that is monomials, of which the first H are the unit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -113,10 +113,20 @@ def sums_of_squares(squares: Sequence[SquaredWeights], monomials: Monomials, ran
 # The minimum ----------------------------------------------------------------------------------------------------------
 
 
+def resolution_of(parameters: Iterable[Tensor]) -> float:
+    """The relative rounding error of weights in the coarsest of their types."""
+    return max(torch.finfo(parameter.dtype).eps for parameter in parameters)
+
+
 def balancing_scale(
-    squares: Sequence[SquaredWeights], monomials: Monomials, active: Tensor, resolution: float, ranks: Ranks
+    squares: Sequence[SquaredWeights],
+    monomials: Monomials,
+    active: Tensor,
+    resolution: float,
+    ranks: Ranks,
+    start: Tensor | None = None,
 ) -> Tensor:
-    """Find the log-scales ``[H]`` that balance the active units; zero for the others.
+    """Find the log-scales ``[H]`` that balance the active units, and are those of the start for the others.
 
     Args:
         squares: of all regions, on this rank.
@@ -125,9 +135,10 @@ def balancing_scale(
         resolution: relative rounding error of the type in which the weights are kept; a balance well below is good
             enough.
         ranks: the ranks that hold parts of the weights; all of them get the same result.
+        start: log-scales ``[H]``; by default zero.
     """
     problem = _Problem(squares, monomials, active, ranks)
-    here = problem.start()
+    here = problem.start() if start is None else problem.at(start)
     tolerance = max(64 * torch.finfo(here.scale.dtype).eps, resolution / 64)
     return _newton(problem, _coarse(problem, here), tolerance).scale
 

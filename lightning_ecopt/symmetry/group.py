@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from lightning_ecopt.common.sharding import Ranks, gathering_modules, local, release
 from lightning_ecopt.common.signals import uninterrupted
 from lightning_ecopt.common.tensors import padded, widest
-from lightning_ecopt.symmetry.balance import alive_units, balancing_scale, mean_square, sums_of_squares
+from lightning_ecopt.symmetry.balance import alive_units, balancing_scale, mean_square, resolution_of, sums_of_squares
 from lightning_ecopt.symmetry.coupling import NO_UNIT, Coupling, couplings_here
 from lightning_ecopt.symmetry.derivatives import Derivatives, DerivativeSums, roundoff_of
 from lightning_ecopt.symmetry.describe import UnitSet, describe_unit, sort_units
@@ -329,7 +329,7 @@ class ScalingGroup:
         sharded, call it on all ranks.
         """
         ranks = Ranks(self.parameters)
-        return self._alive(self._squares(ranks), ranks)
+        return self._alive(self.squares(ranks), ranks)
 
     def _alive(self, squares: list[SquaredWeights], ranks: Ranks) -> Tensor:
         alive = alive_units(squares, self.monomials, ranks)
@@ -353,14 +353,14 @@ class ScalingGroup:
             The log-scales ``[H]`` that were applied, zero for units that were not moved.
         """
         ranks = Ranks(self.parameters)
-        squares = self._squares(ranks)
+        squares = self.squares(ranks)
         if active is None:
             active = self._alive(squares, ranks)
         log_scale = torch.zeros(0, dtype=torch.double, device="cpu")
         if squares:
             active = active.to(squares[0].roots.device)
             invariant = active & self.scale_invariant.to(active.device)
-            resolution = max(torch.finfo(parameter.dtype).eps for parameter in self.parameters.values())
+            resolution = resolution_of(self.parameters.values())
             log_scale = balancing_scale(squares, self.monomials, active & ~invariant, resolution, ranks)
             if bool(invariant.any()):
                 log_scale -= torch.where(invariant, mean_square(squares, self.monomials, ranks).log() / 2, 0.0)
@@ -375,7 +375,7 @@ class ScalingGroup:
         The formula is that of :class:`lightning_ecopt.UnitImbalance`. If parameters are sharded, call it on all ranks.
         """
         ranks = Ranks(self.parameters)
-        squares = self._squares(ranks)
+        squares = self.squares(ranks)
         if not squares:
             return torch.ones((), dtype=torch.double, device="cpu")
         incoming, outgoing = sums_of_squares(squares, self.monomials, ranks)
@@ -418,7 +418,7 @@ class ScalingGroup:
     def _derivative_sums(self) -> DerivativeSums:
         return DerivativeSums(self._couplings_here, self.monomials)
 
-    def _squares(self, ranks: Ranks) -> list[SquaredWeights]:
+    def squares(self, ranks: Ranks) -> list[SquaredWeights]:
         """Take the squares of all regions that this rank adds up; empty on all ranks if nothing scales."""
         empty = [name for name, parameter in self.parameters.items() if parameter.is_meta]
         if empty:

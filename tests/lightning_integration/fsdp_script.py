@@ -22,6 +22,7 @@ from lightning_ecopt import EquivalentClassOptimizer
 from lightning_ecopt.common.sharding import Part, is_sharded, local
 from lightning_ecopt.symmetry import ScalingGroup, scaling_group
 from lightning_ecopt.symmetry.followers import Followers
+from lightning_ecopt.symmetry.gains import scale_to_gains_of_one
 from tests.networks import mlp
 from tests.symmetry.helpers import draw_, evaluate, flat_output
 from tests.symmetry.zoo import ZOO
@@ -111,6 +112,8 @@ def results(module: nn.Module, inputs: Sequence[Any]) -> dict[str, Any]:
     found["acted"], found["gradients"] = whole(parameters), whole(gradients)
     found["outputs"].append(evaluate(module, inputs))
     found["log_scale"] = group.balance_()
+    to_gains = scale_to_gains_of_one(group, group.alive())
+    found["to_gains"] = torch.zeros(0) if to_gains is None else to_gains
     found["balanced"] = whole(parameters)
     found["outputs"].append(evaluate(module, inputs))
     return found

@@ -87,6 +87,8 @@ def test_the_balance_is_that_of_one_process(found: Any, alone: Any, case: Case, 
     assert float((result["log_scale"] - expected["log_scale"]).abs().max()) <= 1e-12
     _assert_close(result["balanced"], expected["balanced"])
     assert float(expected["log_scale"].abs().max()) > 0.1
+    assert result["to_gains"].shape == expected["to_gains"].shape
+    torch.testing.assert_close(result["to_gains"], expected["to_gains"], rtol=0, atol=1e-12)
 
 
 @full

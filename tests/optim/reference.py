@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from lightning_ecopt import MuonAdamW, scaling_group
+from lightning_ecopt.symmetry.gains import scale_to_gains_of_one
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def orthogonalised(matrix: Tensor, coefficients: tuple[float, float, float], ste
 class Reference:
     """Takes the steps of the rule "unit" as its documentation has them, one row after the other.
 
-    Only the balanced member is the package's.
+    Only the balanced member, and the one where gains are one, are the package's.
     """
 
     def __init__(self, module: nn.Module, x: Tensor, streams: Mapping[str, str | None]) -> None:
@@ -78,7 +79,8 @@ class Reference:
         self.seen = [0.0] * len(self.rows)  # sum of its weights
         self.rho: list[float] = []  # from the first refresh on, for SGD
         self.own: list[float] = []  # root mean squares
-        self.mean = math.nan
+        self.mean = math.nan  # the rho of other bases
+        self.longer: dict[str, float] = {}  # norm of a matrix, relative to where gains are one
         self.whole: set[str] = set()  # parameters of which the base's steps are made as a whole
         self.state: dict[str, dict[str, Any]] = {name: {"step": 0} for name in self.parameters}
 
@@ -95,22 +97,34 @@ class Reference:
                 if entry in self.state[name]:
                     self.state[name][entry] /= factor**power
         if not self.rho:
-            self.magnitudes()
+            weights = {name: p.detach().clone() for name, p in self.parameters.items()}
+            log_scale = scale_to_gains_of_one(group, group.alive())
+            if log_scale is not None:
+                group.rescale_(weights, log_scale)
+            self.magnitudes(weights)
 
-    def magnitudes(self) -> None:
+    def magnitudes(self, where_gains_are_one: Mapping[str, Tensor]) -> None:
         """rho of all rows."""
         squares = [float(self.parameters[row.name].detach()[row.index].square().sum()) for row in self.rows]
+        there = [float(where_gains_are_one[row.name][row.index].square().sum()) for row in self.rows]
         sizes = [self.parameters[row.name][row.index].numel() for row in self.rows]
         proper = [k for k in range(len(self.rows)) if sizes[k] > 1 and squares[k] > 0]
         of_parameter: dict[str, list[int]] = {}
         for k in proper:
             of_parameter.setdefault(self.rows[k].name, []).append(k)
 
-        def typical(count: Callable[[list[int]], float]) -> float:
+        def elements(own: list[int]) -> int:
+            return sum(sizes[k] for k in own)
+
+        def typical(squares: list[float], count: Callable[[list[int]], float]) -> float:
             logs = [0.5 * math.log(sum(squares[k] for k in own) / count(own)) for own in of_parameter.values()]
             return math.exp(statistics.median(logs)) if logs else 1.0
 
-        self.mean, usual_norm = typical(lambda own: sum(sizes[k] for k in own)), typical(len)
+        self.mean, usual, usual_norm = typical(there, elements), typical(squares, elements), typical(squares, len)
+        self.longer = {
+            name: math.sqrt(sum(squares[k] for k in own) / sum(there[k] for k in own))
+            for name, own in of_parameter.items()
+        }
 
         def bounded(own: float, usual: float) -> float:
             return max(own, 0.1 * usual) if own > 0 else usual
@@ -118,7 +132,7 @@ class Reference:
         for k, row in enumerate(self.rows):
             self.own.append(math.sqrt(squares[k] / sizes[k]))
             if sizes[k] > 1:
-                self.rho.append(bounded(math.sqrt(squares[k] / sizes[k]), self.mean))
+                self.rho.append(bounded(math.sqrt(squares[k] / sizes[k]), usual))
             elif not row.added:
                 self.rho.append(0.1 * bounded(math.sqrt(squares[k]), usual_norm))
             elif row.unit is None:
@@ -130,7 +144,7 @@ class Reference:
     def own_scale(self, k: int) -> float:
         """s of a row whose step is not linear."""
         row, own = self.rows[k], self.own[k]
-        if self.parameters[row.name][row.index].numel() == 1 or own == 0 or row.name in self.whole:
+        if self.parameters[row.name][row.index].numel() == 1 or own == 0:
             return 1.0
         return max(own / self.mean, 1 / 3)
 
@@ -144,7 +158,7 @@ class Reference:
         self.whole = {name for name, chosen in options.items() if chosen.get("use_muon")}
         for name, p in self.parameters.items():
             if p.grad is not None and name in self.whole:
-                self._muon(p, options[name], self.state[name])
+                self._muon(name, options[name], self.state[name])
             elif p.grad is not None:
                 self.state[name]["step"] += 1
         gradients: dict[int, Tensor] = {}
@@ -187,15 +201,17 @@ class Reference:
                 p[row.index] = w - chosen["lr"] * s * direction
 
     @torch.no_grad()
-    def _muon(self, p: Tensor, chosen: dict[str, Any], state: dict[str, Any]) -> None:
-        """Muon's own step in the whole matrix."""
+    def _muon(self, name: str, chosen: dict[str, Any], state: dict[str, Any]) -> None:
+        """Muon's step in the whole matrix."""
+        p = self.parameters[name]
         assert p.grad is not None
         rate, momentum = chosen["lr"], chosen["momentum"]
         mean = state.setdefault("momentum_buffer", torch.zeros_like(p))
         mean.copy_(momentum * mean + (1 - momentum) * p.grad)
         along = (1 - momentum) * p.grad + momentum * mean if chosen["nesterov"] else mean
         step = orthogonalised(along, chosen["ns_coefficients"], chosen["ns_steps"])
-        p.copy_((1 - rate * chosen["weight_decay"]) * p - rate * 0.2 * math.sqrt(max(p.shape)) * step)
+        step *= 0.2 * math.sqrt(max(p.shape)) * self.longer.get(name, 1.0)
+        p.copy_((1 - rate * chosen["weight_decay"]) * p - rate * step)
 
     def _held(self, state: dict[str, Any], row: Row, entry: str) -> Tensor:
         if entry not in state:

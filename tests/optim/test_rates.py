@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import SGD, Adadelta, AdamW
+from torch.optim import SGD, Adadelta, AdamW, Optimizer
 
-from lightning_ecopt import ECSGD, ECAdamW, EquivalentClassOptimizer, ScalingGroup, scaling_group
+from lightning_ecopt import ECSGD, ECAdamW, EquivalentClassOptimizer, MuonAdamW, ScalingGroup, scaling_group
 from lightning_ecopt.optim.rates import meaning, mistaken_rate
 from tests.networks import mlp
-from tests.optim.training import only_refresh, problem, train
+from tests.optim.training import needs_muon, only_refresh, problem, train
 from tests.selection import few
 
 
@@ -119,6 +120,28 @@ def test_the_size_of_one_parameter_does_not_change_the_steps_of_all_others(times
         optimizer.step()
         moved.append((net.up.weight.detach() - before).abs().amax())
     assert 0.5 < float(moved[1] / moved[0]) < 2
+
+
+@pytest.mark.parametrize("kind", [AdamW, pytest.param(MuonAdamW, marks=needs_muon)])
+def test_gains_that_balancing_moves_do_not_change_relative_steps(kind: type[Optimizer]) -> None:
+    """Behind a norm a matrix is longer at the balanced member, and so is its step."""
+    lengths, norms = [], []
+    for in_class in (False, True):
+        torch.manual_seed(0)
+        net, i = Tokens(50, 32, positions=False), torch.randint(50, (16, 8))
+        initialise(net, "gpt2")
+        norms.append(net.up.weight.detach().norm())
+        optimizer: Any = kind(net.parameters(), lr=1e-3, weight_decay=0.0)
+        if in_class:
+            optimizer = EquivalentClassOptimizer(optimizer, scaling_group(net, i))
+            optimizer.start()
+        before = net.up.weight.detach().clone()
+        F.cross_entropy(net(i).flatten(0, 1), i.flatten()).backward()
+        optimizer.step()
+        norms.append(before.norm())
+        lengths.append((net.up.weight.detach() - before).norm() / before.norm())
+    assert norms[-1] > 2 * norms[0]
+    torch.testing.assert_close(lengths[1], lengths[0], rtol=0.1, atol=0)
 
 
 @pytest.mark.parametrize(("momentum", "dampening", "longest"), [(0.9, 0.0, 0.21), (0.9, 0.9, 2.1), (0.9, 0.999, 2.1)])
