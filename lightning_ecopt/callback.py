@@ -206,10 +206,12 @@ class EquivalentClassOptimization(Callback):
 
     def _equivalent(self, base: Optimizer, finder: _Finder) -> EquivalentClassOptimizer:
         if not isinstance(base, EquivalentClassOptimizer):
-            return EquivalentClassOptimizer(base, finder, **vars(self._options))
+            made = EquivalentClassOptimizer(base, finder, **self._options.arguments())
+            made._session.options = self._options  # which know what rule="paper" has replaced here
+            return made
         if not base.has_group_of_user:
             base.bind(finder)
-        chosen = {name: value for name, value in vars(self._options).items() if value != getattr(DEFAULTS, name)}
+        chosen = {name: value for name, value in self._options.arguments().items() if value != getattr(DEFAULTS, name)}
         unused = [name for name, value in chosen.items() if value != getattr(base, name)]
         if unused:
             warn(

@@ -63,7 +63,7 @@ class EquivalentClassOptimizer(Optimizer):
     ``isinstance(optimizer, torch.optim.SGD)`` holds if the base is one. All methods do the same when they are called on
     what Fabric's ``setup`` or Lightning's ``self.optimizers()`` return. Every option is an attribute, too. A changed
     ``refresh_interval`` counts at once, other options from the next refresh on; ``implementation`` is looked at when a
-    group is bound.
+    group is bound. After ``"paper"`` another ``rule`` puts back what that has replaced, but for what was set since.
 
     Args:
         optimizer: the base: any optimizer, of torch or not, but those that need gradients at several weights in one

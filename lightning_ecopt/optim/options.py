@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import InitVar, dataclass
+from dataclasses import InitVar, dataclass, fields
 from numbers import Integral, Number, Real
-from typing import Any, Literal, TypedDict, TypeGuard, get_args
+from typing import Any, ClassVar, Literal, TypedDict, TypeGuard, get_args
 
 from lightning_ecopt.common.tensors import listing
 from lightning_ecopt.kernels import Implementation
@@ -76,6 +76,8 @@ class Options:
     check: Check = "gradient"
     implementation: Implementation = "auto"
     defaults: InitVar[Options | None] = None
+    #: The values that ``rule="paper"`` has replaced, by name, until somebody sets the option or another rule.
+    _replaced: ClassVar[Mapping[str, Any]] = {}
 
     @classmethod
     def of(cls, owner: type, **options: Any) -> Options:
@@ -96,16 +98,49 @@ class Options:
         # A copy, so that nothing gets in unchecked when the user changes his.
         object.__setattr__(self, "state_powers", dict(self.state_powers or {}))
 
+    def arguments(self) -> dict[str, Any]:
+        """All options by name, as the constructor takes them."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def changed(self, owner: type, name: str, value: Any) -> Options:
+        """The options with another value of one.
+
+        ``rule="paper"`` replaces those that it stands for. Another rule puts back what it has replaced, but for options
+        that were changed since.
+
+        Args:
+            owner: the class that an error names.
+            name: of the option.
+            value: the new one.
+
+        Raises:
+            ValueError: if it is out of range.
+
+        Example::
+
+            Options(rule="paper").changed(ECSGD, "rule", "unit") == Options()
+        """
+        back = self._replaced if name == "rule" and value != "paper" else {}
+        made = Options.of(owner, **{**self.arguments(), **back, name: value}, defaults=self)
+        if name != "rule":
+            made._remember({other: before for other, before in self._replaced.items() if other != name})
+        return made
+
     def _become_the_papers(self, defaults: Options) -> None:
+        given = {name: getattr(self, name) for name in PAPER if name != "rule"}
         # A command line gives all options, so that one with its default cannot be told from one that was not given.
-        for name, value in PAPER.items():
-            given = getattr(self, name)
-            if name != "rule" and given not in (value, getattr(defaults, name)):
+        for name, before in given.items():
+            if before not in (PAPER[name], getattr(defaults, name)):
                 raise ValueError(
-                    f"rule='paper' sets {name} to {value!r}, got {shown(given)}: leave {name} out, or give rule='path' "
-                    "and the options that you want"
+                    f"rule='paper' sets {name} to {PAPER[name]!r}, got {shown(before)}: leave {name} out, or give "
+                    "rule='path' and the options that you want"
                 )
+        for name, value in PAPER.items():
             object.__setattr__(self, name, value)
+        self._remember({**given, **defaults._replaced})
+
+    def _remember(self, replaced: Mapping[str, Any]) -> None:
+        object.__setattr__(self, "_replaced", replaced)
 
     def _check(self) -> None:
         implementations = get_args(Implementation)
@@ -151,8 +186,7 @@ class Option:
 
     def __set__(self, optimizer: Any, value: Any) -> None:
         session = optimizer._session
-        changed = {**vars(session.options), self._name: value}
-        session.options = Options.of(type(optimizer), **changed, defaults=session.options)
+        session.options = session.options.changed(type(optimizer), self._name, value)
 
 
 class OptionArguments(TypedDict, total=False):

@@ -145,6 +145,27 @@ def test_refreshes_come_when_they_are_due(
     assert found == steps
 
 
+class Switching(Classifier):
+    """Sets another rule after the first epoch."""
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == 1:
+            self.optimizers().rule = self.rule
+
+
+@RULES
+def test_a_rule_that_is_set_after_the_papers_has_the_defaults_of_the_callback(rule: str) -> None:
+    ours, net = Switching(mlp()), mlp()
+    ours.rule = rule
+    run = fit(ours, quiet(rule="paper", max_path_ratio=None), max_epochs=3)
+    (optimizer,) = run.optimizers
+    assert (optimizer.rule, optimizer.refresh_interval, optimizer.representative) == (rule, "epoch", "balanced")
+    assert (optimizer.skeleton, optimizer.max_path_ratio, optimizer.free_start) == ("max", None, 2.0)
+    plain = wrapped(net, sgd(net), rule="paper", max_path_ratio=None)
+    train_plainly(net, plain, batches(), 3, before_epoch=lambda epoch: setattr(plain, "rule", rule) if epoch else None)
+    assert same(weights(ours), weights(net))
+
+
 @RULES
 @pytest.mark.parametrize("refresh", [3, None])
 def test_refreshes_that_are_counted_are_those_of_the_optimizer(refresh: int | None, rule: str) -> None:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from lightning_ecopt import ECSGD, ECAdamW, EquivalentClassOptimizer, ec_adamw, ec_sgd, scaling_group
 from lightning_ecopt import set_skeleton_to_one_ as set_to_one_
+from lightning_ecopt.optim.options import Options
 from tests.networks import mlp, norm_cnn
-from tests.optim.training import problem, train
+from tests.optim.training import RULES, problem, same_bits, train
 from tests.selection import few
 
 #: What ``rule="paper"`` stands for.
@@ -241,6 +242,66 @@ def test_another_value_of_an_option_that_the_word_sets_is_an_error(name: str, ot
     assert _attributes(optimizer) == SETTING
     setattr(optimizer, name, other)
     assert _attributes(optimizer) == {**SETTING, name: other}
+
+
+#: What these options are if nobody says anything of them.
+DEFAULT = {name: value for name, value in Options().arguments().items() if name in SETTING}
+
+
+@pytest.mark.parametrize("make", [ECSGD, ec_sgd, "wrapper"])
+@RULES
+def test_another_rule_that_is_set_later_is_trained_as_if_it_had_been_given(make: Any, rule: str) -> None:
+    module, x, y = problem(4, 6, 6, 2)
+    group = scaling_group(module, x)
+    if make == "wrapper":
+        optimizer = EquivalentClassOptimizer(torch.optim.SGD(module.parameters(), lr=0.02), group, rule="paper")
+    else:
+        optimizer = make(module.parameters() if isinstance(make, type) else module, lr=0.02, rule="paper")
+        optimizer.bind(group)
+    train(module, optimizer, x, y, range(5))
+    optimizer.rule = rule
+    assert _attributes(optimizer) == {**DEFAULT, "rule": rule}
+    optimizer.refresh()
+    other = copy.deepcopy(module)
+    given = EquivalentClassOptimizer(torch.optim.SGD(other.parameters(), lr=0.02), scaling_group(other, x), rule=rule)
+    assert train(module, optimizer, x, y, range(5, 15)) == train(other, given, x, y, range(5, 15))
+    assert same_bits(module, other)
+
+
+@RULES
+def test_another_rule_leaves_what_the_user_has_set_himself(rule: str) -> None:
+    module = mlp(4, 6, 2)
+    optimizer = ec_sgd(module, rule="paper", representative="current", check=None)  # the first as the word has it
+    optimizer.free_start = 3.0
+    optimizer.implementation = "wrapped"
+    with pytest.raises(ValueError, match="got 'paths'"):
+        optimizer.rule = "paths"
+    assert _attributes(optimizer) == {**SETTING, "free_start": 3.0}
+    optimizer = copy.deepcopy(optimizer)
+    optimizer.rule = rule
+    assert _attributes(optimizer) == {**DEFAULT, "rule": rule, "representative": "current", "free_start": 3.0}
+    assert (optimizer.check, optimizer.implementation) == (None, "wrapped")
+    optimizer.skeleton = "diagonal"
+    optimizer.rule = "unit"  # there is nothing more to put back
+    assert _attributes(optimizer) == {**DEFAULT, "representative": "current", "free_start": 3.0, "skeleton": "diagonal"}
+
+
+@RULES
+def test_the_word_and_another_rule_take_turns(rule: str) -> None:
+    optimizer = ec_sgd(mlp(4, 6, 2), rule="path", free_start=3.0, refresh_interval="epoch")
+    before = _attributes(optimizer)
+    for _ in range(2):
+        optimizer.rule = "paper"
+        optimizer.rule = "paper"
+        assert _attributes(optimizer) == SETTING
+        optimizer.rule = rule
+        assert _attributes(optimizer) == {**before, "rule": rule}
+    optimizer.rule = "paper"
+    optimizer.max_path_ratio = 5.0
+    optimizer.rule = "paper"
+    assert _attributes(optimizer) == SETTING
+    optimizer.rule = rule
+    assert _attributes(optimizer) == {**before, "rule": rule, "max_path_ratio": 5.0}
 
 
 def test_checkpoints_of_the_word_and_of_its_options_are_the_same() -> None:
