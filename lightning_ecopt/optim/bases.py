@@ -39,12 +39,18 @@ def step_kinds(base: Optimizer) -> dict[int, StepKind]:
 
     A step is ``"whole"`` in every group that says ``use_muon=True``; and in parameters of two axes or more of an
     optimizer, or of one that it runs, that has "Muon" in the name of its class or of a base class, unless the group
-    says ``use_muon=False`` (or ``use_fallback=True``, as timm's does). Else it is ``"linear"`` if the optimizer itself,
-    not one that it runs, is SGD or ASGD. Else it is of its ``"own size"``.
+    says ``use_muon=False`` (or ``use_fallback=True``, as timm's does). Else it is ``"linear"`` if the optimizer is SGD
+    or ASGD, or leaves the group to such: then this very group is one of theirs, and of no other that it runs, as in
+    Lookahead around SGD. Else it is of its ``"own size"``.
     """
-    usual: StepKind = "linear" if isinstance(base, LINEAR) else "own size"
-    kinds: dict[int, StepKind] = {id(p): usual for options in base.param_groups for p in options["params"]}
-    for one in optimizers_in(base):
+    found = optimizers_in(base)
+    last = [one for one in found if len(optimizers_in(one)) == 1]  # those that run no others
+    kinds: dict[int, StepKind] = {}
+    for options in base.param_groups:
+        steppers = [one for one in last if any(own is options for own in one.param_groups)]
+        is_linear = isinstance(base, LINEAR) or (steppers and all(isinstance(one, LINEAR) for one in steppers))
+        kinds |= {id(p): "linear" if is_linear else "own size" for p in options["params"]}
+    for one in found:
         for options in one.param_groups:
             kinds |= {id(p): "whole" for p in options["params"] if _is_whole(one, options, p)}
     return kinds

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 
 from lightning_ecopt.common.sharding import Ranks, local
 from lightning_ecopt.common.signals import uninterrupted
@@ -380,13 +380,13 @@ class Session:
         return {name: kinds[id(p)] for name, p in network.parameters.items()}
 
     def _mean_gradients(self, network: Network) -> dict[str, Tensor]:
-        """The means of gradients in the momentum of SGD, by parameter name; of other optimizers none are used."""
-        if not isinstance(self.base, SGD):
-            return {}
+        """The means of gradients in the momentum of SGD, by parameter name, where its steps are linear."""
         momentum = self.entries(network).get("momentum_buffer", StateEntry(1, {})).tensors
         factor = {id(p): momentum_to_mean(options) for options in self.base.param_groups for p in options["params"]}
         return {
-            name: factor[id(p)] * local(momentum[name]) for name, p in network.parameters.items() if name in momentum
+            name: factor[id(network.parameters[name])] * local(momentum[name])
+            for name, kind in self._kinds(network).items()
+            if kind == "linear" and name in momentum
         }
 
     def running(self, network: Network, active: Tensor, rule: Rule) -> Running:

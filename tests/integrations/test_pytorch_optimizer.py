@@ -136,11 +136,11 @@ def test_what_a_muon_steps_is_shown_gradients_as_they_are(base: str) -> None:
                 assert bool((ratio / ratio[0, 0] - 1).abs().max() < 1e-12) == is_whole
 
 
-class InOne(Optimizer):
+class InOne(SGD):
     """SGD with momentum, and whatever is to be done before or behind, written as one optimizer."""
 
     def __init__(self, params: Any) -> None:
-        super().__init__(params, {"lr": 0.1})
+        super().__init__(params, lr=0.1, momentum=0.9)
         self.steps = 0
 
     def before(self, p: Tensor) -> None:
@@ -183,8 +183,15 @@ IN_ONE: dict[str, Callable[[Any], Optimizer]] = {
 }
 
 
-@RULES
-@pytest.mark.parametrize("base", list(IN_ONE))
+#: ScheduleFreeSGD is not derived from SGD, so that the rule "unit" takes its rate for one of another kind.
+ONE_AND_BOTH = [
+    (base, rule) for base in IN_ONE for rule in ("unit", "path") if (base, rule) != ("schedule-free", "unit")
+]
+
+
+@pytest.mark.parametrize(
+    ("base", "rule"), few(ONE_AND_BOTH, [(base, rule) for base, rule in ONE_AND_BOTH if rule == "unit"])
+)
 def test_two_optimizers_do_what_one_does_that_is_both(base: str, rule: str) -> None:
     module, x, y = problem(5, 8, 6, 2)
     other = copy.deepcopy(module)

@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from lightning_ecopt import ECSGD, ECAdamW, EquivalentClassOptimizer, scaling_group
 from tests.networks import mlp
-from tests.optim.other_optimizers import FORMS, Lookahead, Noisy, Sharpness
+from tests.optim.other_optimizers import FORMS, Bare, Lookahead, Noisy, Sharpness
 from tests.optim.training import RULES, batches, distance, loss_of, problem, rescaled, same_bits, train, weights_of
 from tests.selection import few
 
@@ -91,6 +91,58 @@ def test_the_state_of_an_optimizer_within_another_is_rescaled() -> None:
     now = {**base.slow[p], **base.inner.state[p]}
     for name, power in {"slow_params": -1, "momentum_buffer": 1}.items():
         torch.testing.assert_close(now[name], held[name] * math.exp(0.5) ** power)
+
+
+@RULES
+@pytest.mark.parametrize("steps_before", [0, 4])
+def test_sgd_within_another_takes_the_steps_of_sgd(steps_before: int, rule: str) -> None:
+    """Bit for bit, also with momentum from before."""
+    modules = []
+    for wrap in (lambda base: base, Bare):
+        module, x, y = problem(4, 6, 5, 3)
+        sgd = SGD(module.parameters(), lr=0.05, momentum=0.9, dampening=0.3)
+        train(module, sgd, x, y, range(steps_before))
+        group = scaling_group(module, x)
+        optimizer = EquivalentClassOptimizer(wrap(sgd), group, rule=rule, refresh_interval=3, implementation="wrapped")
+        train(module, optimizer, x, y, range(8))
+        modules.append(module)
+    assert same_bits(*modules)
+
+
+def test_lookahead_pulls_the_weights_that_sgd_has_reached() -> None:
+    """By hand: every second step of SGD is followed by the way back to the slow weights, half of it."""
+    module, x, y = problem(4, 6, 5, 3)
+    other = copy.deepcopy(module)
+    sgd = SGD(other.parameters(), lr=0.05, momentum=0.9)
+    options = {"representative": "current", "refresh_interval": None}
+    looks = EquivalentClassOptimizer(
+        Lookahead(SGD(module.parameters(), lr=0.05, momentum=0.9)), scaling_group(module, x), **options
+    )
+    alone = EquivalentClassOptimizer(sgd, scaling_group(other, x), **options)
+    slow = weights_of(other)
+    for step in range(6):
+        train(module, looks, x, y, range(step, step + 1))
+        train(other, alone, x, y, range(step, step + 1))
+        if step % 2 == 1:
+            for name, p in other.named_parameters():
+                p.data.copy_(slow[name].lerp_(p.detach(), 0.5))
+        for p, q in zip(module.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("form", ["bare", "lookahead"])
+def test_steps_of_sgd_within_another_do_not_depend_on_the_size_of_the_loss(form: str) -> None:
+    modules = []
+    for factor in (1.0, 2.0**-10):
+        module, x, y = problem(4, 6, 5, 3)
+        optimizer = run(form, module, x, "unit")
+        for step in range(10):
+            optimizer.zero_grad()
+            (factor * loss_of(module, *batches(x, y, step))).backward()
+            optimizer.step()
+        modules.append(module)
+    assert distance(*modules, x) < 1e-10
+    assert distance(module, problem(4, 6, 5, 3)[0], x) > 1e-2
 
 
 # Arguments and results ------------------------------------------------------------------------------------------------

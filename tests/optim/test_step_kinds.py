@@ -29,6 +29,22 @@ class MuonSGD(SGD):
     """Derived from SGD, and made for matrices."""
 
 
+class Several(Optimizer):
+    """Runs others; its parameter groups are theirs, or copies."""
+
+    def __init__(self, *optimizers: Optimizer, copied: bool = False) -> None:
+        self.optimizers = optimizers
+        self.param_groups = [{**group} if copied else group for one in optimizers for group in one.param_groups]
+
+
+class Acquainted(SGD):
+    """Knows another optimizer, as that of a discriminator, and does not run it."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, lr=0.1)
+        self.other = AdamW([nn.Parameter(torch.ones(2))])
+
+
 def kinds(
     make: Any, matrix: Mapping[str, Any] | None = None, vector: Mapping[str, Any] | None = None
 ) -> tuple[str, str, str]:
@@ -40,9 +56,38 @@ def kinds(
     return tuple(found[id(p)] for p in parameters)
 
 
-@pytest.mark.parametrize("make", [lambda groups: SGD(groups, lr=0.1), ASGD])
+@pytest.mark.parametrize("make", [lambda groups: SGD(groups, lr=0.1), ASGD, Acquainted])
 def test_steps_of_sgd_are_linear(make: Any) -> None:
     assert kinds(make) == ("linear", "linear", "linear")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda groups: Bare(SGD(groups, lr=0.1)),
+        lambda groups: Lookahead(Bare(ASGD(groups))),
+        lambda groups: Several(SGD(groups[:1], lr=0.1), Bare(ASGD(groups[1:]))),
+    ],
+)
+def test_steps_of_what_runs_sgd_alone_in_its_own_groups_are_linear(make: Any) -> None:
+    assert kinds(make) == ("linear", "linear", "linear")
+
+
+def test_what_runs_sgd_and_others_has_the_steps_of_each_in_its_groups() -> None:
+    assert kinds(lambda groups: Several(SGD(groups[:1], lr=0.1), AdamW(groups[1:]))) == ("linear", "linear", "own size")
+    assert kinds(lambda groups: Several(NewMuon(groups[:1]), SGD(groups[1:], lr=0.1))) == ("whole", "whole", "linear")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda groups: Several(SGD(groups, lr=0.1), copied=True),  # which rates and momenta SGD has is not known
+        lambda groups: Several(SGD(groups, lr=0.1), AdamW(groups)),
+        lambda groups: Several(SGD(groups, lr=0.1), Lookahead(AdamW(groups))),
+    ],
+)
+def test_steps_of_what_runs_sgd_in_other_groups_or_beside_another_are_not_linear(make: Any) -> None:
+    assert kinds(make) == ("own size", "own size", "own size")
 
 
 @pytest.mark.parametrize("make", [AdamW, Adagrad, lambda groups: Lookahead(AdamW(groups))])
@@ -63,3 +108,4 @@ def test_a_group_says_that_muon_does_not_step_it(flag: dict[str, Any]) -> None:
 def test_a_group_of_any_optimizer_says_that_its_parameters_are_treated_whole() -> None:
     assert kinds(Adagrad, {"use_muon": True}) == ("whole", "whole", "own size")
     assert kinds(MuonSGD, vector={"use_muon": False}) == ("whole", "whole", "linear")
+    assert kinds(lambda groups: Bare(MuonSGD(groups))) == ("whole", "whole", "linear")
