@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from numbers import Real
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
 
-from lightning_ecopt.optim.bases import step_kinds
+from lightning_ecopt.optim.bases import ParamGroups, step_kinds
 from lightning_ecopt.steps.rule import StepKind
 
 #: Relative lengths of a step beyond which it is a mistake: a thousandth and three times the weights. Adam's rate may be
@@ -20,7 +20,7 @@ _MEANINGS: Mapping[StepKind, str] = {
     "own size": "as {base} has it; rows of weights move in proportion to their size, a typical row by {base}'s step",
     "whole": "as {base} has it; the step is taken at the balanced weights",
 }
-_OF: Mapping[StepKind, str] = {"linear": "of SGD", "own size": "of all others", "whole": "of matrices"}
+_OF: Mapping[StepKind, str] = {"linear": " of SGD", "own size": " of all others", "whole": " of matrices"}
 
 
 def meaning(base: Optimizer, rule: str) -> str:
@@ -35,16 +35,17 @@ def meaning(base: Optimizer, rule: str) -> str:
         meaning(torch.optim.AdamW(model.parameters(), lr=1e-3), "unit")
         # lr = 0.001: as AdamW has it; rows of weights move in proportion to their size, a typical row by AdamW's step
     """
-    name = type(base).__name__
-    rates = sorted(set(_rates(base)))
-    shown = " to ".join(f"{rate:g}" for rate in dict.fromkeys([*rates[:1], *rates[-1:]])) or f"{name}'s own"
+    name, kinds = type(base).__name__, step_kinds(base)
     if rule != "unit":
-        return f"lr = {shown}: as {name} has it, in values of basis paths"
-    kinds = dict.fromkeys(step_kinds(base).values())
-    if len(kinds) == 1:
-        (kind,) = kinds
-        return f"lr = {shown}: {_MEANINGS[kind].format(base=name)}"
-    return f"lr = {shown}: " + "; ".join(f"{_OF[kind]}: {_MEANINGS[kind].format(base=name)}" for kind in kinds)
+        return f"lr = {_shown(base, base.param_groups)}: as {name} has it, in values of basis paths"
+    groups: dict[StepKind, list[Mapping[str, Any]]] = {}  # one may have parameters of several kinds
+    for options in base.param_groups:
+        for kind in dict.fromkeys(kinds[id(p)] for p in options["params"]):
+            groups.setdefault(kind, []).append(options)
+    return "; ".join(
+        f"lr = {_shown(base, own)}{_OF[kind] if len(groups) > 1 else ''}: {_MEANINGS[kind].format(base=name)}"
+        for kind, own in groups.items()
+    )
 
 
 def mistaken_rate(base: Optimizer, rule: str) -> tuple[Literal["small", "large"], str] | None:
@@ -59,7 +60,7 @@ def mistaken_rate(base: Optimizer, rule: str) -> tuple[Literal["small", "large"]
     if rule != "unit" or (kinds != {"linear"} and type(base) not in (Adam, AdamW)):  # others have rates of their own
         return None
     smallest, largest = _LINEAR_RANGE if kinds == {"linear"} else _ADAM_RANGE
-    rate = max(_rates(base), default=0.0)  # groups may have smaller ones, as layers that are tuned less
+    rate = max(_rates(base.param_groups), default=0.0)  # groups may have smaller ones, as layers that are tuned less
     if rate == 0 or smallest <= rate <= largest:
         return None
     message = (
@@ -69,8 +70,14 @@ def mistaken_rate(base: Optimizer, rule: str) -> tuple[Literal["small", "large"]
     return "large" if rate > largest else "small", message
 
 
-def _rates(base: Optimizer) -> list[float]:
-    """The rates of the parameter groups, without what a scheduler has made of them; some optimizers have none."""
-    found = [[options.get(name) for name in ("lr", "initial_lr", "max_lr")] for options in base.param_groups]
+def _shown(base: Optimizer, groups: ParamGroups) -> str:
+    """The rates of some parameter groups in a message: one, or the smallest and the largest."""
+    rates = sorted(set(_rates(groups)))
+    return " to ".join(f"{r:g}" for r in dict.fromkeys([*rates[:1], *rates[-1:]])) or f"{type(base).__name__}'s own"
+
+
+def _rates(groups: ParamGroups) -> list[float]:
+    """The rates of some parameter groups, without what a scheduler has made of them; some optimizers have none."""
+    found = [[options.get(name) for name in ("lr", "initial_lr", "max_lr")] for options in groups]
     numbers = [[float(rate) for rate in of if isinstance(rate, Real | Tensor)] for of in found]
     return [max(of) for of in numbers if of]

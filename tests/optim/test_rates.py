@@ -14,6 +14,7 @@ from torch.optim import SGD, Adadelta, AdamW, Optimizer
 from lightning_ecopt import ECSGD, ECAdamW, EquivalentClassOptimizer, MuonAdamW, ScalingGroup, scaling_group
 from lightning_ecopt.optim.rates import meaning, mistaken_rate
 from tests.networks import mlp
+from tests.optim.other_optimizers import Lookahead
 from tests.optim.training import needs_muon, only_refresh, problem, train
 from tests.selection import few
 
@@ -217,12 +218,38 @@ def test_the_meaning_tells_what_it_is_of_where_steps_are_of_two_kinds_and_where_
     base = SGD(module.parameters(), lr=0.1)
     base.param_groups[0]["use_muon"] = False
     base.add_param_group({"params": [nn.Parameter(torch.ones(2, 2))], "use_muon": True, "lr": 0.2})
-    assert meaning(base, "unit").startswith("lr = 0.1 to 0.2: ")
-    assert "of matrices: as SGD has it" in meaning(base, "unit")
+    of_sgd, of_matrices = meaning(base, "unit").split("; lr = ")
+    assert of_sgd.startswith("lr = 0.1 of SGD: with the rule 'unit' the relative length of a step")
+    assert of_matrices.startswith("0.2 of matrices: as SGD has it")
     for options in base.param_groups:
         options["lr"] = None  # as transformers' Adafactor has it
     assert meaning(base, "path") == "lr = SGD's own: as SGD has it, in values of basis paths"
     assert mistaken_rate(base, "unit") is None
+
+
+@needs_muon
+def test_the_meaning_tells_the_rates_of_muon_and_of_adamw() -> None:
+    module = mlp(3, 8, 4, 2)
+    base = MuonAdamW(module.parameters(), lr=0.02, adamw_lr=1e-3)
+    of_matrices, of_others = meaning(base, "unit").split("; lr = ")
+    assert of_matrices.startswith("lr = 0.02 of matrices: as MuonAdamW has it")
+    assert of_others.startswith("0.001 of all others: as MuonAdamW has it; rows of weights move in proportion")
+    assert meaning(base, "path") == "lr = 0.001 to 0.02: as MuonAdamW has it, in values of basis paths"
+    base.add_param_group({"params": [nn.Parameter(torch.ones(2))], "use_muon": False, "lr": 0.3})
+    assert "; lr = 0.001 to 0.3 of all others: " in meaning(base, "unit")
+    assert mistaken_rate(base, "unit") is None  # there is no saying what is one
+
+
+def test_a_rate_within_another_optimizer_is_that_of_what_steps() -> None:
+    module = mlp(3, 4, 2)
+    around_sgd, around_adamw = Lookahead(SGD(module.parameters(), lr=5.0)), Lookahead(AdamW(module.parameters()))
+    assert meaning(around_sgd, "unit").startswith("lr = 5: with the rule 'unit' the relative length of a step")
+    assert meaning(around_adamw, "unit").startswith("lr = 0.001: as Lookahead has it; rows of weights move")
+    found = mistaken_rate(around_sgd, "unit")
+    assert found is not None
+    assert found[0] == "large"
+    assert "lr = 5 of Lookahead" in found[1]
+    assert mistaken_rate(around_sgd, "path") is None
 
 
 @pytest.mark.parametrize("kind", [ECSGD, ECAdamW])
