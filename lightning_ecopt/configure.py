@@ -124,6 +124,9 @@ def _given(module: nn.Module, params: Iterable[Any] | None) -> list[Any]:
     if params is None:
         return [p for p in module.parameters() if p.requires_grad]
     given = list(params)
+    for part in given:
+        if isinstance(part, dict) and isinstance(part["params"], Iterator):  # which can be read only once
+            part["params"] = list(part["params"])
     own = {id(p) for p in module.parameters()}
     parts = [part["params"] if isinstance(part, dict) else part for part in given]
     flat = [p for part in parts for p in ([part] if isinstance(part, Tensor) else part)]

@@ -252,6 +252,17 @@ def test_two_optimizers_watch_one_module_side_by_side(rule: str) -> None:
 
 
 @pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("of", [nn.Module.parameters, nn.Module.named_parameters])
+def test_parameter_groups_may_be_given_as_generators(
+    of: Callable[[nn.Module], Any], make: Callable[..., EquivalentClassOptimizer]
+) -> None:
+    net = mlp()
+    optimizer = make(net, [{"params": of(net[0])}, {"params": of(net[2]), "lr": 0.01}], lr=0.1)
+    held = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p): rate for part, rate in ((net[0], 0.1), (net[2], 0.01)) for p in part.parameters()}
+
+
+@pytest.mark.parametrize("make", MAKERS)
 def test_the_module_stays_as_it_is_when_the_optimizer_cannot_be_made(
     make: Callable[..., EquivalentClassOptimizer],
 ) -> None:
@@ -260,6 +271,8 @@ def test_the_module_stays_as_it_is_when_the_optimizer_cannot_be_made(
         make(net, lr=-1.0)
     with pytest.raises(ValueError, match="pass the module that owns all of them"):
         make(net, mlp(seed=1).parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="pass the module that owns all of them"):
+        make(net, [{"params": mlp(seed=1).parameters()}], lr=0.1)
     with pytest.raises(ValueError, match="rule must be 'unit', 'path' or 'paper'"):
         make(net, lr=0.1, rule="none")
     with pytest.raises(ValueError, match="skeleton must be 'max' or 'diagonal'"):
