@@ -93,9 +93,9 @@ def ec_muon(
     """EC-Muon for a module, to be returned from ``configure_optimizers``.
 
     Muon steps the weight matrices of hidden layers: two-dimensional parameters with ``weight`` in their names. AdamW
-    steps everything else: gains, biases and convolutions, the weights of ``nn.Embedding``, and those of the head, which
-    is the layer that was registered last of those that have a matrix. Parameter groups that say ``use_muon`` tell
-    otherwise. The freedoms are found as by :func:`ec_sgd`.
+    steps everything else: gains, biases and convolutions, the weights of ``nn.Embedding``, and the head, which is the
+    matrix that was registered last. Where the module has several heads, or one that is registered ahead of hidden
+    layers, give parameter groups that say ``use_muon``. The freedoms are found as by :func:`ec_sgd`.
 
     Args:
         module: the module that is trained, in ``configure_optimizers`` usually ``self``.

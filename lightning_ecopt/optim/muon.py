@@ -30,8 +30,9 @@ class MuonAdamW(Optimizer):
     is 0.2 ``lr``, as it usually is with AdamW, so that the rate and the weight decay that suit AdamW suit Muon (Liu et
     al., "Muon is Scalable for LLM Training", arXiv:2502.16982).
 
-    If no group says ``use_muon``, matrices are Muon's but for the last, which is taken for the head. Embeddings are
-    matrices, too: give groups that say ``use_muon``, or use :func:`~lightning_ecopt.ec_muon`, which knows the module.
+    If no group says ``use_muon``, matrices are Muon's but for the last that is given, which is taken for the head.
+    Embeddings are matrices, too, but not for :func:`~lightning_ecopt.ec_muon`, which knows the module. Give groups that
+    say ``use_muon`` where the head is another matrix, or there are several heads.
 
     Args:
         params: parameters or parameter groups.
@@ -177,21 +178,26 @@ def hidden_matrices(module: nn.Module) -> Choice:
     """Chooses, of some parameters, the weight matrices of a module's hidden layers.
 
     They are the two-dimensional parameters with ``weight`` in their names, as those of linear, recurrent and attention
-    layers, but for those of ``nn.Embedding`` and ``nn.EmbeddingBag``, also where another layer shares them, and those
-    of the *head*: of the modules that have any of these parameters, the one that was registered last.
+    layers, but for those of ``nn.Embedding`` and ``nn.EmbeddingBag``, also where another layer shares them, and the
+    *head*: the one that the module has registered last, outside of embeddings.
+
+    The module alone tells, and no call of it, so that parameter groups, and with them checkpoints, do not depend on
+    inputs. So one matrix is taken for the head. If there are several heads, the others are taken for hidden layers; so
+    is a head that is registered ahead of them. If no head is registered or among the parameters, as where outputs are
+    ``F.linear(x, embedding.weight)``, the last hidden matrix is taken for it. Groups that say ``use_muon`` are not
+    divided.
     """
     return partial(_hidden_matrices, module)
 
 
 def _hidden_matrices(module: nn.Module, params: Sequence[Tensor]) -> Container[int]:
     chosen = {id(p) for p in params if _is_matrix(p)}
-    found = {
-        part: {id(p) for name, p in part.named_parameters(recurse=False) if "weight" in name and id(p) in chosen}
-        for part in module.modules()
-    }
-    embeddings = [part for part in found if isinstance(part, nn.Embedding | nn.EmbeddingBag)]
-    head = [part for part, own in found.items() if own and part not in embeddings][-1:]
-    return set().union(*found.values()).difference(*(found[part] for part in [*embeddings, *head]))
+    embeddings: list[int] = []
+    others: list[int] = []  # as registered; a matrix that several layers share, as often as they do
+    for part in module.modules():
+        own = [id(p) for name, p in part.named_parameters(recurse=False) if "weight" in name and id(p) in chosen]
+        (embeddings if isinstance(part, nn.Embedding | nn.EmbeddingBag) else others).extend(own)
+    return set(others).difference(embeddings, others[-1:])
 
 
 def _matrices_but_the_last(params: Sequence[Tensor]) -> Container[int]:

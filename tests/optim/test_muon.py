@@ -305,6 +305,14 @@ class Recurrent(nn.Module):
         self.bag = nn.EmbeddingBag(5, 3)
 
 
+class Functional(nn.Module):
+    """All weights are its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight1, self.weight2, self.weight3 = (nn.Parameter(torch.ones(4, 4)) for _ in range(3))
+
+
 SPLITS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "mlp": (lambda: mlp(4, 8, 6, 3), ["0.weight", "2.weight"]),
     "one layer": (lambda: nn.Linear(4, 3), []),
@@ -313,7 +321,72 @@ SPLITS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "tied decoder": (lambda: Decoder(tied=True), HIDDEN),
     "recurrent": (Recurrent, ["rnn.weight_ih_l0", "rnn.weight_hh_l0"]),
     "embedding alone": (lambda: nn.Embedding(3, 2), []),
+    "several in one layer": (Functional, ["weight1", "weight2"]),
+    "layers that share": (lambda: nn.Sequential(mlp(4, 8, 8), *shared(nn.Linear(8, 8))), ["0.0.weight", "0.2.weight"]),
 }
+
+
+def shared(layer: nn.Linear | nn.Embedding) -> tuple[nn.Module, nn.Linear]:
+    """A layer, and another of the same matrix."""
+    head = nn.Linear(*reversed(layer.weight.shape))
+    head.weight = layer.weight
+    return layer, head
+
+
+def parts_of(**layers: nn.Module) -> nn.ModuleDict:
+    """A module with layers of these names, in this order."""
+    return nn.ModuleDict(layers)
+
+
+EMBED, TIED = shared(nn.Embedding(9, 8))
+#: What the module alone does not tell: the last matrix that it has registered is taken for the head.
+ONE_HEAD: dict[str, tuple[nn.Module, list[str]]] = {
+    "first": (parts_of(head=nn.Linear(8, 3), body=mlp(4, 8, 8)), ["head.weight", "body.0.weight"]),
+    "first, ahead of a layer with several": (
+        parts_of(head=nn.Linear(8, 3), body=nn.RNN(4, 8, 2)),
+        ["head.weight", "body.weight_ih_l0", "body.weight_hh_l0", "body.weight_ih_l1"],
+    ),
+    "two": (
+        parts_of(body=mlp(4, 8, 8), policy=nn.Linear(8, 3), value=nn.Linear(8, 1)),
+        ["body.0.weight", "body.2.weight", "policy.weight"],
+    ),
+    "tied, and another": (
+        parts_of(embed=EMBED, body=mlp(8, 9, 8), head=TIED, value=nn.Linear(8, 1)),
+        ["body.0.weight", "body.2.weight"],
+    ),
+    "tied, ahead of hidden layers": (parts_of(embed=EMBED, head=TIED, body=mlp(8, 9, 8)), ["body.0.weight"]),
+    "an embedding itself": (parts_of(embed=EMBED, body=mlp(8, 9, 8)), ["body.0.weight"]),
+}
+
+
+@needs_muon
+@pytest.mark.parametrize("heads", ONE_HEAD)
+def test_one_matrix_is_taken_for_the_head_and_groups_tell_otherwise(heads: str) -> None:
+    module, expected = ONE_HEAD[heads]
+    assert names(module, ec_muon(module)) == expected
+    hidden = {name: p for name, p in module.named_parameters() if "body" in name and p.ndim == 2}
+    others = [p for name, p in module.named_parameters() if name not in hidden]
+    told = [{"params": others, "use_muon": False}, {"params": hidden.values(), "use_muon": True}]
+    assert names(module, ec_muon(module, told)) == list(hidden)
+
+
+@needs_muon
+def test_the_order_of_groups_tells_the_head_only_where_no_module_does() -> None:
+    module = mlp(4, 8, 6, 3)
+    head_first = [{"params": module[k].parameters(), "lr": 0.1**k} for k in (4, 2, 0)]
+    assert names(module, ec_muon(module, head_first)) == ["2.weight", "0.weight"]
+    head_first = [{"params": module[k].parameters()} for k in (4, 2, 0)]
+    assert names(module, MuonAdamW(head_first)) == ["4.weight", "2.weight"]
+
+
+@needs_muon
+def test_of_some_parameters_the_head_is_the_last_of_these() -> None:
+    """As of one network of two, each with its own optimizer; or where the head itself is frozen."""
+    module = parts_of(generator=mlp(4, 8, 6, 3), critic=mlp(3, 8, 1))
+    of_generator = ["generator.0.weight", "generator.2.weight"]
+    assert names(module, ec_muon(module, module["generator"].parameters())) == of_generator
+    module["critic"].requires_grad_(False)
+    assert names(module, ec_muon(module)) == of_generator
 
 
 @needs_muon
