@@ -16,14 +16,12 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-import platform
 import statistics
 import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +39,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
+sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
+
+from pages import between_markers, edge, processor, table
+
 from lightning_ecopt import EquivalentClassOptimization, scaling_group
 
 EPOCHS = 12
@@ -49,7 +51,6 @@ CLOSE = 2.0  # points of accuracy that count as level with the best rate
 PROCESSES = 2  # of one thread each
 SUBCOMMANDS = {"fit", "validate", "test", "predict"}
 STYLES = ("-", "--")  # of curves from the ordinary and from the rescaled start
-START, END = "<!-- digits -->", "<!-- /digits -->"  # what --readme writes stands between them
 
 # What is compared: the callbacks that the Trainer gets.
 CONTENDERS: dict[str, Callable[[], list[Callback]]] = {
@@ -212,6 +213,8 @@ def quieten() -> None:
 
 def train_all(runs: Sequence[Run], console: Console) -> list[Outcome]:
     """Two runs at a time, behind one progress bar."""
+    # The processes are forked where Python does that by default: spawned ones would import Lightning anew, which takes
+    # each of them seven seconds. They are started before the progress bar's thread.
     with ProcessPoolExecutor(PROCESSES, initializer=quieten) as pool:
         outcomes = pool.map(train, runs)
         return list(track(outcomes, f"{len(runs)} runs with Lightning", total=len(runs), console=console))
@@ -250,18 +253,10 @@ class Curve(NamedTuple):
         points = [(math.log(rate), self.mean(rate)) for rate in self.rates]
         top = self.rates.index(self.best_rate())
         level = points[top][1] - CLOSE
-        below, low_end = _edge(points[top::-1], level)
-        above, high_end = _edge(points[top:], level)
+        below, below_is_found = edge(points[top::-1], level)
+        above, above_is_found = edge(points[top:], level)
         factor = math.exp(above - below)
-        return f"{'> ' if low_end or high_end else ''}{factor:.{0 if factor > 10 else 1}f}"
-
-
-def _edge(points: Sequence[tuple[float, float]], level: float) -> tuple[float, bool]:
-    """Where the line through the points first falls below the level; or its end, and True."""
-    for (inside, high), (outside, low) in pairwise(points):
-        if low < level:
-            return inside + (outside - inside) * (high - level) / (high - low), False
-    return points[-1][0], True
+        return f"{'' if below_is_found and above_is_found else '> '}{factor:.{0 if factor > 10 else 1}f}"
 
 
 def curves_of(outcomes: Sequence[Outcome]) -> list[Curve]:
@@ -306,17 +301,8 @@ def notes_of(curves: Sequence[Curve]) -> list[str]:
         f"{seeds} seed{'s' if seeds > 1 else ''}. Range: largest over smallest rate within {CLOSE:g} points of the "
         f"best. {users:g} is SGD's best rate from the ordinary start. Seconds are medians of interleaved runs.",
         f"m = {group.num_parameters:,} parameters, H = {group.num_units:,} freedoms, m - H = {group.dimension:,}.",
-        f"torch {torch.__version__}, lightning {L.__version__}, {PROCESSES} processes of one thread, {_processor()}.",
+        f"torch {torch.__version__}, lightning {L.__version__}, {PROCESSES} processes of one thread, {processor()}.",
     ]
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def title_of(curves: Sequence[Curve]) -> str:
@@ -359,32 +345,15 @@ def plot(curves: Sequence[Curve], path: Path) -> None:
     plt.close(figure)
 
 
-def markdown_of(rows: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:], "", *notes])
-
-
-def between_markers(path: Path, text: str) -> str:
-    """The file's text with another one between its two markers.
-
-    Raises:
-        ValueError: if the markers are not there, each once and in order.
-    """
-    content = path.read_text()
-    if content.count(START) != 1 or content.count(END) != 1 or content.index(START) > content.index(END):
-        raise ValueError(f"{path} needs the lines {START} and {END}, each once, to have the table between them.")
-    return f"{content.partition(START)[0]}{START}\n\n{text}\n\n{END}{content.partition(END)[2]}"
-
-
 def show(curves: Sequence[Curve], console: Console, path: Path) -> None:
     """Print the table and its notes."""
     header, *rows = rows_of(curves)
-    table = Table(title="Six hidden layers of 64 on scikit-learn's digits", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    shown = Table(title="Six hidden layers of 64 on scikit-learn's digits", box=box.SIMPLE, padding=(0, 1, 0, 0))
     for column in header:
-        table.add_column(column)
+        shown.add_column(column)
     for number, row in enumerate(rows):
-        table.add_row(*row, end_section=number % 2 == 1)
-    console.print(table)
+        shown.add_row(*row, end_section=number % 2 == 1)
+    console.print(shown)
     for note in [*notes_of(curves), f"Test accuracy over the learning rate: {path.resolve()}"]:
         console.print(note, highlight=False, soft_wrap=True)
 
@@ -396,7 +365,7 @@ def compare(seeds: int = 1, path: Path = Path("digits.png"), readme: Path | None
         ValueError: before anything is trained, if the file has no place for the table.
     """
     if readme is not None:
-        between_markers(readme, "")
+        between_markers(readme, "digits", [])
     # The runs that are compared in time are trained next to one another.
     runs = [
         Run(contender, rescaled, lr, seed, EPOCHS)
@@ -411,7 +380,8 @@ def compare(seeds: int = 1, path: Path = Path("digits.png"), readme: Path | None
     show(curves, console, path)
     plot(curves, path)
     if readme is not None:
-        readme.write_text(between_markers(readme, markdown_of(rows_of(curves), notes_of(curves))))
+        header, *rows = rows_of(curves)
+        readme.write_text(between_markers(readme, "digits", [*table(header, rows), *notes_of(curves)]))
     return outcomes
 
 
@@ -422,7 +392,7 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=1, help="number of seeds")
-    parser.add_argument("--readme", type=Path, help=f"write the table between {START} and {END} of this file, too")
+    parser.add_argument("--readme", type=Path, help="file with the two markers, to fill in the table")
     arguments = parser.parse_args()
     try:
         compare(arguments.seeds, readme=arguments.readme)

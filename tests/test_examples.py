@@ -104,7 +104,7 @@ def test_a_file_without_a_place_is_refused_before_training(digits: ModuleType, t
 
 
 def test_the_readme_has_a_place_for_the_table(digits: ModuleType) -> None:
-    assert "| optimizer |" in digits.between_markers(ROOT / "README.md", "| optimizer |")
+    assert "| optimizer |" in digits.between_markers(ROOT / "README.md", "digits", ["| optimizer |"])
 
 
 @pytest.mark.parametrize(

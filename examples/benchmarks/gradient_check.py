@@ -29,7 +29,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(1, str(Path(__file__).parents[2]))
 
-from accuracy import conditions
+from pages import conditions, in_words
 
 from lightning_ecopt import EquivalentClassOptimizer, ScalingGroup, scaling_group
 from lightning_ecopt.symmetry.derivatives import LAMBDA
@@ -288,8 +288,7 @@ def page(steps: int, repeats: int) -> str:
         "python examples/benchmarks/gradient_check.py --out FOLDER",
         "```",
         "",
-        f"with {', '.join(f'{key} {value}' for key, value in conditions(torch.device('cpu')).items())}, one thread of "
-        f"{os.cpu_count()} cores.",
+        f"with {in_words(conditions(torch.device('cpu')))}, one thread of {os.cpu_count()} cores.",
         "",
         "## False alarms",
         "",

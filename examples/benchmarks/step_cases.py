@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pages
 import torch
 from architectures import GPT2, ViT, resnet50, vgg13
 from tasks import mlp, resnet
@@ -127,22 +127,14 @@ class Result:
         return [ec / base for base, ec in zip(self.base, self.ec, strict=True)]
 
 
-def read_results(path: Path) -> tuple[dict[Case, Result], list[dict[str, Any]]]:
-    """The results and the conditions of a file of JSON lines.
+def read_results(path: Path) -> dict[Case, Result]:
+    """The results of a file of JSON lines.
 
     Raises:
         ValueError: if a line is not one of this benchmark's.
     """
-    found, where = {}, []
-    for number, line in enumerate(path.read_text().splitlines() if path.exists() else (), 1):
-        try:
-            raw = json.loads(line)
-            if "case" not in raw:
-                where.append(raw)
-                continue
-            extras = Extras(**raw["extras"]) if raw["extras"] else None
-            result = Result(**{**raw, "case": Case(**raw["case"]), "extras": extras})
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"Line {number} of {path} is no result of this benchmark ({error}); remove it.") from error
-        found[result.case] = result
-    return found, where
+
+    def made(case: dict[str, Any], extras: dict[str, Any] | None, **rest: Any) -> Result:
+        return Result(Case(**case), extras=Extras(**extras) if extras else None, **rest)
+
+    return pages.read_results(path, "case", made)

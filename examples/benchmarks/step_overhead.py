@@ -43,7 +43,7 @@ from torch.profiler import profile, supported_activities
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
-from accuracy import conditions  # noqa: E402
+from pages import conditions  # noqa: E402
 from step_cases import IMPLEMENTATIONS, NETWORKS, OPTIMIZERS, RULES, Base, Case, Extras, Result, read_results  # noqa: E402
 from step_tables import Figures, device_tables, spread, target_table, write_report  # noqa: E402
 
@@ -355,7 +355,7 @@ def main() -> None:
     path = options.out / "step_overhead.jsonl"
     failures: list[str] = []
     try:
-        done = read_results(path)[0]
+        done = read_results(path)
         if not options.report:
             options.out.mkdir(parents=True, exist_ok=True)
             with path.open("a") as file, cold_caches():

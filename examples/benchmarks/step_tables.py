@@ -8,11 +8,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pages import between_markers, in_words, read_conditions, table
 from rich.table import Table
 from step_cases import IMPLEMENTATIONS, NETWORKS, OPTIMIZERS, RULES, Case, Result, read_results
 
 EPOCH = 500  # steps from one refresh to the next
-START, END = "<!-- step overhead -->", "<!-- /step overhead -->"
 LEGEND = """Written by `step_overhead.py --report` from the lines of JSON that it wrote before; its docstring says how.
 
 Two copies of a network with the same gradients take their steps in turn; *base* is the faster one of `fused` and
@@ -145,14 +145,13 @@ class Tabulated:
     rows: Sequence[Sequence[str]]
 
     def markdown(self) -> list[str]:
-        lines = [self.header, ["---"] * len(self.header), *self.rows]
-        return ["| " + " | ".join(line) + " |" for line in lines]
+        return table(self.header, self.rows)
 
     def rich(self) -> Table:
-        table = Table(*self.header, title=self.title, title_justify="left")
+        shown = Table(*self.header, title=self.title, title_justify="left")
         for row in self.rows:
-            table.add_row(*row)
-        return table
+            shown.add_row(*row)
+        return shown
 
 
 def spread(ratios: Sequence[float]) -> str:
@@ -232,35 +231,23 @@ def short_table(figures: Figures) -> Tabulated:
     return Tabulated("In short", header, list(rows.values()))
 
 
-def between_markers(text: str, lines: Sequence[str], path: Path) -> str:
-    """The text with other lines between the two markers.
-
-    Raises:
-        ValueError: if they are not there, each once and in order.
-    """
-    if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
-        raise ValueError(f"{path} needs the lines {START} and {END}, each once, to have the table between them.")
-    before, rest = text.split(START)
-    return "\n".join([before + START, "", *lines, "", END + rest.split(END)[1]])
-
-
 def write_report(results_path: Path, folder: Path, readme: Path) -> None:
     """Write ``STEP_OVERHEAD.md`` and the table of the README.
 
     Raises:
         ValueError: if there are no results, or the README has no place for them.
     """
-    results, where = read_results(results_path)
+    results = read_results(results_path)
     if not results:
         raise ValueError(f"{results_path} holds no results: measure first.")
     figures = Figures(results.values())
-    short = between_markers(readme.read_text(), short_table(figures).markdown(), readme)
+    short = between_markers(readme, "step overhead", short_table(figures).markdown())
     lines = ["# Results of the step-overhead benchmark", "", LEGEND, "Measured with", ""]
-    lines += [f"- {line}" for line in dict.fromkeys(", ".join(f"{k} {v}" for k, v in w.items()) for w in where)]
-    lines += ["", *target_table(figures).markdown(), ""]
+    lines += [f"- {in_words(one)}" for one in read_conditions(results_path)]
+    lines += ["", *target_table(figures).markdown()]
     for device in dict.fromkeys(r.case.device for r in figures.results):
-        for table in device_tables(figures, device):
-            lines += [f"## {table.title}", "", *table.markdown(), ""]
+        for one in device_tables(figures, device):
+            lines += [f"## {one.title}", "", *one.markdown()]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "STEP_OVERHEAD.md").write_text("\n".join(lines))
     readme.write_text(short)

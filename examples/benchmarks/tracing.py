@@ -32,8 +32,8 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from accuracy import conditions
 from architectures import ARCHITECTURES, Architecture
+from pages import conditions, in_words
 
 from lightning_ecopt import ScalingGroup, scaling_group
 
@@ -198,7 +198,7 @@ def report(costs: Sequence[Cost], options: str, where: Mapping[str, Any]) -> str
             f"python examples/benchmarks/tracing.py --out FOLDER{options}",
             "```",
             "",
-            "with " + ", ".join(f"{key} {value}" for key, value in where.items()) + ".",
+            f"with {in_words(where)}.",
             "",
             "*H* is the number of units, *integers* what the group holds to number them. Seconds are the median (range)"
             f" of {len(costs[0].seconds) if costs else 0} calls after the first, *forward* those of the plain forward"

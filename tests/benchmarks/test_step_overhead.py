@@ -17,6 +17,7 @@ from tests.selection import full
 BENCHMARKS = Path(__file__).parents[2] / "examples" / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import pages  # noqa: E402
 import step_cases  # noqa: E402
 import step_overhead  # noqa: E402
 import step_tables  # noqa: E402
@@ -26,6 +27,7 @@ from step_cases import Case, Extras, Result  # noqa: E402
 pytestmark = full
 
 CPU = torch.device("cpu")
+START, END = "<!-- step overhead -->", "<!-- /step overhead -->"
 PARAMETERS = {
     "mlp": 785 * 2048 + 3 * 2049 * 2048 + 2049 * 10,
     "vgg13": 9_413_066,
@@ -51,7 +53,7 @@ def call(*options: object) -> None:
 
 def measure(folder: Path, *options: object) -> list[Result]:
     call("--out", folder, "--networks", "tiny", "--runs", 2, "--training-runs", 2, "--batch", 4, *options)
-    return list(step_cases.read_results(folder / "step_overhead.jsonl")[0].values())
+    return list(step_cases.read_results(folder / "step_overhead.jsonl").values())
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +78,8 @@ def test_networks_have_the_parameters_that_are_known(name: str) -> None:
 
 
 def test_every_combination_is_measured_with_plausible_figures(folder: Path) -> None:
-    results, (where,) = step_cases.read_results(folder / "step_overhead.jsonl")
+    results = step_cases.read_results(folder / "step_overhead.jsonl")
+    (where,) = pages.read_conditions(folder / "step_overhead.jsonl")
     asked = {
         Case(part, "cpu", "tiny", optimizer, rule, "auto")
         for part in ("step", "training")
@@ -108,7 +111,7 @@ def test_an_interrupted_run_goes_on_with_what_is_missing(folder: Path, monkeypat
     lines = path.read_text().splitlines()
     path.write_text("\n".join(line for line in lines if '"training"' not in line or '"path"' not in line) + "\n")
     monkeypatch.delattr(step_overhead, "measure_step")
-    before = set(step_cases.read_results(path)[0])
+    before = set(step_cases.read_results(path))
     after = {result.case for result in measure(folder, "--optimizers", "sgd-m", "adamw")}
     assert {(c.part, c.rule, c.optimizer) for c in after - before} == {
         ("training", "path", "sgd-m"),
@@ -127,7 +130,7 @@ def test_a_case_that_fails_is_named_and_the_others_are_measured(
     monkeypatch.setattr(step_overhead, "measure_step", fails)
     with pytest.raises(SystemExit, match="step cpu tiny sgd-m unit auto: no memory for unit"):
         measure(tmp_path, "--optimizers", "sgd-m", "--rules", "unit")
-    (result,) = step_cases.read_results(tmp_path / "step_overhead.jsonl")[0].values()
+    (result,) = step_cases.read_results(tmp_path / "step_overhead.jsonl").values()
     assert result.case.part == "training"
     assert "training cpu tiny sgd-m unit auto: " in capsys.readouterr().out
 
@@ -312,14 +315,14 @@ def test_the_ratio_is_that_of_neighbouring_runs() -> None:
 
 def test_the_report_counts_targets_and_replaces_the_table_of_the_readme(folder: Path, tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
-    readme.write_text(f"Before\n\n{step_tables.START}\nold | table\n{step_tables.END}\n\nAfter\n")
+    readme.write_text(f"Before\n\n{START}\nold | table\n{END}\n\nAfter\n")
     report = ["--out", folder, "--report", "--readme", readme]
     call(*report)
     once = readme.read_text()
     call(*report)
     assert readme.read_text() == once
-    assert once.startswith(f"Before\n\n{step_tables.START}\n\n| device | network |")
-    assert once.endswith(f"|\n\n{step_tables.END}\n\nAfter\n")
+    assert once.startswith(f"Before\n\n{START}\n\n| device | network |")
+    assert once.endswith(f"|\n\n{END}\n\nAfter\n")
     assert "old" not in once
     assert once.count("| cpu | tiny |") == 4
     text = (folder / "STEP_OVERHEAD.md").read_text()
@@ -337,7 +340,7 @@ def test_a_readme_without_a_place_for_the_table_stays_as_it_is(
     text: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     readme = tmp_path / "README.md"
-    text = text.format(start=step_tables.START, end=step_tables.END)
+    text = text.format(start=START, end=END)
     readme.write_text(text)
     with pytest.raises(SystemExit):
         call("--out", folder, "--report", "--readme", readme)
@@ -347,7 +350,7 @@ def test_a_readme_without_a_place_for_the_table_stays_as_it_is(
 
 def test_results_can_be_read_back(folder: Path) -> None:
     path = folder / "step_overhead.jsonl"
-    found = step_cases.read_results(path)[0]
+    found = step_cases.read_results(path)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     stored = [line for line in lines if "case" in line]
     assert [json.loads(json.dumps(dataclasses.asdict(r))) for r in found.values()] == stored
