@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import json
 import math
 import multiprocessing
@@ -35,8 +36,8 @@ from lightning_ecopt import EquivalentClassOptimizer, scaling_group, set_skeleto
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from accuracy import conditions
 from authors_page import STARTS, Result, Run, page, read_results
+from pages import conditions
 
 SIZES = (784, 64, 64, 64, 64, 10)
 BATCH = 64
@@ -85,7 +86,8 @@ class Training:
         for inputs, outputs in zip((train[0].shape[1], *SIZES[1:]), SIZES[1:], strict=False):
             layers += [nn.Linear(inputs, outputs, bias=False), nn.ReLU()]
         self._net = nn.Sequential(*layers[:-1])
-        group = scaling_group(self._net, train[0][:2])
+        self._example = train[0][:2]
+        group = scaling_group(self._net, self._example)
         if run.start == "skeleton":
             set_skeleton_to_one_(group)
         self._optimizer: torch.optim.Optimizer = torch.optim.SGD(self._net.parameters(), lr=run.rate)
@@ -100,7 +102,6 @@ class Training:
 
     def epoch(self) -> None:
         """Train for one epoch, and test."""
-        began = time.process_time()
         epoch = len(self.result.test) + 1
         for options in self._optimizer.param_groups:
             options["lr"] = self.run.rate * math.exp(-self.run.decay * epoch)
@@ -108,17 +109,21 @@ class Training:
         generator = torch.Generator().manual_seed(10_000 * self.run.seed + epoch)
         images, labels = self._train
         before, losses = self._weights(), []
+        began = time.process_time()
         for batch in torch.randperm(len(images), generator=generator).split(BATCH):
             self._optimizer.zero_grad()
             loss = F.cross_entropy(self._net(images.index_select(0, batch)), labels.index_select(0, batch))
             loss.backward()
             self._optimizer.step()
             losses.append(loss.detach())
-        self._note(float(torch.stack(losses).mean()), before)
         self.result.seconds += time.process_time() - began
+        self._note(float(torch.stack(losses).mean()), before)
 
     def _weights(self) -> Tensor:
-        return nn.utils.parameters_to_vector(self._net.parameters()).detach()
+        """Those of the balanced member of the class ``[m]``, which refreshes and rescalings leave where it is."""
+        net = copy.deepcopy(self._net)
+        scaling_group(net, self._example).balance_()
+        return nn.utils.parameters_to_vector(net.parameters()).detach()
 
     @torch.no_grad()
     def _note(self, loss: float, before: Tensor) -> None:

@@ -149,16 +149,39 @@ def test_differences_are_taken_seed_by_seed() -> None:
     made = [*results("SGD", "torch", [97.0, 98.0]), *results("paper", "torch", [97.5, 98.5])]
     made += results("paper", "skeleton", [97.0, 98.5, 99.0])
     found = authors_page.groups({one.run: one for one in made})
-    (first, second) = authors_page.difference_table(found)[2:]
-    assert first == "| EC-SGD (the paper's setting), torch's | SGD, torch's | 2 | 0.50 ± 0.00 |"
-    assert (
-        "| EC-SGD (the paper's setting), skeleton of ones | EC-SGD (the paper's setting), torch's | 2 | -0.25 "
-        in second
-    )
+    first, second = authors_page.difference_rows(found)
+    paper = "EC-SGD (the paper's setting)"
+    assert first == [f"{paper}, torch's", "SGD, torch's", "2", "0.50 ± 0.00"]
+    assert second[:3] == [f"{paper}, skeleton of ones", f"{paper}, torch's", "2"]
+    assert second[3].startswith("-0.25 ")
 
 
-def test_the_committed_page_is_what_the_committed_lines_give() -> None:
-    assert (BENCHMARKS / "AUTHORS.md").read_text() == authors.page(BENCHMARKS / "authors.jsonl")
+def written(made: list[authors.Result], path: Path) -> Path:
+    path.write_text("\n".join(map(json.dumps, [{"torch": "2"}, *map(dataclasses.asdict, made)])))
+    return path
+
+
+def test_the_page_has_the_sections_for_which_there_are_runs(tmp_path: Path) -> None:
+    def headings(made: list[authors.Result]) -> list[str]:
+        page = authors_page.page(written(made, tmp_path / "authors.jsonl"))
+        return [line for line in page.splitlines() if line.startswith("## ") or line.startswith("Differences")]
+
+    late = [authors.Result(one, *[[90.0] * 30 for _ in range(5)], 60.0) for one in authors_page.LATE_RUNS]
+    assert headings([]) == []
+    assert headings(results("SGD", "torch", [97.0])) == ["## The authors' schedule"]
+    both = [*results("SGD", "torch", [97.0]), *results("units", "torch", [98.0])]
+    assert headings(both) == ["## The authors' schedule", "Differences, seed by seed:"]
+    assert headings(late) == ["## Why the unit rule loses late what it gained"]
+    assert headings(late[1:]) == ["## Other schedules"]
+    assert len(headings([*both, *late])) == 3
+
+
+@pytest.mark.parametrize(("contender", "start"), RUNS)
+def test_an_epoch_without_steps_moves_nothing(data: Data, contender: str, start: str) -> None:
+    """Neither do the balance and the rescaled skeleton at its beginning."""
+    training = authors.Training(authors.Run(contender, start, 0, rate=1e-20), *data)
+    training.epoch()
+    assert training.result.moved[0] < 1e-5
 
 
 def test_wrong_lines_and_missing_data_are_named(tmp_path: Path) -> None:
