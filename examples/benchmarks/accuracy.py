@@ -3,9 +3,9 @@
 Every contender is trained on every task at the rates of one common grid, refined around its best, with the same
 schedule and number of steps. The best rate is the one of the best validation score: accuracy on images, loss on text.
 At it more seeds are trained, and starts whose hidden units are rescaled by exp(N(0, 1)); a form of another contender
-is also trained at the best rate of that, and at one rate for all tasks, as its entry in the grid says. Test data play
-no part in any choice. Every run is one line of JSON, and runs whose line is there are not repeated, so that the grid
-may be run in as many sittings as it takes::
+is also trained at the best rate of that, at one rate for all tasks, as its entry in the grid says, and at rates
+farther out, until it is worse than the best of that. Test data play no part in any choice. Every run is one line of
+JSON, and runs whose line is there are not repeated, so that the grid may be run in as many sittings as it takes::
 
     python examples/benchmarks/accuracy.py --data FOLDER --out results.jsonl --jobs 2 --minutes 50
     python examples/benchmarks/report.py results.jsonl --out examples/benchmarks
@@ -23,10 +23,9 @@ import itertools
 import json
 import math
 import multiprocessing
-import platform
 import sys
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict
 from pathlib import Path
@@ -36,7 +35,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import pages
 from grid import Contender, Grid, Task, add_grid_options, chosen_grid
+from pages import conditions
 from training import Result, Run, train
 
 Results = Mapping[Run, Result]
@@ -48,17 +49,7 @@ def read_results(path: Path) -> dict[Run, Result]:
     Raises:
         ValueError: if a line is not one of this benchmark's.
     """
-    found = {}
-    for number, line in enumerate(path.read_text().splitlines() if path.exists() else (), 1):
-        try:
-            raw = json.loads(line)
-            if "run" not in raw:
-                continue  # the conditions
-            result = Result(**{**raw, "run": Run(**raw["run"])})
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"Line {number} of {path} is no result of this benchmark ({error}); remove it.") from error
-        found[result.run] = result
-    return found
+    return pages.read_results(path, "run", lambda run, **rest: Result(Run(**run), **rest))
 
 
 def mean(values: Iterable[float]) -> float:
@@ -91,33 +82,84 @@ def best_rate(found: Mapping[float, float]) -> float:
     return max(found, key=lambda rate: found[rate])
 
 
-def search(grid: Grid, task: str, contender: str, results: Results) -> tuple[dict[float, float], set[float]]:
-    """The gains of the rates that were tried, and the rates to try next; the search is over when there are none.
+def walk(
+    rates: Sequence[float], known: Mapping[float, float], hopeless: float, level: float = math.inf
+) -> tuple[dict[float, float], set[float]]:
+    """From the middle rate outwards, a step in both directions at a time.
 
-    From the middle of the grid outwards; a direction ends where a rate is hopelessly worse than the best. Then the
-    best is refined: the rates half-way (of the logarithms) to its two neighbours are tried as well. Rates at which
-    seeds were trained for another reason, as the best rate of the plain form, are no candidates: all contenders choose
-    among equally many.
+    A direction ends at the first rate that is worse than the best so far by more than ``hopeless``, and below
+    ``level``.
+
+    Args:
+        rates: in ascending order.
+        known: gains of those that have been trained.
+        hopeless: difference of gains.
+        level: a gain.
+
+    Returns:
+        The gains of the rates that the walk has come to, in ascending order of the rates, and the rates that have to be
+        trained before it can go on: it is over if there are none.
+    """
+    middle = len(rates) // 2
+    if rates[middle] not in known:
+        return {}, {rates[middle]}
+    found = {rates[middle]: known[rates[middle]]}
+    ends = {-1: middle, 1: middle}
+    while True:
+        enough = min(max(found.values()) - hopeless, level)
+        open_ends = {step: k for step, k in ends.items() if found[rates[k]] >= enough and 0 <= k + step < len(rates)}
+        following = {step: rates[k + step] for step, k in open_ends.items()}
+        trained = {step: rate for step, rate in following.items() if rate in known}
+        if not trained:
+            return dict(sorted(found.items())), set(following.values())
+        for step, rate in trained.items():
+            found[rate] = known[rate]
+            ends[step] += step
+
+
+def search(grid: Grid, task: str, contender: str, results: Results) -> tuple[dict[float, float], set[float]]:
+    """The gains of the rates among which the best is chosen, and the rates to try next; there are none at the end.
+
+    These are the rates of a walk outwards from the middle of the grid, whose directions end at a hopeless rate, and
+    then the rates half-way (of the logarithms) from the best to its two neighbours. Rates that are trained for another
+    reason, as the best rate of the plain form, are not among them: all contenders choose among equally many.
     """
     rates = grid.rates_of(task)
-    found = gains(grid, task, contender, rates, results)
-    middle = len(rates) // 2
-    following = set()
-    for direction in (rates[middle:], rates[: middle + 1][::-1]):
-        for rate in direction:
-            if rate not in found:
-                following.add(rate)
-                break
-            best = best_rate(found)
-            beyond = best <= rate if direction[0] < direction[-1] else best >= rate
-            if beyond and found[rate] < found[best] - grid.tasks[task].metric.hopeless:
-                break
+    found, following = walk(rates, gains(grid, task, contender, rates, results), grid.tasks[task].metric.hopeless)
     if grid.refine and not following:
-        top = max(range(len(rates)), key=lambda k: found.get(rates[k], -math.inf))
+        top = rates.index(best_rate(found))
         around = {half_way(rates[top], rates[k]) for k in (top - 1, top + 1) if 0 <= k < len(rates)}
         found |= gains(grid, task, contender, around, results)
         following = around - set(found)
     return dict(sorted(found.items())), following
+
+
+def plain_level(grid: Grid, task: str, contender: str, results: Results) -> float | None:
+    """The least gain that counts as level with the best of the plain form.
+
+    Returns:
+        ``None`` if the contender is no form of another, or the search of the other is not over.
+    """
+    plain = grid.plain(task, contender)
+    found, following = search(grid, task, plain, results) if plain is not None else ({}, set())
+    return max(found.values()) - grid.tasks[task].metric.close if found and not following else None
+
+
+def search_range(grid: Grid, task: str, contender: str, results: Results) -> tuple[dict[float, float], set[float]]:
+    """The gains from which the range of good rates is read, and the rates to try next for it.
+
+    A form may be better than its plain form's best even where it is hopelessly worse than its own. So when both
+    searches are over, the form's walk goes on until it falls behind the plain form's best. The rates that are added so
+    count for the range alone; the best rate remains that of the search.
+    """
+    found, following = search(grid, task, contender, results)
+    level = plain_level(grid, task, contender, results)
+    if following or level is None:
+        return found, set()
+    rates = grid.rates_of(task)
+    known = gains(grid, task, contender, rates, results)
+    farther, following = walk(rates, known, grid.tasks[task].metric.hopeless, level)
+    return dict(sorted((found | farther).items())), following
 
 
 def chosen_rate(grid: Grid, task: str, contender: str, results: Results) -> float | None:
@@ -130,8 +172,9 @@ def chosen_rate(grid: Grid, task: str, contender: str, results: Results) -> floa
 
 
 def searches(grid: Grid, task: str, contender: str, results: Results) -> Iterator[Run]:
-    """The next runs by which the best rate is chosen, until there are none."""
-    for rate in sorted(search(grid, task, contender, results)[1]):
+    """The next runs by which the best rate is chosen, then those for the range of good rates, until there are none."""
+    following = search(grid, task, contender, results)[1] or search_range(grid, task, contender, results)[1]
+    for rate in sorted(following):
         for seed in range(grid.search_seeds):
             yield Run(task, contender, rate, seed)
 
@@ -180,20 +223,6 @@ def wanted(grid: Grid, results: Results) -> Iterator[Run]:
 # A sitting -----------------------------------------------------------------------------------------------------------
 
 
-def conditions(device: torch.device) -> dict[str, Any]:
-    """Versions and hardware."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    return {"torch": torch.__version__, "python": platform.python_version(), "device": name}
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 class Inline(Executor):
     """Runs what is submitted at once, in this process."""
 
@@ -227,7 +256,7 @@ def run_grid(
         jobs: runs at a time, each in a process of its own.
         device: to train on.
         only_tasks: those of which runs are begun.
-        only_contenders: likewise.
+        only_contenders: those of which runs are begun.
         minutes: after which no run is begun.
     """
     results = read_results(out)

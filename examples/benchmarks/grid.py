@@ -103,7 +103,8 @@ class Contender:
         enorm: whether ENorm follows each step.
         path_condition: whether the start is rescaled by PathCond.
         unit_skeleton: whether the start has skeleton weights of one, as the authors of EC-SGD have.
-        plain: the contender that it is a form of; all seeds are trained at the best rate of that, too.
+        plain: the contender that it is a form of; all seeds are trained at the best rate of that, too, and rates are
+            tried until it is worse than the best of that.
         default_rate: one rate for all tasks, at which all seeds are trained, too.
         rescaled: whether it is trained from a rescaled start, too.
         tasks: names of those that it is trained on, if not on all.

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from accuracy import best_rate, compared_rates, gains, search
+from accuracy import best_rate, compared_rates, gains, plain_level, search, search_range
 from grid import Grid, Metric
+from pages import edge
 from scipy import stats
 from training import Result, Run
 
 SIGNIFICANT = 0.05
-KINDS = ("best", "plain", "default")  # of rates that are compared, as in accuracy.compared_rates
 
 
 class Interval(NamedTuple):
@@ -43,16 +43,16 @@ class Difference(NamedTuple):
 
     gain: float
     p: float
-    digits: int
+    metric: Metric
 
     @classmethod
     def of(cls, first: Sequence[float], second: Sequence[float], metric: Metric) -> Difference:
         gain = metric.gain(statistics.mean(first) - statistics.mean(second))
         if len(first) < 2 or len(second) < 2:
-            return cls(gain, math.nan, metric.digits)
+            return cls(gain, math.nan, metric)
         if statistics.pvariance(first) == statistics.pvariance(second) == 0:
-            return cls(gain, 1.0 if gain == 0 else 0.0, metric.digits)
-        return cls(gain, float(stats.ttest_ind(first, second, equal_var=False).pvalue), metric.digits)
+            return cls(gain, 1.0 if gain == 0 else 0.0, metric)
+        return cls(gain, float(stats.ttest_ind(first, second, equal_var=False).pvalue), metric)
 
     @property
     def verdict(self) -> str:
@@ -64,10 +64,41 @@ class Difference(NamedTuple):
         return "ahead" if self.gain > 0 else "behind"
 
     def text(self) -> str:
-        value = f"{self.gain:+.{self.digits}f}"
+        value = f"{self.gain:+.{self.metric.digits}f}"
         mark = MARKS[self.verdict]
         p = "one seed" if math.isnan(self.p) else f"p = {self.p:.2g}"
         return f"{mark}{value}{mark} ({p})"
+
+
+class Factor(NamedTuple):
+    """A factor, such as that of the largest over the smallest good rate.
+
+    Args:
+        value: positive.
+        mark: ``>`` or ``<`` if it is only known to be larger or smaller than the value, ``~`` if not even that.
+    """
+
+    value: float
+    mark: str = ""
+
+    def text(self, digits: int) -> str:
+        return f"{self.mark} {self.value:.{digits}f}".strip()
+
+    def __truediv__(self, other: Factor) -> Factor:
+        inverse = {"<": ">", ">": "<"}
+        return Factor(self.value / other.value, _common_mark([self.mark, inverse.get(other.mark, other.mark)]))
+
+    @classmethod
+    def mean(cls, factors: Sequence[Factor]) -> Factor:
+        """The geometric mean."""
+        logarithms = [math.log(factor.value) for factor in factors]
+        return cls(math.exp(statistics.mean(logarithms)), _common_mark([factor.mark for factor in factors]))
+
+
+def _common_mark(marks: Iterable[str]) -> str:
+    """What is known of a product of factors with these marks."""
+    found = set(marks) - {""}
+    return found.pop() if len(found) == 1 else "~" if found else ""
 
 
 class Outcome:
@@ -76,13 +107,15 @@ class Outcome:
     Attributes:
         rates: that are compared, by kind; without ``best`` if its search is not over.
         by_rate: validation scores of all rates that have all seeds of the search.
-        searched: gains of the rates that the search has tried.
+        searched: gains of the rates among which the best is chosen.
     """
 
     def __init__(self, grid: Grid, results: Mapping[Run, Result], task: str, contender: str) -> None:
         self.metric = grid.tasks[task].metric
         self._runs = [r for r in results.values() if (r.run.task, r.run.contender) == (task, contender)]
         self.searched, _ = search(grid, task, contender, results)
+        self._around, self._wanted_around = search_range(grid, task, contender, results)
+        self._plain_level = plain_level(grid, task, contender, results)
         self.rates = compared_rates(grid, task, contender, results)
         tried = sorted({result.run.rate for result in self._runs if not result.run.scale})
         found = gains(grid, task, contender, tried, results)
@@ -90,6 +123,7 @@ class Outcome:
         self.wants_rescaled = grid.contenders[contender].rescaled
         self.seeds = grid.seeds
         self._has_plain = grid.plain(task, contender) is not None
+        self._points = max((len(r.curve) for r in results.values() if r.run.task == task), default=0)
 
     def runs(self, kind: str = "best", rescaled: bool = False) -> list[Result]:
         """The runs at one of the compared rates, by seed."""
@@ -112,32 +146,41 @@ class Outcome:
             wanted["plain"] = 0
         if self.wants_rescaled:
             wanted["rescaled"] = len(self.tests(rescaled=True))
-        parts = [f"{kind} {number} of {self.seeds}" for kind, number in wanted.items() if number < self.seeds]
-        return f"seeds: {', '.join(parts)}" if parts else ""
+        seeds = [f"{kind} {number} of {self.seeds}" for kind, number in wanted.items() if number < self.seeds]
+        rates = [f"{rate:g}" for rate in sorted(self._wanted_around)]
+        parts = {"seeds": seeds, "rates for the range": rates}
+        return "; ".join(f"{name}: {', '.join(values)}" for name, values in parts.items() if values)
 
-    def width(self) -> float:
-        """Largest over smallest rate that is close to the best, by interpolation between the logarithms of rates."""
-        points = [(math.log(rate), gain) for rate, gain in sorted(self.searched.items())]
-        level = max(gain for _, gain in points) - self.metric.close
-        top = max(range(len(points)), key=lambda k: points[k][1])
+    def width(self) -> Factor:
+        """Largest over smallest rate at which it is close to its own best."""
+        return self._width(max(self.searched.values()) - self.metric.close)
 
-        def edge(direction: int) -> float:
-            k = top
-            while 0 <= k + direction < len(points) and points[k + direction][1] >= level:
-                k += direction
-            if not 0 <= k + direction < len(points):
-                return points[k][0]
-            (inside, high), (outside, low) = points[k], points[k + direction]
-            return inside + (outside - inside) * (high - level) / (high - low)
+    def width_as_plain(self) -> Factor | None:
+        """Largest over smallest rate at which it is at least close to the plain form's best; ``< 1`` if at none.
 
-        return math.exp(edge(1) - edge(-1))
+        Returns:
+            ``None`` if it is no form of another contender, or the best rate of that is not known.
+        """
+        return None if self._plain_level is None else self._width(self._plain_level)
+
+    def _width(self, level: float) -> Factor:
+        """Of the rates around the best whose gain is at the level, by interpolation between logarithms of rates."""
+        points = [(math.log(rate), gain) for rate, gain in self._around.items()]
+        top = list(self._around).index(best_rate(self.searched))
+        if points[top][1] < level:
+            return Factor(1.0, "<")
+        (high, high_is_found), (low, low_is_found) = edge(points[top:], level), edge(points[top::-1], level)
+        return Factor(math.exp(high - low), "" if high_is_found and low_is_found else ">")
 
     def steps_to(self, loss: float) -> float:
-        """Share of the steps, in per cent, after which the running training loss is down at ``loss`` (median)."""
+        """Share of the steps, in per cent, after which the running training loss is down at ``loss`` (median).
+
+        The curve of a run that was given up is shorter: all steps are those of the longest one of the task.
+        """
         shares = []
         for result in self.runs():
             reached = (k for k, value in enumerate(result.curve, 1) if value is not None and value <= loss)
-            shares.append(100 * next(reached, math.inf) / len(result.curve))
+            shares.append(100 * next(reached, math.inf) / self._points)
         return statistics.median(shares)
 
     def mean(self, name: str) -> float:
@@ -148,11 +191,6 @@ class Outcome:
 def outcomes_of(grid: Grid, results: Mapping[Run, Result]) -> dict[str, dict[str, Outcome]]:
     """By task and contender."""
     return {task: {name: Outcome(grid, results, task, name) for name in grid.of(task)} for task in grid.tasks}
-
-
-def geometric_mean(values: Sequence[float]) -> float:
-    """Of positive numbers."""
-    return math.exp(statistics.mean(map(math.log, values)))
 
 
 def one_rate(grid: Grid, found: Mapping[str, Mapping[str, Outcome]], contender: str) -> tuple[float, dict[str, float]]:

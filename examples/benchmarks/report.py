@@ -9,20 +9,20 @@ writes ``RESULTS.md`` and ``RESULTS.png`` of whatever has been run so far, and t
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from accuracy import Results, read_results
 from figure import plot
-from grid import LOSS, Grid, Metric, add_grid_options, chosen_grid
-from outcomes import MARKS, SIGNIFICANT, Difference, Interval, Outcome, geometric_mean, one_rate, outcomes_of
+from grid import ACCURACY, LOSS, Grid, Metric, add_grid_options, chosen_grid
+from outcomes import MARKS, SIGNIFICANT, Difference, Factor, Interval, Outcome, one_rate, outcomes_of
+from pages import between_markers, in_words, read_conditions, table
 
-MARKERS = ("<!-- accuracy -->", "<!-- /accuracy -->")
 REFERENCE = "AdamW"  # whose state and final training loss others are compared with
 OTHERS = (  # beside each form and its plain form
     ("EC-SGD (units)", "AdamW"),
@@ -43,16 +43,15 @@ CLASS_OR_STEP = (
     ("EC-AdamW (units)", "LAMB"),
 )
 README_FORMS = ("EC-SGD (units)", "EC-AdamW (units)")
+WITHIN = f"within {ACCURACY.close:g} {ACCURACY.unit} or {LOSS.close:g} {LOSS.unit}"  # what counts as equally good
+COMPARISONS = f"""\
+Differences of test scores, in per cent or nats, positive if the first is better; **significantly ahead** and \
+*significantly behind* by Welch's test (p < {SIGNIFICANT:g}); *worst* is the least of a row ({ACCURACY.close:g} \
+{ACCURACY.unit} counts as much as {LOSS.close:g} {LOSS.unit}); empty: not run. All SGD has momentum 0.9; GC is \
+gradient centralization, *clip* clips the gradient's norm to 1, *current* is the rule without balancing."""
 
 Found = Mapping[str, Mapping[str, Outcome]]  # by task and contender
 Tests = Callable[[Outcome], list[float]]
-
-
-def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
-    """A table in Markdown and an empty line."""
-    header = list(header)
-    lines = [header, ["---"] * len(header), *rows]
-    return ["| " + " | ".join(line) + " |" for line in lines] + [""]
 
 
 # One task ------------------------------------------------------------------------------------------------------------
@@ -67,7 +66,8 @@ def task_table(outcomes: Mapping[str, Outcome], metric: Metric) -> list[str]:
         "at the plain form's best rate",
         "at one rate for all",
         "from a rescaled start",
-        f"rates within {metric.close:g} {metric.unit}",
+        f"rates within {metric.close:g} {metric.unit} of its own best",
+        "rates as good as the plain form's best",
         "seconds",
         f"state / {REFERENCE}'s",
         f"steps to {REFERENCE}'s training loss",
@@ -96,11 +96,19 @@ def _task_row(name: str, outcome: Outcome, reference: Outcome | None) -> list[st
         cell("plain"),
         cell("default"),
         cell("best", rescaled=True, with_rate=False),
-        f"factor {outcome.width():.1f}",
+        f"factor {outcome.width().text(1)}",
+        _width_as_plain(outcome),
         f"{outcome.mean('seconds'):.1f}",
         state,
         steps,
     ]
+
+
+def _width_as_plain(outcome: Outcome) -> str:
+    width = outcome.width_as_plain()
+    if width is None:
+        return ""
+    return "none" if width.mark == "<" else f"factor {width.text(1)}"
 
 
 def rate_table(outcomes: Mapping[str, Outcome], metric: Metric) -> list[str]:
@@ -129,17 +137,19 @@ def difference(
 
 
 def comparison_rows(found: Found, pairs: Iterable[tuple[str, str]], of: Tests, of_second: Tests) -> list[list[str]]:
-    """A row for each pair that has been run on some task: the differences, and on how many it is ahead and behind."""
+    """A row for each pair that has been run on some task: the differences, on how many it is ahead, and the worst."""
     rows = []
     for first, second in pairs:
-        differences = [difference(outcomes, first, second, of, of_second) for outcomes in found.values()]
-        known = [one for one in differences if one is not None]
+        differences = {task: difference(outcomes, first, second, of, of_second) for task, outcomes in found.items()}
+        known = {task: one for task, one in differences.items() if one is not None}
         if known:
-            count = {verdict: sum(one.verdict == verdict for one in known) for verdict in ("ahead", "behind")}
-            judged = sum(one.verdict != "unknown" for one in known)
-            summary = f"{count['ahead']} ahead, {count['behind']} behind of {judged}"
+            verdicts = [one.verdict for one in known.values()]
+            judged = len(verdicts) - verdicts.count("unknown")
+            task, worst = min(known.items(), key=lambda item: item[1].gain / item[1].metric.close)
             name = first if first == second else f"{first} against {second}"
-            rows.append([name, *("" if d is None else d.text() for d in differences), summary])
+            cells = ["" if one is None else one.text() for one in differences.values()]
+            summary = f"{verdicts.count('ahead')} ahead, {verdicts.count('behind')} behind of {judged}"
+            rows.append([name, *cells, summary, f"{worst.gain:+.{worst.metric.digits}f} {worst.metric.unit} ({task})"])
     return rows
 
 
@@ -173,29 +183,43 @@ def comparisons(grid: Grid, found: Found) -> list[str]:
     for title, pairs, of, of_second in parts:
         rows = comparison_rows(found, pairs, of, of_second)
         if rows:
-            lines += [f"### {title}", "", *table(["", *found, "significant"], rows)]
+            lines += [f"### {title}", "", *table(["", *found, "significant", "worst"], rows)]
     return lines + width_lines(grid, found) + one_rate_lines(grid, found)
 
 
-def width_ratios(found: Found, first: str, second: str) -> dict[str, float]:
-    """Ratio of the ranges of good rates, by task."""
-    both = {task: (o.get(first), o.get(second)) for task, o in found.items()}
-    return {
-        task: one.width() / other.width()
-        for task, (one, other) in both.items()
-        if one is not None and other is not None and "best" in one.rates and "best" in other.rates
-    }
+def width_ratios(found: Found, first: str, second: str, as_plain: bool) -> dict[str, Factor]:
+    """Ratio of the range of good rates of a form to that of its plain form, by task.
+
+    Args:
+        found: all outcomes.
+        first: the form.
+        second: its plain form.
+        as_plain: whether the form's good rates are those at which it does as well as the plain form's best, and not
+            those at which it does as well as its own.
+    """
+    ratios = {}
+    for task, outcomes in found.items():
+        if all(name in outcomes and "best" in outcomes[name].rates for name in (first, second)):
+            width = outcomes[first].width_as_plain() if as_plain else outcomes[first].width()
+            assert width is not None
+            ratios[task] = width / outcomes[second].width()
+    return ratios
 
 
 def width_lines(grid: Grid, found: Found) -> list[str]:
-    """How much wider the range of good rates is than the plain form's."""
-    rows = []
-    for first, second in forms(grid):
-        ratios = width_ratios(found, first, second)
-        if ratios:
-            cells = [f"{ratios[task]:.2f}" if task in ratios else "" for task in found]
-            rows.append([f"{first} / {second}", *cells, f"{geometric_mean(list(ratios.values())):.2f}"])
-    return ["### Ratio of the ranges of good rates", "", *table(["", *found, "geometric mean"], rows)] if rows else []
+    """How much wider the range of good rates is than the plain form's, for both meanings of good."""
+    lines = []
+    for whose, as_plain in (("the plain form's best", True), ("each one's own best", False)):
+        rows = []
+        for first, second in forms(grid):
+            ratios = width_ratios(found, first, second, as_plain)
+            if ratios:
+                cells = [ratios[task].text(2) if task in ratios else "" for task in found]
+                rows.append([f"{first} / {second}", *cells, Factor.mean(list(ratios.values())).text(2)])
+        if rows:
+            title = f"### Ratio of the ranges of rates that do as well as {whose} ({WITHIN})"
+            lines += [title, "", *table(["", *found, "geometric mean"], rows)]
+    return lines
 
 
 def one_rate_lines(grid: Grid, found: Found) -> list[str]:
@@ -263,46 +287,53 @@ def _readme_sentence(found: Found, form: str, plain: str) -> list[str]:
         if known:
             ahead, behind = known.count("ahead"), known.count("behind")
             parts.append(f"{title} on {ahead} and behind on {behind} of {len(known)} tasks")
-    ratios = list(width_ratios(found, form, plain).values())
-    if not parts or not ratios:
+    ratios = [list(width_ratios(found, form, plain, as_plain).values()) for as_plain in (True, False)]
+    if not parts or not all(ratios):
         return []
-    width = f"its range of good rates is {geometric_mean(ratios):.1f} times as wide (geometric mean)"
+    as_plain, own = (Factor.mean(each).text(1) for each in ratios)
+    width = (
+        f"its range of rates that do as well as {plain}'s best ({WITHIN}) is {as_plain} times as wide as {plain}'s, "
+        f"that of rates that do as well as its own best {own} times (geometric means)"
+    )
     return [f"{form} is significantly ahead of {plain} {', '.join(parts)}; {width}.", ""]
-
-
-def fill_readme(path: Path, lines: Iterable[str]) -> None:
-    """Put lines between the two markers.
-
-    Raises:
-        ValueError: if the file does not have them.
-    """
-    text = path.read_text()
-    if text.count(MARKERS[0]) != 1 or text.count(MARKERS[1]) != 1:
-        raise ValueError(f"{path} needs one line {MARKERS[0]} and, behind it, one line {MARKERS[1]}.")
-    before, rest = text.split(MARKERS[0])
-    block = "\n".join(lines).strip()
-    path.write_text(f"{before}{MARKERS[0]}\n\n{block}\n\n{MARKERS[1]}{rest.split(MARKERS[1])[1]}")
 
 
 # The whole -----------------------------------------------------------------------------------------------------------
 
 
-def introduction(grid: Grid, results: Results, conditions: Iterable[str]) -> list[str]:
+def introduction(grid: Grid, results: Results, conditions: Iterable[Mapping[str, Any]]) -> list[str]:
     """What was run, and how to read the tables."""
     hours = sum(result.seconds for result in results.values()) / 3600
-    where = "; ".join(", ".join(f"{k} {v}" for k, v in json.loads(line).items()) for line in sorted(conditions))
     return [
         "Written by `report.py` from the lines of JSON that `accuracy.py` wrote; their docstrings say how.",
         "",
         f"{len(results)} runs, {grid.seeds} seeds ({grid.search_seeds} of them to choose the rate), {hours:.1f} hours "
-        f"of one process; {where}.",
+        f"of one process; {'; '.join(map(in_words, conditions))}.",
         "",
         "± is half of a 95 % interval (Student's t over the seeds). *Rates within* is the largest over the smallest "
-        "rate that is so close to the best validation score; *state* the memory of the optimizer's state; *steps to* "
-        f"the share of the steps after which the running training loss is down where {REFERENCE}'s ends (median). The "
-        "rescaled start has every hidden unit multiplied by exp(N(0, 1)).",
+        "rate whose validation score is so close to the contender's own best, *rates as good* that of rates so close "
+        "to the plain form's best, or better. `>` says that the true factor or ratio is larger, as an edge of a range "
+        "lies beyond the rates that were tried, `<` that it is smaller, `~` that it may be either; a form that is "
+        "nowhere as good has a factor below 1. *State* is the memory of the optimizer's state, *steps to* the share of "
+        f"the steps after which the running training loss is down where {REFERENCE}'s ends (median). The rescaled "
+        "start has every hidden unit multiplied by exp(N(0, 1)).",
         "",
     ]
+
+
+def page(name: str, grid: Grid, results: Results, found: Found, conditions: Sequence[Mapping[str, Any]]) -> str:
+    """``name.md``: what was found under these conditions, and what is missing."""
+    lines = [f"# {name.capitalize()} of the accuracy benchmark", "", *introduction(grid, results, conditions)]
+    compared = comparisons(grid, found)
+    if compared:
+        lines += ["## Comparisons", "", COMPARISONS, "", *compared]
+    for task, outcomes in found.items():
+        metric = grid.tasks[task].metric
+        missing = [f"{contender} ({gap})" for contender, o in outcomes.items() if (gap := o.missing())]
+        lines += [f"## {task}", "", *task_table(outcomes, metric)]
+        lines += [f"Missing: {'; '.join(missing)}.", ""] if missing else []
+        lines += [f"Validation {metric.name} by learning rate, {metric.unit}:", "", *rate_table(outcomes, metric)]
+    return "\n".join(lines)
 
 
 def write_report(grid: Grid, results_path: Path, folder: Path, name: str) -> None:
@@ -315,30 +346,8 @@ def write_report(grid: Grid, results_path: Path, folder: Path, name: str) -> Non
     found = outcomes_of(grid, results)
     if not any(outcome.runs() for outcomes in found.values() for outcome in outcomes.values()):
         raise ValueError(f"{results_path} holds no complete search of this grid: run the missing ones first.")
-    conditions = {
-        line for line in results_path.read_text().splitlines() if line.strip() and "run" not in json.loads(line)
-    }
-    lines = [f"# {name.capitalize()} of the accuracy benchmark", "", *introduction(grid, results, conditions)]
-    compared = comparisons(grid, found)
-    if compared:
-        lines += [
-            "## Comparisons",
-            "",
-            "Differences of test scores, in per cent or nats, positive if the first is better; **significantly ahead** "
-            f"and *significantly behind* by Welch's test (p < {SIGNIFICANT:g}); empty: not run. All SGD has momentum "
-            "0.9; GC is gradient centralization, *clip* clips the gradient's norm to 1, *current* is the rule without "
-            "balancing.",
-            "",
-            *compared,
-        ]
-    for task, outcomes in found.items():
-        metric = grid.tasks[task].metric
-        missing = [f"{contender} ({gap})" for contender, o in outcomes.items() if (gap := o.missing())]
-        lines += [f"## {task}", "", *task_table(outcomes, metric)]
-        lines += [f"Missing: {'; '.join(missing)}.", ""] if missing else []
-        lines += [f"Validation {metric.name} by learning rate, {metric.unit}:", "", *rate_table(outcomes, metric)]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.md").write_text("\n".join(lines))
+    (folder / f"{name}.md").write_text(page(name, grid, results, found, read_conditions(results_path)))
     plot(found, folder / f"{name}.png")
     print(f"Wrote {folder / name}.md and {name}.png")
 
@@ -356,7 +365,8 @@ def main() -> None:
         grid = chosen_grid(arguments)
         write_report(grid, arguments.results, arguments.out, arguments.name)
         if arguments.readme is not None:
-            fill_readme(arguments.readme, readme_lines(grid, read_results(arguments.results)))
+            lines = readme_lines(grid, read_results(arguments.results))
+            arguments.readme.write_text(between_markers(arguments.readme, "accuracy", lines))
     except ValueError as error:
         parser.error(str(error))
 

@@ -157,6 +157,41 @@ def found_at(contender: str, scores: dict[float, float], test: float = 0.0) -> d
 SEARCH = {0.01: 60.0, 0.032: 60.0, 0.1: 70.0, 0.32: 60.0, 1.0: 60.0, 0.001: 10.0}
 
 
+def trained_for_the_range(grid: Grid, plain: float, scores: dict[float, float]) -> list[float]:
+    """The rates of the form that are trained after its search, if the plain form's best is ``plain``."""
+    results = found_at("SGD-M", {rate: score - 70.0 + plain for rate, score in SEARCH.items()})
+    while not accuracy.search(grid, "images", UNITS, results)[0] or accuracy.search(grid, "images", UNITS, results)[1]:
+        results |= {run: result(run, scores[run.rate]) for run in accuracy.searches(grid, "images", UNITS, results)}
+    before = accuracy.search(grid, "images", UNITS, results)
+    tried = set(results)
+    while runs := list(accuracy.searches(grid, "images", UNITS, results)):
+        results |= {run: result(run, scores[run.rate]) for run in runs}
+    assert accuracy.search(grid, "images", UNITS, results) == before
+    assert accuracy.search_range(grid, "images", UNITS, results)[0].keys() >= before[0].keys()
+    return sorted(run.rate for run in set(results) - tried)
+
+
+def test_a_form_is_tried_farther_out_until_it_is_behind_the_best_of_its_plain_form(grid: Grid) -> None:
+    grid = dataclasses.replace(grid, rates=[0.0001, 0.001, 0.01, 0.1, 1.0, 10.0, 100.0])
+    middle = {0.1: 80.0, 0.032: 79.0, 0.32: 79.0}
+    # Hopeless, at more than 5 below 80, are 0.01 and 1.0 for its own search.
+    scores = {**middle, 0.01: 72.0, 0.001: 68.0, 0.0001: 20.0, 1.0: 74.0, 10.0: 70.0, 100.0: 10.0}
+    assert trained_for_the_range(grid, 70.0, scores) == [0.001, 10.0, 100.0]
+    assert trained_for_the_range(grid, 73.5, scores) == [10.0]
+    assert trained_for_the_range(grid, 75.5, scores) == []
+    assert trained_for_the_range(grid, 5.0, scores) == [0.0001, 0.001, 10.0, 100.0]
+    # Even the best of all scores is none of the search's if it is found beyond a hopeless one.
+    assert trained_for_the_range(grid, 73.5, {**scores, 10.0: 99.0}) == [10.0, 100.0]
+
+
+def test_the_range_waits_for_the_best_of_the_plain_form(grid: Grid) -> None:
+    form = found_at(UNITS, SEARCH)
+    assert not list(accuracy.searches(grid, "images", UNITS, form))
+    assert accuracy.plain_level(grid, "images", UNITS, form) is None
+    assert accuracy.plain_level(grid, "images", UNITS, form | found_at("SGD-M", SEARCH)) == 69.0
+    assert accuracy.plain_level(grid, "images", "SGD-M", form | found_at("SGD-M", SEARCH)) is None
+
+
 def test_all_seeds_are_trained_at_three_rates(grid: Grid) -> None:
     results = found_at("SGD-M", SEARCH) | found_at(UNITS, {**SEARCH, 0.01: 65.0, 0.1: 60.0, 0.0032: 64.0})
     rates = accuracy.compared_rates(grid, "images", UNITS, results)
