@@ -103,9 +103,10 @@ class Reference:
                 group.rescale_(weights, log_scale)
             self.magnitudes(weights)
 
-    def magnitudes(self, where_gains_are_one: Mapping[str, Tensor]) -> None:
-        """rho of all rows."""
+    def magnitudes(self, where_gains_are_one: Mapping[str, Tensor] | None = None) -> None:
+        """rho of all rows; without gains the weights are those where gains are one."""
         squares = [float(self.parameters[row.name].detach()[row.index].square().sum()) for row in self.rows]
+        where_gains_are_one = where_gains_are_one or {name: p.detach() for name, p in self.parameters.items()}
         there = [float(where_gains_are_one[row.name][row.index].square().sum()) for row in self.rows]
         sizes = [self.parameters[row.name][row.index].numel() for row in self.rows]
         proper = [k for k in range(len(self.rows)) if sizes[k] > 1 and squares[k] > 0]
@@ -144,6 +145,8 @@ class Reference:
     def own_scale(self, k: int) -> float:
         """s of a row whose step is not linear."""
         row, own = self.rows[k], self.own[k]
+        if row.name in self.whole:
+            return self.longer.get(row.name, 1.0)
         if self.parameters[row.name][row.index].numel() == 1 or own == 0:
             return 1.0
         return max(own / self.mean, 1 / 3)
