@@ -10,8 +10,10 @@ from typing import Literal
 
 from torch import Tensor
 
+from lightning_ecopt.common.tensors import PIECE_SIZES
 from lightning_ecopt.kernels.compiled import CompiledKernels
 from lightning_ecopt.kernels.eager import EagerKernels
+from lightning_ecopt.kernels.foreach import ForeachKernels
 from lightning_ecopt.kernels.passes import Kernels
 
 Implementation = Literal["auto", "wrapped", "eager", "compiled", "triton"]
@@ -29,7 +31,7 @@ def choose_kernels(implementation: Implementation, parameters: Sequence[Tensor],
 
             - ``"triton"`` needs a GPU, and launches as many kernels however deep the network is;
             - ``"compiled"`` goes through ``torch.compile``, which takes some seconds at the first steps;
-            - ``"eager"`` runs operation by operation;
+            - ``"eager"`` runs operation by operation; in small networks each operation works on all weights;
             - ``"wrapped"`` runs operation by operation, too, but leaves the step itself to the base optimizer, between
               passes that scale weights and gradients there and back. All others must agree with it. Base optimizers
               that are not exactly SGD, Adam or AdamW always step in this way;
@@ -55,8 +57,17 @@ def choose_kernels(implementation: Implementation, parameters: Sequence[Tensor],
         from lightning_ecopt.kernels.triton_plan import TritonKernels
 
         return TritonKernels()
-    # A fused step makes few affine passes, at refreshes; a wrapped one makes some at every step.
-    return CompiledKernels(affine=not fused) if implementation == "compiled" else EagerKernels()
+    if implementation == "compiled":
+        # A fused step makes few affine passes, at refreshes; a wrapped one makes some at every step.
+        return CompiledKernels(affine=not fused)
+    return ForeachKernels() if _is_one_piece(parameters) else EagerKernels()
+
+
+def _is_one_piece(parameters: Sequence[Tensor]) -> bool:
+    """Whether all weights together are no more than a piece, so that memory of their size does not matter."""
+    sizes = PIECE_SIZES["step"]
+    on_cpu = all(parameter.device.type == "cpu" for parameter in parameters)
+    return sum(parameter.numel() for parameter in parameters) <= (sizes.cpu if on_cpu else sizes.accelerator)
 
 
 def _best(parameters: Sequence[Tensor], devices: set[str]) -> Implementation:

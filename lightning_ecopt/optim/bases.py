@@ -154,7 +154,7 @@ def _sgd(
 ) -> Coefficients:
     # d = sign g_v + decay w / weight_scale
     # m = momentum m + damped d;    v' = v - lr (m or, with nesterov, d + momentum m);    w' = to_weights v'
-    gain, shift, pulled = sign * grad_scale, _times(sign, grad_shift), _times(decay, 1 / weight_scale)
+    gain, shift, pulled = _scaled(grad_scale, sign), _times(sign, grad_shift), _over(decay, weight_scale)
     end = -lr * (weight_scale if to_weights is None else to_weights)
     keep = None if to_weights is None else to_weights / weight_scale
     directly: Coefficients = {"pull": end * gain, "push": _times(end, shift)}
@@ -164,7 +164,7 @@ def _sgd(
         return {"keep": keep, **directly}
     into_momentum: Coefficients = {
         "fade": momentum,
-        "gain": damped * gain,
+        "gain": _scaled(gain, damped),
         "shift": _times(damped, shift),
         "decay": _times(damped, pulled),
         "move": _times(momentum, end) if nesterov else end,
@@ -224,9 +224,9 @@ def _adam(
     kept = None if _is(shrink, 0) else 1 - lr * shrink
     keep = kept if to_weights is None else (1.0 if kept is None else kept) * to_weights / weight_scale
     return {
-        "gain": sign * grad_scale,
+        "gain": _scaled(grad_scale, sign),
         "shift": _times(sign, grad_shift),
-        "decay": _times(decay, 1 / weight_scale),
+        "decay": _over(decay, weight_scale),
         "first": first,
         "second": second,
         "keep": keep,
@@ -242,7 +242,17 @@ def _is(value: Coefficient, number: float) -> bool:
 
 def _times(value: Coefficient | None, other: Tensor | None) -> Tensor | None:
     """The product; ``None``, which kernels leave out, if a factor is zero or ``None``."""
-    return None if value is None or other is None or _is(value, 0) else value * other
+    return None if value is None or other is None or _is(value, 0) else _scaled(other, value)
+
+
+def _over(value: Coefficient, other: Tensor) -> Tensor | None:
+    """The quotient; ``None`` if it is zero."""
+    return None if _is(value, 0) else value / other
+
+
+def _scaled(values: Tensor, factor: Coefficient) -> Tensor:
+    """The product, for which nothing is computed if the factor is one, as most options are."""
+    return values if _is(factor, 1) else factor * values
 
 
 def _adamw_options(options: Mapping[str, Any]) -> Mapping[str, Any]:

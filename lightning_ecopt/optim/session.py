@@ -429,7 +429,7 @@ class Session:
     def only_makes_state(self) -> bool:
         """Whether ``torch.distributed.checkpoint`` makes the base's state, by a step with lr and gradients of zero."""
         groups = self.base.param_groups
-        if any(states_in(self.base)) or any(options.get("lr") != 0 for options in groups):
+        if any(options.get("lr") != 0 for options in groups) or any(states_in(self.base)):
             return False
         own = {str(k): p for k, p in enumerate(p for options in groups for p in options["params"])}
         moves = [local(p.grad).any() for p in own.values() if p.grad is not None]

@@ -173,15 +173,18 @@ class FusedStep:
         with_gradient = sum(p.grad is not None for options in groups for p in options["params"])
         if names is None or with_gradient > len(gradients) or not has_own_step(self._optimizer):
             return None
+        if not gradients.keys() <= self._able:
+            return None
         found: list[dict[str, Tensor]] = [{} for _ in names]
+        states = self._optimizer.state
         for name, gradient in gradients.items():
             parameter = self._parameters[name]
-            if name not in self._able or gradient.dtype != parameter.dtype:
+            kind, state = parameter.dtype, states.get(parameter, {})
+            if gradient.dtype != kind:
                 return None
-            state = self._optimizer.state.get(parameter, {})
             for entry, tensors in zip(names, found, strict=True):
                 value = state.get(entry)
-                if not isinstance(value, Tensor) or value.dtype != parameter.dtype:
+                if not isinstance(value, Tensor) or value.dtype != kind:
                     return None
                 tensors[name] = local(value)
         return found
@@ -230,7 +233,8 @@ class FusedStep:
         """What each parameter group has: one number if it is the same, else one for each parameter, ``[N]``."""
         of_groups = [value.reshape(()) if isinstance(value, Tensor) else value for value in of_groups]
         first = of_groups[0]
-        if all(value is first or (isinstance(value, float | int) and value == first) for value in of_groups):
+        others = of_groups[1:]
+        if all(value is first or (isinstance(value, float | int) and value == first) for value in others):
             return first
         order = [list(map(id, options["params"])) for options in self._optimizer.param_groups]
         if order != self._order:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import compress
 from math import prod
 
@@ -263,6 +264,16 @@ class _Blocks:
             None if in_order else SegmentSum(row, first),
         )
 
+    @cached_property
+    def shapes(self) -> Shapes:
+        """Of the places of all boxes."""
+        return tuple(box.shape for box in self.boxes)
+
+    @cached_property
+    def _whole(self) -> list[str] | None:
+        """Names of the parameters, if all boxes are whole ones."""
+        return [box.parameter for box in self.boxes] if all(box.region is None for box in self.boxes) else None
+
     def complete(self, tensors: Sequence[Tensors], names: frozenset[str]) -> list[bool]:
         """Which boxes have all tensors; ``names`` are the parameters of all boxes."""
         if all(of.keys() >= names for of in tensors):
@@ -273,9 +284,11 @@ class _Blocks:
         self, complete: list[bool], tensors: Sequence[Tensors | None]
     ) -> tuple[list[list[Tensor] | None], Shapes]:
         """The boxes in each of the tensors, and the shapes of their places."""
-        boxes = list(compress(self.boxes, complete))
+        if all(complete) and self._whole is not None:
+            return [None if of is None else [of[name] for name in self._whole] for of in tensors], self.shapes
+        boxes = self.boxes if all(complete) else list(compress(self.boxes, complete))
         lists = [None if of is None else [box.view(of[box.parameter]) for box in boxes] for of in tensors]
-        return lists, [box.shape for box in boxes]
+        return lists, self.shapes if boxes is self.boxes else [box.shape for box in boxes]
 
     def to_rows(self, values: Tensor) -> Tensor:
         """Sums over the places of each row, ``[..., R]`` from ``[..., P]``."""

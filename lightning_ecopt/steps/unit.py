@@ -62,7 +62,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -100,57 +100,77 @@ def _at_least_a_share(rho: Tensor, typical: Tensor) -> Tensor:
     return torch.where(rho > 0, torch.maximum(rho, FLOOR * typical), typical)
 
 
+class _Constants(NamedTuple):
+    """What a step needs to know of the rows; all tensors are ``[R]``.
+
+    Args:
+        inverse: of the number of elements; zero for rows that are neither centred nor clipped.
+        shift: minus the share of the mean that is taken out of the gradients: c = g + shift mean(g).
+        removed: the share of mean(g)**2 that mean(c**2) lacks.
+        ones: of which there are R.
+        slack: relative size of mean(c**2) - q_k that is rounding.
+        tiny: lower bound of sqrt(q_k) in the quotient, so that it does not overflow.
+    """
+
+    inverse: Tensor
+    shift: Tensor
+    removed: Tensor
+    ones: Tensor
+    slack: float
+    tiny: float
+
+    @classmethod
+    def of(cls, size: Tensor, uncentred: Tensor, whole: Tensor | None, tiny: float) -> _Constants:
+        share = CENTRING * (~uncentred).to(size)
+        inverse = 1 / size if whole is None else (~whole).to(size) / size
+        return cls(
+            inverse, -share, share * (2 - share), torch.ones_like(size), 1 + 8 * torch.finfo(size.dtype).eps, tiny
+        )
+
+
 def _look_at_gradients(
     sums: Tensor,
     squares: Tensor,
     second: Tensor,
     weight: Tensor,
-    size: Tensor,
-    uncentred: Tensor,
-    whole: Tensor | None,
+    rows: _Constants,
     present: Tensor | None,
     rho: Tensor | None,
-    tiny: float,
 ) -> tuple[Tensor | None, ...]:
     """Update the running second moments and find how gradients are centred and clipped. All tensors are ``[R]``.
+
+    Small networks feel each operation, so that there are few.
 
     Args:
         sums: of the gradients in each row.
         squares: sums of squares of the gradients in each row.
         second: running mean of mean(c**2) times ``weight``, so that q_k is ``second / weight``.
         weight: sum of the weights in the running mean, which tends to 1.
-        size: number of elements of each row.
-        uncentred: rows that are not centred.
-        whole: rows that are not clipped; ``None`` if there are none.
+        rows: what does not change from step to step.
         present: rows that have a gradient; ``None`` if all have one.
         rho: rho_k; ``None`` if steps are not relative to gradients.
-        tiny: lower bound of sqrt(q_k) in the quotient, so that it does not overflow.
 
     Returns:
         The new ``second`` and ``weight``; ``grad_scale`` and ``grad_shift``; ``rho_k / sqrt(q_k)``, or ``None`` without
         ``rho``; and how many rows were clipped.
     """
-    mean = sums / size
-    share = CENTRING * (~uncentred).to(size)  # of the mean that is taken out: c = g - share mean(g)
+    mean = sums * rows.inverse
     # Without another pass over the gradients:  mean(c**2) = mean(g**2) - mean(g)**2 (1 - (1 - share)**2)
-    centred_square = (squares / size - mean.square() * (share * (2 - share))).clamp(min=0)
+    centred_square = torch.addcmul(squares * rows.inverse, mean * mean, rows.removed, value=-1).clamp(min=0)
     centred_square = centred_square.nan_to_num(-1, -1)  # a gradient that is not finite leaves q_k as it is
-    known = centred_square >= 0 if present is None else (centred_square >= 0) & present
-    second = second.lerp(torch.where(known, centred_square, second), 1 - MEMORY)
-    weight = torch.addcmul(weight, 1 - weight, known.to(size), value=1 - MEMORY)
+    known = (centred_square >= 0 if present is None else (centred_square >= 0) & present).to(second.dtype)
+    second = torch.addcmul(second, known, centred_square - second, value=1 - MEMORY)
+    weight = torch.addcmul(weight, known, weight - 1, value=MEMORY - 1)
     q = second / weight.clamp(min=1 - MEMORY)
-    slack = 1 + 8 * torch.finfo(size.dtype).eps  # the first gradient equals its own mean, but for rounding
-    is_clipped = centred_square > slack * q
-    if whole is not None:
-        is_clipped = is_clipped & ~whole
-    grad_scale = torch.where(is_clipped, (q / centred_square).sqrt(), 1.0)
-    grad_shift = (mean * share).nan_to_num(0, 0, 0) * -grad_scale
+    # The first gradient equals its own mean, but for rounding. Where q / q is NaN, nothing is clipped.
+    grad_scale = torch.fmin((rows.slack * q / centred_square).sqrt(), rows.ones)
+    grad_shift = (mean * rows.shift).nan_to_num(0, 0, 0) * grad_scale
     relative = None
     if rho is not None:
         deviation = q.sqrt()
-        faint = FAINT * (rho * deviation).square().mean().sqrt() / rho
-        relative = rho / torch.maximum(deviation, faint).clamp(min=tiny)
-    return second, weight, grad_scale, grad_shift, relative, is_clipped.sum()
+        faint = torch.linalg.vector_norm(rho * deviation) * (FAINT / len(rho) ** 0.5) / rho
+        relative = rho / torch.maximum(deviation, faint).clamp(min=rows.tiny)
+    return second, weight, grad_scale, grad_shift, relative, (grad_scale < 1).sum()
 
 
 def _median_root(squares: Tensor) -> Tensor:
@@ -192,7 +212,7 @@ class UnitRule:
     ) -> None:
         narrowest = min((p.dtype for p in parameters.values()), key=lambda kind: torch.finfo(kind).bits)
         # s_k, and a weight divided by it, stay within the range of the weights' type.
-        self._tiny = torch.finfo(narrowest).tiny ** 0.75
+        tiny = torch.finfo(narrowest).tiny ** 0.75
         self.kernels = kernels
         self.rows = Rows(couplings, parameters)
         self._linear, self._whole = self._of_kind(kinds, "linear"), self._of_kind(kinds, "whole")
@@ -205,9 +225,8 @@ class UnitRule:
         means = {name: mean.to(parameters[name].dtype) for name, mean in (means or {}).items()}
         self._second = (1 - MEMORY) * self._sums_and_squares(means)[1] / self._size
         self._weight = (self._second > 0).to(self.rows.dtype) * (1 - MEMORY)
-        self._uncentred = self.rows.single | self.rows.additive()
-        if self._whole is not None:
-            self._uncentred |= self._whole
+        uncentred = self.rows.single | self.rows.additive()
+        self._constants = _Constants.of(self._size, uncentred, self._whole, tiny)
         weights = {name: local(parameter) for name, parameter in parameters.items()}
         squares = self._sums_and_squares(weights)[1]
         self._rho, self._reference = self._magnitudes(
@@ -326,10 +345,9 @@ class UnitRule:
         if present is not None:
             present = self.rows.spread(present)
         sums, squares = self._sums_and_squares(gradients)
-        running = (self._second, self._weight, self._size, self._uncentred, self._whole)
         rho = None if self._linear is None else self._rho
         second, weight, grad_scale, grad_shift, relative, clipped = self.kernels.run(
-            _look_at_gradients, sums, squares, *running, present, rho, self._tiny
+            _look_at_gradients, sums, squares, self._second, self._weight, self._constants, present, rho
         )
         self._next = (second, weight, self._clipped + clipped)
         return Reparametrization(self._scale(relative, to_step), grad_scale, grad_shift)

@@ -20,6 +20,7 @@ from lightning_ecopt import EquivalentClassOptimizer, scaling_group
 from lightning_ecopt.common.tensors import PIECE_SIZES, PieceSize
 from lightning_ecopt.kernels import EagerKernels, choose, choose_kernels
 from lightning_ecopt.kernels.compiled import CompiledKernels
+from lightning_ecopt.kernels.foreach import ForeachKernels
 from tests.networks import mlp, norm_cnn
 from tests.optim.training import problem, put_back, train, weights_of
 from tests.selection import few, full
@@ -314,12 +315,12 @@ def test_gradients_that_cannot_be_changed_in_place_stay_as_they_are(form: str, r
 def test_the_version_follows_from_the_network_and_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     small, large = [torch.zeros(10)], [torch.zeros(choose.COMPILE_FROM)]
     monkeypatch.setattr(choose, "_has_compiler", lambda: True)
-    assert type(choose_kernels("auto", small)) is EagerKernels
+    assert type(choose_kernels("auto", small)) is ForeachKernels
     assert type(choose_kernels("auto", large)) is CompiledKernels
-    assert type(choose_kernels("auto", [torch.zeros(choose.COMPILE_FROM, device="meta")])) is EagerKernels
+    assert type(choose_kernels("auto", [torch.zeros(1 << 24, device="meta")])) is EagerKernels
     monkeypatch.setattr(choose, "_has_compiler", lambda: False)
     assert type(choose_kernels("auto", large)) is EagerKernels
-    for given, kind in (("eager", EagerKernels), ("wrapped", EagerKernels), ("compiled", CompiledKernels)):
+    for given, kind in (("eager", ForeachKernels), ("wrapped", ForeachKernels), ("compiled", CompiledKernels)):
         assert type(choose_kernels(given, small)) is kind
 
 

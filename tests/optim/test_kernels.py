@@ -5,14 +5,20 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 import lightning_ecopt
+from lightning_ecopt.kernels import EagerKernels
 from lightning_ecopt.kernels.compiled import CompiledKernels
+from lightning_ecopt.kernels.foreach import ForeachKernels
 
 #: Imports a part of the package without the package itself, and prints which slow packages that has imported.
 IMPORT = """
@@ -65,6 +71,69 @@ def test_functions_of_one_name_are_compiled_one_by_one(monkeypatch: pytest.Monke
         assert kernels.run(first, x).item() == 6
         assert kernels.run(second, x).item() == 9
     assert len(compiled) == 2
+
+
+#: Sizes of tensors, shapes of places, and views of parts of them.
+BLOCKS: list[tuple[tuple[int, ...], tuple[int, ...], Callable[[Tensor], Tensor]]] = [
+    ((7,), (7,), lambda base: base),
+    ((1, 1), (1, 1), lambda base: base),
+    ((8, 1), (8, 1), lambda base: base),
+    ((5, 27), (5, 1), lambda base: base),
+    ((4, 3, 3, 3), (4, 1, 1, 1), lambda base: base),
+    ((5, 40), (5, 1), lambda base: base[:, 8:35]),
+    ((11, 6), (1, 6), lambda base: base),
+    ((33, 7), (1, 1), lambda base: base),
+    ((4, 3, 10), (4, 3, 1), lambda base: base),
+    ((6, 9), (6, 1), lambda base: base.T.contiguous().T),
+]
+COEFFICIENTS = {
+    "sgd_": ("fade", "gain", "shift", "decay", "keep", "move", "pull", "push"),
+    "adam_": ("gain", "shift", "decay", "first", "second", "keep", "move", "root", "eps"),
+}
+
+
+@given(
+    numbers=st.lists(st.integers(0, len(BLOCKS) - 1), min_size=1, max_size=8),
+    name=st.sampled_from(list(COEFFICIENTS)),
+    vectors=st.integers(0, 2**9 - 1),
+    left_out=st.integers(0, 2**9 - 1),
+    has_state=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+@settings(max_examples=60, deadline=None)
+def test_small_networks_are_worked_on_together_as_block_by_block(
+    numbers: list[int], name: str, vectors: int, left_out: int, has_state: bool, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(len(numbers) + vectors)
+
+    def random(*size: int) -> Tensor:
+        return torch.rand(size, generator=generator, dtype=dtype) + 0.1
+
+    shapes = tuple(BLOCKS[number][1] for number in numbers)
+    count = sum(map(prod, shapes))
+    given_: dict[str, Any] = {}
+    for bit, coefficient in enumerate(COEFFICIENTS[name]):
+        is_vector = coefficient in ("gain", "move", "pull", "decay", "shift") or vectors >> bit & 1
+        if left_out >> bit & 1 and coefficient in ("shift", "decay", "keep", "pull", "push"):
+            continue
+        given_[coefficient] = 0.5 * random(count) if is_vector else 0.3 + 0.05 * bit
+    entries = 3 if name == "sgd_" else 5
+    lists = [[BLOCKS[number][2](random(*BLOCKS[number][0])) for number in numbers] for _ in range(entries)]
+    state: list[Any] = [*lists]
+    if not has_state:
+        state[-1] = None
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-14
+    kernels = ForeachKernels()
+    for _ in range(2):  # the second time with what is kept
+        results = []
+        for kind in (EagerKernels(), kernels):
+            own = [None if views is None else [view.clone() for view in views] for views in state]
+            sums = kind.sums_and_squares(own[1], shapes, dtype)
+            getattr(kind, name)(*own, shapes=shapes, **given_)
+            results.append([sums, *(view for views in own if views is not None for view in views)])
+        torch.testing.assert_close(results[1], results[0], rtol=10 * tolerance, atol=tolerance)
+        assert all(torch.equal(g, before) for g, before in zip(own[1], lists[1], strict=True))  # gradients are read
+        given_ = {key: value * 0.9 for key, value in given_.items()}
 
 
 def test_metrics_are_found_where_they_were() -> None:
