@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import signal
 import threading
+from _signal import SIGINT, getsignal, signal  # type: ignore[import-not-found]  # the functions of `signal` without its enumerations, which cost more
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -18,7 +18,7 @@ def uninterrupted() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.getsignal(signal.SIGINT)
+    before = getsignal(SIGINT)
     if not callable(before) or getattr(before, "__module__", "") == __name__:  # a block around this one waits already
         yield
         return
@@ -29,11 +29,11 @@ def uninterrupted() -> Iterator[None]:
         if len(came) > 1:
             before(number, frame)
 
-    signal.signal(signal.SIGINT, wait)
+    signal(SIGINT, wait)
     try:
         yield
     finally:
-        if signal.getsignal(signal.SIGINT) is wait:
-            signal.signal(signal.SIGINT, before)
+        if getsignal(SIGINT) is wait:
+            signal(SIGINT, before)
         if len(came) == 1:
             before(*came[0])

@@ -9,6 +9,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from lightning_ecopt.common.tensors import ordinary_tensors
 from lightning_ecopt.kernels import eager
 from lightning_ecopt.kernels.eager import EagerKernels, Update
 from lightning_ecopt.kernels.passes import Coefficient, Shapes, Views
@@ -96,8 +97,10 @@ class _Set:
         if isinstance(value, Tensor) and value.ndim:
             whole, parts = self._memory.get(name, (None, []))
             if whole is None or whole.dtype != value.dtype or whole.device != value.device:
-                whole = torch.empty_like(value)
-                parts = [part.view(shape) for part, shape in zip(whole.split(self._counts), self._shapes, strict=True)]
+                with ordinary_tensors():
+                    whole = torch.empty_like(value)
+                    blocks = zip(whole.split(self._counts), self._shapes, strict=True)
+                    parts = [part.view(shape) for part, shape in blocks]
                 self._memory[name] = whole, parts
             whole.copy_(value)
             return parts

@@ -4,7 +4,8 @@ If the loss does not change when a unit is rescaled, then Q = sum k w g is zero 
 :mod:`lightning_ecopt.symmetry.derivatives` for the sums, and for the bound. It is asked at the first step, at each
 refresh, where weights are about to be rescaled, and at the :data:`LOOKS` steps behind it, whose sums are read once, at
 the last of them: a term may not be there in each step, and what is wrong keeps its sign more often than rounding does.
-Units that fail are held fixed from then on, for all optimizers that share the group.
+Where refreshes follow each other fast, not all are followed by such looks. Units that fail are held fixed from then on,
+for all optimizers that share the group.
 
 A gradient is asked only if it belongs to the weights as they are. It does not if somebody has written to them since the
 last step (SAM computes gradients elsewhere; constraints, running means and restored weights come between), or if it was
@@ -132,7 +133,12 @@ class GradientCheck:
         return self._was_fresh if self._last is None else self._last.is_over(self.has_zeroed)
 
     def look(
-        self, group: ScalingGroup, deferred: DeferredGroup, parameters: Sequence[Tensor], is_refresh: bool
+        self,
+        group: ScalingGroup,
+        deferred: DeferredGroup,
+        parameters: Sequence[Tensor],
+        is_refresh: bool,
+        is_watched: bool = True,
     ) -> Verdict | None:
         """Look at the gradients if it is time to, and decide if it is time to, which waits for the device.
 
@@ -141,6 +147,7 @@ class GradientCheck:
             deferred: where it comes from.
             parameters: those of the optimizer that are trained.
             is_refresh: whether weights are about to be rescaled.
+            is_watched: whether the steps behind that refresh are looked at, too.
 
         Returns:
             The units that break, if any do.
@@ -156,7 +163,7 @@ class GradientCheck:
         known, gradients = roundoff_at(self.precision()), self._gradients(group, deferred.checks)
         now = self._now(group, gradients, known)
         sums = now if self._sums is None else self._sums + now
-        self._left = LOOKS if is_refresh else self._left - 1
+        self._left = LOOKS * is_watched if is_refresh else self._left - 1
         self._sums = now if is_refresh else sums
         if not (is_refresh or self._is_first or self._left == 0):
             return None

@@ -190,7 +190,7 @@ class EquivalentClassOptimizer(Optimizer):
         with torch.no_grad(), undone_if_refused(session, call):
             result = self._take_step(call)
             note_weights(session)
-        session.gradient_check.note_step(trainable_parameters(session.base))
+        session.gradient_check.note_step(session.trained or trainable_parameters(session.base))
         return call.loss if result is None else result
 
     def _take_step(self, call: StepCall) -> Any:
@@ -205,7 +205,7 @@ class EquivalentClassOptimizer(Optimizer):
         session.expect_unused()
         stage = self._refreshed()
         session.steps_since_refresh += 1
-        if not isinstance(stage, Running) or all(p.grad is None for p in trainable_parameters(session.base)):
+        if not isinstance(stage, Running) or all(p.grad is None for p in session.trained):
             return call.step()
         w, g = session.weights(stage.network), session.gradients(stage.network)
         return stage.stepper.take(w, g, lambda: session.entries_if_averaged(stage.network), call)

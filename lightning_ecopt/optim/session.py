@@ -46,6 +46,8 @@ SEVERAL_DEVICES = (
     "The parameters are on several devices, and paths lead through all of them, so that the base optimizer is used as "
     "it is: put the module on one device (data parallelism is supported)."
 )
+#: The steps behind a refresh are looked at if those looks were begun so many steps ago; behind the first ones, always.
+WATCH_EVERY, WATCH_FIRST = 100, 3
 
 
 def _no_epoch() -> None:
@@ -77,6 +79,7 @@ class Session:
         has_told: whether a warning has said that steps pass by.
         may_have_copies: whether nobody has looked yet for copies of the weights that are trained, too.
         gradient_check: looks for units that may not be rescaled.
+        is_watched: whether the steps behind the last refresh are looked at.
     """
 
     def __init__(self, base: Optimizer, options: Options, source: Source, followers: Given | None = None) -> None:
@@ -87,8 +90,7 @@ class Session:
         self.refresh_due = True
         self._named: set[Any] = set()  # what warnings have said: messages, state entries, identities of parameters
         self._rate_is_judged = False
-        self.surprises = 0
-        self.has_stepped_plainly = False
+        self.surprises, self.has_stepped_plainly = 0, False
         self.trained: list[Tensor] = []
         self.epoch: Callable[[], int | None] = _no_epoch
         self.last_epoch: int | None = None
@@ -96,6 +98,7 @@ class Session:
         self.closure_comes_first = type(base).__module__.startswith("torch.optim.")
         self.writers = Writers()
         self.steps, self.is_resting, self.passed, self.has_told = 0, False, set[str](), False
+        self.is_watched, self._watched, self._watched_at = True, 0, 0
         self._given = followers or {}
         self.may_have_copies = True
         self.gradient_check = GradientCheck(trainable_parameters(base))
@@ -220,11 +223,20 @@ class Session:
 
     def ask_gradient(self, is_refresh: bool) -> None:
         """Hold units fixed that the gradient shows to change the loss; a refresh is due then."""
+        if is_refresh:
+            self._watch()
         if self.options.check == "gradient":
-            verdict = self.gradient_check.look(self.network.group, self.binding.deferred, self.trained, is_refresh)
+            look = self.gradient_check.look
+            verdict = look(self.network.group, self.binding.deferred, self.trained, is_refresh, self.is_watched)
             if verdict is not None:
                 self._warn_once(verdict.message)
                 self.hold(verdict.units, verdict.why)
+
+    def _watch(self) -> None:
+        """Decide whether the steps behind a refresh are looked at."""
+        self.is_watched = self._watched < WATCH_FIRST or self.steps - self._watched_at >= WATCH_EVERY
+        if self.is_watched:
+            self._watched, self._watched_at = self._watched + 1, self.steps
 
     def expect_unused(self) -> None:
         """Have one more call traced if a parameter has a gradient that no traced call has used.
@@ -261,12 +273,14 @@ class Session:
 
     def weights(self, network: Network) -> dict[str, Tensor]:
         """What this rank holds of the weights of the group."""
-        return {name: local(p.detach()) for name, p in network.group.parameters.items()}
+        own = ((name, p.detach()) for name, p in network.group.parameters.items())
+        return {name: p if type(p) is Tensor else local(p) for name, p in own}  # `local` has its cost
 
     def gradients(self, network: Network) -> dict[str, Tensor]:
         """What this rank holds of the dense gradients of the optimizer's own weights."""
         own = {name: p.grad for name, p in network.parameters.items()}
-        return {name: local(g) for name, g in own.items() if g is not None and not g.is_sparse}
+        dense = ((name, g) for name, g in own.items() if g is not None and not g.is_sparse)
+        return {name: g if type(g) is Tensor else local(g) for name, g in dense}
 
     def entries(self, network: Network) -> dict[str, StateEntry]:
         """The entries of the base's state that have one number for each weight."""

@@ -170,8 +170,8 @@ class FusedStep:
         """
         groups = self._optimizer.param_groups
         names = None if self._base is None else self._base.entry_names(groups)
-        with_gradient = sum(p.grad is not None for options in groups for p in options["params"])
-        if names is None or with_gradient > len(gradients) or not has_own_step(self._optimizer):
+        with_gradient = [p for options in groups for p in options["params"] if p.grad is not None]
+        if names is None or len(with_gradient) > len(gradients) or not has_own_step(self._optimizer):
             return None
         if not gradients.keys() <= self._able:
             return None
@@ -186,7 +186,7 @@ class FusedStep:
                 value = state.get(entry)
                 if not isinstance(value, Tensor) or value.dtype != kind:
                     return None
-                tensors[name] = local(value)
+                tensors[name] = value if type(value) is Tensor else local(value)
         return found
 
     def take(self, here: Reparametrization, weights: Tensors, gradients: Tensors, entries: Sequence[Tensors]) -> None:
@@ -226,7 +226,9 @@ class FusedStep:
     def _rates(self, base: Base, gradients: Tensors) -> dict[str, Value]:
         """The options of all parameters, as this step takes them."""
         each = [base.options(options) for options in self._optimizer.param_groups]
-        options = {name: self._of_parameters([of[name] for of in each]) for name in each[0]}
+        options: dict[str, Value] = dict(each[0])
+        if len(each) > 1 or any(isinstance(value, Tensor) for value in options.values()):
+            options = {name: self._of_parameters([of[name] for of in each]) for name in options}
         return base.rates(options, lambda: self._count_step(gradients))
 
     def _of_parameters(self, of_groups: Sequence[Value]) -> Value:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
 from lightning_ecopt import EquivalentClassOptimizer, scaling_group
+from lightning_ecopt.optim import session, writers
+from lightning_ecopt.optim.gradient_check import LOOKS
 from lightning_ecopt.optim.writers import GAPS, WRITTEN
 from lightning_ecopt.symmetry import ScalingGroup
 from tests.selection import few
@@ -344,7 +346,8 @@ def test_wherever_the_constraint_is(where: str) -> None:
     assert run.said
 
 
-def test_a_constraint_that_begins_later_is_noticed() -> None:
+def test_a_constraint_that_begins_later_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "WATCH_EVERY", INTERVAL)
     run = Run(unit_columns, 1e-9)
     run.train(4 * INTERVAL, write=False)
     assert not run.held
@@ -353,6 +356,21 @@ def test_a_constraint_that_begins_later_is_noticed() -> None:
     run.train(2 * INTERVAL)
     assert run.held == UNITS
     assert run.jump(since=noticed) < 1e-5
+
+
+@pytest.mark.parametrize(("interval", "noted"), [(10, [1, 11, 21, 121, 221]), (100, [1, 101, 201])])
+def test_where_refreshes_follow_each_other_fast_not_all_are_followed_by_looks(
+    interval: int, noted: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A look costs as much as some steps of a small network."""
+    run, notes, looks = Run(nothing, 1e-9, refresh_interval=interval), [], []
+    squares, derivatives = writers._Region.squares, ScalingGroup.derivatives
+    monkeypatch.setattr(writers._Region, "squares", lambda self: notes.append(run.steps) or squares(self))
+    monkeypatch.setattr(ScalingGroup, "derivatives", lambda self, *a: looks.append(run.steps) or derivatives(self, *a))
+    run.train(230)
+    assert sorted(set(notes)) == [first + k for first in noted for k in range(GAPS + 1)]
+    refreshes = set(range(1, 231, interval))
+    assert set(looks) == refreshes | {first + k for first in noted for k in range(LOOKS + 1)}
 
 
 def test_a_resumed_run_knows_which_units_are_held() -> None:
