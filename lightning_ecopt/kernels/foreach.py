@@ -47,7 +47,7 @@ class ForeachKernels(EagerKernels):
                 sums.append(values)
                 norms.append(values)
             elif length:
-                rows = torch.cat([view if view.ndim == 2 else view.flatten(1) for view in views[start:end]])
+                rows = _rows(views[start:end])
                 sums.append(rows.sum(1, dtype=dtype))
                 norms.append(torch.linalg.vector_norm(rows, dim=1, dtype=dtype))
             else:
@@ -57,6 +57,19 @@ class ForeachKernels(EagerKernels):
         found = torch.cat([*sums, *norms]).view(2, -1)
         found[1].square_()
         return found
+
+    def products(self, views: Views, others: Views, shapes: Shapes, dtype: torch.dtype) -> Tensor:
+        """See :class:`~lightning_ecopt.kernels.Kernels`."""
+        found = []
+        for start, end, length in self._set(views, shapes).runs:
+            own = views[start:end], others[start:end]
+            if length == 1:
+                found.append(eager._flat(own[0], dtype) * eager._flat(own[1], dtype))
+            elif length:
+                found.append((_rows(own[0]).to(dtype) * _rows(own[1])).sum(1, dtype=dtype))
+            else:
+                found.append(eager._products(*own, shapes[start:end], dtype, False))
+        return torch.cat(found)[None]
 
     def _operate_(
         self, update: Update, lists: Sequence[Views | None], shapes: Shapes, coefficients: Mapping[str, Coefficient]
@@ -127,6 +140,11 @@ def _length(view: Tensor, shape: tuple[int, ...]) -> int:
     """How many elements follow each other at each place; zero if they do not."""
     places = shape[0]
     return view.numel() // places if prod(shape) == places and view.shape[:1] == shape[:1] else int(view.shape == shape)
+
+
+def _rows(views: Views) -> Tensor:
+    """Blocks whose rows have one length, as one matrix."""
+    return torch.cat([view if view.ndim == 2 else view.flatten(1) for view in views])
 
 
 def _times_(xs: list[Tensor], factor: Spread) -> None:

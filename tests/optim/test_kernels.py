@@ -128,9 +128,9 @@ def test_small_networks_are_worked_on_together_as_block_by_block(
         results = []
         for kind in (EagerKernels(), kernels):
             own = [None if views is None else [view.clone() for view in views] for views in state]
-            sums = kind.sums_and_squares(own[1], shapes, dtype)
+            sums = kind.sums_and_squares(own[1], shapes, dtype), kind.products(own[0], own[1], shapes, dtype)
             getattr(kind, name)(*own, shapes=shapes, **given_)
-            results.append([sums, *(view for views in own if views is not None for view in views)])
+            results.append([*sums, *(view for views in own if views is not None for view in views)])
         torch.testing.assert_close(results[1], results[0], rtol=10 * tolerance, atol=tolerance)
         assert all(torch.equal(g, before) for g, before in zip(own[1], lists[1], strict=True))  # gradients are read
         given_ = {key: value * 0.9 for key, value in given_.items()}
