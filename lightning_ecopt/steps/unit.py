@@ -101,31 +101,27 @@ def _at_least_a_share(rho: Tensor, typical: Tensor) -> Tensor:
 
 
 class _Constants(NamedTuple):
-    """What a step needs to know of the rows; all tensors are ``[R]``.
+    """What a step needs to know of the rows.
 
     Args:
-        inverse: of the number of elements; zero for rows that are neither centred nor clipped.
-        shift: minus the share of the mean that is taken out of the gradients: c = g + shift mean(g).
-        removed: the share of mean(g)**2 that mean(c**2) lacks.
-        ones: of which there are R.
+        size: numbers of elements, ``[R]``; infinite for rows that are neither centred nor clipped.
+        shift: minus the share of the mean that is taken out of the gradients, c = g + shift mean(g), ``[R]``.
+        one: a scalar.
         slack: relative size of mean(c**2) - q_k that is rounding.
         tiny: lower bound of sqrt(q_k) in the quotient, so that it does not overflow.
     """
 
-    inverse: Tensor
+    size: Tensor
     shift: Tensor
-    removed: Tensor
-    ones: Tensor
+    one: Tensor
     slack: float
     tiny: float
 
     @classmethod
     def of(cls, size: Tensor, uncentred: Tensor, whole: Tensor | None, tiny: float) -> _Constants:
-        share = CENTRING * (~uncentred).to(size)
-        inverse = 1 / size if whole is None else (~whole).to(size) / size
-        return cls(
-            inverse, -share, share * (2 - share), torch.ones_like(size), 1 + 8 * torch.finfo(size.dtype).eps, tiny
-        )
+        size = size if whole is None else size.masked_fill(whole, torch.inf)
+        shift = -CENTRING * (~uncentred).to(size)
+        return cls(size, shift, size.new_ones(()), 1 + 8 * torch.finfo(size.dtype).eps, tiny)
 
 
 def _look_at_gradients(
@@ -154,16 +150,16 @@ def _look_at_gradients(
         The new ``second`` and ``weight``; ``grad_scale`` and ``grad_shift``; ``rho_k / sqrt(q_k)``, or ``None`` without
         ``rho``; and how many rows were clipped.
     """
-    mean = sums * rows.inverse
-    # Without another pass over the gradients:  mean(c**2) = mean(g**2) - mean(g)**2 (1 - (1 - share)**2)
-    centred_square = torch.addcmul(squares * rows.inverse, mean * mean, rows.removed, value=-1).clamp(min=0)
+    mean = sums / rows.size
+    # Without another pass over the gradients:  mean(c**2) = mean(g**2) + mean(g)**2 shift (2 - share)
+    centred_square = torch.addcmul(squares / rows.size, mean * mean, rows.shift, value=2 - CENTRING).clamp(min=0)
     centred_square = centred_square.nan_to_num(-1, -1)  # a gradient that is not finite leaves q_k as it is
     known = (centred_square >= 0 if present is None else (centred_square >= 0) & present).to(second.dtype)
     second = torch.addcmul(second, known, centred_square - second, value=1 - MEMORY)
     weight = torch.addcmul(weight, known, weight - 1, value=MEMORY - 1)
     q = second / weight.clamp(min=1 - MEMORY)
     # The first gradient equals its own mean, but for rounding. Where q / q is NaN, nothing is clipped.
-    grad_scale = torch.fmin((rows.slack * q / centred_square).sqrt(), rows.ones)
+    grad_scale = torch.fmin((rows.slack * q / centred_square).sqrt(), rows.one)
     grad_shift = (mean * rows.shift).nan_to_num(0, 0, 0) * grad_scale
     relative = None
     if rho is not None:
