@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
-    from lightning.pytorch.utilities.rank_zero import rank_zero_only
+    from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 else:
 
     def _namespace() -> str:
@@ -26,12 +26,14 @@ else:
     _package = importlib.import_module(_name)
     Callback, LightningModule, Trainer = _package.Callback, _package.LightningModule, _package.Trainer
     MisconfigurationException = importlib.import_module(f"{_name}.utilities.exceptions").MisconfigurationException
-    rank_zero_only = importlib.import_module(f"{_name}.utilities.rank_zero").rank_zero_only
+    _rank_zero = importlib.import_module(f"{_name}.utilities.rank_zero")
+    rank_zero_info, rank_zero_only = _rank_zero.rank_zero_info, _rank_zero.rank_zero_only
 
 __all__ = [
     "Callback",
     "LightningModule",
     "MisconfigurationException",
     "Trainer",
+    "rank_zero_info",
     "rank_zero_only",
 ]

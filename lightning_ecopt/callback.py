@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -21,7 +20,7 @@ from lightning_ecopt._lightning import (
 from lightning_ecopt.common.sharding import is_sharded
 from lightning_ecopt.common.tensors import listing
 from lightning_ecopt.common.warn import warn
-from lightning_ecopt.configure import current_epoch, current_precision, find_group, followers_of
+from lightning_ecopt.configure import find_group, follow_trainer, followers_of
 from lightning_ecopt.kernels.choose import Implementation
 from lightning_ecopt.optim import EquivalentClassOptimizer
 from lightning_ecopt.optim.arguments import check_base
@@ -187,8 +186,7 @@ class EquivalentClassOptimization(Callback):
                 if isinstance(base, EquivalentClassOptimizer) and base not in self._optimizers:
                     base.stop_watching()
         for optimizer in self._optimizers:
-            optimizer.follow_epochs(partial(current_epoch, pl_module))
-            optimizer.follow_precision(partial(current_precision, pl_module))
+            follow_trainer(optimizer, pl_module)
         if self._optimizers:
             ours = {id(base): optimizer for base, optimizer in zip(bases, self._optimizers, strict=True)}
             trainer.strategy.optimizers = [ours.get(id(base), base) for base in trainer.strategy.optimizers]

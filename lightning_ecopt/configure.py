@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from typing_extensions import Unpack
 
-from lightning_ecopt._lightning import LightningModule
+from lightning_ecopt._lightning import LightningModule, rank_zero_info
 from lightning_ecopt.common.sharding import is_sharded
 from lightning_ecopt.common.warn import warn
-from lightning_ecopt.optim import ECSGD, ECAdamW, ECMuon
+from lightning_ecopt.optim import ECSGD, ECAdamW, ECMuon, EquivalentClassOptimizer
 from lightning_ecopt.optim.arguments import check_module
 from lightning_ecopt.optim.binding import parameters_of
 from lightning_ecopt.optim.muon import hidden_matrices, marked
@@ -142,9 +142,20 @@ def _given(module: nn.Module, params: Iterable[Any] | None) -> list[Any]:
 def _bound(optimizer: _Optimizer, module: nn.Module, followers: Given | None) -> _Optimizer:
     optimizer.bind(partial(find_group, module, followers=followers_of(module)), followers)
     if isinstance(module, LightningModule):
-        optimizer.follow_epochs(partial(current_epoch, module))
-        optimizer.follow_precision(partial(current_precision, module))
+        follow_trainer(optimizer, module)
     return optimizer
+
+
+def follow_trainer(optimizer: EquivalentClassOptimizer, module: LightningModule) -> None:
+    """Let an optimizer know what the Trainer of a module knows."""
+    optimizer.follow_epochs(partial(current_epoch, module))
+    optimizer.follow_precision(partial(current_precision, module))
+    optimizer.follow_steps(partial(num_steps, module), rank_zero_info)
+
+
+def num_steps(module: LightningModule) -> float | None:
+    """The number of steps of the whole fit that a module is in; ``None`` outside of a Trainer, or if it has no end."""
+    return None if module._trainer is None else module._trainer.estimated_stepping_batches
 
 
 def current_epoch(module: LightningModule) -> int | None:

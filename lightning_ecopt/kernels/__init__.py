@@ -6,8 +6,17 @@ computes. Triton is imported when :func:`choose_kernels` takes it, and the compi
 
 from __future__ import annotations
 
-from lightning_ecopt.kernels.choose import Implementation, choose_kernels
+from lightning_ecopt.kernels.choose import Implementation, check_implementation, choose_kernels
 from lightning_ecopt.kernels.eager import EagerKernels
 from lightning_ecopt.kernels.passes import Coefficient, Kernels, Shapes, Views
 
-__all__ = ["Coefficient", "EagerKernels", "Implementation", "Kernels", "Shapes", "Views", "choose_kernels"]
+__all__ = [
+    "Coefficient",
+    "EagerKernels",
+    "Implementation",
+    "Kernels",
+    "Shapes",
+    "Views",
+    "check_implementation",
+    "choose_kernels",
+]

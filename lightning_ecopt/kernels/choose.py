@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from torch import Tensor
@@ -19,11 +20,31 @@ from lightning_ecopt.kernels.passes import Kernels
 Implementation = Literal["auto", "wrapped", "eager", "compiled", "triton"]
 
 
-#: Number of weights from which a compiled step is worth the time to compile it.
+#: Number of weights from which a compiled step is faster by more than noise.
 COMPILE_FROM = 1 << 20
+#: Number of steps times weights from which it is worth the time to compile it: 32,000 steps of a million weights, twice
+#: what half a minute comes to.
+COMPILE_PAYS = 1 << 35
 
 
-def choose_kernels(implementation: Implementation, parameters: Sequence[Tensor], fused: bool = True) -> Kernels:
+def check_implementation(implementation: Implementation, parameters: Iterable[Tensor]) -> None:
+    """Check that the passes over some parameters can be run in a way.
+
+    Raises:
+        ValueError: if Triton is asked for and the parameters are not on a GPU.
+        ModuleNotFoundError: if Triton is asked for and is not installed.
+    """
+    if implementation == "triton":
+        devices = {parameter.device.type for parameter in parameters}
+        if devices != {"cuda"} and os.environ.get("TRITON_INTERPRET") != "1":
+            given = ", ".join(sorted(devices))
+            raise ValueError(f"implementation='triton' needs a GPU, and the parameters are on {given}: use 'auto'.")
+        importlib.import_module("triton")
+
+
+def choose_kernels(
+    implementation: Implementation, parameters: Sequence[Tensor], fused: bool = True, steps: float | None = None
+) -> Kernels:
     """Choose how the passes of a step over weights, gradients and state are run.
 
     Args:
@@ -35,9 +56,11 @@ def choose_kernels(implementation: Implementation, parameters: Sequence[Tensor],
             - ``"wrapped"`` runs operation by operation, too, but leaves the step itself to the base optimizer, between
               passes that scale weights and gradients there and back. All others must agree with it. Base optimizers
               that are not exactly SGD, Adam or AdamW always step in this way;
-            - ``"auto"`` takes Triton on a GPU, and on a CPU compiles if there are a million weights and a compiler.
+            - ``"auto"`` takes Triton on a GPU. On a CPU it compiles if the steps that are to come are known and pay for
+              it, from a million weights on, and if there is a compiler. Otherwise it is ``"eager"``.
         parameters: of the network.
         fused: whether the base is SGD, Adam or AdamW, whose whole step is one pass.
+        steps: number of steps of all training; ``None`` if it is not known.
 
     Raises:
         ValueError: if Triton is asked for and the parameters are not on a GPU.
@@ -45,15 +68,12 @@ def choose_kernels(implementation: Implementation, parameters: Sequence[Tensor],
 
     Example::
 
-        kernels = choose_kernels("auto", list(model.parameters()))
+        kernels = choose_kernels("auto", list(model.parameters()), steps=20_000)
     """
-    devices = {parameter.device.type for parameter in parameters}
+    check_implementation(implementation, parameters)
     if implementation == "auto":
-        implementation = _best(parameters, devices)
+        implementation = _best(parameters, steps)
     if implementation == "triton":
-        if devices != {"cuda"} and os.environ.get("TRITON_INTERPRET") != "1":
-            given = ", ".join(sorted(devices))
-            raise ValueError(f"implementation='triton' needs a GPU, and the parameters are on {given}: use 'auto'.")
         from lightning_ecopt.kernels.triton_plan import TritonKernels
 
         return TritonKernels()
@@ -70,11 +90,13 @@ def _is_one_piece(parameters: Sequence[Tensor]) -> bool:
     return sum(parameter.numel() for parameter in parameters) <= (sizes.cpu if on_cpu else sizes.accelerator)
 
 
-def _best(parameters: Sequence[Tensor], devices: set[str]) -> Implementation:
+def _best(parameters: Sequence[Tensor], steps: float | None) -> Implementation:
+    devices = {parameter.device.type for parameter in parameters}
     if devices == {"cuda"} and importlib.util.find_spec("triton") is not None:
         return "triton"
     count = sum(parameter.numel() for parameter in parameters)
-    return "compiled" if devices == {"cpu"} and count >= COMPILE_FROM and _has_compiler() else "eager"
+    pays = count >= COMPILE_FROM and steps is not None and steps * count >= COMPILE_PAYS
+    return "compiled" if devices == {"cpu"} and pays and _has_compiler() else "eager"
 
 
 def _has_compiler() -> bool:

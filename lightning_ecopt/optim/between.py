@@ -8,7 +8,7 @@ report of the freedoms says.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 from weakref import ref
 
@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from lightning_ecopt.common.sharding import Ranks, can_be_rescaled, local
 from lightning_ecopt.common.tensors import widest
 from lightning_ecopt.common.warn import warn
+from lightning_ecopt.optim import checkpoint
 from lightning_ecopt.optim.binding import parameters_of
 from lightning_ecopt.optim.session import Session
 from lightning_ecopt.optim.stages import Idle, Running
@@ -121,6 +122,24 @@ def passing(session: Session, name: str, found: Any) -> Any:
         if _has_moved(session, before):
             session.passed.add(name)
         return result
+
+    return call
+
+
+def averaging(session: Session, method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of the base optimizer that averages weights, to be called where the base averages them."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            checkpoint.restore(session)
+            stage = session.stage
+            if not isinstance(stage, Running):
+                return method(*args, **kwargs)
+            to_weights_ = stage.rule.average_in_coordinates_(session.weights(stage.network))
+            try:
+                return method(*args, **kwargs)
+            finally:
+                to_weights_()
 
     return call
 

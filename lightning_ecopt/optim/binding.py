@@ -10,8 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_ecopt.kernels import Kernels, choose_kernels
-from lightning_ecopt.optim.bases import BASES
+from lightning_ecopt.kernels import check_implementation
 from lightning_ecopt.optim.options import Options
 from lightning_ecopt.steps import RULES
 from lightning_ecopt.symmetry import DeferredGroup, KnownGroup, ScalingGroup
@@ -99,7 +98,6 @@ class Network:
         names: names of the group's parameters that the optimizer has.
         unused: parameters that the optimizer trains and no traced call has used, or that the group does not have.
         sought: those of them that a further call may use: the others are in no group.
-        kernels: make the passes over weights and gradients.
     """
 
     group: ScalingGroup
@@ -107,7 +105,6 @@ class Network:
     names: frozenset[str]
     unused: Sequence[Tensor]
     sought: Sequence[Tensor]
-    kernels: Kernels
 
     @classmethod
     def of(cls, base: Optimizer, group: ScalingGroup, options: Options) -> Network:
@@ -120,14 +117,13 @@ class Network:
         own = {id(p) for p in parameters_of(base)}
         trainable = trainable_parameters(base)
         seen = {id(p) for name, p in group.parameters.items() if name not in group.unseen}
-        is_fused = type(base) in BASES and options.implementation != "wrapped"
+        check_implementation(options.implementation, group.parameters.values())
         return cls(
             group,
             ~units_of(group, {id(p) for p in group.parameters.values()} - {id(p) for p in trainable}),
             frozenset(name for name, p in group.parameters.items() if id(p) in own),
             [p for p in parameters_of(base) if p.requires_grad and id(p) not in seen],
             [group.parameters[name] for name in group.unseen if id(group.parameters[name]) in set(map(id, trainable))],
-            choose_kernels(options.implementation, list(group.parameters.values()), is_fused),
         )
 
     def active_units(self) -> Tensor:

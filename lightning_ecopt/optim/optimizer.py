@@ -16,7 +16,7 @@ from lightning_ecopt.kernels import Implementation
 from lightning_ecopt.optim import checkpoint
 from lightning_ecopt.optim.appearance import seen_as
 from lightning_ecopt.optim.arguments import check_base, check_source, check_wrapped
-from lightning_ecopt.optim.between import count_step, hold_written, note_weights, passing, watch_base
+from lightning_ecopt.optim.between import averaging, count_step, hold_written, note_weights, passing, watch_base
 from lightning_ecopt.optim.binding import Source, find_by_module_calls, trainable_parameters
 from lightning_ecopt.optim.calls import HOOKS, StepCall, or_else
 from lightning_ecopt.optim.following import follow
@@ -290,6 +290,15 @@ class EquivalentClassOptimizer(Optimizer):
         """
         self._session.gradient_check.precision = precision
 
+    def follow_steps(self, steps: Callable[[], float | None], tell: Callable[[str], object]) -> None:
+        """Tell how long training is, as ``implementation="auto"`` compiles the step only where that pays.
+
+        Args:
+            steps: returns the number of steps of all training, ``None`` if it is not known; asked at the first step.
+            tell: is called with a line for the user if the step is compiled.
+        """
+        self._session.kernels.steps, self._session.kernels.tell = steps, tell
+
     @property
     def violation(self) -> float:
         """The largest |Q| / A of a unit that ``check="gradient"`` has held fixed so far; zero if there is none."""
@@ -415,24 +424,7 @@ class EquivalentClassOptimizer(Optimizer):
         if name.startswith("_"):  # also the session, of a copy that is being made
             raise AttributeError(name)
         found = getattr(self._session.base, name)
-        return self._in_coordinates(found) if name in ("train", "eval") else passing(self._session, name, found)
-
-    def _in_coordinates(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        """A method of the base optimizer that averages weights, to be called where the base averages them."""
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with torch.no_grad():
-                checkpoint.restore(self._session)
-                stage = self._session.stage
-                if not isinstance(stage, Running):
-                    return method(*args, **kwargs)
-                to_weights_ = stage.rule.average_in_coordinates_(self._session.weights(stage.network))
-                try:
-                    return method(*args, **kwargs)
-                finally:
-                    to_weights_()
-
-        return call
+        return averaging(self._session, found) if name in ("train", "eval") else passing(self._session, name, found)
 
     def __reduce__(self) -> tuple[Any, ...]:  # as in torch, neither hooks nor what a scheduler has put at `step`
         return object.__new__, (type(self),), {"_session": self._session}

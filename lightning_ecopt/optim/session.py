@@ -19,6 +19,7 @@ from lightning_ecopt.optim.bases import momentum_to_mean, step_kinds
 from lightning_ecopt.optim.binding import NO_FREEDOMS, Binding, Network, Source, parameters_of, trainable_parameters
 from lightning_ecopt.optim.calls import states_in
 from lightning_ecopt.optim.gradient_check import GradientCheck
+from lightning_ecopt.optim.kernel_choice import KernelChoice
 from lightning_ecopt.optim.options import Options
 from lightning_ecopt.optim.rates import mistaken_rate
 from lightning_ecopt.optim.stages import Idle, Ready, Resting, Running, Stage, Waiting
@@ -80,6 +81,7 @@ class Session:
         may_have_copies: whether nobody has looked yet for copies of the weights that are trained, too.
         gradient_check: looks for units that may not be rescaled.
         is_watched: whether the steps behind the last refresh are looked at.
+        kernels: chooses what runs the passes over weights and gradients.
     """
 
     def __init__(self, base: Optimizer, options: Options, source: Source, followers: Given | None = None) -> None:
@@ -89,18 +91,16 @@ class Session:
         self.steps_since_refresh = 0
         self.refresh_due = True
         self._named: set[Any] = set()  # what warnings have said: messages, state entries, identities of parameters
-        self._rate_is_judged = False
-        self.surprises, self.has_stepped_plainly = 0, False
+        self.surprises, self.has_stepped_plainly, self._rate_is_judged = 0, False, False
         self.trained: list[Tensor] = []
         self.epoch: Callable[[], int | None] = _no_epoch
         self.last_epoch: int | None = None
         self._version = 0  # of the deferred group at the last look
         self.closure_comes_first = type(base).__module__.startswith("torch.optim.")
-        self.writers = Writers()
+        self.writers, self.kernels = Writers(), KernelChoice()
         self.steps, self.is_resting, self.passed, self.has_told = 0, False, set[str](), False
         self.is_watched, self._watched, self._watched_at = True, 0, 0
-        self._given = followers or {}
-        self.may_have_copies = True
+        self._given, self.may_have_copies = followers or {}, True
         self.gradient_check = GradientCheck(trainable_parameters(base))
         self.binding = Binding(base, source, self._given)
         self.find_network()
@@ -377,7 +377,7 @@ class Session:
             group=network.group,
             weights=self.weights(network),
             parameters={name: p.detach() for name, p in network.parameters.items()},
-            kernels=network.kernels,
+            kernels=self.kernels.of(network, self.base, self.options),
             alive=alive,
             exclusive=network.exclusive,
             is_balanced=self.options.representative == "balanced",

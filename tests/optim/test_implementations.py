@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -314,12 +315,15 @@ def test_gradients_that_cannot_be_changed_in_place_stay_as_they_are(form: str, r
 
 def test_the_version_follows_from_the_network_and_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     small, large = [torch.zeros(10)], [torch.zeros(choose.COMPILE_FROM)]
+    enough = choose.COMPILE_PAYS / choose.COMPILE_FROM
     monkeypatch.setattr(choose, "_has_compiler", lambda: True)
-    assert type(choose_kernels("auto", small)) is ForeachKernels
-    assert type(choose_kernels("auto", large)) is CompiledKernels
-    assert type(choose_kernels("auto", [torch.zeros(1 << 24, device="meta")])) is EagerKernels
-    monkeypatch.setattr(choose, "_has_compiler", lambda: False)
+    assert type(choose_kernels("auto", small, steps=math.inf)) is ForeachKernels
+    assert type(choose_kernels("auto", large, steps=enough)) is CompiledKernels
+    assert type(choose_kernels("auto", large, steps=enough - 1)) is EagerKernels
     assert type(choose_kernels("auto", large)) is EagerKernels
+    assert type(choose_kernels("auto", [torch.zeros(1 << 24, device="meta")], steps=enough)) is EagerKernels
+    monkeypatch.setattr(choose, "_has_compiler", lambda: False)
+    assert type(choose_kernels("auto", large, steps=enough)) is EagerKernels
     for given, kind in (("eager", ForeachKernels), ("wrapped", ForeachKernels), ("compiled", CompiledKernels)):
         assert type(choose_kernels(given, small)) is kind
 
