@@ -58,9 +58,8 @@ def hold_written(session: Session) -> None:
 
 def note_weights(session: Session) -> None:
     """Note the weights just after a step."""
-    is_balanced = session.options.representative == "balanced"
-    if session.is_watched and isinstance(session.stage, Idle | Running) and is_balanced:
-        session.writers.note(session.stage, session.steps_since_refresh)
+    if isinstance(session.stage, Idle | Running) and session.options.representative == "balanced":
+        session.writers.note(session.stage, session.steps_since_refresh, session.watching.is_on)
 
 
 # Steps that pass by ---------------------------------------------------------------------------------------------------

@@ -92,6 +92,7 @@ def _saved_group(session: Session, group: ScalingGroup, fingerprint: str) -> dic
         "shapes": _shapes(session),
         "equations": deferred.saved(),
         "check": session.gradient_check.state_dict(),
+        "watching": session.watching.state_dict(),
     }
     followers = deferred.followers.saved()
     return {**state, "followers": followers} if followers else state
@@ -174,6 +175,7 @@ _KINDS: Mapping[str, type | tuple[type, ...]] = {
     "equations": (Mapping, type(None)),
     "followers": list,
     "check": Mapping,
+    "watching": Mapping,
 }
 
 
@@ -223,6 +225,7 @@ def restore(session: Session) -> bool:
     session.last_epoch = state.get("epoch", session.last_epoch)
     session.surprises = state.get("surprises", 0)
     session.gradient_check.load(state.get("check"), network.group)
+    session.watching.load(state.get("watching"))
     trained = [p.requires_grad for p in network.parameters.values()]
     session.refresh_due = state["refresh_due"] or session.interval_is_over() or state.get("trained", trained) != trained
     return True

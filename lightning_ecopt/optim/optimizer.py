@@ -205,6 +205,7 @@ class EquivalentClassOptimizer(Optimizer):
         session.expect_unused()
         stage = self._refreshed()
         session.steps_since_refresh += 1
+        session.watching.note_step()
         if not isinstance(stage, Running) or all(p.grad is None for p in session.trained):
             return call.step()
         w, g = session.weights(stage.network), session.gradients(stage.network)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from operator import is_
@@ -24,6 +25,7 @@ from lightning_ecopt.optim.options import Options
 from lightning_ecopt.optim.rates import mistaken_rate
 from lightning_ecopt.optim.stages import Idle, Ready, Resting, Running, Stage, Waiting
 from lightning_ecopt.optim.stepper import Stepper
+from lightning_ecopt.optim.watching import Watching
 from lightning_ecopt.optim.writers import Writers
 from lightning_ecopt.steps import RULES
 from lightning_ecopt.steps.rule import PathStatistics, Rule, Setting, StepKind, UnitStatistics
@@ -47,8 +49,6 @@ SEVERAL_DEVICES = (
     "The parameters are on several devices, and paths lead through all of them, so that the base optimizer is used as "
     "it is: put the module on one device (data parallelism is supported)."
 )
-#: The steps behind a refresh are looked at if those looks were begun so many steps ago; behind the first ones, always.
-WATCH_EVERY, WATCH_FIRST = 100, 3
 
 
 def _no_epoch() -> None:
@@ -80,7 +80,7 @@ class Session:
         has_told: whether a warning has said that steps pass by.
         may_have_copies: whether nobody has looked yet for copies of the weights that are trained, too.
         gradient_check: looks for units that may not be rescaled.
-        is_watched: whether the steps behind the last refresh are looked at.
+        watching: knows which steps behind refreshes are looked at.
         kernels: chooses what runs the passes over weights and gradients.
     """
 
@@ -99,7 +99,7 @@ class Session:
         self.closure_comes_first = type(base).__module__.startswith("torch.optim.")
         self.writers, self.kernels = Writers(), KernelChoice()
         self.steps, self.is_resting, self.passed, self.has_told = 0, False, set[str](), False
-        self.is_watched, self._watched, self._watched_at = True, 0, 0
+        self.watching = Watching()
         self._given, self.may_have_copies = followers or {}, True
         self.gradient_check = GradientCheck(trainable_parameters(base))
         self.binding = Binding(base, source, self._given)
@@ -224,19 +224,13 @@ class Session:
     def ask_gradient(self, is_refresh: bool) -> None:
         """Hold units fixed that the gradient shows to change the loss; a refresh is due then."""
         if is_refresh:
-            self._watch()
+            self.watching.note_refresh()
         if self.options.check == "gradient":
             look = self.gradient_check.look
-            verdict = look(self.network.group, self.binding.deferred, self.trained, is_refresh, self.is_watched)
+            verdict = look(self.network.group, self.binding.deferred, self.trained, is_refresh, self.watching.is_on)
             if verdict is not None:
                 self._warn_once(verdict.message)
                 self.hold(verdict.units, verdict.why)
-
-    def _watch(self) -> None:
-        """Decide whether the steps behind a refresh are looked at."""
-        self.is_watched = self._watched < WATCH_FIRST or self.steps - self._watched_at >= WATCH_EVERY
-        if self.is_watched:
-            self._watched, self._watched_at = self._watched + 1, self.steps
 
     def expect_unused(self) -> None:
         """Have one more call traced if a parameter has a gradient that no traced call has used.
@@ -357,6 +351,10 @@ class Session:
         gradients = {
             name: p.grad for name, p in group.parameters.items() if p.grad is not None and not p.grad.is_sparse
         }
+        memory = Counter(local(gradient).data_ptr() for gradient in gradients.values())
+        for name, gradient in gradients.items():
+            if 0 in gradient.stride() or memory[local(gradient).data_ptr()] > 1:  # it would be rescaled several times
+                group.parameters[name].grad = gradients[name] = gradient.clone(memory_format=torch.contiguous_format)
         group.rescale_(gradients, log_scale, power=-1)
         for entry in entries.values():
             group.rescale_(entry.tensors, log_scale, power=-entry.degree)

@@ -204,19 +204,20 @@ class Writers:
         """What happens until the next step is known, and no writer's work."""
         self._noted = None
 
-    def note(self, stage: Refreshed, steps_since_refresh: int) -> None:
+    def note(self, stage: Refreshed, steps_since_refresh: int, is_watched: bool = True) -> None:
         """Note the weights just after a step, if it is one of the first after a refresh.
 
         Args:
             stage: of the optimizer.
             steps_since_refresh: at least 1.
+            is_watched: whether weights are noted behind this refresh.
         """
         with _lock:
             others = [other for other in self._all if other is not self]
         for other in others:
             other._has_stepped(stage.network)
         self._noted = None
-        if steps_since_refresh > GAPS or not bool(stage.active.any()):
+        if not is_watched or steps_since_refresh > GAPS or not bool(stage.active.any()):
             return
         group = stage.network.group
         if self._group is not group:

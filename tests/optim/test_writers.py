@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
 from lightning_ecopt import EquivalentClassOptimizer, scaling_group
-from lightning_ecopt.optim import session, writers
+from lightning_ecopt.optim import watching, writers
 from lightning_ecopt.optim.gradient_check import LOOKS
 from lightning_ecopt.optim.writers import GAPS, WRITTEN
 from lightning_ecopt.symmetry import ScalingGroup
@@ -347,7 +347,7 @@ def test_wherever_the_constraint_is(where: str) -> None:
 
 
 def test_a_constraint_that_begins_later_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session, "WATCH_EVERY", INTERVAL)
+    monkeypatch.setattr(watching, "EVERY", INTERVAL)
     run = Run(unit_columns, 1e-9)
     run.train(4 * INTERVAL, write=False)
     assert not run.held
@@ -380,6 +380,46 @@ def test_a_resumed_run_knows_which_units_are_held() -> None:
     other.optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
     other.train(1)
     assert other.held == run.held == 4
+
+
+def test_a_resumed_run_looks_at_the_same_steps() -> None:
+    """Here a penalty that is there for some steps only, which the run that does not stop misses."""
+    kept = []
+    for stop in (None, 55):
+        run = Run(nothing, 0.1, refresh_interval=10)
+        for step in range(70):
+            if step == stop:
+                state, run.net = copy.deepcopy(run.optimizer.state_dict()), copy.deepcopy(run.net)
+                base = torch.optim.SGD(run.net.parameters(), lr=0.1, momentum=0.9)
+                run.optimizer = EquivalentClassOptimizer(base, scaling_group(run.net, X), refresh_interval=10)
+                run.optimizer.load_state_dict(state)
+            run.optimizer.zero_grad()
+            loss = cross_entropy(run.net(X), Y)
+            if 62 <= step <= 65:
+                loss = loss + 0.1 * run.net[0].weight.square().sum()
+            loss.backward()
+            run.optimizer.step()
+        kept.append((run.optimizer.group.num_units, [p.detach().clone() for p in run.net.parameters()]))
+    assert kept[0][0] == kept[1][0]
+    assert all(torch.equal(p, q) for p, q in zip(kept[0][1], kept[1][1], strict=True))
+
+
+@pytest.mark.parametrize("intervals", [(30, 5), (5, 30)])
+def test_two_optimizers_of_the_same_weights_that_refresh_at_other_steps_are_no_writers(
+    intervals: tuple[int, int], recwarn: pytest.WarningsRecorder
+) -> None:
+    net = network()
+    group = scaling_group(net, X)
+    both = [
+        EquivalentClassOptimizer(torch.optim.SGD(net.parameters(), lr=0.01), group, refresh_interval=interval)
+        for interval in intervals
+    ]
+    for step in range(130):
+        net.zero_grad()
+        cross_entropy(net(X), Y).backward()
+        both[step % 2].step()
+    assert [each.group.num_units for each in both] == [UNITS, UNITS]
+    assert not [str(one.message) for one in recwarn if "Somebody else" in str(one.message)]
 
 
 def test_two_optimizers_of_the_same_weights_are_no_writers() -> None:
