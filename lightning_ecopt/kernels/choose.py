@@ -80,7 +80,8 @@ def choose_kernels(
     if implementation == "compiled":
         # A fused step makes few affine passes, at refreshes; a wrapped one makes some at every step.
         return CompiledKernels(affine=not fused)
-    return ForeachKernels() if _is_one_piece(parameters) else EagerKernels()
+    is_small = _is_one_piece(parameters) and len({parameter.dtype for parameter in parameters}) == 1
+    return ForeachKernels() if is_small else EagerKernels()
 
 
 def _is_one_piece(parameters: Sequence[Tensor]) -> bool:

@@ -16,13 +16,15 @@ from lightning_ecopt.kernels.passes import Coefficient, Shapes, Views
 
 #: A coefficient as torch._foreach_... takes it: one tensor for each block, or one number for all.
 Spread = list[Tensor] | Tensor | float
+#: How many sets of blocks are remembered.
+MOST_SETS = 4
 
 
 class ForeachKernels(EagerKernels):
     """Works on all blocks by one call of an operation, in memory of the size of the gradients.
 
-    Rows of one length that follow each other are added up as one matrix. Coefficients are kept in memory of their own,
-    so that they are cut into blocks once, and not at every step.
+    All weights have one type. Rows of one length that follow each other are added up as one matrix. Coefficients are
+    kept in memory of their own, so that they are cut into blocks once, and not at every step.
     """
 
     def __init__(self) -> None:
@@ -34,7 +36,9 @@ class ForeachKernels(EagerKernels):
     def _set(self, views: Views, shapes: Shapes) -> _Set:
         """What is known of some blocks; it is kept if their shapes are a tuple, which comes again."""
         found = self._sets.get(id(shapes)) or _Set(views, shapes)
-        if isinstance(shapes, tuple):
+        if isinstance(shapes, tuple) and id(shapes) not in self._sets:
+            if len(self._sets) == MOST_SETS:  # the path rule has other rows after each refresh
+                self._sets.clear()
             self._sets[id(shapes)] = found
         return found
 
@@ -102,7 +106,8 @@ class _Set:
         self._shapes = shapes  # which nothing else may have the identity of
         self.runs = _runs(views, shapes)
         self._counts = [prod(shape) for shape in shapes]
-        self._types = [view.dtype for view in views] if all(view.device.type == "cpu" for view in views) else None
+        on_cpu = all(view.device.type == "cpu" for view in views)
+        self._type = views[0].dtype if on_cpu else None  # all views have one
         self._memory: dict[str, tuple[Tensor, list[Tensor]]] = {}
 
     def spread(self, name: str, value: Coefficient) -> Spread:
@@ -117,11 +122,10 @@ class _Set:
                 self._memory[name] = whole, parts
             whole.copy_(value)
             return parts
-        if self._types is None:
+        if self._type is None:
             return value
         # On a CPU torch would make a tensor of a number for each block.
-        numbers = {kind: torch.as_tensor(value, dtype=kind, device="cpu") for kind in set(self._types)}
-        return [numbers[kind] for kind in self._types]
+        return [torch.as_tensor(value, dtype=self._type, device="cpu")] * len(self._shapes)
 
 
 def _runs(views: Views, shapes: Shapes) -> list[tuple[int, int, int]]:

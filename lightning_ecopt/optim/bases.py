@@ -42,6 +42,9 @@ def step_kinds(base: Optimizer) -> dict[int, StepKind]:
     says ``use_muon=False`` (or ``use_fallback=True``, as timm's does). Else it is ``"linear"`` if the optimizer is SGD
     or ASGD, or leaves the group to such: then this very group is one of theirs, and of no other that it runs, as in
     Lookahead around SGD. Else it is of its ``"own size"``.
+
+    What cannot be seen: a wrapper may give gradients a length of its own before the SGD inside takes its step. That is
+    taken for linear, and the lengths of its steps then change with the size of the loss.
     """
     found = optimizers_in(base)
     last = [one for one in found if len(optimizers_in(one)) == 1]  # those that run no others

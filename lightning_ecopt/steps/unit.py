@@ -41,7 +41,7 @@ rho is measured where the gains of normalisation layers are one, which is anothe
 there, and the rates that people use are for weights of that size. Balancing turns gains of 1 into, say, 0.5, and
 doubles the matrices behind them: s_k = rho_k / rho gives these twice the step, which is the same share of them. A
 matrix W that the base treats whole takes a step of the same relative length as it would as W_1, which it is there; the
-norms are those of the start.
+norms are those of the start, and s_k is between 1/10 and 10.
 
 **Rows of one element** (biases, gains) have no direction. They are not centred, and take the base's own steps, s_k = 1,
 unless the base is SGD or ASGD: then the rho_k of a gain is a tenth of its own magnitude, of a bias a tenth of the norm
@@ -91,6 +91,7 @@ MEMORY = 0.99  # of the running second moments
 SINGLE = 0.1  # share of a full step of SGD that rows of one element take
 FLOOR = 0.1  # smallest magnitude of a row for SGD, relative to the typical one
 LEAST = 1 / 3  # share of a step of the base's own size that a row takes
+MOST = 10.0  # times as long, or as short, as the base's may be the step in a whole matrix
 FAINT = 1e-5  # relative size of gradients that are rounding
 SAVED = ("rho", "reference", "second", "weight")  # attributes in a checkpoint
 
@@ -251,7 +252,8 @@ class UnitRule:
             ValueError: if they are not.
         """
         rows = len(Rows(group.couplings, parameters))
-        if any(state[name].shape != (rows,) for name in ("rho", "second", "weight")):
+        has_others = state["reference"].ndim and state["reference"].shape != (rows,)
+        if has_others or any(state[name].shape != (rows,) for name in ("rho", "second", "weight")):
             raise ValueError(
                 f"The checkpoint was made with {len(state['rho'])} rows of weights, this optimizer has {rows}: load it "
                 "into the network and the parameter groups that it was made with."
@@ -271,12 +273,23 @@ class UnitRule:
 
     @classmethod
     def resume(cls, setting: Setting, state: Mapping[str, Any], entries: StateEntries) -> UnitRule:
-        """Take over magnitudes and running second moments from a checkpoint."""
+        """Take over magnitudes and running second moments."""
         rule = cls._make(setting)
-        for name in SAVED:
-            getattr(rule, f"_{name}").copy_(state[name])
-        rule._own = None if rule._all_linear else rule._own_scale()
+        rule._load(state)
         return rule
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        self._second.copy_(state["second"])
+        self._weight.copy_(state["weight"])
+        # Rows of a matrix that was treated whole, or is now, have sizes of another meaning: those are measured anew.
+        none = torch.zeros_like(self._rho, dtype=torch.bool)
+        whole = none if self._whole is None else self._whole
+        same = state.get("whole", none).to(none.device) == whole
+        reference = torch.where(same, state["reference"].to(self._rho), self._reference)
+        self._rho = torch.where(same, state["rho"].to(self._rho), self._rho)
+        # Without whole matrices it is rho, the same for all rows.
+        self._reference = reference if self._whole is not None or not len(none) else reference[same.byte().argmax()]
+        self._own = None if self._all_linear else self._own_scale()
 
     @classmethod
     def _make(cls, setting: Setting) -> UnitRule:
@@ -328,10 +341,12 @@ class UnitRule:
     def _own_scale(self) -> Tensor:
         """s_k, ``[R]``, of rows in which the base's steps are not linear; elsewhere it has no meaning."""
         is_scaled = (self._rho > 0) & ~self.rows.single
-        least = LEAST * torch.ones_like(self._rho)
-        if self._whole is not None:
-            least = torch.where(self._whole, 0.0, least)
-        return torch.where(is_scaled, torch.maximum(self._rho / self._reference, least), 1.0)
+        ratio = self._rho / self._reference
+        scale = ratio.clamp(min=LEAST)
+        if self._whole is not None:  # where |W_1| has no square in its type, it tells nothing
+            known = (self._reference > 0) & self._reference.isfinite()
+            scale = torch.where(self._whole, torch.where(known, ratio, 1.0).clamp(1 / MOST, MOST), scale)
+        return torch.where(is_scaled, scale, 1.0)
 
     @ordinary_tensors()
     def reparametrization(self, weights: Tensors, gradients: Tensors, to_step: Coefficient) -> Reparametrization:
@@ -428,5 +443,8 @@ class UnitRule:
         return UnitStatistics(int(self._clipped) / max(1, self._steps * len(self._size)), dormant)
 
     def state_dict(self, entries: StateEntries) -> dict[str, Any]:
-        """``rho``, ``second`` and ``weight`` over the rows, ``[R]``, and ``reference``, rho or |W_1|."""
-        return {name: getattr(self, f"_{name}").clone() for name in SAVED}
+        """``rho``, ``second`` and ``weight`` over the rows, ``[R]``, and ``reference``, rho or |W_1|;
+        and ``whole``, which of the rows belong to matrices that the base treats whole, if there are any.
+        """
+        state = {name: getattr(self, f"_{name}").clone() for name in SAVED}
+        return state if self._whole is None else {**state, "whole": self._whole.clone()}

@@ -9,7 +9,7 @@ from lightning_ecopt.common.segment_sum import SegmentSum
 from lightning_ecopt.common.sharding import Ranks, local
 from lightning_ecopt.common.tensors import widest
 from lightning_ecopt.symmetry.balance import balancing_scale, resolution_of
-from lightning_ecopt.symmetry.coupling import couplings_here
+from lightning_ecopt.symmetry.coupling import NO_UNIT, couplings_here
 from lightning_ecopt.symmetry.group import ScalingGroup
 
 
@@ -17,9 +17,10 @@ from lightning_ecopt.symmetry.group import ScalingGroup
 def scale_to_gains_of_one(group: ScalingGroup, active: Tensor) -> Tensor | None:
     """Find the log-scales ``[H]`` that lead from the present weights to where gains are one.
 
-    The gains that lead into a unit, as those of a normalisation layer, get the geometric mean one. All other active
-    units are balanced, given that. So the member depends on the class alone, as the balanced one does. If parameters
-    are sharded, call it on all ranks.
+    The gains that lead into a unit and out of none, as those of a normalisation layer, get the geometric mean one. All
+    other active units are balanced, given that. So the member depends on the class alone, as the balanced one does. A
+    vector that leads out of units, as the scale of a layer between two ReLUs, is balanced; so is a single number. If
+    parameters are sharded, call it on all ranks.
 
     Args:
         group: of the weights.
@@ -34,7 +35,8 @@ def scale_to_gains_of_one(group: ScalingGroup, active: Tensor) -> Tensor | None:
         group.rescale_(weights, log_scale)  # RMSNorm's gains are one, as they were when the network was made
     """
     ranks = Ranks(group.parameters)
-    gains = [each for each in group.couplings if len(each.region) == 1 and not each.additive]
+    vectors = {name for name, parameter in group.parameters.items() if parameter.ndim == 1 and parameter.numel() > 1}
+    gains = [each for each in group.couplings if each.parameter in vectors and not each.additive]
     if not gains:
         return None
     device = local(next(iter(group.parameters.values()))).device
@@ -46,9 +48,10 @@ def scale_to_gains_of_one(group: ScalingGroup, active: Tensor) -> Tensor | None:
         if ranks.counts(parameter):
             here = coupling.to(device).restricted(active)
             values = here.view(local(parameter.detach())).to(widest(device)).abs().log()
-            into = here.incoming.expand(values.shape)
-            units.append(into.where(values.isfinite(), -1).long())
-            logs.append(values.where(values.isfinite(), 0.0))
+            # The scales of the coupling itself: a product, which `here` has none of, leads out, too.
+            counted = values.isfinite() & (coupling.outgoing.to(device).expand(values.shape) == NO_UNIT)
+            units.append(here.incoming.expand(values.shape).where(counted, -1).long())
+            logs.append(values.where(counted, 0.0))
     number = torch.cat(units) % (group.num_units + 1)
     values = torch.cat(logs)
     sum_up = SegmentSum(number, group.num_units + 1)

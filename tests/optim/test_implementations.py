@@ -328,6 +328,67 @@ def test_the_version_follows_from_the_network_and_the_machine(monkeypatch: pytes
         assert type(choose_kernels(given, small)) is kind
 
 
+class Mixed(nn.Module):
+    """The last layer computes in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 3).double()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.relu(self.first(x)).double())
+
+
+@pytest.mark.parametrize("base", [AdamW, SGD])
+def test_parameters_of_several_types_are_stepped_alike(base: type[Optimizer]) -> None:
+    found = []
+    for kind in ("eager", "wrapped"):
+        torch.manual_seed(0)
+        module, x = Mixed(), torch.randn(8, 4)
+        optimizer = EquivalentClassOptimizer(
+            base(module.parameters(), lr=0.01), scaling_group(module, x), implementation=kind
+        )
+        for _ in range(4):
+            optimizer.zero_grad()
+            module(x).square().sum().backward()
+            optimizer.step()
+        found.append([p.detach() for p in module.parameters()])
+    for p, q in zip(*found, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("form", ["expanded", "shared"])
+def test_gradients_whose_memory_is_used_twice_are_rescaled_once_at_a_refresh(form: str) -> None:
+    found = []
+    for copied in (False, True):
+        torch.manual_seed(0)
+        module = mlp(4, 6, 4, 3)
+        gradients = [torch.ones_like(p) for p in module.parameters()]
+        if form == "expanded":
+            gradients[0] = torch.arange(1.0, 7)[:, None].expand(6, 4)
+        else:
+            gradients[0] = gradients[2].view(6, 4)
+        optimizer = EquivalentClassOptimizer(
+            SGD(module.parameters(), lr=0.01), scaling_group(module, torch.zeros(1, 4)), check=None
+        )
+        for p, gradient in zip(module.parameters(), gradients, strict=True):
+            p.grad = gradient.clone() if copied else gradient
+        optimizer.step()
+        found.append([p.detach() for p in module.parameters()])
+    assert all(torch.equal(p, q) for p, q in zip(*found, strict=True))
+
+
+def test_refreshes_do_not_add_to_the_memory_of_kernels() -> None:
+    module, x, y = problem(4, 6, 5, 3)
+    optimizer = EquivalentClassOptimizer(
+        SGD(module.parameters(), lr=0.01), scaling_group(module, x), rule="path", refresh_interval=1
+    )
+    train(module, optimizer, x, y, range(20))
+    kernels = optimizer._session.stage.rule.kernels
+    assert isinstance(kernels, ForeachKernels)
+    assert 1 <= len(kernels._sets) <= 4
+
+
 def test_triton_is_refused_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     module, x, _ = problem(4, 6, 3)

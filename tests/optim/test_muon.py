@@ -15,7 +15,7 @@ from torch import Tensor, nn, optim
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR
 
-from lightning_ecopt import ECAdamW, ECMuon, MuonAdamW, ec_muon, scaling_group
+from lightning_ecopt import ECAdamW, ECMuon, EquivalentClassOptimizer, MuonAdamW, ec_muon, scaling_group
 from lightning_ecopt.optim.muon import hidden_matrices
 from tests.networks import mlp
 from tests.optim.training import (
@@ -443,3 +443,44 @@ def test_a_run_of_a_decoder_depends_on_the_class_alone(rule: str) -> None:
         runs.append(torch.stack(losses))
     assert runs[0][-1] < runs[0][0] - 0.1
     torch.testing.assert_close(runs[0], runs[1], rtol=1e-8, atol=0)
+
+
+@needs_muon
+@pytest.mark.parametrize("is_muon", [True, False])
+def test_a_state_of_the_rule_from_a_base_that_treats_matrices_otherwise_is_taken_up(is_muon: bool) -> None:
+    """Sizes of rows are those of the checkpoint only where they mean the same."""
+    module, x, y = problem(4, 8, 6, 3)
+
+    def make(use_muon: bool) -> Any:
+        matrices, others = parts(module)
+        base = MuonAdamW([{"params": matrices, "use_muon": use_muon}, {"params": others, "use_muon": False}], lr=0.01)
+        return EquivalentClassOptimizer(base, scaling_group(module, x))
+
+    before, new, after = make(not is_muon), make(is_muon), make(is_muon)
+    train(module, before, x, y, range(3))
+    new.start()
+    after.load_rule_state(copy.deepcopy(before.rule_state()))
+    train(module, after, x, y, range(3, 6))
+    fresh, resumed = (each._session.stage.rule for each in (new, after))
+    assert resumed._own.shape == fresh._own.shape
+    assert bool(((resumed._own >= 0.1) & (resumed._own <= 10)).all())
+    if is_muon:  # one number for each matrix
+        kept = resumed._own[resumed._whole]
+        assert len(kept.unique()) <= 2
+
+
+@needs_muon
+@pytest.mark.parametrize("size", [1e-14, 1e14])
+def test_sizes_beyond_their_type_do_not_spoil_weights(size: float) -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.RMSNorm(4), nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), torch.randn(8, 4)
+    with torch.no_grad():
+        net[0].weight.mul_(size)
+        net[1].weight.mul_(size)
+    base = MuonAdamW([{"params": [net[1].weight], "use_muon": True}, {"params": [net[3].weight], "use_muon": False}])
+    optimizer = EquivalentClassOptimizer(base, scaling_group(net, x))
+    for _ in range(2):
+        optimizer.zero_grad()
+        F.cross_entropy(net(x), torch.arange(8) % 3).backward()
+        optimizer.step()
+    assert all(bool(p.isfinite().all()) for p in net.parameters())

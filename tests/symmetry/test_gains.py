@@ -109,6 +109,41 @@ def test_several_gains_of_one_unit_have_the_geometric_mean_one() -> None:
     assert there.one.weight[3] == 0
 
 
+class Scaled(nn.Module):
+    """A scale between two layers, in a product, of a layer in a stream, or a vector that is contracted."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.norm = kind, nn.RMSNorm(4)
+        self.a, self.c, self.b = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+        self.g = nn.Parameter(0.01 * torch.rand(4) + 0.01)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        if self.kind == "stream":
+            h = F.relu(self.c(x))
+            return self.b(F.relu(h + self.a(h) * self.g))
+        h = F.relu(self.a(x))
+        if self.kind == "contracted":
+            return self.b(F.relu(self.c(x))) + (h @ self.g)[..., None]
+        return self.b(h * self.g * (F.relu(self.c(x)) if self.kind == "product" else 1))
+
+
+@pytest.mark.parametrize("kind", ["between", "product", "stream", "contracted"])
+def test_a_vector_that_leads_out_of_units_is_balanced(kind: str) -> None:
+    torch.manual_seed(0)
+    net, x = Scaled(kind).double(), torch.randn(3, 4, dtype=torch.float64)
+    others = [copy.deepcopy(net) for _ in range(2)]
+    for other in others:
+        group = scaling_group(other, x)
+        group.act_(torch.randn(group.num_units, dtype=torch.float64))
+    first, *rest = (dict(at_gains_of_one(each, x)[0].named_parameters()) for each in (net, *others))
+    torch.testing.assert_close(first["norm.weight"], torch.ones(4, dtype=torch.float64))
+    for parameters in rest:
+        for name, p in first.items():
+            torch.testing.assert_close(parameters[name], p, rtol=1e-6, atol=1e-9)
+
+
 @pytest.mark.parametrize("held", [False, True])
 def test_there_is_none_without_gains_that_may_move(held: bool) -> None:
     net, x = block() if held else (mlp(4, 8, 3).double(), torch.randn(2, 4, dtype=torch.float64))
