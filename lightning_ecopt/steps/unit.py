@@ -45,7 +45,8 @@ norms are those of the start, and s_k is between 1/10 and 10.
 
 **Rows of one element** (biases, gains) have no direction. They are not centred, and take the base's own steps, s_k = 1,
 unless the base is SGD or ASGD: then the rho_k of a gain is a tenth of its own magnitude, of a bias a tenth of the norm
-of the weights into the same unit. Rows of several elements that are added, as positions are, are not centred either.
+of the weights into the same unit. So do rows of several elements that are added, as positions are, but with SGD they
+have their own magnitude. What is added begins small, and grows: in steps relative to its start it would be late.
 
 With SGD and ASGD a row has at least a tenth of the typical rho_k (the median over the parameters, as for rho, but at
 the balanced member), and one of zeros has all of it; rows of one element have at least a
@@ -232,8 +233,7 @@ class UnitRule:
         self._own = None if self._all_linear else self._own_scale()
         self._next = (self._second, self._weight, self._clipped)  # taken over when the step succeeds
 
-    name = "unit"
-    needs_paths = False
+    name, needs_paths = "unit", False
 
     @staticmethod
     def usable_units(group: ScalingGroup) -> Tensor:
@@ -340,7 +340,7 @@ class UnitRule:
 
     def _own_scale(self) -> Tensor:
         """s_k, ``[R]``, of rows in which the base's steps are not linear; elsewhere it has no meaning."""
-        is_scaled = (self._rho > 0) & ~self.rows.single
+        is_scaled = (self._rho > 0) & ~self.rows.single & ~self.rows.additive()
         ratio = self._rho / self._reference
         scale = ratio.clamp(min=LEAST)
         if self._whole is not None:  # where |W_1| has no square in its type, it tells nothing

@@ -147,7 +147,7 @@ class Reference:
         row, own = self.rows[k], self.own[k]
         if row.name in self.whole:
             return self.longer.get(row.name, 1.0)
-        if self.parameters[row.name][row.index].numel() == 1 or own == 0:
+        if self.parameters[row.name][row.index].numel() == 1 or own == 0 or row.added:
             return 1.0
         return max(own / self.mean, 1 / 3)
 
