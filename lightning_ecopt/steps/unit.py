@@ -45,8 +45,8 @@ norms are those of the start, and s_k is between 1/10 and 10.
 
 **Rows of one element** (biases, gains) have no direction. They are not centred, and take the base's own steps, s_k = 1,
 unless the base is SGD or ASGD: then the rho_k of a gain is a tenth of its own magnitude, of a bias a tenth of the norm
-of the weights into the same unit. So do rows of several elements that are added, as positions are, but with SGD they
-have their own magnitude. What is added begins small, and grows: in steps relative to its start it would be late.
+of the weights into the same unit. Rows of several elements that are added, as positions are, are not centred either,
+and move by no less than the base would move them: what is added begins small, and grows, and would be late.
 
 With SGD and ASGD a row has at least a tenth of the typical rho_k (the median over the parameters, as for rho, but at
 the balanced member), and one of zeros has all of it; rows of one element have at least a
@@ -340,9 +340,9 @@ class UnitRule:
 
     def _own_scale(self) -> Tensor:
         """s_k, ``[R]``, of rows in which the base's steps are not linear; elsewhere it has no meaning."""
-        is_scaled = (self._rho > 0) & ~self.rows.single & ~self.rows.additive()
+        is_scaled = (self._rho > 0) & ~self.rows.single
         ratio = self._rho / self._reference
-        scale = ratio.clamp(min=LEAST)
+        scale = torch.maximum(ratio, torch.where(self.rows.additive(), torch.ones_like(ratio), LEAST))
         if self._whole is not None:  # where |W_1| has no square in its type, it tells nothing
             known = (self._reference > 0) & self._reference.isfinite()
             scale = torch.where(self._whole, torch.where(known, ratio, 1.0).clamp(1 / MOST, MOST), scale)

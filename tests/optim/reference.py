@@ -147,9 +147,9 @@ class Reference:
         row, own = self.rows[k], self.own[k]
         if row.name in self.whole:
             return self.longer.get(row.name, 1.0)
-        if self.parameters[row.name][row.index].numel() == 1 or own == 0 or row.added:
+        if self.parameters[row.name][row.index].numel() == 1 or own == 0:
             return 1.0
-        return max(own / self.mean, 1 / 3)
+        return max(own / self.mean, 1.0 if row.added else 1 / 3)
 
     def momentum_factor(self, options: Mapping[str, Any]) -> float:
         """Momentum times this has the size of one gradient."""

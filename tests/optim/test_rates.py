@@ -73,7 +73,7 @@ def test_no_row_moves_by_a_third_or_three_times_the_rate_unless_it_is_that_large
     rho = float(optimizer.state_dict()["equivalent_class"]["reference"])
     for name, p in net.named_parameters():
         moved = (p.detach() - before[name]).abs() / lr
-        if p.ndim == 1 or name == "positions":  # biases, gains and what is added take the base's own step
+        if p.ndim == 1:  # biases and gains take the base's own step
             assert float(moved.max()) <= 1.01, name
             assert float(moved.median()) >= 0.99, name
             continue
@@ -121,6 +121,29 @@ def test_the_size_of_one_parameter_does_not_change_the_steps_of_all_others(times
         optimizer.step()
         moved.append((net.up.weight.detach() - before).abs().amax())
     assert 0.5 < float(moved[1] / moved[0]) < 2
+
+
+def test_what_is_added_is_not_slowed_down() -> None:
+    """Positions begin at a fifth of the size of other weights, and have to grow."""
+    torch.manual_seed(0)
+
+    class Patches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Linear(16, 32), nn.Linear(32, 3)
+            self.positions = nn.Parameter(0.02 * torch.randn(8, 32))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(F.gelu(self.embed(x) + self.positions)).mean(1)
+
+    net, x = Patches(), torch.randn(4, 8, 16)
+    optimizer = EquivalentClassOptimizer(AdamW(net.parameters(), lr=1e-3, weight_decay=0.0), scaling_group(net, x))
+    F.cross_entropy(net(x), torch.arange(4) % 3).backward()
+    optimizer.start()
+    before = net.positions.detach().clone()
+    optimizer.step()
+    moved = (net.positions.detach() - before).abs()
+    torch.testing.assert_close(moved, torch.full_like(moved, 1e-3), rtol=0.1, atol=0)  # but for Adam's eps
 
 
 @pytest.mark.parametrize("kind", [AdamW, pytest.param(MuonAdamW, marks=needs_muon)])
