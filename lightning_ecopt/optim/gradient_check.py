@@ -12,7 +12,7 @@ last step (SAM computes gradients elsewhere; constraints, running means and rest
 there at the last step and nobody has zeroed it: then it is a sum over several weights. Gradients of other optimizers'
 parameters, which another loss may have left, are used on the same conditions.
 
-What is missed: violations below the bound, which is about 1e-5 in float32, 1e-2 in TF32 and 0.08 in 16 bits for a unit
+What is missed: violations below the bound, which is about 4e-5 in float32, 1e-2 in TF32 and 0.08 in 16 bits for a unit
 between two layers, and smaller than that part of the largest gradient so far; a term that is in none of the steps that
 are looked at; units with clipped elements. Where no trainer tells the precision, a violation of most of the units at
 once by up to 2e-2 is taken for computation in 16 bits, as gradients need not show it (what has been divided, added up

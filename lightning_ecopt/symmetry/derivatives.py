@@ -22,6 +22,7 @@ though, and may cancel where their terms do not: at a stationary point, or behin
 no yardstick. The terms of other units are of the same size, and were so at earlier steps. So the mean of A over all
 units, or the largest that this mean has been, is added to A_h.
 
+- In float32 u counts four times, since sums over the positions of attention are not among the places.
 - u is that of the *computation*: of the type of weights and gradients, or of 16 bits if gradients have the trailing
   zeros of numbers that were cast (autocast), or of TF32 where torch may use it. float16 counts as bfloat16, as it also
   underflows; float64 as float32, as parts of a network often compute in it.
@@ -51,8 +52,9 @@ LAMBDA = 6.0
 ROUNDINGS = 4.0
 #: Half of a normal distribution is within so many standard deviations.
 MEDIAN = 0.6745
-#: Unit roundoffs of what is computed in.
-FLOAT32, TF32, SIXTEEN, EIGHT = 2.0**-24, 2.0**-11, 2.0**-8, 2.0**-3
+#: Unit roundoffs of what is computed in. That of float32 is 2**-24; in attention, where sums over positions are rounded
+#: too, decoders that were trained for some hundred steps have shown 22 standard deviations of it.
+FLOAT32, TF32, SIXTEEN, EIGHT = 2.0**-22, 2.0**-11, 2.0**-8, 2.0**-3
 #: So many equal largest magnitudes are no coincidence: two are, of two classes.
 CLIPPED = 3
 #: Most elements of a gradient whose digits are looked at, and fewest that tell something.

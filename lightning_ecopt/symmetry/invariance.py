@@ -72,7 +72,7 @@ def check_invariance(
 
     A trace of the network cannot know what a loss does with it: penalties on weights, losses on hidden features, and
     weights that are used elsewhere break units. One backward pass shows it, for the batch that the loss is computed
-    from; see :mod:`lightning_ecopt.symmetry.derivatives` for the sums, and for what rounding explains: about 1e-5 in
+    from; see :mod:`lightning_ecopt.symmetry.derivatives` for the sums, and for what rounding explains: about 4e-5 in
     float32, a tenth in 16 bits. So double precision is not needed, but 16 bits hide small violations.
 
     Args:
