@@ -45,11 +45,11 @@ norms are those of the start, and s_k is between 1/10 and 10.
 
 **Rows of one element** (biases, gains) have no direction. They are not centred, and take the base's own steps, s_k = 1,
 unless the base is SGD or ASGD: then the rho_k of a gain is a tenth of its own magnitude, of a bias a tenth of the norm
-of the weights into the same unit. Rows of several elements that are added, as positions are, are not centred either,
-and move by no less than the base would move them: what is added begins small, and grows, and would be late.
+of the weights into the same unit. Rows of several elements that are added, as positions are, are not centred either.
+They begin small, and grow: they move by no less than the base would move them, and with SGD rho_k is at least typical.
 
 With SGD and ASGD a row has at least a tenth of the typical rho_k (the median over the parameters, as for rho, but at
-the balanced member), and one of zeros has all of it; rows of one element have at least a
+the balanced member), one of zeros all of it; rows of one element have at least a
 hundredth of the typical norm (the median, over the parameters, of the root mean square norms of their rows), and a bias
 without weights into its unit has a tenth of it. Elsewhere s_k = 1 for a row of zeros. sqrt(q_k) counts as at least
 1e-5 rms_j(rho_j sqrt(q_j)) / rho_k, with the root mean square over all rows j. So a gradient that is rounding, as a
@@ -93,8 +93,7 @@ SINGLE = 0.1  # share of a full step of SGD that rows of one element take
 FLOOR = 0.1  # smallest magnitude of a row for SGD, relative to the typical one
 LEAST = 1 / 3  # share of a step of the base's own size that a row takes
 MOST = 10.0  # times as long, or as short, as the base's may be the step in a whole matrix
-FAINT = 1e-5  # relative size of gradients that are rounding
-SAVED = ("rho", "reference", "second", "weight")  # attributes in a checkpoint
+FAINT, SAVED = 1e-5, ("rho", "reference", "second", "weight")  # relative size of rounding; what a checkpoint has
 
 
 def _at_least_a_share(rho: Tensor, typical: Tensor) -> Tensor:
@@ -335,8 +334,9 @@ class UnitRule:
         into_unit = into(torch.where(additive, 0.0, squares)).sqrt()
         into_unit[no_unit] = typical_norm
         single = SINGLE * _at_least_a_share(torch.where(additive, into_unit[units], squares.sqrt()), typical_norm)
-        bounded = torch.where(rows.single, single, _at_least_a_share(own, _median_root(total / size)))
-        return torch.where(self._linear, bounded, own), reference
+        usual = _median_root(total / size)
+        several = torch.where(additive, torch.maximum(own, usual), _at_least_a_share(own, usual))
+        return torch.where(self._linear, torch.where(rows.single, single, several), own), reference
 
     def _own_scale(self) -> Tensor:
         """s_k, ``[R]``, of rows in which the base's steps are not linear; elsewhere it has no meaning."""

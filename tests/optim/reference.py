@@ -133,7 +133,8 @@ class Reference:
         for k, row in enumerate(self.rows):
             self.own.append(math.sqrt(squares[k] / sizes[k]))
             if sizes[k] > 1:
-                self.rho.append(bounded(math.sqrt(squares[k] / sizes[k]), usual))
+                own = math.sqrt(squares[k] / sizes[k])
+                self.rho.append(max(own, usual) if row.added else bounded(own, usual))
             elif not row.added:
                 self.rho.append(0.1 * bounded(math.sqrt(squares[k]), usual_norm))
             elif row.unit is None:
