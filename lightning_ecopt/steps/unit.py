@@ -93,7 +93,8 @@ SINGLE = 0.1  # share of a full step of SGD that rows of one element take
 FLOOR = 0.1  # smallest magnitude of a row for SGD, relative to the typical one
 LEAST = 1 / 3  # share of a step of the base's own size that a row takes
 MOST = 10.0  # times as long, or as short, as the base's may be the step in a whole matrix
-FAINT, SAVED = 1e-5, ("rho", "reference", "second", "weight")  # relative size of rounding; what a checkpoint has
+FAINT = 1e-5  # relative size of gradients that are rounding
+SAVED = ("rho", "reference", "second", "weight")  # attributes in a checkpoint
 
 
 def _at_least_a_share(rho: Tensor, typical: Tensor) -> Tensor:
@@ -443,8 +444,6 @@ class UnitRule:
         return UnitStatistics(int(self._clipped) / max(1, self._steps * len(self._size)), dormant)
 
     def state_dict(self, entries: StateEntries) -> dict[str, Any]:
-        """``rho``, ``second`` and ``weight`` over the rows, ``[R]``, and ``reference``, rho or |W_1|;
-        and ``whole``, which of the rows belong to matrices that the base treats whole, if there are any.
-        """
+        """``rho``, ``second``, ``weight``, ``whole`` (if any are) over the rows, ``[R]``; ``reference``: rho or |W_1|."""
         state = {name: getattr(self, f"_{name}").clone() for name in SAVED}
         return state if self._whole is None else {**state, "whole": self._whole.clone()}
