@@ -444,6 +444,6 @@ class UnitRule:
         return UnitStatistics(int(self._clipped) / max(1, self._steps * len(self._size)), dormant)
 
     def state_dict(self, entries: StateEntries) -> dict[str, Any]:
-        """``rho``, ``second``, ``weight``, ``whole`` (if any are) over the rows, ``[R]``; ``reference``: rho or |W_1|."""
+        """``rho``, ``second``, ``weight`` and, if any are, ``whole``, ``[R]`` all; ``reference`` is rho or |W_1|."""
         state = {name: getattr(self, f"_{name}").clone() for name in SAVED}
         return state if self._whole is None else {**state, "whole": self._whole.clone()}
