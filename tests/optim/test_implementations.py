@@ -212,7 +212,7 @@ def test_a_step_is_compiled_once_whatever_the_schedule() -> None:
         run.step(number)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
     twin = copy.deepcopy(run.optimizer)
-    assert twin._session.stage.network.kernels is not run.optimizer._session.stage.network.kernels
+    assert twin._session.stage.rule.kernels is not run.optimizer._session.stage.rule.kernels
 
 
 def test_without_a_compiler_a_warning_says_so_and_the_steps_are_the_same() -> None:
