@@ -198,6 +198,7 @@ def _go_on_from(session: Session, state: Mapping[str, Any], network: Network | N
     if network is None and not isinstance(stage, Waiting):
         network = stage.network
     session.binding.deferred.followers.load(state.get("followers", ()))
+    session.watching.load(state.get("watching"))  # whatever becomes of the rule
     session.stage = Waiting(state) if network is None else Ready(network, state)
     session.refresh_due = True
 
@@ -225,7 +226,6 @@ def restore(session: Session) -> bool:
     session.last_epoch = state.get("epoch", session.last_epoch)
     session.surprises = state.get("surprises", 0)
     session.gradient_check.load(state.get("check"), network.group)
-    session.watching.load(state.get("watching"))
     trained = [p.requires_grad for p in network.parameters.values()]
     session.refresh_due = state["refresh_due"] or session.interval_is_over() or state.get("trained", trained) != trained
     return True
