@@ -154,7 +154,7 @@ def follow_trainer(optimizer: EquivalentClassOptimizer, module: LightningModule)
 
 
 def num_steps(module: LightningModule) -> float | None:
-    """The number of steps of the whole fit that a module is in; ``None`` outside of a Trainer, or if it has no end."""
+    """The number of steps of the whole fit that a module is in; ``None`` outside of a Trainer."""
     return None if module._trainer is None else module._trainer.estimated_stepping_batches
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal, NamedTuple
@@ -106,6 +107,12 @@ def ordinary_tensors() -> Iterator[None]:
 def widest(device: torch.device) -> torch.dtype:
     """Return the most exact floating point type of a device: float64, or float32 on MPS, which has no other."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def in_shared_memory(tensors: Tensors) -> set[str]:
+    """Return the names of tensors whose memory is used twice: by two of them, or by an expanded one."""
+    memory = Counter(tensor.data_ptr() for tensor in tensors.values())
+    return {name for name, tensor in tensors.items() if memory[tensor.data_ptr()] > 1 or 0 in tensor.stride()}
 
 
 def updates_by_difference(tensor: Tensor) -> bool:

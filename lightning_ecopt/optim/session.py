@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from operator import is_
@@ -14,7 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_ecopt.common.sharding import Ranks, local
 from lightning_ecopt.common.signals import uninterrupted
-from lightning_ecopt.common.tensors import listing
+from lightning_ecopt.common.tensors import in_shared_memory, listing
 from lightning_ecopt.common.warn import warn
 from lightning_ecopt.optim.bases import momentum_to_mean, step_kinds
 from lightning_ecopt.optim.binding import NO_FREEDOMS, Binding, Network, Source, parameters_of, trainable_parameters
@@ -267,14 +266,12 @@ class Session:
 
     def weights(self, network: Network) -> dict[str, Tensor]:
         """What this rank holds of the weights of the group."""
-        own = ((name, p.detach()) for name, p in network.group.parameters.items())
-        return {name: p if type(p) is Tensor else local(p) for name, p in own}  # `local` has its cost
+        return {name: local(p.detach()) for name, p in network.group.parameters.items()}
 
     def gradients(self, network: Network) -> dict[str, Tensor]:
         """What this rank holds of the dense gradients of the optimizer's own weights."""
         own = {name: p.grad for name, p in network.parameters.items()}
-        dense = ((name, g) for name, g in own.items() if g is not None and not g.is_sparse)
-        return {name: g if type(g) is Tensor else local(g) for name, g in dense}
+        return {name: local(g) for name, g in own.items() if g is not None and not g.is_sparse}
 
     def entries(self, network: Network) -> dict[str, StateEntry]:
         """The entries of the base's state that have one number for each weight."""
@@ -351,10 +348,9 @@ class Session:
         gradients = {
             name: p.grad for name, p in group.parameters.items() if p.grad is not None and not p.grad.is_sparse
         }
-        memory = Counter(local(gradient).data_ptr() for gradient in gradients.values())
-        for name, gradient in gradients.items():
-            if 0 in gradient.stride() or memory[local(gradient).data_ptr()] > 1:  # it would be rescaled several times
-                group.parameters[name].grad = gradients[name] = gradient.clone(memory_format=torch.contiguous_format)
+        for name in in_shared_memory({name: local(gradient) for name, gradient in gradients.items()}):
+            gradient = gradients[name]  # which would be rescaled several times
+            group.parameters[name].grad = gradients[name] = gradient.clone(memory_format=torch.contiguous_format)
         group.rescale_(gradients, log_scale, power=-1)
         for entry in entries.values():
             group.rescale_(entry.tensors, log_scale, power=-entry.degree)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -13,7 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_ecopt.common.sharding import is_sharded, local
 from lightning_ecopt.common.signals import uninterrupted
-from lightning_ecopt.common.tensors import Tensors, to_device, updates_by_difference
+from lightning_ecopt.common.tensors import Tensors, in_shared_memory, to_device, updates_by_difference
 from lightning_ecopt.kernels import Coefficient, EagerKernels
 from lightning_ecopt.optim.bases import BASES, Base, Value, has_own_step, momentum_to_step
 from lightning_ecopt.optim.calls import StepCall
@@ -117,15 +116,11 @@ class WrappedStep:
         lets be changed.
         """
         own = self._parameters
-        memory = Counter(gradient.data_ptr() for gradient in gradients.values())
+        shared = in_shared_memory(gradients)
         before = {
             name: own[name].grad
             for name, g in gradients.items()
-            if updates_by_difference(g)
-            or g.requires_grad
-            or g.is_inference()
-            or memory[g.data_ptr()] > 1
-            or 0 in g.stride()
+            if updates_by_difference(g) or g.requires_grad or g.is_inference() or name in shared
         }
         shown = dict(gradients)
         try:
@@ -186,7 +181,7 @@ class FusedStep:
                 value = state.get(entry)
                 if not isinstance(value, Tensor) or value.dtype != kind:
                     return None
-                tensors[name] = value if type(value) is Tensor else local(value)
+                tensors[name] = local(value)
         return found
 
     def take(self, here: Reparametrization, weights: Tensors, gradients: Tensors, entries: Sequence[Tensors]) -> None:
