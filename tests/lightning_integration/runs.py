@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,17 +20,27 @@ ROOT = Path(__file__).parents[2]
 
 
 def launch(script: str, *arguments: object) -> str:
-    """Run a script of this folder with one thread in each process; what it prints."""
+    """Run a script of this folder with one thread in each process; what it prints.
+
+    Fails after five minutes with the stacks of all its processes.
+    """
     # What another launcher has left would make the script one of its ranks.
     environment = {name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "MASTER_PORT")}
     environment |= {
         "OMP_NUM_THREADS": "1",
+        "PYTHONFAULTHANDLER": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
     command = [sys.executable, "-m", f"tests.lightning_integration.{script}", *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, text=True, start_new_session=True, **pipes) as process:
+        try:
+            printed, errors = process.communicate(timeout=300)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGABRT)
+            printed, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return printed
 
 
 class Shuffled:
