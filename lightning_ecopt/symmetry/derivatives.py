@@ -275,14 +275,14 @@ def _largest(values: Tensor) -> tuple[Tensor, Tensor]:
 def _roundoff(gradients: Iterable[Tensor], known: float) -> Tensor:
     """The unit roundoff of what gradients were computed in: of 16 bits if any of them shows that, or what is known.
 
-    Numbers of 16 bits in 32 end in zeros, and so do sums of a few of them; of others one in 16 ends in four zeros. A
-    gradient of more digits tells nothing of what its unit's other gradients, or activations, were computed in.
+    Numbers of 16 bits in 32 or 64 end in zeros, and so do sums of a few of them; of others one in 16 ends in four
+    zeros. A gradient of more digits tells nothing of what its unit's other gradients, or activations, were computed in.
     """
     gradients = list(gradients)
     known = max(known, FLOAT32)
     if any(torch.finfo(gradient.dtype).bits < 32 for gradient in gradients):
         known = SIXTEEN
-    samples = [g.reshape(-1)[:SAMPLE].contiguous() for g in gradients if g.dtype == torch.float32]
+    samples = [g.reshape(-1)[:SAMPLE].contiguous() for g in gradients if g.dtype in (torch.float32, torch.float64)]
     if known >= SIXTEEN or not samples:
         return torch.tensor(known, device=gradients[0].device if gradients else "cpu")
     counts = torch.stack([_round_digits(sample) for sample in samples])
@@ -294,9 +294,10 @@ def _roundoff(gradients: Iterable[Tensor], known: float) -> Tensor:
 
 
 def _round_digits(values: Tensor) -> Tensor:
-    """How many elements are not zero, and how many of these end in four zeros, and in twelve: ``[3]``."""
-    digits, proper = values.view(torch.int32), values != 0
-    return torch.stack([proper.sum(), ((digits & 15 == 0) & proper).sum(), ((digits & 4095 == 0) & proper).sum()])
+    """How many elements are not zero, and how many of these end, in 32 bits, in four zeros, and in twelve: ``[3]``."""
+    proper, short = values != 0, values.float()
+    digits, exact = short.view(torch.int32), (short == values) & (values != 0)
+    return torch.stack([proper.sum(), ((digits & 15 == 0) & exact).sum(), ((digits & 4095 == 0) & exact).sum()])
 
 
 def roundoff_of(parameters: Mapping[str, Tensor]) -> float:

@@ -266,6 +266,20 @@ def test_what_is_done_to_gradients_raises_no_alarm(options: dict[str, Any]) -> N
 
 
 @pytest.mark.usefixtures("quiet")
+@pytest.mark.parametrize("kept", [torch.float32, torch.float64])
+@pytest.mark.parametrize("sent", [torch.float16, torch.bfloat16])
+def test_gradients_that_ranks_exchange_in_16_bits_raise_no_alarm(kept: torch.dtype, sent: torch.dtype) -> None:
+    module = net().to(kept)
+    optimizer = EquivalentClassOptimizer(
+        SGD(module.parameters(), lr=0.05), scaling_group(net(), torch.randn(2, 6)).of(module), refresh_interval=4
+    )
+    optimizer.follow_precision(lambda: "32-true" if kept is torch.float32 else "64-true")
+    data = ((x.to(kept), y) for x, y in batches())
+    train(module, optimizer, 40, data=data, change=lambda ps: [p.grad.copy_(p.grad.to(sent)) for p in ps])
+    assert optimizer.group.num_units == 28
+
+
+@pytest.mark.usefixtures("quiet")
 def test_a_fit_to_the_last_digit_raises_no_alarm() -> None:
     """The gradient is nothing but rounding in the end."""
     module = net(6, 16, 8, 3)
