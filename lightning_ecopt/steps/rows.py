@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import compress
@@ -81,8 +81,12 @@ class Rows:
 
     def additive(self) -> Tensor:
         """Whether a row is added to what the unit's weights give, ``bool[R]``. Found anew at each call."""
+        return self.where(lambda coupling: coupling.additive)
+
+    def where(self, holds: Callable[[Coupling], bool]) -> Tensor:
+        """Whether something holds for the coupling of a row, ``bool[R]``. Found anew at each call."""
         parts = _parts(self._couplings, self._order)
-        return _cat([part.filled(part.coupling.additive) for part in parts], self.sizes.device).to(torch.bool)
+        return _cat([part.filled(holds(part.coupling)) for part in parts], self.sizes.device).to(torch.bool)
 
     def by_parameter(self, values: Tensor) -> Tensor:
         """Sums over the rows of each parameter: ``[N]`` from ``[R]``. Groups are formed anew at each call."""

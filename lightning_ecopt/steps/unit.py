@@ -21,7 +21,8 @@ Why gradients are centred: the gradient of row k is the sum over the data of del
 row reads. Behind a ReLU a is positive. Then one eigenvalue of the row's metric E[a a^T] is far above the others; it
 belongs to the mean of a, and at the balanced member the mean is close to the direction of equal entries. Dividing the
 gradient's component in this direction by 10 is a natural gradient for that rank-one part, for the price of one mean per
-row. Taking the component out altogether is gradient centralization (Yong et al., arXiv:2004.01461).
+row. Taking the component out altogether is gradient centralization (Yong et al., arXiv:2004.01461). Rows that read
+powers, as behind a squared ReLU, are not centred: few of their values are large, and the mean has a smaller share.
 
 **What lr means with SGD.** A step of SGD without momentum has the relative length lr: s_k g_v is rho_k long (root mean
 square). Momentum mu adds gradients up: to 1 / (1 - mu) times their size if they are all the same, to 1 / sqrt(1 - mu^2)
@@ -49,11 +50,10 @@ of the weights into the same unit. Rows of several elements that are added, as p
 They begin small, and grow: they move by no less than the base would move them, and with SGD rho_k is at least typical.
 
 With SGD and ASGD a row has at least a tenth of the typical rho_k (the median over the parameters, as for rho, but at
-the balanced member), one of zeros all of it; rows of one element have at least a
-hundredth of the typical norm (the median, over the parameters, of the root mean square norms of their rows), and a bias
-without weights into its unit has a tenth of it. Elsewhere s_k = 1 for a row of zeros. sqrt(q_k) counts as at least
-1e-5 rms_j(rho_j sqrt(q_j)) / rho_k, with the root mean square over all rows j. So a gradient that is rounding, as a
-bias before a batch norm has, does not make a full step.
+the balanced member), one of zeros all of it; rows of one element have at least a hundredth of the typical norm (the
+median, over the parameters, of the root mean square norms of their rows), and a bias without weights into its unit has
+a tenth of it. Elsewhere s_k = 1 for a row of zeros. sqrt(q_k) counts as at least 1e-5 rms_j(rho_j sqrt(q_j)) / rho_k,
+with the root mean square over all rows j. So a gradient that is rounding, as before a batch norm, makes no full step.
 
 Weight decay is lr * weight_decay * w, without s_k, where it is decoupled or the base is SGD without momentum; elsewhere
 the base adds weight_decay * w / s_k to g_v, which enters its momentum or second moments.
@@ -83,7 +83,7 @@ from lightning_ecopt.steps.rule import (
     UnitStatistics,
 )
 from lightning_ecopt.steps.state import StateEntries, weight_averages
-from lightning_ecopt.symmetry import Coupling, ScalingGroup
+from lightning_ecopt.symmetry import ScalingGroup
 from lightning_ecopt.symmetry.coupling import NO_UNIT
 from lightning_ecopt.symmetry.gains import scale_to_gains_of_one
 
@@ -189,7 +189,7 @@ class UnitRule:
     refresh, norms and steps would drive each other up, exponentially in the number of epochs.
 
     Args:
-        couplings: of the scaling group; rows of parameters that are not among ``parameters`` are left out.
+        group: the scaling group; rows of parameters that are not among ``parameters`` are left out.
         parameters: the base optimizer's own, by name, at the balanced member; all on one device. If they are sharded,
             all ranks take their steps together.
         kernels: make the passes over weights and gradients.
@@ -201,7 +201,7 @@ class UnitRule:
     @ordinary_tensors()
     def __init__(
         self,
-        couplings: Sequence[Coupling],
+        group: ScalingGroup,
         parameters: Tensors,
         kernels: Kernels,
         kinds: Mapping[str, StepKind],
@@ -212,7 +212,7 @@ class UnitRule:
         # s_k, and a weight divided by it, stay within the range of the weights' type.
         tiny = torch.finfo(narrowest).tiny ** 0.75
         self.kernels = kernels
-        self.rows = Rows(couplings, parameters)
+        self.rows = Rows(group.couplings, parameters)
         self._linear, self._whole = self._of_kind(kinds, "linear"), self._of_kind(kinds, "whole")
         self._all_linear = self._linear is not None and bool(self._linear.all())
         self._size = self.rows.sizes
@@ -223,7 +223,8 @@ class UnitRule:
         means = {name: mean.to(parameters[name].dtype) for name, mean in (means or {}).items()}
         self._second = (1 - MEMORY) * self._sums_and_squares(means)[1] / self._size
         self._weight = (self._second > 0).to(self.rows.dtype) * (1 - MEMORY)
-        uncentred = self.rows.single | self.rows.additive()
+        reads_powers = self.rows.where(lambda each: group.monomials.has_powers(each.outgoing))
+        uncentred = self.rows.single | self.rows.additive() | reads_powers
         self._constants = _Constants.of(self._size, uncentred, self._whole, tiny)
         weights = {name: local(parameter) for name, parameter in parameters.items()}
         squares = self._sums_and_squares(weights)[1]
@@ -300,7 +301,7 @@ class UnitRule:
                 typical = {name: setting.weights[name].clone() for name in setting.parameters}
                 setting.group.rescale_(typical, log_scale)
         means = setting.means()
-        return cls(setting.group.couplings, setting.parameters, setting.kernels, setting.kinds, typical, means)
+        return cls(setting.group, setting.parameters, setting.kernels, setting.kinds, typical, means)
 
     def _of_kind(self, kinds: Mapping[str, StepKind], kind: StepKind) -> Tensor | None:
         """Rows of parameters in which the base's steps are of a kind, ``bool[R]``; ``None`` if there are none."""

@@ -113,6 +113,10 @@ class Monomials:
             return 1.0
         return max(1.0, float(self._to_products(self.exponents.abs()).max()))
 
+    def has_powers(self, scales: Tensor) -> bool:
+        """Whether a unit enters any of the scales with these numbers by another exponent than 1 and -1, as a square."""
+        return bool(torch.isin(scales, self.products[self.exponents.abs() != 1]).any())
+
     # Bounds -----------------------------------------------------------------------------------------------------------
 
     def bounded(self, above: Tensor, below: Tensor) -> tuple[Tensor, Tensor]:
