@@ -32,7 +32,6 @@ from lightning_ecopt.steps import RULES
 from lightning_ecopt.symmetry import DeferredGroup, ScalingGroup
 from lightning_ecopt.symmetry.followers import Given, check_given
 
-DEFAULTS = Options(refresh_interval="epoch")
 UNSUPPORTED_STRATEGIES = ("FSDPStrategy", "DeepSpeedStrategy", "XLAFSDPStrategy")
 
 
@@ -60,8 +59,9 @@ class EquivalentClassOptimization(Callback):
         rule: how a step is taken: ``"unit"``, relative to the unit that takes it; ``"path"``, in the path coordinates
             of the paper (EC-SGD); or ``"paper"``, in these with all options as in the paper, see
             :class:`~lightning_ecopt.EquivalentClassOptimizer`.
-        refresh_interval: when weights are balanced (and skeleton weights chosen) again: every ``"epoch"``, after a
-            number of steps, or never (``None``).
+        refresh_interval: when weights are balanced (and skeleton weights chosen) again: every ``"epoch"``; with
+            ``"auto"`` every epoch, or every few that have 64 steps together; after a number of steps; or never
+            (``None``).
         representative: ``"balanced"``, or ``"current"`` to stay at the weights as they are (then what happens does not
             depend on the class alone).
         skeleton: how the rule ``"path"`` chooses skeleton weights: ``"max"`` takes the largest weights, ``"diagonal"``
@@ -103,7 +103,7 @@ class EquivalentClassOptimization(Callback):
     def __init__(
         self,
         rule: RuleName = "unit",
-        refresh_interval: RefreshInterval = "epoch",
+        refresh_interval: RefreshInterval = "auto",
         representative: Representative = "balanced",
         skeleton: SkeletonChoice = "max",
         max_path_ratio: float | None = 2.0,
@@ -131,7 +131,6 @@ class EquivalentClassOptimization(Callback):
             state_powers=state_powers,
             check=check,
             implementation=implementation,
-            defaults=DEFAULTS,
         )
         check_given(followers)
         self._given = followers
@@ -209,7 +208,8 @@ class EquivalentClassOptimization(Callback):
             return made
         if not base.has_group_of_user:
             base.bind(finder)
-        chosen = {name: value for name, value in self._options.arguments().items() if value != getattr(DEFAULTS, name)}
+        defaults = Options()
+        chosen = {name: value for name, value in self._options.arguments().items() if value != getattr(defaults, name)}
         unused = [name for name, value in chosen.items() if value != getattr(base, name)]
         if unused:
             warn(
@@ -278,7 +278,7 @@ class EquivalentClassOptimization(Callback):
             optimizer.load_rule_state(saved)
         if self._saved.get("epoch") not in (None, trainer.current_epoch):  # of version 0.1
             for optimizer in self._optimizers:
-                if optimizer.refresh_interval == "epoch":
+                if optimizer.refresh_interval in ("auto", "epoch"):
                     optimizer.refresh()
         self._saved = {}
 

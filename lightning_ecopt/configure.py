@@ -80,7 +80,7 @@ def ec_adamw(
     Example::
 
         def configure_optimizers(self):
-            return ec_adamw(self, lr=1e-3)
+            return ec_adamw(self, lr=3e-3)
     """
     check_module("ec_adamw", "ECAdamW", module, params)
     followers = options.pop("followers", None)  # names, perhaps, which only the module knows
@@ -88,7 +88,7 @@ def ec_adamw(
 
 
 def ec_muon(
-    module: nn.Module, params: Params | None = None, *, lr: float = 1e-3, **options: Unpack[MuonArguments]
+    module: nn.Module, params: Params | None = None, *, lr: float = 3e-3, **options: Unpack[MuonArguments]
 ) -> ECMuon:
     """EC-Muon for a module, to be returned from ``configure_optimizers``.
 
@@ -112,7 +112,7 @@ def ec_muon(
     Example::
 
         def configure_optimizers(self):
-            return ec_muon(self, lr=1e-3)
+            return ec_muon(self, lr=3e-3)
     """
     check_module("ec_muon", "ECMuon", module, params)
     followers = options.pop("followers", None)  # names, perhaps, which only the module knows

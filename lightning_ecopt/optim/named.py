@@ -30,9 +30,9 @@ _Kind = TypeVar("_Kind", bound=EquivalentClassOptimizer)
 _OPTIONS = """\
         rule: ``"unit"``; ``"path"`` for the paper's path coordinates; or ``"paper"`` for these with all options as in
             the paper, see :class:`~lightning_ecopt.EquivalentClassOptimizer`.
-        refresh_interval: steps from one refresh to the next, or ``"epoch"`` for the first step of each epoch; ``None``
-            if only :meth:`refresh` asks for it. The epoch is known in a Trainer: to the callback, to ``ec_sgd`` and its
-            like.
+        refresh_interval: ``"epoch"``: a refresh in the first step of each epoch, which a Trainer tells; ``"auto"``:
+            likewise, but no sooner than 64 steps after the last, and every 500 steps where nobody tells the epoch; or
+            a number of steps; or ``None`` if only :meth:`refresh` asks for it.
         representative: ``"balanced"``, or ``"current"`` to stay at the weights as they are.
         skeleton: how the rule ``"path"`` chooses skeleton weights: ``"max"`` or ``"diagonal"``.
         max_path_ratio: the guard of the rule ``"path"``: the largest factor by which the scale of a unit changes
@@ -141,7 +141,7 @@ class ECSGD(EquivalentClassOptimizer):
         foreach: bool | None = None,
         fused: bool | None = None,
         rule: RuleName = "unit",
-        refresh_interval: RefreshInterval = 500,
+        refresh_interval: RefreshInterval = "auto",
         representative: Representative = "balanced",
         skeleton: SkeletonChoice = "max",
         max_path_ratio: float | None = 2.0,
@@ -197,7 +197,7 @@ class ECAdamW(EquivalentClassOptimizer):
 
     Example::
 
-        optimizer = ECAdamW(model.parameters(), lr=1e-3)
+        optimizer = ECAdamW(model.parameters(), lr=3e-3)
     """
 
     def __init__(
@@ -212,7 +212,7 @@ class ECAdamW(EquivalentClassOptimizer):
         foreach: bool | None = None,
         fused: bool | None = None,
         rule: RuleName = "unit",
-        refresh_interval: RefreshInterval = 500,
+        refresh_interval: RefreshInterval = "auto",
         representative: Representative = "balanced",
         skeleton: SkeletonChoice = "max",
         max_path_ratio: float | None = 2.0,
@@ -273,13 +273,13 @@ class ECMuon(EquivalentClassOptimizer):
 
     Example::
 
-        optimizer = ECMuon([{"params": matrices, "use_muon": True}, {"params": others, "use_muon": False}], lr=1e-3)
+        optimizer = ECMuon([{"params": matrices, "use_muon": True}, {"params": others, "use_muon": False}], lr=3e-3)
     """
 
     def __init__(
         self,
         params: Params,
-        lr: float = 1e-3,
+        lr: float = 3e-3,
         weight_decay: float = 1e-2,
         momentum: float = 0.95,
         nesterov: bool = True,
@@ -293,7 +293,7 @@ class ECMuon(EquivalentClassOptimizer):
         foreach: bool | None = None,
         fused: bool | None = None,
         rule: RuleName = "unit",
-        refresh_interval: RefreshInterval = 500,
+        refresh_interval: RefreshInterval = "auto",
         representative: Representative = "balanced",
         skeleton: SkeletonChoice = "max",
         max_path_ratio: float | None = 2.0,

@@ -75,8 +75,9 @@ class EquivalentClassOptimizer(Optimizer):
             modules that use the parameters are to be watched until the first step. Instead of a group it may be a
             :class:`~lightning_ecopt.symmetry.DeferredGroup`, which is found by then.
         rule: ``"unit"``, ``"path"`` or ``"paper"``.
-        refresh_interval: steps from one refresh to the next, or ``"epoch"`` for the first step of each epoch; ``None``
-            if only :meth:`refresh` asks for it. The epoch is known in a Trainer: to the callback, and to ``ec_sgd``.
+        refresh_interval: ``"epoch"``: a refresh in the first step of each epoch, which a Trainer tells; ``"auto"``:
+            likewise, but no sooner than 64 steps after the last, and every 500 steps where nobody tells the epoch; or
+            a number of steps; or ``None`` if only :meth:`refresh` asks for it.
         representative: ``"balanced"``, or ``"current"`` to stay at the weights as they are. Only the first depends on
             the class alone; the second is the paper's own setting.
         skeleton: how the rule ``"path"`` chooses skeleton weights: ``"max"`` takes the largest, ``"diagonal"`` is the
@@ -124,7 +125,7 @@ class EquivalentClassOptimizer(Optimizer):
         group: Source | None = None,
         *,
         rule: RuleName = "unit",
-        refresh_interval: RefreshInterval = 500,
+        refresh_interval: RefreshInterval = "auto",
         representative: Representative = "balanced",
         skeleton: SkeletonChoice = "max",
         max_path_ratio: float | None = 2.0,
@@ -276,7 +277,7 @@ class EquivalentClassOptimizer(Optimizer):
         self._session.bind(group, followers)
 
     def follow_epochs(self, epoch: Callable[[], int | None]) -> None:
-        """Tell what epoch it is, for ``refresh_interval="epoch"``: there is a refresh in the first step of each.
+        """Tell what epoch it is, as ``refresh_interval`` ``"auto"`` and ``"epoch"`` need to know.
 
         Args:
             epoch: returns the number of the current epoch, or ``None`` if there is none.

@@ -14,8 +14,12 @@ from lightning_ecopt.kernels import Implementation
 RuleName = Literal["unit", "path", "paper"]
 Representative = Literal["balanced", "current"]
 SkeletonChoice = Literal["max", "diagonal"]
-RefreshInterval = Literal["epoch"] | int | None
+RefreshInterval = Literal["auto", "epoch"] | int | None
 Check = Literal["gradient"] | None
+
+#: With ``refresh_interval="auto"``, steps from one refresh to the next: at least, where epochs are short, as a refresh
+#: of a small network costs as much as some thirty of its steps; and where nobody tells the epoch.
+FEWEST_STEPS, STEPS_WITHOUT_EPOCHS = 64, 500
 
 #: What ``rule="paper"`` stands for: the setting of Meng et al., arXiv:1802.03713, and of its authors' public code. They
 #: choose the skeleton weights once, unit i to unit i, and step in the values of the paths as these are, without bounds.
@@ -38,8 +42,9 @@ class Options:
         rule: how a step is taken. ``"unit"``: relative to the unit that takes it. ``"path"``: in the path coordinates
             of the paper. ``"paper"``: in the paper's exact setting, which is ``"path"`` with the options of
             :data:`PAPER`; they become the fields, so that ``Options(rule="paper").rule`` is ``"path"``.
-        refresh_interval: steps from one refresh to the next, or ``"epoch"`` for the first step of each epoch; ``None``
-            if only ``refresh()`` asks for one. The epoch is known in a Trainer.
+        refresh_interval: when there is a refresh. ``"epoch"``: in the first step of each epoch, which a Trainer tells.
+            ``"auto"``: likewise, but no sooner than 64 steps after the last one; every 500 steps where nobody tells the
+            epoch. A number: after so many steps. ``None``: only when ``refresh()`` asks for it.
         representative: ``"balanced"`` moves weights to the balanced member of their class at each refresh, so that
             training depends on the class alone. ``"current"`` leaves them where they are, as the paper does.
         skeleton: how the rule ``"path"`` chooses skeleton weights. ``"max"`` takes the largest weights. ``"diagonal"``
@@ -67,7 +72,7 @@ class Options:
     """
 
     rule: RuleName = "unit"
-    refresh_interval: RefreshInterval = 500
+    refresh_interval: RefreshInterval = "auto"
     representative: Representative = "balanced"
     skeleton: SkeletonChoice = "max"
     max_path_ratio: float | None = 2.0
@@ -157,7 +162,7 @@ class Options:
             raise ValueError(f"max_path_ratio must be a finite number greater than 1, or None, got {shown(ratio)}")
         if not _is_interval(interval):
             raise ValueError(
-                f"refresh_interval must be 'epoch', a positive number of steps, or None, got {shown(interval)}"
+                f"refresh_interval must be 'auto', 'epoch', a positive number of steps, or None, got {shown(interval)}"
             )
         if not (_is_finite(start) and start > 0):
             raise ValueError(f"free_start must be a finite number greater than 0, got {shown(start)}")
@@ -203,8 +208,23 @@ class OptionArguments(TypedDict, total=False):
     implementation: Implementation
 
 
+def interval_is_over(interval: RefreshInterval, steps: int, before: int | None, epoch: int | None) -> bool:
+    """Whether the next step begins with a refresh.
+
+    Args:
+        interval: the option.
+        steps: since the last refresh.
+        before: the epoch of the last step, if there was one and it is known.
+        epoch: that of the next step.
+    """
+    begins = None not in (before, epoch) and before != epoch
+    if interval == "auto":
+        return steps >= STEPS_WITHOUT_EPOCHS if epoch is None else begins and steps >= FEWEST_STEPS
+    return begins if interval == "epoch" else interval is not None and steps >= interval
+
+
 def _is_interval(value: object) -> bool:
-    return value is None or value == "epoch" or (_is_whole(value) and value >= 1)
+    return value in (None, "auto", "epoch") or (_is_whole(value) and value >= 1)
 
 
 def shown(value: object) -> str:

@@ -20,7 +20,7 @@ from lightning_ecopt.optim.binding import NO_FREEDOMS, Binding, Network, Source,
 from lightning_ecopt.optim.calls import states_in
 from lightning_ecopt.optim.gradient_check import GradientCheck
 from lightning_ecopt.optim.kernel_choice import KernelChoice
-from lightning_ecopt.optim.options import Options
+from lightning_ecopt.optim.options import Options, interval_is_over
 from lightning_ecopt.optim.rates import mistaken_rate
 from lightning_ecopt.optim.stages import Idle, Ready, Resting, Running, Stage, Waiting
 from lightning_ecopt.optim.stepper import Stepper
@@ -295,11 +295,8 @@ class Session:
 
     def interval_is_over(self) -> bool:
         """Whether the interval between refreshes, which may change at any time, is over."""
-        interval, before = self.options.refresh_interval, self.last_epoch
-        self.last_epoch = self.epoch()
-        if interval == "epoch":
-            return before is not None and self.last_epoch not in (before, None)
-        return interval is not None and self.steps_since_refresh >= interval
+        before, self.last_epoch = self.last_epoch, self.epoch()
+        return interval_is_over(self.options.refresh_interval, self.steps_since_refresh, before, self.last_epoch)
 
     def refresh(self, network: Network) -> None:
         """Move to the representative of the class and begin with the rule there.

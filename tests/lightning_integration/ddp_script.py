@@ -28,8 +28,8 @@ from torch.nn import functional as F
 from torch.optim import AdamW
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_ecopt import ECSGD, EquivalentClassOptimization, ec_adamw, ec_sgd
-from tests.lightning_integration.modules import EXAMPLE, Batch, Classifier, loader, mlp, trainer, weights
+from lightning_ecopt import ECSGD, ec_adamw, ec_sgd
+from tests.lightning_integration.modules import EXAMPLE, Batch, Classifier, loader, mlp, quiet, trainer, weights
 from tests.lightning_integration.runs import TakenUp
 from tests.lightning_integration.sync_batch_norm import on_cpu
 
@@ -306,7 +306,7 @@ class Case:
         record = Record(path)
         callbacks: list[Callback] = [record, *([Hooked(*self.hook)] if self.hook else [])]
         if self.callback is not None:
-            callbacks.append(EquivalentClassOptimization(**{"verbose": False, **self.callback}))
+            callbacks.append(quiet(**self.callback))
         module = self.module(world)
         kernels: AbstractContextManager[None] = on_cpu() if start and "sync_batchnorm" in options else nullcontext()
         with kernels:
@@ -426,7 +426,7 @@ class Resumed:
         return ends
 
     def _end(self, seed: int, checkpoint: Path | None, *saves: Callback) -> dict[str, Any]:
-        ours = [] if self.callback is None else [EquivalentClassOptimization(verbose=False, **self.callback)]
+        ours = [] if self.callback is None else [quiet(**self.callback)]
         run = trainer(*ours, *saves, strategy="ddp", devices=2, max_epochs=4, enable_checkpointing=bool(saves))
         module = TakenUp(mlp(seed), self.configure, self.example)
         run.fit(module, ckpt_path=checkpoint)

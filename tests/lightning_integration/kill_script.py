@@ -24,8 +24,8 @@ from torch.multiprocessing.spawn import ProcessException
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import ExponentialLR
 
-from lightning_ecopt import EquivalentClassOptimization, ec_adamw, ec_sgd
-from tests.lightning_integration.modules import mlp, sgd, trainer
+from lightning_ecopt import ec_adamw, ec_sgd
+from tests.lightning_integration.modules import mlp, quiet, sgd, trainer
 from tests.lightning_integration.runs import TakenUp
 
 EPOCHS, SAVED_EVERY, KILLED_AT = 3, 3, 8
@@ -72,7 +72,7 @@ class Run:
         """Train; what the run ends with is its last checkpoint."""
         torch.set_num_threads(1)
         folder.mkdir(parents=True, exist_ok=True)
-        ours = [] if self.rule is None else [EquivalentClassOptimization(rule=self.rule, verbose=False)]
+        ours = [] if self.rule is None else [quiet(rule=self.rule)]
         saves = ModelCheckpoint(
             folder, filename="{step}", save_top_k=-1, every_n_train_steps=SAVED_EVERY, save_last=True
         )

@@ -115,8 +115,9 @@ def fit(module: LightningModule, *callbacks: Callback, data: Any = None, **optio
 
 
 def quiet(**options: Any) -> EquivalentClassOptimization:
-    """The callback, without its report."""
-    return EquivalentClassOptimization(verbose=False, **options)
+    """The callback, without its report; it refreshes in each epoch, however few its steps are."""
+    interval = {} if options.get("rule") == "paper" else {"refresh_interval": "epoch"}
+    return EquivalentClassOptimization(**{"verbose": False, **interval, **options})
 
 
 def wrapped(net: nn.Module, base: Optimizer, example: Tensor = EXAMPLE, **options: Any) -> EquivalentClassOptimizer:

@@ -128,10 +128,19 @@ def test_the_group_can_be_reached_and_the_module_is_clean_after_fit() -> None:
 
 
 @RULES
-@pytest.mark.parametrize(("refresh", "steps"), [("epoch", [0, 4, 8]), (3, [0, 3, 6, 9]), (4, [0, 4, 8]), (None, [0])])
+@pytest.mark.parametrize(
+    ("refresh", "epochs", "steps"),
+    [
+        ("epoch", 3, [0, 4, 8]),
+        ("auto", 33, [0, 64, 128]),
+        (3, 3, [0, 3, 6, 9]),
+        (4, 3, [0, 4, 8]),
+        (None, 3, [0]),
+    ],
+)
 @EXAMPLES
 def test_refreshes_come_when_they_are_due(
-    monkeypatch: pytest.MonkeyPatch, refresh: Any, steps: list[int], example: Tensor | None, rule: str
+    monkeypatch: pytest.MonkeyPatch, refresh: Any, epochs: int, steps: list[int], example: Tensor | None, rule: str
 ) -> None:
     found: list[int] = []
     balance_ = ScalingGroup.balance_
@@ -142,7 +151,7 @@ def test_refreshes_come_when_they_are_due(
         return balance_(group, *args)
 
     monkeypatch.setattr(ScalingGroup, "balance_", spy)
-    fit(module, quiet(rule=rule, refresh_interval=refresh), max_epochs=3)
+    fit(module, quiet(rule=rule, refresh_interval=refresh), max_epochs=epochs)
     assert found == steps
 
 
@@ -189,10 +198,17 @@ def test_a_rule_that_is_set_after_the_papers_has_the_defaults_of_the_callback(ru
     ours.rule = rule
     run = fit(ours, quiet(rule="paper", max_path_ratio=None), max_epochs=3)
     (optimizer,) = run.optimizers
-    assert (optimizer.rule, optimizer.refresh_interval, optimizer.representative) == (rule, "epoch", "balanced")
+    assert (optimizer.rule, optimizer.refresh_interval, optimizer.representative) == (rule, "auto", "balanced")
     assert (optimizer.skeleton, optimizer.max_path_ratio, optimizer.free_start) == ("max", None, 2.0)
     plain = wrapped(net, sgd(net), rule="paper", max_path_ratio=None)
-    train_plainly(net, plain, batches(), 3, before_epoch=lambda epoch: setattr(plain, "rule", rule) if epoch else None)
+    train_plainly(
+        net,
+        plain,
+        batches(),
+        3,
+        refresh_each_epoch=False,
+        before_epoch=lambda epoch: setattr(plain, "rule", rule) if epoch else None,
+    )
     assert same(weights(ours), weights(net))
 
 

@@ -218,7 +218,8 @@ def test_progress_bars_show_metrics_and_the_report(
 ) -> None:
     ours = Losses(mlp(), example=example)
     others = kind(), RichModelSummary(), Timer()
-    run = fit(ours, *others, EquivalentClassOptimization(), enable_progress_bar=True, enable_model_summary=True)
+    callback = EquivalentClassOptimization(refresh_interval="epoch")
+    run = fit(ours, *others, callback, enable_progress_bar=True, enable_model_summary=True)
     captured = capsys.readouterr()
     said = captured.out + captured.err
     assert "loss_step" in said

@@ -10,10 +10,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_ecopt import EquivalentClassOptimization, EquivalentClassOptimizer, scaling_group
+from lightning_ecopt import EquivalentClassOptimizer, scaling_group
 from tests.lightning_integration.ddp_script import APART, APPROXIMATE, FORKED, RESUMED, SPAWNED, Resumed, cases, normed
 from tests.lightning_integration.join_script import COUNTS
-from tests.lightning_integration.modules import EXAMPLE, EXAMPLES, RULES, Classifier, fit, mlp, same, sgd, weights
+from tests.lightning_integration.modules import (
+    EXAMPLE,
+    EXAMPLES,
+    RULES,
+    Classifier,
+    fit,
+    mlp,
+    quiet,
+    same,
+    sgd,
+    weights,
+)
 from tests.lightning_integration.runs import differences, launch
 from tests.selection import everything, few, full
 
@@ -180,7 +191,7 @@ def test_spawned_processes_end_where_one_does(started: Path, name: str, rule: st
 @RULES
 @EXAMPLES
 def test_a_callback_that_has_trained_can_be_sent_to_other_processes(example: Tensor | None, rule: str) -> None:
-    callback = EquivalentClassOptimization(rule=rule, verbose=False)
+    callback = quiet(rule=rule)
     module = Classifier(mlp(), example=example)
     run = fit(module, callback)
     _, sent_callback, sent_module = pickle.loads(pickle.dumps((run, callback, module)))

@@ -28,6 +28,7 @@ from tests.lightning_integration.modules import (
     is_clean,
     loader,
     mlp,
+    quiet,
     same,
     sgd,
     trainer,
@@ -178,7 +179,7 @@ def test_a_run_that_starts_without_a_path_is_resumed_bit_identical(
 @RULES
 def test_a_run_that_is_resumed_twice_is_bit_identical(tmp_path: Path, rule: str) -> None:
     def parts(name: str) -> tuple[Callback, Callback]:
-        return EquivalentClassOptimization(rule=rule, verbose=False), saving(tmp_path / name, every_n_train_steps=3)
+        return quiet(rule=rule), saving(tmp_path / name, every_n_train_steps=3)
 
     expected = run(*parts("one"))
     run(*parts("two"), seed=8, ckpt=tmp_path / "one" / "step=3.ckpt")
@@ -216,7 +217,7 @@ def test_a_resumed_run_refreshes_when_the_uninterrupted_one_does(
 
 @RULES
 def test_a_checkpoint_can_be_loaded_as_weights_only(tmp_path: Path, rule: str) -> None:
-    run(EquivalentClassOptimization(rule=rule, verbose=False), saving(tmp_path, every_n_train_steps=3))
+    run(quiet(rule=rule), saving(tmp_path, every_n_train_steps=3))
     state = torch.load(tmp_path / "step=3.ckpt", weights_only=True)
     assert set(state["optimizer_states"][0]) >= {"state", "param_groups"}
 
@@ -234,7 +235,7 @@ def test_a_run_of_plain_sgd_goes_on_with_the_callback(
 ) -> None:
     rates, resumed_rates = Rates(), Rates()
     plain = run(rates, saving(tmp_path, every_n_train_steps=step))
-    callback = EquivalentClassOptimization(rule=rule, verbose=False)
+    callback = quiet(rule=rule)
     path = tmp_path / f"step={step}.ckpt"
     resumed = run(callback, resumed_rates, seed=9, example=example, ckpt=path)
     assert resumed_rates.steps == rates.steps[step:]
@@ -252,7 +253,7 @@ def test_a_run_of_plain_sgd_goes_on_with_the_callback(
 @RULES
 def test_a_run_with_the_callback_goes_on_with_plain_sgd(tmp_path: Path, rule: str) -> None:
     rates, resumed_rates = Rates(), Rates()
-    ours = run(EquivalentClassOptimization(rule=rule, verbose=False), rates, saving(tmp_path, every_n_train_steps=3))
+    ours = run(quiet(rule=rule), rates, saving(tmp_path, every_n_train_steps=3))
     path = tmp_path / "step=6.ckpt"
     resumed = run(resumed_rates, seed=9, ckpt=path)
     assert resumed_rates.steps == rates.steps[6:]
@@ -277,7 +278,7 @@ def test_a_run_with_the_callback_goes_on_with_plain_sgd(tmp_path: Path, rule: st
 
 def test_momentum_is_kept_in_weight_space_for_plain_sgd(tmp_path: Path) -> None:
     # A small start of the free coordinates lets paths move far in one step, so that the two spaces differ.
-    callback = EquivalentClassOptimization(rule="path", verbose=False, free_start=0.02)
+    callback = quiet(rule="path", free_start=0.02)
     run(callback, saving(tmp_path, every_n_train_steps=1), configure=sgd, example=EXAMPLE)
     state = torch.load(tmp_path / "step=1.ckpt", weights_only=True)
     start = Classifier(mlp())

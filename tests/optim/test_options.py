@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -22,7 +23,7 @@ from lightning_ecopt import (
     ec_sgd,
 )
 from lightning_ecopt.optim.named import AdamWArguments, MuonArguments, SGDArguments
-from lightning_ecopt.optim.options import OptionArguments, Options
+from lightning_ecopt.optim.options import OptionArguments, Options, interval_is_over
 from tests.optim.training import needs_muon
 
 NAMES = [field.name for field in fields(Options)]
@@ -33,9 +34,20 @@ def test_defaults_and_types_are_those_of_the_options(kind: Any) -> None:
     parameters, hints = inspect.signature(kind).parameters, get_type_hints(kind.__init__)
     its_own, options = get_type_hints(Options), Options()
     for name in NAMES:
-        is_callback = kind is EquivalentClassOptimization and name == "refresh_interval"
-        assert (parameters[name].default or {}) == ("epoch" if is_callback else getattr(options, name) or {})
+        assert (parameters[name].default or {}) == (getattr(options, name) or {})
         assert hints[name] == its_own[name]
+
+
+@pytest.mark.parametrize("length", [1, 28, 63, 64, 65, 200, None])
+def test_automatic_refreshes_come_with_epochs_and_not_too_often(length: int | None) -> None:
+    refreshes, last, before = [0], 0, 0 if length else None
+    for step in range(1, 2000):
+        epoch = None if length is None else step // length
+        if interval_is_over("auto", step - last, before, epoch):
+            refreshes, last = [*refreshes, step], step
+        before = epoch
+    apart = 500 if length is None else length * math.ceil(64 / length)
+    assert refreshes == list(range(0, 2000, apart))
 
 
 OPTIMIZERS = [EquivalentClassOptimizer, ECSGD, ECAdamW, ECMuon, MuonAdamW, ec_sgd, ec_adamw, ec_muon]
