@@ -145,10 +145,8 @@ def test_options_that_an_optimizer_has_of_its_own_are_named() -> None:
         fit(module, callback)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="EquivalentClassOptimization")
-        fit(
-            Classifier(mlp(), lambda m: ECSGD(m.parameters(), lr=0.1, rule="path")),
-            EquivalentClassOptimization(verbose=False),
-        )
+        callback = EquivalentClassOptimization(verbose=False)
+        fit(Classifier(mlp(), lambda m: ECSGD(m.parameters(), lr=0.1, rule="path")), callback)
 
 
 def test_the_report_describes_the_rule_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
