@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import groupby
 from math import prod
 
 import torch
@@ -23,8 +22,8 @@ MOST_SETS = 4
 class ForeachKernels(EagerKernels):
     """Works on all blocks by one call of an operation, in memory of the size of the gradients.
 
-    All weights have one type. Rows of one length that follow each other are added up as one matrix. Coefficients are
-    kept in memory of their own, so that they are cut into blocks once, and not at every step.
+    All weights have one type. Rows of one length are added up as one matrix. Coefficients are kept in memory of their
+    own, so that they are cut into blocks once, and not at every step.
     """
 
     def __init__(self) -> None:
@@ -44,36 +43,37 @@ class ForeachKernels(EagerKernels):
 
     def sums_and_squares(self, views: Views, shapes: Shapes, dtype: torch.dtype) -> Tensor:
         """See :class:`~lightning_ecopt.kernels.Kernels`."""
-        sums, norms = [], []
-        for start, end, length in self._set(views, shapes).runs:
+        sums, norms, known = [], [], self._set(views, shapes)
+        for numbers, length in known.bundles:
+            own = [views[k] for k in numbers]
             if length == 1:
-                values = eager._flat(views[start:end], dtype)
+                values = eager._flat(own, dtype)
                 sums.append(values)
                 norms.append(values)
             elif length:
-                rows = _rows(views[start:end])
+                rows = _rows(own)
                 sums.append(rows.sum(1, dtype=dtype))
                 norms.append(torch.linalg.vector_norm(rows, dim=1, dtype=dtype))
             else:
-                view, axes = views[start], eager._axes(views[start], shapes[start])
+                (view,), axes = own, eager._axes(own[0], shapes[numbers[0]])
                 sums.append(view.sum(axes, dtype=dtype).reshape(-1))
                 norms.append(torch.linalg.vector_norm(view, dim=axes, dtype=dtype).reshape(-1))
-        found = torch.cat([*sums, *norms]).view(2, -1)
+        found = known.in_order(torch.cat([*sums, *norms]).view(2, -1))
         found[1].square_()
         return found
 
     def products(self, views: Views, others: Views, shapes: Shapes, dtype: torch.dtype) -> Tensor:
         """See :class:`~lightning_ecopt.kernels.Kernels`."""
-        found = []
-        for start, end, length in self._set(views, shapes).runs:
-            own = views[start:end], others[start:end]
+        found, known = [], self._set(views, shapes)
+        for numbers, length in known.bundles:
+            own = [views[k] for k in numbers], [others[k] for k in numbers]
             if length == 1:
                 found.append(eager._flat(own[0], dtype) * eager._flat(own[1], dtype))
             elif length:
                 found.append((_rows(own[0]).to(dtype) * _rows(own[1])).sum(1, dtype=dtype))
             else:
-                found.append(eager._products(*own, shapes[start:end], dtype, False))
-        return torch.cat(found)[None]
+                found.append(eager._products(*own, [shapes[k] for k in numbers], dtype, False))
+        return known.in_order(torch.cat(found)[None])
 
     def _operate_(
         self, update: Update, lists: Sequence[Views | None], shapes: Shapes, coefficients: Mapping[str, Coefficient]
@@ -98,17 +98,24 @@ class _Set:
         shapes: of the places.
 
     Attributes:
-        runs: of blocks that can be worked on as one matrix of rows: first, end and length of the rows, zero if a block
-            has none.
+        bundles: of blocks that can be worked on as one matrix of rows: their numbers, and the length of the rows, zero
+            for a block by itself, which has none.
     """
 
     def __init__(self, views: Views, shapes: Shapes) -> None:
         self._shapes = shapes  # which nothing else may have the identity of
-        self.runs = _runs(views, shapes)
+        self.bundles = _bundles(views, shapes)
         self._counts = [prod(shape) for shape in shapes]
+        places = torch.arange(sum(self._counts), device="cpu").split(self._counts)
+        order = torch.cat([places[k] for numbers, _ in self.bundles for k in numbers])
+        self._order = None if bool((order.diff() == 1).all()) else order.argsort().to(views[0].device)
         on_cpu = all(view.device.type == "cpu" for view in views)
         self._type = views[0].dtype if on_cpu else None  # all views have one
         self._memory: dict[str, tuple[Tensor, list[Tensor]]] = {}
+
+    def in_order(self, values: Tensor) -> Tensor:
+        """What the bundles give, ``[..., P]``, in the order of the blocks."""
+        return values if self._order is None else values[..., self._order]
 
     def spread(self, name: str, value: Coefficient) -> Spread:
         """A coefficient for each block; a vector over the places of all, ``[P]``, is cut."""
@@ -128,16 +135,13 @@ class _Set:
         return [torch.as_tensor(value, dtype=self._type, device="cpu")] * len(self._shapes)
 
 
-def _runs(views: Views, shapes: Shapes) -> list[tuple[int, int, int]]:
-    """Blocks that can be worked on as one matrix of rows: first, end and length of the rows, zero if they are none."""
-    lengths = [_length(view, shape) for view, shape in zip(views, shapes, strict=True)]
-    runs, first = [], 0
-    for length, run in groupby(lengths):
-        count = len(list(run))
-        parts = [(first, first + count)] if length else [(k, k + 1) for k in range(first, first + count)]
-        runs += [(*part, length) for part in parts]
-        first += count
-    return runs
+def _bundles(views: Views, shapes: Shapes) -> list[tuple[list[int], int]]:
+    """Numbers of the blocks that can be worked on as one matrix of rows, and the length of these; zero if none are."""
+    found: dict[int, list[int]] = {}
+    for number, (view, shape) in enumerate(zip(views, shapes, strict=True)):
+        length = _length(view, shape)
+        found.setdefault(length or -number - 1, []).append(number)
+    return [(numbers, max(length, 0)) for length, numbers in found.items()]
 
 
 def _length(view: Tensor, shape: tuple[int, ...]) -> int:

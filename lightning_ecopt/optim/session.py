@@ -270,8 +270,8 @@ class Session:
 
     def gradients(self, network: Network) -> dict[str, Tensor]:
         """What this rank holds of the dense gradients of the optimizer's own weights."""
-        own = {name: p.grad for name, p in network.parameters.items()}
-        return {name: local(g) for name, g in own.items() if g is not None and not g.is_sparse}
+        own = network.parameters.items()
+        return {name: local(g) for name, p in own if (g := p.grad) is not None and not g.is_sparse}
 
     def entries(self, network: Network) -> dict[str, StateEntry]:
         """The entries of the base's state that have one number for each weight."""

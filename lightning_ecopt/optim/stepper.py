@@ -170,19 +170,13 @@ class FusedStep:
             return None
         if not gradients.keys() <= self._able:
             return None
-        found: list[dict[str, Tensor]] = [{} for _ in names]
-        states = self._optimizer.state
-        for name, gradient in gradients.items():
-            parameter = self._parameters[name]
-            kind, state = parameter.dtype, states.get(parameter, {})
-            if gradient.dtype != kind:
-                return None
-            for entry, tensors in zip(names, found, strict=True):
-                value = state.get(entry)
-                if not isinstance(value, Tensor) or value.dtype != kind:
-                    return None
-                tensors[name] = local(value)
-        return found
+        own = [self._parameters[name] for name in gradients]
+        kinds, states = [p.dtype for p in own], [self._optimizer.state.get(p, {}) for p in own]
+        # Lists are cheap, and there is one of them for each entry; networks have hundreds of parameters.
+        values = [[state.get(entry) for state in states] for entry in names]
+        if any([getattr(value, "dtype", None) for value in of] != kinds for of in (gradients.values(), *values)):
+            return None
+        return [dict(zip(gradients, map(local, of), strict=True)) for of in values]
 
     def take(self, here: Reparametrization, weights: Tensors, gradients: Tensors, entries: Sequence[Tensors]) -> None:
         """Take one step.
