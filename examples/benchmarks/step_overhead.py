@@ -9,7 +9,7 @@ README, are written from the lines that are there::
     python examples/benchmarks/step_overhead.py --out examples/benchmarks
     python examples/benchmarks/step_overhead.py --out examples/benchmarks --report --readme README.md
 
-``STEP_OVERHEAD.md`` says what each of the figures is.
+``STEP_OVERHEAD.md`` says what each of the figures is. ``gpu.sh`` runs this on a GPU.
 """
 
 from __future__ import annotations
