@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 from _pytest.mark.structures import ParameterSet
-from hypothesis import settings
 
 full = pytest.mark.full
 
@@ -88,6 +87,8 @@ def examples(number: int, **options: Any) -> Callable[[Any], Any]:
     It has three at least, as the first is the simplest that there is. A run of more than the default has the test
     among those marked ``full``, for it has more to try there.
     """
+    from hypothesis import settings  # here, so that the tests that need a GPU need pytest alone
+
     most = number if everything() else max(number // 10, 3)
     chosen = settings(max_examples=most, deadline=None, derandomize=True, **options)
     return lambda test: full(chosen(test)) if everything() else chosen(test)

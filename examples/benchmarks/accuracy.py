@@ -11,9 +11,10 @@ JSON, and runs whose line is there are not repeated, so that the grid may be run
     python examples/benchmarks/report.py results.jsonl --out examples/benchmarks
 
 FOLDER holds ``mnist.npz`` and ``cifar10.npz`` in Keras layout, or torchvision's copies, and ``tinyshakespeare.txt``.
-``--scale full`` is the grid for a GPU, ``--grid settings.yaml`` the one by which the defaults of the path rule were
-chosen. ``--tasks`` and ``--contenders`` restrict a sitting to some of the grid's. A line names its task and its
-contender: begin a new file when what these names stand for has changed.
+``--scale full`` is the grid for days of a GPU, ``--grid gpu.yaml`` that of ``gpu.sh`` for minutes, and ``--grid
+settings.yaml`` the one by which the defaults of the path rule were chosen. ``--tasks`` and ``--contenders`` restrict a
+sitting to some of the grid's. A line names its task and its contender: begin a new file when what these names stand for
+has changed.
 """
 
 from __future__ import annotations

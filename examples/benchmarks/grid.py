@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from torch import nn
 
@@ -62,6 +63,7 @@ class Task:
         epochs: passes over the training images; for text, ``steps`` instead.
         steps: number of steps; for images, ``epochs`` instead.
         rates: if they are not those of the grid.
+        autocast: whether the network is under autocast to bfloat16.
 
     Raises:
         ValueError: if not one of ``epochs`` and ``steps`` is given.
@@ -73,6 +75,7 @@ class Task:
     epochs: int | None = None
     steps: int | None = None
     rates: list[float] | None = None
+    autocast: bool = False
 
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):
@@ -82,6 +85,10 @@ class Task:
     def metric(self) -> Metric:
         """Text is judged by the loss, images by the accuracy."""
         return LOSS if "text" in self.data else ACCURACY
+
+    def precision(self, device: torch.device) -> torch.autocast:
+        """The context in which outputs and losses are computed."""
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.autocast)
 
     def net(self, outputs: int) -> nn.Module:
         from tasks import NETWORKS

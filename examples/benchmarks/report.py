@@ -336,8 +336,8 @@ def page(name: str, grid: Grid, results: Results, found: Found, conditions: Sequ
     return "\n".join(lines)
 
 
-def write_report(grid: Grid, results_path: Path, folder: Path, name: str) -> None:
-    """Write ``name.md`` and ``name.png`` of what has been run, and say what is missing.
+def write_report(grid: Grid, results_path: Path, folder: Path, name: str, with_figure: bool = True) -> None:
+    """Write ``name.md`` and, if it is asked for, ``name.png`` of what has been run, and say what is missing.
 
     Raises:
         ValueError: if nothing has, or the file is not one of this benchmark's.
@@ -348,8 +348,9 @@ def write_report(grid: Grid, results_path: Path, folder: Path, name: str) -> Non
         raise ValueError(f"{results_path} holds no complete search of this grid: run the missing ones first.")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.md").write_text(page(name, grid, results, found, read_conditions(results_path)))
-    plot(found, folder / f"{name}.png")
-    print(f"Wrote {folder / name}.md and {name}.png")
+    if with_figure:
+        plot(found, folder / f"{name}.png")
+    print(f"Wrote {folder / name}.md" + (f" and {name}.png" if with_figure else ""))
 
 
 def main() -> None:
@@ -359,11 +360,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(), help="folder to write to")
     parser.add_argument("--name", default="RESULTS", help="name of the two files")
     parser.add_argument("--readme", type=Path, help="file with the two markers, to fill in the table")
+    parser.add_argument("--no-figure", action="store_true", help="write the tables alone, which needs no matplotlib")
     add_grid_options(parser)
     arguments = parser.parse_args()
     try:
         grid = chosen_grid(arguments)
-        write_report(grid, arguments.results, arguments.out, arguments.name)
+        write_report(grid, arguments.results, arguments.out, arguments.name, not arguments.no_figure)
         if arguments.readme is not None:
             lines = readme_lines(grid, read_results(arguments.results))
             arguments.readme.write_text(between_markers(arguments.readme, "accuracy", lines))

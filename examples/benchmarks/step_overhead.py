@@ -3,13 +3,13 @@
 Two copies of a network with the same gradients take their steps in turn, base, equivalent-class form, base and so on,
 so that whatever else the machine does falls on both. The base is in its fastest setting, ``fused`` or ``foreach``,
 which is measured first. Every combination is one line of JSON, ``step_overhead.jsonl``, and those whose line is there
-are not repeated. With ``--report`` nothing is measured: ``STEP_OVERHEAD.md`` and the table of the README are written
-from the lines that are there::
+are not repeated. With ``--report`` nothing is measured: ``STEP_OVERHEAD.md``, and with ``--readme`` the table of the
+README, are written from the lines that are there::
 
     python examples/benchmarks/step_overhead.py --out examples/benchmarks
-    python examples/benchmarks/step_overhead.py --out examples/benchmarks --report
+    python examples/benchmarks/step_overhead.py --out examples/benchmarks --report --readme README.md
 
-``STEP_OVERHEAD.md`` says what each of the figures is.
+``STEP_OVERHEAD.md`` says what each of the figures is. ``gpu.sh`` runs this on a GPU.
 """
 
 from __future__ import annotations
@@ -26,35 +26,46 @@ import statistics
 import sys
 import tempfile
 import time
-import types
+import warnings
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import asdict, astuple
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
-import numpy as np
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
-from torch.profiler import profile, supported_activities
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 from pages import conditions  # noqa: E402
-from step_cases import IMPLEMENTATIONS, NETWORKS, OPTIMIZERS, RULES, Base, Case, Extras, Result, read_results  # noqa: E402
+from step_cases import (  # noqa: E402
+    IMPLEMENTATIONS,
+    NETWORKS,
+    OPTIMIZERS,
+    PARTS,
+    RULES,
+    Base,
+    Case,
+    Extras,
+    Result,
+    read_results,
+)
+from step_memory import held_bytes, usage  # noqa: E402
 from step_tables import Figures, device_tables, spread, target_table, write_report  # noqa: E402
 
 from lightning_ecopt import EquivalentClassOptimizer, scaling_group  # noqa: E402
 
 SPREAD = 0.1  # of the logarithms of scales before a refresh
-WARM_UP = 3
+WARM_UP = 6  # the first step, and those behind it at which gradients and weights are looked at
 PROBES = 7  # runs by which the fastest setting is chosen
 LEAST_SECONDS = 0.02  # of a run; shorter steps are repeated within it
 MOST_STEPS = 50
-ELSEWHERE = (nn.Module, type, types.ModuleType, types.CodeType, types.FrameType, str, bytes)  # holds nothing of its own
+FEW_STEPS = 10  # which a GPU can have in its queue, so that a step does not wait for a place there
 
 
 # Measurements ---------------------------------------------------------------------------------------------------------
@@ -111,9 +122,9 @@ def twin(net: nn.Module) -> nn.Module:
 
 
 def equivalent(
-    case: Case, net: nn.Module, setting: str, device: torch.device
+    case: Case, net: nn.Module, setting: str, device: torch.device, steps: float | None = math.inf
 ) -> tuple[EquivalentClassOptimizer, float]:
-    """The equivalent-class form, and the seconds that tracing took."""
+    """The equivalent-class form, and the seconds that tracing took; ``"auto"`` compiles for endlessly many steps."""
     example = NETWORKS[case.network].inputs(2).to(device)
     groups = []
     seconds = timed(lambda: groups.append(scaling_group(net, example)), device)
@@ -125,7 +136,7 @@ def equivalent(
         refresh_interval=None,
         implementation=case.implementation,  # type: ignore[arg-type]
     )
-    ec.follow_steps(lambda: math.inf, print)  # as in a long training, for which "auto" compiles
+    ec.follow_steps(lambda: steps, print)
     return ec, seconds
 
 
@@ -149,87 +160,86 @@ def measure_step(case: Case, net: nn.Module, setting: str, device: torch.device,
 
 
 def measure_training(
-    case: Case, net: nn.Module, setting: str, device: torch.device, runs: int, batch: int | None
+    case: Case,
+    net: nn.Module,
+    setting: str,
+    device: torch.device,
+    runs: int,
+    batch: int | None = None,
+    autocast: bool = False,
 ) -> Result:
     """Forward, loss, backward and step."""
-    network = NETWORKS[case.network]
-    batch = batch or (network.cpu_batch if device.type == "cpu" else 128)
     other = twin(net)
     base = OPTIMIZERS[case.optimizer].make(net, setting)
     ec, _ = equivalent(case, other, setting, device)
-    inputs = network.inputs(batch).to(device)
+    if autocast:
+        ec.follow_precision(lambda: "bf16-mixed")
+    inputs = NETWORKS[case.network].inputs_on(device, batch)
     with torch.no_grad():
         shape = net(inputs).shape
     labels = torch.randint(shape[-1], shape[:-1], device=device)
 
     def train(module: nn.Module, optimizer: Optimizer) -> None:
         optimizer.zero_grad()
-        F.cross_entropy(module(inputs).flatten(0, -2), labels.flatten()).backward()
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            loss = F.cross_entropy(module(inputs).flatten(0, -2), labels.flatten())
+        loss.backward()
         optimizer.step()
 
     seconds = alternate([lambda: train(net, base), lambda: train(other, ec)], device, runs)
-    return Result(case, setting, batch, *seconds)
+    return Result(case, setting, len(inputs), *seconds, autocast=autocast)
 
 
-def usage(step: Callable[[], object], device: torch.device) -> tuple[int, int]:
-    """Bytes that a step allocates at its peak, and its launches."""
-    memory: Any = torch.get_device_module(device)
-    before = 0
-    if device.type != "cpu":
-        synchronize(device)
-        memory.reset_peak_memory_stats(device)
-        before = memory.memory_allocated(device)
-    with profile(activities=supported_activities(), profile_memory=device.type == "cpu") as profiled:
+def measure_host(case: Case, net: nn.Module, setting: str, device: torch.device, runs: int) -> Result:
+    """The optimizer step until it returns, without waiting for the device."""
+    other = twin(net)
+    base = OPTIMIZERS[case.optimizer].make(net, setting)
+    ec, _ = equivalent(case, other, setting, device)
+    for _, step in itertools.product(range(WARM_UP), (base.step, ec.step)):
         step()
-        synchronize(device)
-    events = profiled.events()
-    if device.type == "cpu":
-        return cpu_peak(profiled), sum(outermost(event) for event in events if event.cpu_parent is None)
-    host = {event.name for event in events if event.device_type == torch.autograd.DeviceType.CPU}
-    launched = [event for event in events if event.name not in host]  # annotations are on both
-    return memory.max_memory_allocated(device) - before, len(launched)
+    rounds = [[until_return(step, device) for step in (base.step, ec.step)] for _ in range(runs)]
+    seconds = [list(one) for one in zip(*rounds, strict=True)]
+    return Result(case, setting, None, *seconds, waits=waits(ec.step, device))
 
 
-def outermost(event: Any) -> int:
-    """Operations that are not part of others, in an event of the profiler; and compiled functions."""
-    if "::" in event.name:
-        return 1
-    return event.name.startswith("Torch-Compiled Region") + sum(map(outermost, event.cpu_children))
+def until_return(step: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one of a few steps in a row, of which the device may do the work later."""
+    synchronize(device)
+    began = time.perf_counter()
+    for _ in range(FEW_STEPS):
+        step()
+    seconds = time.perf_counter() - began
+    synchronize(device)
+    return float(f"{seconds / FEW_STEPS:.5g}")
 
 
-def cpu_peak(profiled: profile) -> int:
-    """The highest running total of the allocations."""
-    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
-    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-    return max(itertools.accumulate(sizes, initial=0))
+def waits(step: Callable[[], object], device: torch.device) -> int | None:
+    """How often some steps wait for a GPU; ``None`` for other devices."""
+    if device.type != "cuda":
+        return None
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(FEW_STEPS):
+                step()
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    return sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
 
 
-def held_bytes(optimizer: EquivalentClassOptimizer, net: nn.Module) -> int:
-    """Of all that can be reached from the optimizer, each storage once; not of the network or of the base's state."""
-    tensors = [*net.parameters(), *net.buffers(), *(p.grad for p in net.parameters())]
-    tensors += [entry for entries in optimizer.state.values() for entry in entries.values()]
-    known = {_place(tensor) for tensor in tensors if isinstance(tensor, Tensor)}
-    held: dict[Any, int] = {}
-    seen: set[int] = set()
-    waiting: list[Any] = [optimizer]
-    while waiting:
-        item = waiting.pop()
-        if id(item) in seen or isinstance(item, ELSEWHERE):
-            continue
-        seen.add(id(item))
-        if isinstance(item, Tensor):
-            held[_place(item)] = item.untyped_storage().nbytes()
-        elif isinstance(item, np.ndarray):
-            held[item.__array_interface__["data"][0]] = item.nbytes
-        elif isinstance(item, types.FunctionType):
-            waiting += [item.__closure__, item.__defaults__, item.__kwdefaults__]  # its globals belong to its module
-        else:
-            waiting += gc.get_referents(item)
-    return sum(size for place, size in held.items() if place not in known)
+def measure_pause(case: Case, net: nn.Module, setting: str, device: torch.device, runs: int) -> Result:
+    """From a new optimizer to the end of its first step, with the trace, where nothing is compiled any more."""
 
+    def base(module: nn.Module) -> None:
+        OPTIMIZERS[case.optimizer].make(module, setting).step()
 
-def _place(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    def ec(module: nn.Module) -> None:
+        equivalent(case, module, setting, device, steps=None)[0].step()
+
+    seconds = [[timed(partial(start, twin(net)), device) for start in (base, ec)] for _ in range(1 + runs)]
+    return Result(case, setting, None, *map(list, zip(*seconds[1:], strict=True)))
 
 
 # All cases ------------------------------------------------------------------------------------------------------------
@@ -240,11 +250,14 @@ def cases(options: argparse.Namespace, network: str) -> Iterator[Case]:
     training = options.training
     if training is None:
         training = ["sgd-m", "adamw"] if options.device == "cpu" else list(OPTIMIZERS)
+    default_parts = [part for part in PARTS if part != "host" or options.device != "cpu"]
     for optimizer, rule, implementation in itertools.product(
         options.optimizers, options.rules, options.implementations
     ):
-        for part in ("step", "training") if optimizer in training else ("step",):
-            yield Case(part, options.device, network, optimizer, rule, implementation)
+        for part in options.parts or default_parts:
+            is_asked = {"training": optimizer in training, "pause": NETWORKS[network].has_pause}.get(part, True)
+            if is_asked:
+                yield Case(part, options.device, network, optimizer, rule, implementation)
 
 
 def all_conditions(options: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[str, Any]:
@@ -253,7 +266,8 @@ def all_conditions(options: argparse.Namespace, parser: argparse.ArgumentParser)
     for action in parser._actions:
         value = getattr(options, action.dest, action.default)
         if value != parser.get_default(action.dest) and action.dest not in ("out", "readme"):
-            words += [action.option_strings[0], *map(str, value if isinstance(value, list) else [value])]
+            values = value if isinstance(value, list) else [] if value is True else [value]
+            words += [action.option_strings[0], *map(str, values)]
     return {
         "on": options.device,
         **conditions(torch.device(options.device)),
@@ -291,6 +305,18 @@ def free(device: torch.device) -> None:
         torch.compiler.reset()
 
 
+def measure(case: Case, net: nn.Module, setting: str, options: argparse.Namespace) -> Result:
+    """One case."""
+    device = torch.device(options.device)
+    if case.part == "training":
+        runs, batch, autocast = options.training_runs, options.batch, options.autocast
+        return measure_training(case, net, setting, device, runs, batch, autocast)
+    if case.part == "pause":
+        return measure_pause(case, net, setting, device, options.training_runs)
+    part = measure_step if case.part == "step" else measure_host
+    return part(case, net, setting, device, options.runs)
+
+
 def run_cases(options: argparse.Namespace, file: TextIO, done: Container[Case]) -> tuple[list[Result], list[str]]:
     """Measure what is not done yet, one network at a time; returns results, and cases that failed."""
     device = torch.device(options.device)
@@ -308,11 +334,7 @@ def run_cases(options: argparse.Namespace, file: TextIO, done: Container[Case]) 
             try:
                 if case.optimizer not in settings:
                     settings[case.optimizer] = fastest_setting(net, OPTIMIZERS[case.optimizer], device)
-                setting = settings[case.optimizer]
-                if case.part == "step":
-                    result = measure_step(case, net, setting, device, options.runs)
-                else:
-                    result = measure_training(case, net, setting, device, options.training_runs, options.batch)
+                result = measure(case, net, settings[case.optimizer], options)
             except (RuntimeError, ValueError) as error:
                 failures.append(f"{label}: {error}")
             else:
@@ -326,12 +348,12 @@ def run_cases(options: argparse.Namespace, file: TextIO, done: Container[Case]) 
     return results, failures
 
 
-def main() -> None:
+def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of step_overhead.jsonl and STEP_OVERHEAD.md")
-    parser.add_argument("--report", action="store_true", help="write STEP_OVERHEAD.md and the table of the README")
-    parser.add_argument("--readme", type=Path, default=HERE.parents[1] / "README.md")
+    parser.add_argument("--report", action="store_true", help="write STEP_OVERHEAD.md, and measure nothing")
+    parser.add_argument("--readme", type=Path, help="file with the two markers, to fill in the table")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     for name, choices, default in (
         ("networks", NETWORKS, list(NETWORKS)),
@@ -340,6 +362,8 @@ def main() -> None:
         ("implementations", IMPLEMENTATIONS, ["auto"]),
     ):
         parser.add_argument(f"--{name}", nargs="+", choices=list(choices), default=default)
+    described = "; ".join(f"{part}: {what}" for part, what in PARTS.items())
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), help=f"{described}; by default all that make sense")
     parser.add_argument(
         "--training",
         nargs="*",
@@ -347,9 +371,16 @@ def main() -> None:
         help="optimizers whose whole training steps are measured; by default all, on a CPU sgd-m and adamw",
     )
     parser.add_argument("--runs", type=int, default=30, help="of the optimizer step alone")
-    parser.add_argument("--training-runs", type=int, default=10, help="of whole training steps")
-    parser.add_argument("--batch", type=int, help="of whole training steps, instead of 128 or what a CPU can do")
+    parser.add_argument("--training-runs", type=int, default=10, help="of whole training steps, and of the pause")
+    parser.add_argument("--batch", type=int, help="of whole training steps, instead of that of the network")
+    parser.add_argument("--autocast", action="store_true", help="whole training steps under autocast to bfloat16")
     parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def main() -> None:
+    """Measure, or write the report, and show all tables."""
+    parser = make_parser()
     options = parser.parse_args()
     if min(options.runs, options.training_runs) < 2:
         parser.error("--runs and --training-runs must be at least 2")

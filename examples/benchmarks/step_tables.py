@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pages import between_markers, in_words, read_conditions, table
 from rich.table import Table
-from step_cases import IMPLEMENTATIONS, NETWORKS, OPTIMIZERS, RULES, Case, Result, read_results
+from step_cases import IMPLEMENTATIONS, NETWORKS, OPTIMIZERS, PARTS, RULES, Case, Result, read_results
 
 EPOCH = 500  # steps from one refresh to the next
 LEGEND = """Written by `step_overhead.py --report` from the lines of JSON that it wrote before; its docstring says how.
@@ -25,10 +25,18 @@ compiled function adds one. The *first step* balances, compiles (without what wa
 of the base optimizer; a *refresh* is what a step takes longer than others if all units were rescaled by exp(N(0, 0.1))
 before it. It is compared with 500 training steps of the base at the batch that is given. *Steps*, beside the measured
 ratio of whole training steps, which also varies with everything else in them, is the difference of the steps alone as
-a share of a training step of the base.
+a share of a training step of the base; *bf16* is autocast to bfloat16. The *host time* of a step on an accelerator ends
+when the call returns, ten in a row; *waits* counts operations in ten steps, none a refresh or just behind one, for
+which the host waits until the GPU is done. The *pause* at the start of a fit is from a new optimizer to the end of its
+first step, the trace included; nothing is compiled in it, which the *first step* of the other table has.
 
 What has a target is *met* or *missed*.
 """
+
+
+def any_result(result: Result) -> bool:
+    """All results of a part."""
+    return True
 
 
 @dataclass(frozen=True)
@@ -39,34 +47,51 @@ class Target:
         title: in the table.
         part: of the cases that it is meant for.
         figure: name of a function of :class:`Figures`.
-        cpu: limit.
-        accelerator: limit.
-        optimizers: that it is meant for.
-        cnn_at_128: whether it is meant for CNNs with batches of 128 alone.
+        cpu: limit; ``None`` if it is not meant for a CPU.
+        accelerator: limit; ``None`` if it is not meant for an accelerator.
+        is_meant_for: says of a result of the part whether it is one of those.
     """
 
     title: str
     part: str
     figure: str
-    cpu: float
-    accelerator: float
-    optimizers: Sequence[str] = tuple(OPTIMIZERS)
-    cnn_at_128: bool = False
+    cpu: float | None
+    accelerator: float | None
+    is_meant_for: Callable[[Result], bool] = any_result
 
     def limit(self, result: Result) -> float | None:
         """``None`` where it is not meant for the result."""
-        case = result.case
-        if case.part != self.part or case.optimizer not in self.optimizers:
+        if result.case.part != self.part or not self.is_meant_for(result):
             return None
-        if self.cnn_at_128 and (result.batch != 128 or not NETWORKS[case.network].is_cnn):
-            return None
-        return self.cpu if case.device == "cpu" else self.accelerator
+        return self.cpu if result.case.device == "cpu" else self.accelerator
+
+
+def is_large_with(optimizer: str) -> Callable[[Result], bool]:
+    """Results of large networks with an optimizer."""
+    return lambda result: result.case.optimizer == optimizer and NETWORKS[result.case.network].is_large
 
 
 TARGETS = (
-    Target("EC-SGD with momentum, optimizer step alone", "step", "ratio", 1.6, 1.6, ("sgd-m",)),
-    Target("EC-AdamW, optimizer step alone", "step", "ratio", 1.6, 1.8, ("adamw",)),
-    Target("whole training step, batch 128 (CNN)", "training", "ratio", 1.02, 1.02, cnn_at_128=True),
+    Target("EC-SGD with momentum, optimizer step alone", "step", "ratio", 1.6, 1.5, is_large_with("sgd-m")),
+    Target("EC-AdamW, optimizer step alone", "step", "ratio", 1.6, 1.5, is_large_with("adamw")),
+    Target(
+        "whole training step, batch 128 (CNN)",
+        "training",
+        "ratio",
+        1.02,
+        None,
+        lambda result: result.batch == 128 and NETWORKS[result.case.network].is_cnn,
+    ),
+    Target(
+        "whole training step, bf16",
+        "training",
+        "ratio",
+        None,
+        1.01,
+        lambda result: result.autocast and NETWORKS[result.case.network].is_large,
+    ),
+    Target("host time of ResNet-50, ms", "host", "host", None, 1.0, lambda result: result.case.network == "resnet50"),
+    Target("waits for the device in ten steps", "host", "waits", None, 0),
     Target("memory held, share of the parameters", "step", "held", 0.01, 0.01),
     Target("memory at the peak of a step, share of the parameters", "step", "peak", 0.01, 0.01),
     Target(f"refresh, share of {EPOCH} training steps", "step", "refresh", 0.02, 0.02),
@@ -79,7 +104,7 @@ class Figures:
     def __init__(self, results: Iterable[Result]) -> None:
         def order(result: Result) -> list[int]:
             names = ("network", "optimizer", "rule", "implementation")
-            tables = (NETWORKS, OPTIMIZERS, RULES, IMPLEMENTATIONS)
+            tables: tuple[Iterable[str], ...] = (NETWORKS, OPTIMIZERS, RULES, IMPLEMENTATIONS)
             return [list(table).index(getattr(result.case, name)) for table, name in zip(tables, names, strict=True)]
 
         self.results = sorted(results, key=lambda result: (result.case.device, *order(result)))
@@ -91,6 +116,14 @@ class Figures:
     def ratio(self, result: Result) -> float:
         """Of the times."""
         return statistics.median(result.ratios)
+
+    def host(self, result: Result) -> float:
+        """Milliseconds of the equivalent-class form."""
+        return 1e3 * statistics.median(result.ec)
+
+    def waits(self, result: Result) -> int | None:
+        """For the device, in ten steps; ``None`` on a CPU."""
+        return result.waits
 
     def held(self, result: Result) -> float:
         """Relative to the parameters."""
@@ -132,7 +165,10 @@ class Figures:
         value = getattr(self, figure)(result)
         if value is None:
             return ""
-        text = spread(result.ratios) if figure == "ratio" else f"{100 * value:.3g} %"
+        if figure == "ratio":
+            text = spread(result.ratios)
+        else:
+            text = f"{value:.4g}" if figure in ("host", "waits") else f"{100 * value:.3g} %"
         return " ".join(filter(None, (text, self.verdict(figure, result))))
 
 
@@ -188,51 +224,97 @@ def described(case: Case) -> str:
 
 
 def device_tables(figures: Figures, device: str) -> list[Tabulated]:
-    """The tables of all results of a device."""
-    steps, training, once = [], [], []
+    """The tables of all results of a device; tables without a row are left out."""
+    rows: dict[str, list[list[str]]] = {part: [] for part in (*PARTS, "once")}
     for r in figures.find(device=device):
         start = [NETWORKS[r.case.network].title, described(r.case), r.setting]
         times = [f"{1e3 * statistics.median(seconds):.4g}" for seconds in (r.base, r.ec)]
-        if r.extras is None:
-            training.append([*start, str(r.batch), *times, figures.judged("ratio", r), figures.added(r)])
-            continue
-        shares = [figures.judged("held", r), figures.judged("peak", r)]
-        steps.append([*start, *times, figures.judged("ratio", r), *shares, launches(r)])
-        seconds = [f"{value:.3g}" for value in (r.extras.tracing, r.extras.first, r.extras.refresh)]
-        once.append([*start[:2], f"{r.extras.units:,}", *seconds, figures.judged("refresh", r)])
+        row = [*start, *times, figures.judged("ratio", r)]
+        if r.case.part == "training":
+            batch = f"{r.batch}, bf16" if r.autocast else str(r.batch)
+            row = [*start, batch, *row[3:], figures.added(r)]
+        elif r.case.part == "host":
+            row = [*start, times[0], figures.judged("host", r), row[-1], figures.judged("waits", r)]
+        elif r.extras is not None:
+            row += [figures.judged("held", r), figures.judged("peak", r), launches(r)]
+            seconds = [f"{value:.3g}" for value in (r.extras.tracing, r.extras.first, r.extras.refresh)]
+            rows["once"].append([*start[:2], f"{r.extras.units:,}", *seconds, figures.judged("refresh", r)])
+        rows[r.case.part].append(row)
     start, times = ["network", "optimizer, rule, implementation", "base"], ["base, ms", "EC, ms", "ratio"]
-    return [
-        Tabulated(f"Optimizer step alone, {device}", [*start, *times, "held", "peak", "launches"], steps),
-        Tabulated(f"Whole training step, {device}", [*start, "batch", *times, "steps"], training),
+    tables = [
+        Tabulated(f"Optimizer step alone, {device}", [*start, *times, "held", "peak", "launches"], rows["step"]),
+        Tabulated(f"Host time of a step, {device}", [*start, *times, "waits"], rows["host"]),
+        Tabulated(f"Whole training step, {device}", [*start, "batch", *times, "steps"], rows["training"]),
+        Tabulated(f"Pause at the start of a fit, {device}", [*start, *times], rows["pause"]),
         Tabulated(
             f"Start and refresh, {device}",
             [*start[:2], "H", "tracing, s", "first step, s", "refresh, s", f"of {EPOCH} training steps"],
-            once,
+            rows["once"],
         ),
     ]
+    return [one for one in tables if one.rows]
+
+
+# The README -----------------------------------------------------------------------------------------------------------
 
 
 SHOWN = ("sgd-m", "adamw")  # in the README
+NOT_MEASURED = "not measured"
 
 
 def short_table(figures: Figures) -> Tabulated:
-    """For the README: the optimizers with targets of their own, in the first of the implementations."""
-    header = ["device", "network", "optimizer", "rule", "step", "training step", "steps", "held", "peak", "launches"]
-    rows: dict[tuple[str, ...], list[str]] = {}
-    for r in figures.find(part="step"):
-        case = r.case
-        start = (case.device, NETWORKS[case.network].title, OPTIMIZERS[case.optimizer].title, case.rule)
-        if start in rows or case.optimizer not in SHOWN:
-            continue
-        training = figures.find(**{**asdict(case), "part": "training"})
-        cells = ["; ".join(figures.judged("ratio", found) for found in chosen) for chosen in ([r], training)]
-        cells.append("; ".join(map(figures.added, training)))
-        rows[start] = [*start, *cells, figures.judged("held", r), figures.judged("peak", r), launches(r)]
-    return Tabulated("In short", header, list(rows.values()))
+    """For the README: five rows for each device, a column for each optimizer with targets of its own and each rule."""
+    columns = list(itertools.product(SHOWN, RULES))
+    header = ["device", "", *(f"{OPTIMIZERS[optimizer].title}, {rule}" for optimizer, rule in columns)]
+    parts: dict[str, Callable[[Figures, dict[str, str]], str]] = {
+        "step alone": lambda found, case: ratios(found, "step", case),
+        "whole training step": lambda found, case: ratios(found, "training", case),
+        "small MLP, step alone": small_ratio,
+        "host time of ResNet-50, ms": host_time,
+        "pause of ResNet-18, s": pause,
+    }
+    rows = []
+    for device in dict.fromkeys(r.case.device for r in figures.results):
+        for title, cell in parts.items():
+            where = {"device": device, "implementation": "auto"}
+            cases = [{**where, "optimizer": optimizer, "rule": rule} for optimizer, rule in columns]
+            rows.append([device, title, *(cell(figures, case) or NOT_MEASURED for case in cases)])
+    return Tabulated("In short", header, rows)
 
 
-def write_report(results_path: Path, folder: Path, readme: Path) -> None:
-    """Write ``STEP_OVERHEAD.md`` and the table of the README.
+def ratios(figures: Figures, part: str, case: dict[str, str]) -> str:
+    """The range of the ratios that have a target, and how many meet it."""
+    judged = [r for r in figures.find(part=part, **case) if figures.verdict("ratio", r)]
+    if not judged:
+        return ""
+    values, met = list(map(figures.ratio, judged)), sum(figures.verdict("ratio", r) == "met" for r in judged)
+    return f"{min(values):.2f} to {max(values):.2f}, {met} of {len(judged)} met"
+
+
+def small_ratio(figures: Figures, case: dict[str, str]) -> str:
+    """The ratio of the small MLP."""
+    return "; ".join(spread(r.ratios) for r in figures.find(part="step", network="mlp-small", **case))
+
+
+def host_time(figures: Figures, case: dict[str, str]) -> str:
+    """Those of the base and of the equivalent-class form."""
+    found = figures.find(part="host", network="resnet50", **case)
+    return "; ".join(f"{1e3 * statistics.median(r.base):.2g} to {figures.judged('host', r)}" for r in found)
+
+
+def pause(figures: Figures, case: dict[str, str]) -> str:
+    """By how much longer it is than that of the base; and the first step where it compiles."""
+    where = {"network": "resnet18", **case}
+    pauses = [statistics.median(r.ec) - statistics.median(r.base) for r in figures.find(part="pause", **where)]
+    firsts = [r.extras.first for r in figures.find(part="step", **where) if r.extras is not None]
+    return "; ".join([*(f"{one:.2g}" for one in pauses), *(f"{one:.2g} if it compiles" for one in firsts)])
+
+
+# The page -------------------------------------------------------------------------------------------------------------
+
+
+def write_report(results_path: Path, folder: Path, readme: Path | None = None) -> None:
+    """Write ``STEP_OVERHEAD.md``, and the table of a README.
 
     Raises:
         ValueError: if there are no results, or the README has no place for them.
@@ -241,7 +323,7 @@ def write_report(results_path: Path, folder: Path, readme: Path) -> None:
     if not results:
         raise ValueError(f"{results_path} holds no results: measure first.")
     figures = Figures(results.values())
-    short = between_markers(readme, "step overhead", short_table(figures).markdown())
+    short = readme and between_markers(readme, "step overhead", short_table(figures).markdown())
     lines = ["# Results of the step-overhead benchmark", "", LEGEND, "Measured with", ""]
     lines += [f"- {in_words(one)}" for one in read_conditions(results_path)]
     lines += ["", *target_table(figures).markdown()]
@@ -250,4 +332,5 @@ def write_report(results_path: Path, folder: Path, readme: Path) -> None:
             lines += [f"## {one.title}", "", *one.markdown()]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "STEP_OVERHEAD.md").write_text("\n".join(lines))
-    readme.write_text(short)
+    if readme is not None and short is not None:
+        readme.write_text(short)

@@ -189,7 +189,8 @@ def fit(net: nn.Module, method: Method, run: Run, task: Task, data: tasks.Data, 
         for options in method.optimizer.param_groups:
             options["lr"] = run.rate * schedule(done - 1, total, warmup)
         method.optimizer.zero_grad()
-        loss = cross_entropy(net, x, y)
+        with task.precision(x.device):
+            loss = cross_entropy(net, x, y)
         loss.backward()
         method.step()
         losses[done - 1] = loss.detach()
@@ -210,6 +211,8 @@ def train(run: Run, task: Task, contender: Contender, warmup: float, folder: str
     data = tasks.load(folder, device, **task.data)
     net = start(run, task, contender, data)
     method = Method(contender, net, data.example, run.rate)
+    if task.autocast and isinstance(method.optimizer, EquivalentClassOptimizer):
+        method.optimizer.follow_precision(lambda: "bf16-mixed")
     clock = time.process_time if device == "cpu" else time.perf_counter
     began = clock()
     losses, learned = fit(net, method, run, task, data, warmup)
@@ -235,11 +238,12 @@ def evaluate(net: nn.Module, task: Task, data: tasks.Data, part: str) -> float:
     net.eval()
     total, number = 0.0, 0
     for x, y in data.held_out(part):
-        outputs = net(x)
-        if task.metric is ACCURACY:
-            total += 100 * float((outputs.argmax(1) == y).sum())
-        else:
-            total += float(F.cross_entropy(outputs.flatten(0, -2), y.flatten(), reduction="sum"))
+        with task.precision(x.device):
+            outputs = net(x)
+            if task.metric is ACCURACY:
+                total += 100 * float((outputs.argmax(1) == y).sum())
+            else:
+                total += float(F.cross_entropy(outputs.flatten(0, -2), y.flatten(), reduction="sum"))
         number += y.numel()
     value = total / number
     return value if task.metric is ACCURACY or not value > chance(task, data) else chance(task, data)

@@ -143,6 +143,19 @@ def test_rates_are_tried_outwards_until_they_are_hopeless_and_refined_around_the
     assert searched(coarse, hopeless_in_the_middle) == ([{0.1}, {1.0, 0.01}, {0.001}], 0.001)
 
 
+@pytest.mark.parametrize("best", [0, 1])
+def test_the_grid_for_a_gpu_is_24_runs_whichever_rate_is_best(best: int) -> None:
+    grid = Grid.read(BENCHMARKS / "gpu.yaml")
+    results: dict[Run, Result] = {}
+    while missing := [run for run in accuracy.wanted(grid, results) if run not in results]:
+        for run in missing:
+            is_best = run.rate == grid.rates_of(run.task)[best]
+            results[run] = result(run, 90.0 if is_best else 10.0)
+    assert len(results) == 24
+    assert {run.scale for run in results} == {0.0}
+    assert all(accuracy.chosen_rate(grid, *pair, results) for pair in grid.pairs(1))
+
+
 def test_of_losses_the_least_is_the_best(grid: Grid) -> None:
     scores = {0.01: 2.0, 0.1: 1.9, 1.0: 4.0, 0.001: 2.2, 0.032: 1.8, 0.32: 3.0}
     assert searched(grid, scores, "text") == ([{0.1}, {1.0, 0.01}, {0.001}, {0.032, 0.32}], 0.032)
@@ -262,6 +275,33 @@ def test_a_run_records_its_curve_and_the_memory_of_its_state(grid: Grid, folder:
     assert adamw.state_bytes == 8 * count + 4 * 4  # and one counter for each tensor
 
 
+def test_a_task_under_autocast_computes_in_16_bits_and_says_so(
+    folder: str, grid: Grid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str | None] = []
+    monkeypatch.setattr(
+        training.EquivalentClassOptimizer, "follow_precision", lambda self, precision: told.append(precision())
+    )
+    seen = set()
+    build = tasks.NETWORKS["mlp"]
+
+    def watched(**arguments: object) -> nn.Module:
+        net = build(**arguments)
+        net.register_forward_hook(lambda module, inputs, outputs: seen.add((module.training, outputs.dtype)))
+        return net
+
+    monkeypatch.setitem(tasks.NETWORKS, "mlp", watched)
+    task = dataclasses.replace(grid.tasks["images"], autocast=True)
+    found = trained(dataclasses.replace(grid, tasks={"images": task}), Run("images", UNITS, 0.1, 0), folder)
+    assert seen == {(True, torch.float32), (True, torch.bfloat16), (False, torch.bfloat16)}  # the first is the trace
+    assert told == ["bf16-mixed"]
+    assert found.test > 50
+    seen.clear()
+    trained(grid, Run("images", UNITS, 0.1, 0), folder)
+    assert {dtype for _, dtype in seen} == {torch.float32}
+    assert told == ["bf16-mixed"]
+
+
 def test_text_has_an_epoch_of_its_own(folder: str, grid: Grid, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tasks, "EPOCH_OF_TEXT", 7)
     data = tasks.load(folder, "cpu", **grid.tasks["text"].data)
@@ -310,7 +350,7 @@ def test_the_first_clipped_gradient_is_that_of_the_balanced_weights(folder: str,
     assert data.outputs == 10
 
 
-@pytest.mark.parametrize("scale", ["default", "full", "settings"])
+@pytest.mark.parametrize("scale", ["default", "full", "settings", "gpu", "gpu_smoke"])
 def test_every_contender_of_the_committed_grids_can_take_a_step(scale: str) -> None:
     grid = Grid.read(BENCHMARKS / f"{scale}.yaml")
     seen = set()
@@ -327,7 +367,9 @@ def test_every_contender_of_the_committed_grids_can_take_a_step(scale: str) -> N
             method = training.Method(grid.contenders[contender], net, x[:2], 0.01)
             method.start_epoch()
             before = nn.utils.parameters_to_vector(net.parameters()).detach().clone()
-            training.cross_entropy(net, x, y).backward()
+            with task.precision(x.device):
+                loss = training.cross_entropy(net, x, y)
+            loss.backward()
             method.step()
             after = nn.utils.parameters_to_vector(net.parameters()).detach()
             assert after.isfinite().all()

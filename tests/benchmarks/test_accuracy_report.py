@@ -191,6 +191,16 @@ def test_a_complete_report_has_all_comparisons(grid: Grid, tmp_path: Path) -> No
     assert cells[7:11] == ["factor 2.5", "factor 2.5", "2.0", "0.50"]
 
 
+def test_tables_need_no_figure(grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = saved(completed(grid), tmp_path / "results.jsonl")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    options = [str(path), "--out", str(tmp_path), "--grid", str(tmp_path / "grid.yaml"), "--no-figure"]
+    monkeypatch.setattr(sys, "argv", ["report.py", *options])
+    report.main()
+    assert "SGD-M" in (tmp_path / "RESULTS.md").read_text()
+    assert not (tmp_path / "RESULTS.png").exists()
+
+
 @pytest.mark.parametrize("stop", [3, 9, 14, 25])
 def test_a_part_of_the_runs_is_reported_with_what_is_missing(stop: int, grid: Grid, tmp_path: Path) -> None:
     path = saved(completed(grid, stop), tmp_path / "results.jsonl")

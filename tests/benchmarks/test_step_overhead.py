@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +30,7 @@ pytestmark = full
 CPU = torch.device("cpu")
 START, END = "<!-- step overhead -->", "<!-- /step overhead -->"
 PARAMETERS = {
+    "mlp-small": 55_050,
     "mlp": 785 * 2048 + 3 * 2049 * 2048 + 2049 * 10,
     "vgg13": 9_413_066,
     "resnet18": 11_173_962,
@@ -36,7 +38,9 @@ PARAMETERS = {
     "vit-b16": 86_567_656,
     "gpt2": 124_439_808,
 }
-TINY = step_cases.Network("tiny", lambda: tasks.mlp(16, 1, 8, True, "he"), step_cases.images(4, 1), is_cnn=True)
+TINY = step_cases.Network(
+    "tiny", lambda: tasks.mlp(16, 1, 8, True, "he"), step_cases.images(4, 1), batch=6, is_cnn=True, has_pause=True
+)
 
 
 @pytest.fixture(autouse=True)
@@ -77,12 +81,26 @@ def test_networks_have_the_parameters_that_are_known(name: str) -> None:
     assert outputs.shape[-1] == {"resnet50": 1000, "vit-b16": 1000, "gpt2": 50257}.get(name, 10)
 
 
+def test_batches_on_a_gpu_are_of_real_size() -> None:
+    found = {}
+    for name, network in step_cases.NETWORKS.items():
+        with torch.device("meta"):
+            found[name] = tuple(network.inputs_on(torch.device("meta")).shape)
+    assert found["resnet50"] == (256, 3, 224, 224)
+    assert found["vit-b16"] == (128, 3, 224, 224)
+    assert found["gpt2"] == (16, 1024)
+    assert found["vgg13"] == (512, 3, 32, 32)
+    assert step_cases.NETWORKS["gpt2"].inputs_on(CPU).shape == (1, 128)
+    assert len(TINY.inputs_on(CPU)) == 128
+    assert len(TINY.inputs_on(CPU, 5)) == 5
+
+
 def test_every_combination_is_measured_with_plausible_figures(folder: Path) -> None:
     results = step_cases.read_results(folder / "step_overhead.jsonl")
     (where,) = pages.read_conditions(folder / "step_overhead.jsonl")
     asked = {
         Case(part, "cpu", "tiny", optimizer, rule, "auto")
-        for part in ("step", "training")
+        for part in ("step", "training", "pause")
         for optimizer in ("sgd-m", "adamw")
         for rule in ("unit", "path")
     }
@@ -91,8 +109,9 @@ def test_every_combination_is_measured_with_plausible_figures(folder: Path) -> N
         assert len(result.base) == len(result.ec) == 2
         assert min(result.base + result.ec) > 0
         assert result.setting in ("fused", "foreach")
-        if result.case.part == "training":
-            assert (result.batch, result.extras) == (4, None)
+        assert (result.waits, result.autocast) == (None, False)
+        if result.case.part != "step":
+            assert (result.batch, result.extras) == (4 if result.case.part == "training" else None, None)
             continue
         extras = result.extras
         assert extras is not None
@@ -118,7 +137,7 @@ def test_an_interrupted_run_goes_on_with_what_is_missing(folder: Path, monkeypat
         ("training", "path", "adamw"),
     }
     monkeypatch.delattr(step_overhead, "measure_training")
-    assert len(measure(folder, "--optimizers", "sgd-m", "adamw")) == len(after) == 8
+    assert len(measure(folder, "--optimizers", "sgd-m", "adamw")) == len(after) == 12
 
 
 def test_a_case_that_fails_is_named_and_the_others_are_measured(
@@ -129,7 +148,7 @@ def test_a_case_that_fails_is_named_and_the_others_are_measured(
 
     monkeypatch.setattr(step_overhead, "measure_step", fails)
     with pytest.raises(SystemExit, match="step cpu tiny sgd-m unit auto: no memory for unit"):
-        measure(tmp_path, "--optimizers", "sgd-m", "--rules", "unit")
+        measure(tmp_path, "--optimizers", "sgd-m", "--rules", "unit", "--parts", "step", "training")
     (result,) = step_cases.read_results(tmp_path / "step_overhead.jsonl").values()
     assert result.case.part == "training"
     assert "training cpu tiny sgd-m unit auto: " in capsys.readouterr().out
@@ -159,6 +178,20 @@ def test_a_line_of_another_file_is_refused(tmp_path: Path) -> None:
         step_cases.read_results(path)
 
 
+def test_parts_and_autocast_are_chosen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = ["--optimizers", "sgd-m", "--rules", "unit", "--parts", "host", "training", "--autocast"]
+    host, training = measure(tmp_path, *chosen)
+    assert (host.case.part, host.autocast, training.case.part, training.autocast) == ("host", False, "training", True)
+    assert host.waits is None
+    (where,) = pages.read_conditions(tmp_path / "step_overhead.jsonl")
+    assert "--parts host training" in where["command"]
+    assert where["command"].endswith("--autocast")
+    shown = capsys.readouterr().out
+    assert "Host time of a step, cpu" in shown
+    assert "4, bf16" in shown
+    assert "Pause" not in shown
+
+
 # How it measures ------------------------------------------------------------------------------------------------------
 
 
@@ -175,6 +208,49 @@ def test_short_steps_are_repeated_within_a_run(monkeypatch: pytest.MonkeyPatch) 
     calls: list[str] = []
     step_overhead.alternate([lambda: calls.append("base")], CPU, 2)
     assert len(calls) == step_overhead.WARM_UP + 1 + 2 * step_overhead.MOST_STEPS
+
+
+def test_the_host_time_ends_when_the_last_of_a_few_steps_returns(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 5.0])
+    events: list[str] = []
+    monkeypatch.setattr(step_overhead.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(step_overhead, "synchronize", lambda device: events.append(f"wait, {clock.__length_hint__()}"))
+    seconds = step_overhead.until_return(lambda: events.append("step"), CPU)
+    assert seconds == 5.0 / step_overhead.FEW_STEPS
+    assert events == ["wait, 2", *step_overhead.FEW_STEPS * ["step"], "wait, 0"]
+
+
+def test_waits_for_a_gpu_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[object] = []
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def step() -> None:
+        warnings.warn("called a synchronizing CUDA operation (Triggered internally)", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+
+    assert step_overhead.waits(step, torch.device("cuda")) == step_overhead.FEW_STEPS
+    assert modes == ["warn", 0]
+    assert step_overhead.waits(step, CPU) is None
+
+
+def test_the_pause_is_that_of_new_optimizers_which_compile_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float | None] = []
+    original = step_overhead.equivalent
+
+    def equivalent(*arguments: object, steps: float | None) -> object:
+        asked.append(steps)
+        return original(*arguments, steps=steps)
+
+    monkeypatch.setattr(step_overhead, "equivalent", equivalent)
+    net = TINY.build()
+    step_overhead.set_gradients(net)
+    before = [p.detach().clone() for p in net.parameters()]
+    found = step_overhead.measure_pause(result("pause").case, net, "foreach", CPU, 3)
+    assert [len(found.base), len(found.ec)] == [3, 3]
+    assert min(found.ec) > max(found.base)  # it has traced
+    assert asked == 4 * [None]
+    assert all(map(torch.equal, before, net.parameters()))
 
 
 def test_the_copies_start_with_the_same_weights_and_gradients_and_stay_there() -> None:
@@ -268,8 +344,8 @@ def result(part: str = "step", optimizer: str = "sgd-m", ratio: float = 1.5, **c
     extras = Extras(8, 1000, 0.1, 0.2, 0.5, 10, (100, 112), (1, 9))
     base = [0.25, 0.5, 1.0]
     made = Result(case, "fused", None, base, [ratio * seconds for seconds in base], extras)
-    if part == "training":
-        made = dataclasses.replace(made, batch=128, extras=None)
+    if part != "step":
+        made = dataclasses.replace(made, batch=128 if part == "training" else None, extras=None)
     return dataclasses.replace(made, **changes)
 
 
@@ -278,18 +354,62 @@ def result(part: str = "step", optimizer: str = "sgd-m", ratio: float = 1.5, **c
     [
         (result(ratio=1.5), "met"),
         (result(ratio=1.75), "missed"),
-        (result(ratio=1.75, device="cuda"), "missed"),
+        (result(ratio=1.5625, device="cuda"), "missed"),
         (result(optimizer="adamw", ratio=1.75), "missed"),
-        (result(optimizer="adamw", ratio=1.75, device="cuda"), "met"),
+        (result(optimizer="adamw", ratio=1.5, device="cuda"), "met"),
+        (result(ratio=1.5, network="mlp-small"), ""),
         (result(optimizer="adam", ratio=9.0), ""),
         (result("training", ratio=1.015625), "met"),
         (result("training", ratio=1.03125), "missed"),
         (result("training", ratio=1.03125, batch=2), ""),
         (result("training", ratio=1.03125, network="gpt2"), ""),
+        (result("training", ratio=1.015625, network="gpt2", device="cuda"), ""),
+        (result("training", ratio=1.015625, network="gpt2", device="cuda", autocast=True), "missed"),
+        (result("training", ratio=1.0, network="gpt2", device="cuda", autocast=True), "met"),
+        (result("host", ratio=1.0, network="resnet50", device="cuda"), ""),
     ],
 )
 def test_ratios_are_met_or_missed_where_there_is_a_target(found: Result, verdict: str) -> None:
     assert step_tables.Figures([found]).verdict("ratio", found) == verdict
+
+
+def test_host_times_and_waits_have_targets_on_a_gpu() -> None:
+    quick = result("host", ratio=1.5, network="resnet50", device="cuda", base=[4e-4], ec=[6e-4], waits=0)
+    slow = dataclasses.replace(quick, ec=[0.002], waits=3)
+    figures = step_tables.Figures([quick, slow])
+    assert [figures.judged("host", one) for one in (quick, slow)] == ["0.6 met", "2 missed"]
+    assert [figures.judged("waits", one) for one in (quick, slow)] == ["0 met", "3 missed"]
+    other = result("host", network="gpt2", device="cuda", ec=[0.002], waits=0)
+    assert [figures.judged(figure, other) for figure in ("host", "waits")] == ["2", "0 met"]
+    on_cpu = result("host", network="resnet50", ec=[0.002])
+    assert [figures.judged(figure, on_cpu) for figure in ("host", "waits")] == ["2", ""]
+
+
+def test_the_readme_has_five_rows_for_each_device() -> None:
+    found = [
+        result(ratio=1.5),
+        result(ratio=1.75, network="vgg13"),
+        result("training", ratio=1.0),
+        result(ratio=3.0, network="mlp-small"),
+        result("host", network="resnet50", device="cuda", base=[2.5e-4], ec=[5e-4]),
+        result("pause", network="resnet18", base=[0.125, 0.125], ec=[0.5, 0.5]),
+        result(ratio=1.5, network="resnet18", device="cuda"),
+    ]
+    table = step_tables.short_table(step_tables.Figures(found))
+    unit = {(row[0], row[1].split(",")[0].split(" of ")[0]): row[2] for row in table.rows}
+    assert unit == {
+        ("cpu", "step alone"): "1.50 to 1.75, 1 of 2 met",
+        ("cpu", "whole training step"): "1.00 to 1.00, 1 of 1 met",
+        ("cpu", "small MLP"): "3.000 (3.000 to 3.000)",
+        ("cpu", "host time"): "not measured",
+        ("cpu", "pause"): "0.38",
+        ("cuda", "step alone"): "1.50 to 1.50, 1 of 1 met",
+        ("cuda", "whole training step"): "not measured",
+        ("cuda", "small MLP"): "not measured",
+        ("cuda", "host time"): "0.25 to 0.5 met",
+        ("cuda", "pause"): "0.2 if it compiles",
+    }
+    assert {cell for row in table.rows for cell in row[3:]} == {"not measured"}
 
 
 def test_memory_is_compared_with_the_parameters_and_the_peak_with_that_of_the_base() -> None:
@@ -321,11 +441,15 @@ def test_the_report_counts_targets_and_replaces_the_table_of_the_readme(folder: 
     once = readme.read_text()
     call(*report)
     assert readme.read_text() == once
-    assert once.startswith(f"Before\n\n{START}\n\n| device | network |")
+    assert once.startswith(f"Before\n\n{START}\n\n| device |  | SGD-M, unit |")
     assert once.endswith(f"|\n\n{END}\n\nAfter\n")
     assert "old" not in once
-    assert once.count("| cpu | tiny |") == 4
+    assert once.count("\n| cpu | ") == 5
     text = (folder / "STEP_OVERHEAD.md").read_text()
+    (folder / "STEP_OVERHEAD.md").unlink()
+    call("--out", folder, "--report")
+    assert (folder / "STEP_OVERHEAD.md").read_text() == text
+    assert readme.read_text() == once
     assert str(folder) not in text
     assert "threads of torch 1" in text
     for table in text.split("\n\n"):
