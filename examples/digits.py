@@ -242,8 +242,8 @@ class Curve(NamedTuple):
         return max(self.rates, key=self.mean)
 
     def epoch_seconds(self) -> float:
-        """The median of all epochs; the first of a run, in which the network is traced, takes longer."""
-        return statistics.median(seconds for outcome in self.outcomes for seconds in outcome.seconds)
+        """The mean over the epochs of a run but the first, in which the network is traced; the median over the runs."""
+        return statistics.median(statistics.mean(outcome.seconds[1:]) for outcome in self.outcomes)
 
     def width(self) -> str:
         """Largest over smallest rate within ``CLOSE`` of the best, by interpolation between the logarithms of rates.
@@ -299,7 +299,8 @@ def notes_of(curves: Sequence[Curve]) -> list[str]:
     return [
         f"Test accuracy after {runs[0].epochs} epochs at constant rates with momentum {MLP().momentum:g}, "
         f"{seeds} seed{'s' if seeds > 1 else ''}. Range: largest over smallest rate within {CLOSE:g} points of the "
-        f"best. {users:g} is SGD's best rate from the ordinary start. Seconds are medians of interleaved runs.",
+        f"best. {users:g} is SGD's best rate from the ordinary start. Seconds are means "
+        f"over the epochs but the first, in which the network is traced, and medians over interleaved runs.",
         f"m = {group.num_parameters:,} parameters, H = {group.num_units:,} freedoms, m - H = {group.dimension:,}.",
         f"torch {torch.__version__}, lightning {L.__version__}, {PROCESSES} processes of one thread, {processor()}.",
     ]

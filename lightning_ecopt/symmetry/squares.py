@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 
 import torch
@@ -16,6 +17,9 @@ from torch import Tensor
 
 from lightning_ecopt.common.tensors import piece_length, pieces
 from lightning_ecopt.symmetry.coupling import NO_UNIT
+
+#: So many squares of a network are kept in memory.
+FEW = 2**16
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +37,7 @@ class SquaredWeights:
         outgoing: ``[G, B]``, the scales that they are divided by, ``NO_UNIT`` for none.
         dtype: the type in which squares are taken and added up.
         rows: how many rows of the weight belong to each entry of ``incoming``.
+        is_kept: whether all squares stay in memory once they have been taken.
 
     Example: a weight ``[64, 32, 3, 3]`` of a convolution between units has ``roots [1, 64, 32]``; with 8 groups, a
     weight ``[64, 4, 3, 3]`` has ``roots [64, 1, 4]``, since its output and its inputs change along one axis.
@@ -43,6 +48,7 @@ class SquaredWeights:
     outgoing: Tensor
     dtype: torch.dtype
     rows: float = 0.0
+    is_kept: bool = False
 
     @classmethod
     def of(cls, weight: Tensor, incoming: Tensor, outgoing: Tensor, dtype: torch.dtype) -> SquaredWeights:
@@ -71,6 +77,8 @@ class SquaredWeights:
 
     def into(self, values: Tensor) -> Tensor:
         """Sum squares times ``values [G, B]`` over the outgoing side: ``[G, A]``."""
+        if self._kept is not None:
+            return _times(self._kept, values)
         sums = torch.empty_like(self.incoming, dtype=self.dtype)
         for rows, squares in self._squares():
             sums[:, rows] = _times(squares, values)
@@ -78,6 +86,8 @@ class SquaredWeights:
 
     def out_of(self, values: Tensor) -> Tensor:
         """Sum squares times ``values [G, A]`` over the incoming side: ``[G, B]``."""
+        if self._kept is not None:
+            return _times(self._kept.mT, values)
         sums = torch.zeros_like(self.outgoing, dtype=self.dtype)
         for rows, squares in self._squares():
             sums += _times(squares.mT, values[:, rows])
@@ -85,6 +95,8 @@ class SquaredWeights:
 
     def both_ways(self, outgoing: Tensor, incoming: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``into(outgoing)`` and ``out_of(incoming)``; the weights are squared once for both."""
+        if self._kept is not None:
+            return _times(self._kept, outgoing), _times(self._kept.mT, incoming)
         into = torch.empty_like(self.incoming, dtype=self.dtype)
         out = torch.zeros_like(self.outgoing, dtype=self.dtype)
         for rows, squares in self._squares():
@@ -95,6 +107,10 @@ class SquaredWeights:
     def total(self) -> Tensor:
         """Sum the squares for each incoming scale: ``[G, A]``."""
         return self.into(torch.ones_like(self.outgoing, dtype=self.dtype))
+
+    @cached_property
+    def _kept(self) -> Tensor | None:
+        return self.roots.to(self.dtype).square() if self.is_kept else None
 
     def _squares(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield pieces along A with their squares; each overwrites the memory of the one before."""
@@ -159,6 +175,28 @@ def joined(squares: Sequence[SquaredWeights], fixed: int) -> list[SquaredWeights
         return matrices
     elements, (incoming, outgoing) = torch.cat(roots), torch.cat(sides, 1)
     return [SquaredWeights(elements[:, None, None], incoming[:, None], outgoing[:, None], elements.dtype), *matrices]
+
+
+def in_memory(squares: Sequence[SquaredWeights]) -> list[SquaredWeights]:
+    """Keep the squares of a small network, where calls of operations are what products with them cost.
+
+    Matrices of one shape are joined to one batch. Of a network that is not small nothing changes.
+    """
+    if sum(each.roots.numel() for each in squares) > FEW:
+        return list(squares)
+    alike: dict[tuple[torch.Size, torch.dtype], list[SquaredWeights]] = {}
+    for each in squares:
+        alike.setdefault((each.roots.shape[1:], each.roots.dtype), []).append(each)
+    return [
+        replace(
+            own[0],
+            roots=torch.cat([each.roots for each in own]),
+            incoming=torch.cat([each.incoming for each in own]),
+            outgoing=torch.cat([each.outgoing for each in own]),
+            is_kept=True,
+        )
+        for own in alike.values()
+    ]
 
 
 def are_finite(squares: Sequence[SquaredWeights]) -> list[bool]:
