@@ -28,7 +28,7 @@ from lightning_ecopt.common.segment_sum import SegmentSum
 from lightning_ecopt.common.sharding import Ranks
 from lightning_ecopt.common.tensors import padded
 from lightning_ecopt.symmetry.monomials import Monomials
-from lightning_ecopt.symmetry.squares import SquaredWeights, are_finite, in_memory, joined
+from lightning_ecopt.symmetry.squares import SquaredWeights, are_finite, in_batches, joined
 
 #: Most steps of each kind; they end when the balance is good enough, which takes far fewer.
 COARSE_SWEEPS = 40
@@ -220,7 +220,7 @@ class _Problem:
             if joins:
                 same = squares[number].incoming[:, :, None] == squares[number].outgoing[:, None]
                 squares[number] = squares[number].without(same)
-        return in_memory(squares)
+        return in_batches(squares)
 
     def start(self) -> _Point:
         """Evaluate F at the weights as they are."""

@@ -159,30 +159,31 @@ def multiply_(tensor: Tensor, first: Tensor, second: Tensor) -> None:
 def joined(squares: Sequence[SquaredWeights], fixed: int) -> list[SquaredWeights]:
     """Join all squares that lead from or to a single scale, such as those of biases, to one batch of 1 x 1 matrices.
 
+    Those of a small network stay in memory: calls of operations are what products with them cost.
+
     Args:
         squares: of all regions, with ``NO_UNIT``.
         fixed: the number that takes the place of ``NO_UNIT``, one past the last scale.
     """
     matrices, roots, sides = [], [], []
+    few = sum(each.roots.numel() for each in squares) <= FEW
     for each in squares:
         incoming, outgoing = (side.where(side != NO_UNIT, fixed) for side in (each.incoming, each.outgoing))
         if min(each.roots.shape[1:]) > 1:
-            matrices.append(replace(each, incoming=incoming, outgoing=outgoing))
+            matrices.append(replace(each, incoming=incoming, outgoing=outgoing, is_kept=few))
         else:
             roots.append(each.roots.reshape(-1).to(each.dtype))
             sides.append(torch.stack(torch.broadcast_tensors(incoming[:, :, None], outgoing[:, None])).reshape(2, -1))
     if not roots:
         return matrices
     elements, (incoming, outgoing) = torch.cat(roots), torch.cat(sides, 1)
-    return [SquaredWeights(elements[:, None, None], incoming[:, None], outgoing[:, None], elements.dtype), *matrices]
+    single = SquaredWeights(elements[:, None, None], incoming[:, None], outgoing[:, None], elements.dtype, is_kept=few)
+    return [single, *matrices]
 
 
-def in_memory(squares: Sequence[SquaredWeights]) -> list[SquaredWeights]:
-    """Keep the squares of a small network, where calls of operations are what products with them cost.
-
-    Matrices of one shape are joined to one batch. Of a network that is not small nothing changes.
-    """
-    if sum(each.roots.numel() for each in squares) > FEW:
+def in_batches(squares: Sequence[SquaredWeights]) -> list[SquaredWeights]:
+    """Join those of one shape to one batch, if they stay in memory."""
+    if not all(each.is_kept for each in squares):
         return list(squares)
     alike: dict[tuple[torch.Size, torch.dtype], list[SquaredWeights]] = {}
     for each in squares:
@@ -193,7 +194,6 @@ def in_memory(squares: Sequence[SquaredWeights]) -> list[SquaredWeights]:
             roots=torch.cat([each.roots for each in own]),
             incoming=torch.cat([each.incoming for each in own]),
             outgoing=torch.cat([each.outgoing for each in own]),
-            is_kept=True,
         )
         for own in alike.values()
     ]
