@@ -123,7 +123,7 @@ def search(grid: Grid, task: str, contender: str, results: Results) -> tuple[dic
 
     These are the rates of a walk outwards from the middle of the grid, whose directions end at a hopeless rate, and
     then the rates half-way (of the logarithms) from the best to its two neighbours. Rates that are trained for another
-    reason, as the best rate of the plain form, are not among them: all contenders choose among equally many.
+    reason, as the best rate of the plain form, are not among them: all contenders search by the same rule.
     """
     rates = grid.rates_of(task)
     found, following = walk(rates, gains(grid, task, contender, rates, results), grid.tasks[task].metric.hopeless)

@@ -66,8 +66,8 @@ still at exp(-0.3) = 74 % of its start when 30 epochs are over, and there the ru
 ten times as fast, in 30 epochs to the value that theirs has after 300, the rule ends close to its best epoch, and level
 with SGD. A tenth of the rate from the start on is no way out. Norms do not explain it: they grow in all runs, which
 makes relative steps shorter, as rho is kept from the start. But steps that do not vanish go on to raise margins, so
-that the test loss rises while the accuracy stays. Some of the loss is none: the *best* is the largest of many noisy
-values. The unit rule wants a rate that ends near zero, as a cosine does.
+that the test loss rises while the accuracy stays. Part of the gap to the *best* is selection: it is the largest of
+many noisy values. The unit rule wants a rate that ends near zero, as a cosine does.
 """
 
 OTHERS = """\

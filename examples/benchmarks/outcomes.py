@@ -70,6 +70,13 @@ class Difference(NamedTuple):
         return f"{mark}{value}{mark} ({p})"
 
 
+def holm(differences: Sequence[Difference]) -> list[Difference]:
+    """Those that are significant although so many were looked at (S. Holm, Scand. J. Statist. 6 (1979))."""
+    known = sorted((one for one in differences if not math.isnan(one.p)), key=lambda one: one.p)
+    passed = [one.p <= SIGNIFICANT / (len(known) - number) for number, one in enumerate(known)]
+    return known[: passed.index(False) if False in passed else None]
+
+
 class Factor(NamedTuple):
     """A factor, such as that of the largest over the smallest good rate.
 

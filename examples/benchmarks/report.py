@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from accuracy import Results, read_results
 from figure import plot
 from grid import ACCURACY, LOSS, Grid, Metric, add_grid_options, chosen_grid
-from outcomes import MARKS, SIGNIFICANT, Difference, Factor, Interval, Outcome, one_rate, outcomes_of
+from outcomes import MARKS, SIGNIFICANT, Difference, Factor, Interval, Outcome, holm, one_rate, outcomes_of
 from pages import between_markers, in_words, read_conditions, table
 
 REFERENCE = "AdamW"  # whose state and final training loss others are compared with
@@ -52,9 +52,10 @@ README_PAIRS = (  # each at its own best rate
 WITHIN = f"within {ACCURACY.close:g} {ACCURACY.unit} or {LOSS.close:g} {LOSS.unit}"  # what counts as equally good
 COMPARISONS = f"""\
 Differences of test scores, in per cent or nats, positive if the first is better; **significantly ahead** and \
-*significantly behind* by Welch's test (p < {SIGNIFICANT:g}); *worst* is the least of a row ({ACCURACY.close:g} \
-{ACCURACY.unit} counts as much as {LOSS.close:g} {LOSS.unit}); empty: not run. All SGD has momentum 0.9; GC is \
-gradient centralization, *clip* clips the gradient's norm to 1, *current* is the rule without balancing."""
+*significantly behind* by Welch's test (p < {SIGNIFICANT:g}), *by Holm* with all tasks of a row taken together; \
+*worst* is the least of a row ({ACCURACY.close:g} {ACCURACY.unit} counts as much as {LOSS.close:g} {LOSS.unit}); \
+empty: not run. All SGD has momentum 0.9; GC is gradient centralization, *clip* clips the gradient's norm to 1, \
+*current* is the rule without balancing."""
 
 Found = Mapping[str, Mapping[str, Outcome]]  # by task and contender
 Tests = Callable[[Outcome], list[float]]
@@ -155,6 +156,9 @@ def comparison_rows(found: Found, pairs: Iterable[tuple[str, str]], of: Tests, o
             name = first if first == second else f"{first} against {second}"
             cells = ["" if one is None else one.text() for one in differences.values()]
             summary = f"{verdicts.count('ahead')} ahead, {verdicts.count('behind')} behind of {judged}"
+            sure = [one.verdict for one in holm(list(known.values()))]
+            if judged > 1:
+                summary += f" (by Holm {sure.count('ahead')} and {sure.count('behind')})"
             rows.append([name, *cells, summary, f"{worst.gain:+.{worst.metric.digits}f} {worst.metric.unit} ({task})"])
     return rows
 
@@ -278,7 +282,7 @@ def _readme_list(grid: Grid, found: Found) -> list[str]:
     lines = []
     for title, pairs, of, of_second in parts:
         rows = comparison_rows(found, pairs, of, of_second)
-        judged = [f"{name} {count}, worst {worst}" for name, *_, count, worst in rows if not count.endswith(" of 0")]
+        judged = [f"{name} {count}, worst {worst}" for name, *_, count, worst in rows if " of 0" not in count]
         if judged:
             lines += [f"- {title.capitalize()}: {'; '.join(judged)}."]
     return lines + [""] * bool(lines)
@@ -306,20 +310,17 @@ def _readme_sentence(found: Found, form: str, plain: str) -> list[str]:
     parts = []
     kinds: dict[str, Tests] = {f"at the rate of {plain}": lambda o: o.tests("plain"), "at its own best rate": best}
     for title, of in kinds.items():
-        differences = [difference(outcomes, form, plain, of, best) for outcomes in found.values()]
-        known = [one.verdict for one in differences if one is not None and one.verdict != "unknown"]
-        if known:
-            ahead, behind = known.count("ahead"), known.count("behind")
-            parts.append(f"{title} on {ahead} and behind on {behind} of {len(known)} tasks")
-    ratios = [list(width_ratios(found, form, plain, as_plain).values()) for as_plain in (True, False)]
+        rows = comparison_rows(found, [(form, plain)], of, best)
+        parts += [f"{title} {count} tasks" for *_, count, _ in rows if " of 0" not in count]
+    ratios = [list(width_ratios(found, form, plain, as_plain).values()) for as_plain in (False, True)]
     if not parts or not all(ratios):
         return []
-    as_plain, own = (Factor.mean(each).text(1) for each in ratios)
+    own, as_plain = (Factor.mean(each).text(1) for each in ratios)
     width = (
-        f"its range of rates that do as well as {plain}'s best ({WITHIN}) is {as_plain} times as wide as {plain}'s, "
-        f"that of rates that do as well as its own best {own} times (geometric means)"
+        f"the range of rates that do as well as its own best ({WITHIN}) is {own} times as wide as {plain}'s, that of "
+        f"rates that do as well as {plain}'s best {as_plain} times (geometric means)"
     )
-    return [f"{form} is significantly ahead of {plain} {', '.join(parts)}; {width}.", ""]
+    return [f"{form} against {plain}: {', '.join(parts)}; {width}.", ""]
 
 
 # The whole -----------------------------------------------------------------------------------------------------------

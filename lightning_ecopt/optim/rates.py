@@ -13,7 +13,7 @@ from lightning_ecopt.optim.bases import ParamGroups, step_kinds
 from lightning_ecopt.steps.rule import StepKind
 
 #: Relative lengths of a step beyond which it is a mistake: a thousandth and three times the weights. Adam's rate may be
-#: tiny in fine-tuning; thirty times the largest in use is a mistake.
+#: tiny in fine-tuning; 0.3 is thirty times the largest that is usual.
 _LINEAR_RANGE, _ADAM_RANGE = (1e-3, 3.0), (0.0, 0.3)
 _MEANINGS: Mapping[StepKind, str] = {
     "linear": "with the rule 'unit' the relative length of a step: of each row of weights, about this share changes",

@@ -15,20 +15,20 @@ that lead into one unit, or into one value that is held fixed. With w its weight
 
 The step depends on the class alone, because the balanced member does and all of the above are functions of weights and
 gradients there. Nero (Liu et al., "Learning by Turning", arXiv:2102.07227) takes the same relative step, and projects
-each row to a fixed norm. Here rho_k keeps its value of the start, which fixes the lengths of steps as well.
+each row to mean zero and a fixed norm. Here rho_k keeps its value of the start, which fixes the lengths of steps, too.
 
 Why gradients are centred: the gradient of row k is the sum over the data of delta_k a, where a are the values that the
 row reads. Behind a ReLU a is positive. Then one eigenvalue of the row's metric E[a a^T] is far above the others; it
 belongs to the mean of a, and at the balanced member the mean is close to the direction of equal entries. Dividing the
-gradient's component in this direction by 10 is a natural gradient for that rank-one part, for the price of one mean per
-row. Taking the component out altogether is gradient centralization (Yong et al., arXiv:2004.01461). Rows that read
-powers, as behind a squared ReLU, are not centred: few of their values are large, and the mean has a smaller share.
+gradient's component in this direction by 10 acts like a natural gradient there, for the price of one mean
+per row. Taking the component out altogether is gradient centralization (Yong et al., arXiv:2004.01461). Rows that read
+powers of free units, as of a squared ReLU, are not: few of their values are large, the mean's share is smaller.
 
 **What lr means with SGD.** A step of SGD without momentum has the relative length lr: s_k g_v is rho_k long (root mean
 square). Momentum mu adds gradients up: to 1 / (1 - mu) times their size if they are all the same, to 1 / sqrt(1 - mu^2)
 times it if they are independent. f(mu), the geometric mean of 1 - mu and sqrt(1 - mu^2), is right for both to within
 ((1 + mu) / (1 - mu))^(1/4), which is 2.1 for 0.9; with Nesterov's momentum, too. The first step is f(mu) lr, which is
-0.21 lr for 0.9, as nothing has added up yet.
+0.21 lr for 0.9, as nothing has added up yet (0.40 lr with Nesterov's). Dampening d divides f by 1 - d.
 
 **What lr means with all others.** Their steps have a size of their own: Adam's first one moves every weight by lr. So
 does that of a row of typical size: rho is the median, over the parameters, of the root mean squares of their elements
