@@ -6,6 +6,7 @@ What a section takes as given is made when it is first used: a small network ``m
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -124,3 +125,27 @@ def train(model: nn.Module, optimizer: Any) -> None:
         losses.append(float(closure().detach()))
         optimizer.step(closure)
     assert sum(losses[-4:]) < sum(losses[:4])
+
+
+def test_all_pages_are_in_the_navigation() -> None:
+    listed = set(re.findall(r"[\w/]+\.md", (DOCS.parent / "mkdocs.yml").read_text()))
+    assert {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")} <= listed
+
+
+def test_the_messages_are_those_of_the_package() -> None:
+    """What ``faq.md`` and ``devices.md`` quote, with … for what varies, is found in the strings of the code."""
+    parts = [part for tree in sources() for part in ast.walk(tree)]
+    joined = [part for part in parts if isinstance(part, ast.JoinedStr)]
+    texts = ["".join(one.value if isinstance(one, ast.Constant) else "…" for one in part.values) for part in joined]
+    texts += [part.value for part in parts if isinstance(part, ast.Constant) and isinstance(part.value, str)]
+    quotes = re.findall(r"^> (.+)$", (DOCS / "faq.md").read_text(), flags=re.MULTILINE)
+    quotes += re.findall(r"^\| `(.{40,}?)` \|", (DOCS / "devices.md").read_text(), flags=re.MULTILINE)
+    pieces = [piece.strip() for quote in quotes for piece in re.split(r"…|\.\.\. | \.\.\.|FSDPStrategy,", quote)]
+    missing = [piece for piece in pieces if not any(piece in text for text in texts)]
+    assert len(quotes) > 50
+    assert missing == []
+
+
+def sources() -> Iterator[ast.Module]:
+    for path in (DOCS.parent / "lightning_ecopt").rglob("*.py"):
+        yield ast.parse(path.read_text())
