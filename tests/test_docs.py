@@ -106,7 +106,8 @@ def test_the_snippets_run(name: str, snippets: list[str], tmp_path: Path, monkey
     for snippet in snippets:
         exec(compile(snippet, name, "exec"), names)
         optimizer = names.get("optimizer")
-        if name.startswith("integrations.md") and optimizer is not None and "loader" not in names:
+        made_only = name.startswith(("integrations.md", "followers.md")) and "loader" not in names
+        if made_only and optimizer is not None:
             train(names["model"], optimizer)  # what is trained elsewhere trains here
     assert all(is_clean(value) for value in names.values() if isinstance(value, nn.Module))
 
