@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,8 +15,6 @@ from lightning_ecopt.symmetry import check_freedoms, check_stand_in, scaling_gro
 from lightning_ecopt.symmetry.advice import advice
 from lightning_ecopt.symmetry.rules import RULES
 from lightning_ecopt.symmetry.stand_ins import STAND_INS
-
-PAGE = Path(__file__).parents[2] / "docs" / "operations.md"
 
 
 @pytest.fixture(autouse=True)
@@ -250,11 +246,6 @@ def test_freedoms_that_cannot_be_counted_are_no_freedoms_that_were() -> None:
     with pytest.raises(ValueError, match="no gradient"):
         check_freedoms(detached, X)
     assert check_freedoms(detached, X, complete=False) == 6
-
-
-def test_the_page_runs() -> None:
-    for code in re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL):
-        exec(compile(code, PAGE.name, "exec"), {})
 
 
 @pytest.mark.parametrize(
