@@ -53,7 +53,7 @@ def ec_sgd(
     Example::
 
         def configure_optimizers(self):
-            return ec_sgd(self, lr=0.05, momentum=0.9)
+            return ec_sgd(self, lr=0.03, momentum=0.9)
     """
     check_module("ec_sgd", "ECSGD", module, params)
     followers = options.pop("followers", None)  # names, perhaps, which only the module knows

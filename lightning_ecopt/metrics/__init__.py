@@ -1,11 +1,13 @@
 """What to watch of a network besides its loss: numbers that tell how far scales are off, or that ignore them.
 
 All are torchmetrics metrics of models rather than of predictions: what is given to ``update`` is a model or its scaling
-group. The metric is the mean over all updates, such as those of several steps or epochs; nothing that is given changes.
+group. The metric is the mean over all updates, such as those of several steps or epochs, but for
+:class:`InvarianceViolation`, which is the largest. Nothing that is given changes.
 
 - :class:`PathNorm` depends on the equivalent class alone.
 - :class:`UnitImbalance` is one at the balanced member of the class, and grows with the distance from it.
 - :class:`EquivalentClassDistance` compares two models and ignores how their units are scaled.
+- :class:`InvarianceViolation` says whether a loss changes when units are rescaled.
 
 They are imported when they are asked for: torchmetrics takes longer to import than the rest of this package.
 """

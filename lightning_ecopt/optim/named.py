@@ -110,8 +110,8 @@ class ECSGD(EquivalentClassOptimizer):
         lr: learning rate; with the rule ``"unit"`` it is the relative length of a step.
         momentum: factor by which past steps fade; 0 keeps none.
         dampening: share of a gradient that does not enter the momentum.
-        weight_decay: coefficient of the squared norm that is added to the loss; with the rule ``"path"``
-            of path values.
+        weight_decay: the share of the weights (of path values with the rule ``"path"``) that is added to the gradient;
+            without momentum, under the rule ``"unit"``, that a step takes away times ``lr``.
         nesterov: whether to look ahead along the momentum.
         maximize: whether to maximise the loss.
         foreach: whether torch's own step, where it is used, groups tensors.
@@ -124,7 +124,7 @@ class ECSGD(EquivalentClassOptimizer):
 
     Example::
 
-        optimizer = ECSGD(model.parameters(), lr=0.05, momentum=0.9)
+        optimizer = ECSGD(model.parameters(), lr=0.03, momentum=0.9)
         loss_function(model(x), y).backward()
         optimizer.step()
     """

@@ -54,8 +54,8 @@ class EquivalentClassOptimizer(Optimizer):
     - ``"path"``: the paper's. The base optimizer moves the m - H values of basis paths instead of the m weights. At a
       refresh the coordinate of an element equals the element, but for at most one free skeleton weight in a unit, whose
       coordinate is ``free_start``. So learning rate, momentum and every other option keep their meaning; weight decay
-      acts on path values (the basis-path regularisation of the paper). At skeleton weights momentum starts anew at a
-      refresh. See :mod:`lightning_ecopt.steps.coordinates`.
+      acts on path values (as the basis-path norm, arXiv:1809.07122, does). At skeleton weights momentum starts anew
+      at a refresh. See :mod:`lightning_ecopt.steps.coordinates`.
     - ``"paper"``: the paper's exact setting: short for ``rule="path", representative="current", skeleton="diagonal",
       refresh_interval=None, max_path_ratio=None, free_start=1.0``, which the attributes show. Its authors start from
       skeleton weights of one: call :func:`~lightning_ecopt.set_skeleton_to_one_` before, as no optimizer does.
