@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_ecopt.common.tensors import padded
+from lightning_ecopt.common.tensors import to_device
 
 #: How many entries one gather adds up. Eight keeps both the number of levels and the padding small.
 WIDTH = 8
@@ -16,11 +16,12 @@ class SegmentSum:
 
     ``index_add_`` adds in an order that changes from run to run on accelerators, so that data-parallel ranks would
     drift apart. Here the order is fixed: entries are gathered into rows of ``WIDTH``, padded with zeros, and the rows
-    are added up; this is repeated with the sums of the rows until each group has one entry left.
+    are added up; this is repeated with the sums of the rows of those groups that still have several.
 
     Args:
         groups: ``int[E]``, the group of each entry; entries whose group is not below ``num_groups`` are left out.
         num_groups: number of groups K.
+        device: of the vectors; by default that of ``groups``. Groups on the CPU reach a GPU without waiting for it.
 
     Example::
 
@@ -28,30 +29,36 @@ class SegmentSum:
         total(torch.tensor([1.0, 2.0, 3.0]))  # tensor([4., 0., 2.])
     """
 
-    def __init__(self, groups: Tensor, num_groups: int) -> None:
-        device = groups.device
+    def __init__(self, groups: Tensor, num_groups: int, device: torch.device | None = None) -> None:
+        device = device or groups.device
         groups = groups.cpu()
-        entries = (groups < num_groups).nonzero()[:, 0]
-        groups, end = groups[entries], len(groups)  # index `end` is the zero that pads the entries
+        # Place 0 is the zero that pads; entries follow, then the sums of the rows of each level.
+        entries, end = (groups < num_groups).nonzero()[:, 0], len(groups) + 1
+        groups = groups[entries]
         order = groups.argsort(stable=True)
-        groups, entries = groups[order], entries[order]
+        groups, entries = groups[order], entries[order] + 1
+        last = torch.zeros(num_groups, dtype=torch.int64, device="cpu")
         self._levels: list[Tensor] = []
-        counts = torch.bincount(groups, minlength=num_groups)
-        while bool((counts > 1).any()):
+        while True:
+            counts = torch.bincount(groups, minlength=num_groups)
+            last[groups] = entries  # right for groups of one entry; the others are overwritten
+            if not bool((counts > 1).any()):
+                break
+            several = counts[groups] > 1
+            groups, entries, counts = groups[several], entries[several], torch.where(counts > 1, counts, 0)
             rows = (counts + WIDTH - 1) // WIDTH
             rank = torch.arange(len(groups), device="cpu") - (counts.cumsum(0) - counts)[groups]
             row = (rows.cumsum(0) - rows)[groups] + rank // WIDTH
-            index = torch.full((int(rows.sum()), WIDTH), end, device="cpu")
+            index = torch.zeros(int(rows.sum()), WIDTH, dtype=torch.int64, device="cpu")
             index[row, rank % WIDTH] = entries
-            self._levels.append(index.to(device, torch.int32))
-            groups, counts = torch.arange(num_groups, device="cpu").repeat_interleave(rows), rows
-            entries, end = torch.arange(len(groups), device="cpu"), len(groups)
-        last = torch.full((num_groups,), end, device="cpu")
-        last[groups] = entries
-        self._last = last.to(device, torch.int32)
+            self._levels.append(to_device(index.to(torch.int32), device))
+            groups = torch.arange(num_groups, device="cpu").repeat_interleave(rows)
+            entries, end = torch.arange(end, end + len(groups), device="cpu"), end + len(groups)
+        self._last = to_device(last.to(torch.int32), device)
 
     def __call__(self, values: Tensor) -> Tensor:
         """Add up ``values [E]`` group by group: ``[K]``."""
+        values = torch.cat([values.new_zeros(1), values])
         for index in self._levels:
-            values = padded(values, 0)[index].sum(1)
-        return padded(values, 0)[self._last]
+            values = torch.cat([values, values[index].sum(1)])
+        return values[self._last]

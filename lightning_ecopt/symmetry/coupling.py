@@ -74,6 +74,20 @@ class Coupling:
         return replace(self, incoming=incoming, outgoing=outgoing)
 
 
+def sharing_memory(couplings: Iterable[Coupling]) -> list[Coupling]:
+    """Return the same couplings, in which equal unit numbers share memory, as those of a gain and of its bias do.
+
+    So do the rows of one layer and the columns of the next. Nobody may write to unit numbers.
+    """
+    known: dict[tuple[torch.dtype, bytes], Tensor] = {}
+
+    def shared(side: Tensor) -> Tensor:
+        numbers = side.reshape(-1)
+        return known.setdefault((side.dtype, numbers.cpu().numpy().tobytes()), numbers).view(side.shape)
+
+    return [replace(each, incoming=shared(each.incoming), outgoing=shared(each.outgoing)) for each in couplings]
+
+
 def couplings_here(couplings: Iterable[Coupling], parameters: Mapping[str, Tensor]) -> list[Coupling]:
     """Cut couplings to what this rank holds of the parameters; those of which it holds nothing are left out.
 

@@ -153,16 +153,19 @@ class DerivativeSums:
             self._by_name.setdefault(coupling.parameter, []).append(number)
         self._joins = [bool(torch.isin(c.incoming[c.incoming != NO_UNIT], c.outgoing).any()) for c in couplings]
         self._entries = [coupling.incoming.numel() + coupling.outgoing.numel() for coupling in couplings]
-        self._on: dict[torch.device, tuple[list[Coupling], SegmentSum]] = {}
+        self._on: dict[torch.device, list[Coupling]] = {}
 
-    def _at(self, device: torch.device) -> tuple[list[Coupling], SegmentSum]:
-        """The couplings on a device, and what adds up entries of ``incoming`` and ``outgoing`` of each: ``[S]``."""
+    def _at(self, device: torch.device) -> list[Coupling]:
+        """The couplings on a device."""
         if device not in self._on:
-            size = self._monomials.num_scales
-            sides = [side.reshape(-1) for c in self._couplings for side in (c.incoming, c.outgoing)]
-            numbers = torch.cat([side.where(side != NO_UNIT, size) for side in sides]).to(device)
-            self._on[device] = [coupling.to(device) for coupling in self._couplings], SegmentSum(numbers, size)
+            self._on[device] = [coupling.to(device) for coupling in self._couplings]
         return self._on[device]
+
+    def _of_scales(self, device: torch.device) -> SegmentSum:
+        """What adds up entries of ``incoming`` and ``outgoing`` of each coupling, to ``[S]``; large, so formed anew."""
+        size = self._monomials.num_scales
+        sides = [side.reshape(-1) for c in self._couplings for side in (c.incoming, c.outgoing)]
+        return SegmentSum(torch.cat([side.where(side != NO_UNIT, size) for side in sides]), size, device)
 
     def __call__(
         self,
@@ -199,7 +202,8 @@ class DerivativeSums:
                 for number in numbers:
                     self._add_up(number, local(weight), dense, limits[name], precision, places[number])
         if self._couplings:
-            sums = torch.stack([self._at(device)[1](row) for row in parts])
+            of_scales = self._of_scales(device)
+            sums = torch.stack([of_scales(row) for row in parts])
         else:
             sums = parts.new_zeros(4, self._monomials.num_scales)
         return self._of_units(ranks.sum_(sums))
@@ -208,7 +212,7 @@ class DerivativeSums:
         self, number: int, weight: Tensor, gradient: Tensor, limit: Tensor, precision: Tensor, part: Tensor
     ) -> None:
         """Add up w g, its magnitude, roundings and places of one coupling, for each entry of its two sides."""
-        here = self._at(weight.device)[0][number]
+        here = self._at(weight.device)[number]
         weight, gradient = here.view(weight), here.view(gradient)
         same = (here.incoming == here.outgoing) if self._joins[number] else None  # k = 0 there
         sides = list(zip((here.incoming, here.outgoing), (1, -1), strict=True))

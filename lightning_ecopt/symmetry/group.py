@@ -31,7 +31,7 @@ from lightning_ecopt.common.sharding import Ranks, gathering_modules, local, rel
 from lightning_ecopt.common.signals import uninterrupted
 from lightning_ecopt.common.tensors import padded, widest
 from lightning_ecopt.symmetry.balance import alive_units, balancing_scale, mean_square, resolution_of, sums_of_squares
-from lightning_ecopt.symmetry.coupling import NO_UNIT, Coupling, couplings_here
+from lightning_ecopt.symmetry.coupling import NO_UNIT, Coupling, couplings_here, sharing_memory
 from lightning_ecopt.symmetry.derivatives import Derivatives, DerivativeSums, roundoff_of
 from lightning_ecopt.symmetry.describe import UnitSet, describe_unit, sort_units
 from lightning_ecopt.symmetry.labels import compress
@@ -83,7 +83,8 @@ class ScalingGroup:
         cls, parameters: Mapping[str, nn.Parameter], solution: Solution, unseen: tuple[str, ...]
     ) -> ScalingGroup:
         """Make the group of ``parameters`` from the solution of a trace."""
-        return cls(parameters, solution.couplings, solution.monomials, Counter(solution.costs), unseen)
+        couplings = sharing_memory(solution.couplings)
+        return cls(parameters, couplings, solution.monomials, Counter(solution.costs), unseen)
 
     @property
     def num_units(self) -> int:
@@ -151,10 +152,10 @@ class ScalingGroup:
             found = f"{units.dtype} of shape {list(units.shape)}"
             raise ValueError(f"units must be bool of shape [{self.num_units}], one per unit, got {found}")
         number, monomials = self.monomials.without(units.cpu())
-        couplings = [
+        couplings = sharing_memory(
             replace(each, incoming=number[each.incoming.cpu()], outgoing=number[each.outgoing.cpu()])
             for each in self.couplings
-        ]
+        )
         costs = Counter(self.costs) + Counter({why: int(units.sum())})
         return replace(self, couplings=couplings, monomials=monomials, costs=costs)
 

@@ -162,6 +162,16 @@ def test_values_of_inputs_do_not_matter(x: Tensor) -> None:
     assert signature(scaling_group(module, x)) == signature(scaling_group(module, torch.full_like(x, float("nan"))))
 
 
+def test_equal_unit_numbers_share_memory() -> None:
+    module = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 2))
+    group = scaling_group(module, torch.randn(2, 3))
+    for each in (group, group.without(torch.arange(9) == 2)):
+        sides = [side for coupling in each.couplings for side in (coupling.incoming, coupling.outgoing)]
+        several = [side for side in sides if side.numel() > 1]
+        assert len(several) == 8  # rows of three layers and their biases, columns of two
+        assert len({side.untyped_storage().data_ptr() for side in several}) == 3
+
+
 # Sums over segments ---------------------------------------------------------------------------------------------------
 
 
