@@ -164,7 +164,7 @@ class GradientCheck:
         now = self._now(group, gradients, known)
         sums = now if self._sums is None else self._sums + now
         self._left = LOOKS * is_watched if is_refresh else self._left - 1
-        self._sums = now if is_refresh else sums
+        self._sums = (now if is_refresh else sums).to(_kept_in(group))
         if not (is_refresh or self._is_first or self._left == 0):
             return None
         self._is_first = False
@@ -222,7 +222,9 @@ class GradientCheck:
         device, state = next(iter(group.parameters.values())).device, state or {}
         sums, largest = state.get("sums"), state.get("largest")
         self._group = group
-        self._sums = None if sums is None or sums.shape[1] != group.num_units else Evidence(sums.to(device, copy=True))
+        if sums is not None and sums.shape[1] != group.num_units:
+            sums = None
+        self._sums = None if sums is None else Evidence(sums.to(device, _kept_in(group), copy=True))
         self._largest = None if largest is None else largest.to(device, copy=True)
         self._left, self._is_first = state.get("left", LOOKS), not state
         self.violation = state.get("violation", 0.0)
@@ -240,6 +242,12 @@ def _with_peers(group: ScalingGroup, units: Tensor, likely: Tensor) -> Tensor:
         if bool(units[each.units].any()):
             units[each.units] |= likely[each.units]
     return units
+
+
+def _kept_in(group: ScalingGroup) -> torch.dtype:
+    """The type in which sums are kept from one look to the next: that of the parameters, but for sixteen bits."""
+    kinds = {torch.promote_types(p.dtype, torch.float32) for p in group.parameters.values()}
+    return max(kinds, key=lambda kind: torch.finfo(kind).bits)
 
 
 def _unknown() -> str | None:

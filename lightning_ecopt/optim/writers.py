@@ -194,7 +194,7 @@ class Writers:
         """Forget what was found, in another group."""
         self._group = group
         self._couplings = None if group is None else couplings_here(_scaled(group), group.parameters)
-        self._last: Tensor | None = None  # units that were written to at the last look
+        self._last: Tensor | None = None  # units that were written to at the last look, if any were
         self._first: Tensor | None = None  # in the first gap after the last refresh
         self._suspects: set[str] = set()  # their parameters
         self._suspects_first: set[str] = set()
@@ -284,12 +284,13 @@ class Writers:
             held = Ranks(group.parameters).any_(certain | _tied(group, sure, findings))
             self._name([each for each in sure if each.has_changes()], held)
             return held
-        self._last, self._factors = found, [each.factor for each in findings]
+        self._last, self._factors = None, [each.factor for each in findings]
         self._suspects = set()
         if bool(found.any()):
+            self._last = found
             self._suspects = {each.region.coupling.parameter for each in findings if each.has_changes()}
         if is_first:
-            self._first, self._suspects_first = found, self._suspects
+            self._first, self._suspects_first = self._last, self._suspects
         return torch.zeros_like(found)
 
     def _name(self, written: Sequence[_Finding], held: Tensor) -> None:

@@ -114,6 +114,10 @@ class Evidence:
     def __add__(self, other: Evidence) -> Evidence:
         return Evidence(self.sums + other.sums)
 
+    def to(self, dtype: torch.dtype) -> Evidence:
+        """Return the same sums in another type. Their rounding is far below what they are compared with."""
+        return Evidence(self.sums.to(dtype))
+
     @property
     def ratio(self) -> Tensor:
         """|Q| / A, ``[H]``; zero for units that have not been judged."""
