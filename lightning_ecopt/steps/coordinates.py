@@ -40,9 +40,9 @@ from lightning_ecopt.common.segment_sum import SegmentSum
 from lightning_ecopt.common.tensors import Tensors, padded, updates_by_difference
 from lightning_ecopt.kernels import EagerKernels, Kernels
 from lightning_ecopt.steps.rows import Rows
-from lightning_ecopt.steps.skeleton import Skeleton
+from lightning_ecopt.steps.skeleton import Skeleton, narrow
 from lightning_ecopt.symmetry import Coupling
-from lightning_ecopt.symmetry.coupling import NO_UNIT
+from lightning_ecopt.symmetry.coupling import NO_UNIT, sharing_memory
 
 
 class SkeletonElements:
@@ -56,15 +56,13 @@ class SkeletonElements:
 
     Attributes:
         num_units: number of units H.
-        units_of_free: for each parameter name the units ``int[k]`` whose free skeleton weight is in it.
-        places: for each parameter name the slots ``int[k]`` of the skeleton weights in it, and where they are, as flat
-            indices ``int[k]``. Slot ``u`` is the fixed skeleton weight of unit u, slot ``H + u`` its free one.
+        names: of the parameters that have skeleton weights.
     """
 
     def __init__(
         self, couplings: Sequence[Coupling], parameters: Tensors, skeleton: Skeleton, dtype: torch.dtype
     ) -> None:
-        self.num_units = skeleton.num_units
+        self.num_units, self._dtype = skeleton.num_units, dtype
         found: dict[str, list[tuple[Tensor, Tensor]]] = {}
         fixed = (skeleton.active, skeleton.fixed_coupling, skeleton.fixed_index)
         free = (skeleton.free, skeleton.out_coupling, skeleton.out_index)
@@ -73,46 +71,55 @@ class SkeletonElements:
                 units = torch.nonzero(chosen & (coupling == number)).reshape(-1)
                 place = _flat_index(couplings[number], parameters[couplings[number].parameter], index[units])
                 found.setdefault(couplings[number].parameter, []).append((first + units, place))
-        self.places: dict[str, tuple[Tensor, Tensor]] = {}
-        self.units_of_free: dict[str, Tensor] = {}
-        order = []
-        for name, parts in found.items():
-            device = parameters[name].device
-            slots, at = (torch.cat(column) for column in zip(*parts, strict=True))
-            self.places[name] = (slots.to(device), at.to(device))
-            self.units_of_free[name] = (slots[slots >= self.num_units] - self.num_units).to(device)
-            order.append(slots)
-        position = torch.full((2 * skeleton.num_units,), -1, device="cpu")  # the last entry is a zero
-        if order:
-            position[torch.cat(order)] = torch.arange(sum(map(len, order)), device="cpu")
+        self.names = list(found)
+        self._counts = [sum(len(slots) for slots, _ in parts) for parts in found.values()]
+        pairs = [pair for parts in found.values() for pair in parts]
+        none = torch.zeros(0, dtype=torch.int64, device="cpu")
         device = next(iter(parameters.values())).device
-        self._position = position.to(device)
-        self._zero = torch.zeros(1, dtype=dtype, device=device)
+        self._slots, self._at = (narrow(torch.cat([none, *(pair[k] for pair in pairs)])).to(device) for k in (0, 1))
+
+    @property
+    def places(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """By parameter name the slots ``int[k]`` of the skeleton weights in it, and their flat indices ``int64[k]``.
+
+        Slot ``u`` is the fixed skeleton weight of unit u, slot ``H + u`` its free one.
+        """
+        columns = (column.split(self._counts) for column in (self._slots, self._at.long()))
+        return dict(zip(self.names, zip(*columns, strict=True), strict=True))
+
+    def units_of_free(self) -> dict[str, Tensor]:
+        """By parameter name the units ``int[k]`` whose free skeleton weight is in it."""
+        return {name: slots[slots >= self.num_units] - self.num_units for name, (slots, _) in self.places.items()}
 
     def read(self, tensors: Tensors) -> tuple[Tensor, Tensor]:
         """The entries of ``tensors`` at the fixed and at the free skeleton weights, ``[H]`` each; zero for none."""
+        found = torch.zeros(2 * self.num_units, dtype=self._dtype, device=self._at.device)
         parts = [
-            tensors[name].take(at).to(self._zero) if name in tensors else self._zero.expand(len(slots))
-            for name, (slots, at) in self.places.items()
+            tensors[name].take(at) if name in tensors else found.new_zeros(len(at))
+            for name, at in zip(self.names, self._at.long().split(self._counts), strict=True)
         ]
-        fixed, free = torch.cat([*parts, self._zero])[self._position].view(2, -1)
+        if parts:
+            found[self._slots] = torch.cat(parts).to(self._dtype)
+        fixed, free = found.view(2, -1)
         return fixed, free
 
-    def write_(self, tensors: Tensors, at_fixed: Tensor, at_free: Tensor) -> None:
-        """Overwrite these entries with those of two vectors ``[H]``."""
-        values = torch.cat([at_fixed, at_free])
-        for name, (slots, at) in self.places.items():
+    def write_(self, tensors: Tensors, at_fixed: Tensor | None, at_free: Tensor | None) -> None:
+        """Overwrite these entries with those of two vectors ``[H]``; ``None`` stands for zeros."""
+        zeros = torch.zeros(self.num_units, dtype=self._dtype, device=self._at.device)
+        values = torch.cat([zeros if of is None else of for of in (at_fixed, at_free)])[self._slots]
+        columns = (column.split(self._counts) for column in (self._at.long(), values))
+        for name, at, value in zip(self.names, *columns, strict=True):
             if name in tensors:
                 tensor = tensors[name]  # Tensor.put_ raises under torch.use_deterministic_algorithms
                 flat = tensor.is_contiguous()
                 whole, index = (tensor.view(-1), (at,)) if flat else (tensor, torch.unravel_index(at, tensor.shape))
-                whole[index] = values[slots].to(tensor.dtype)
+                whole[index] = value if value.dtype == tensor.dtype else value.to(tensor.dtype)
 
 
 def _flat_index(coupling: Coupling, parameter: Tensor, index: Tensor) -> Tensor:
     """Flat indices in a parameter of elements given by their flat indices in the region of a coupling."""
-    inside = torch.unravel_index(index, coupling.view(parameter).shape)
-    flat = torch.zeros_like(index)
+    inside = torch.unravel_index(index.long(), coupling.view(parameter).shape)
+    flat = torch.zeros_like(index, dtype=torch.int64)
     for part, position, size in zip(coupling.region, inside, parameter.shape or (1,), strict=True):
         flat = flat * size + part.start + position * part.step
     return flat
@@ -165,12 +172,12 @@ class PathCoordinates:
         self._is_free = skeleton.free.to(device)
         self._root = padded(skeleton.root, NO_UNIT).to(device)
         self._target = skeleton.target.to(device)
-        self.rows = Rows([coupling.restricted(skeleton.active) for coupling in couplings], parameters)
+        restricted = sharing_memory(coupling.restricted(skeleton.active) for coupling in couplings)
+        self.rows = Rows(restricted, parameters)
         self._units = self.rows.units()
         self.beta = torch.ones(skeleton.num_units + 1, dtype=self.rows.dtype, device=device)
         self.elements = SkeletonElements(couplings, parameters, skeleton, self.rows.dtype)
-        self._none = torch.zeros_like(self.beta[:-1])
-        into_units = {c.parameter for c in couplings if bool((c.restricted(skeleton.active).incoming != NO_UNIT).any())}
+        into_units = {c.parameter for c in restricted if bool((c.incoming != NO_UNIT).any())}
         self.scaled = into_units.intersection(self.rows.names)
         slots = torch.cat([self._root[self._units], self._root[:-1]])
         # NO_UNIT becomes H, past the last unit, which SegmentSum leaves out.
@@ -206,7 +213,7 @@ class PathCoordinates:
             failed.callback(self.elements.write_, gradients, *before)
             self.multiply_by_beta_(gradients, -1)
             failed.callback(self._multiply_, gradients, beta)
-            self.elements.write_(gradients, self._none, free.gradient)
+            self.elements.write_(gradients, None, free.gradient)
             way_back = failed.pop_all()
         return way_back.close
 
@@ -229,7 +236,7 @@ class PathCoordinates:
             skeleton weight that limit was met, ``bool[H]``.
         """
         skeleton_weights = self.elements.read(weights)
-        touched = self.scaled | self.elements.places.keys()
+        touched = self.scaled.union(self.elements.names)
         kept = {name: weights[name].clone() for name in touched if updates_by_difference(weights[name])}
         with ExitStack() as failed:
             for name, value in kept.items():
@@ -237,7 +244,7 @@ class PathCoordinates:
             failed.callback(self.elements.write_, weights, *skeleton_weights)
             self.multiply_by_beta_(weights, 1)
             failed.callback(self.multiply_by_beta_, weights, -1)
-            self.elements.write_(weights, self._none, self.free_values)
+            self.elements.write_(weights, None, self.free_values)
             values = torch.where(self._is_free, self.elements.read(weights)[1], 1.0)
             failed.pop_all()
 
@@ -288,4 +295,4 @@ class PathCoordinates:
 
     def restart_skeleton_(self, tensors: Tensors) -> None:
         """Set the entries of skeleton weights to zero: what momentum knew of them is given up."""
-        self.elements.write_(tensors, self._none, self._none)
+        self.elements.write_(tensors, None, None)

@@ -118,7 +118,7 @@ class PathRule:
         values = rule._coordinates.free_values
         for entry in entries.values():
             if entry.degree == WEIGHT_AVERAGE:
-                rule._elements.write_(entry.tensors, torch.zeros_like(values), values)
+                rule._elements.write_(entry.tensors, None, values)
             elif not entry.keep_on_restart:
                 rule._coordinates.restart_skeleton_(entry.tensors)
         return rule
@@ -183,19 +183,20 @@ class PathRule:
         to_weights = self._coordinates.weight_scale
         # Weights without a gradient have coordinates that do not move; but their unit's beta may have.
         resting = {name: weights[name] for name in self._coordinates.scaled if name not in gradients}
-        self.rows.apply_(self.kernels, "affine_", resting, times=to_weights / here.weight_scale)
+        if resting:
+            self.rows.apply_(self.kernels, "affine_", resting, times=to_weights / here.weight_scale)
 
         def finish_() -> None:
             write_skeleton_(weights)
             for tensors, values in zip(entries, at_free, strict=True):
-                elements.write_(tensors, torch.zeros_like(values), values)
+                elements.write_(tensors, None, values)
 
         return Allocation(to_weights, finish_)
 
     def _of_units(self, values: Tensor) -> Tensor:
         """What each parameter has, ``[N]``, for the units whose free skeleton weight is in it, ``[H]``; else zero."""
         found = values.new_zeros(self._elements.num_units, dtype=self.rows.dtype, device=self._guarded.device)
-        for name, units in self._elements.units_of_free.items():
+        for name, units in self._elements.units_of_free().items():
             found[units] = values[self.rows.names.index(name)].to(found.dtype)
         return found
 

@@ -20,9 +20,17 @@ def _tie(dtype: torch.dtype) -> float:
     return min(1024 * torch.finfo(dtype).eps, 0.01)
 
 
+def narrow(numbers: Tensor) -> Tensor:
+    """Return whole numbers in 32 bits if they fit; masks as they are."""
+    is_wide = numbers.dtype == torch.int64 and (not numbers.numel() or int(numbers.max()) < 2**31)
+    return numbers.to(torch.int32) if is_wide else numbers
+
+
 @dataclass(frozen=True, eq=False)
 class Skeleton:
     """The skeleton weights of all units; every field is a tensor ``[H]``, ``NO_UNIT`` where a unit has none.
+
+    Numbers are kept in 32 bits.
 
     An element is given by the number of its coupling and by its flat index in the coupling's region.
 
@@ -46,9 +54,14 @@ class Skeleton:
     free: Tensor
     root: Tensor
 
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            object.__setattr__(self, field.name, narrow(getattr(self, field.name)))
+
     def state_dict(self) -> dict[str, Tensor]:
-        """The fields by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        """The fields by name; numbers in 64 bits, as ever."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value if value.dtype == torch.bool else value.long() for name, value in values.items()}
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor]) -> Skeleton:

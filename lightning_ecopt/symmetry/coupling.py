@@ -68,9 +68,11 @@ class Coupling:
     def restricted(self, active: Tensor) -> Coupling:
         """Return the coupling with ``NO_UNIT`` for all products, and for the units that are not ``active``, ``[H]``."""
         kept = padded(active, False)  # for NO_UNIT, and also for products
-        incoming, outgoing = (
-            side.where(kept[side.clamp(max=len(active))], NO_UNIT) for side in (self.incoming, self.outgoing)
-        )
+        sides = self.incoming, self.outgoing
+        remain = [kept[side.clamp(max=len(active))] | (side == NO_UNIT) for side in sides]
+        if all(bool(marks.all()) for marks in remain):
+            return self  # shares its numbers
+        incoming, outgoing = (side.where(marks, NO_UNIT) for side, marks in zip(sides, remain, strict=True))
         return replace(self, incoming=incoming, outgoing=outgoing)
 
 
