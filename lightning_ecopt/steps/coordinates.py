@@ -106,7 +106,7 @@ class SkeletonElements:
     def write_(self, tensors: Tensors, at_fixed: Tensor | None, at_free: Tensor | None) -> None:
         """Overwrite these entries with those of two vectors ``[H]``; ``None`` stands for zeros."""
         zeros = torch.zeros(self.num_units, dtype=self._dtype, device=self._at.device)
-        values = torch.cat([zeros if of is None else of for of in (at_fixed, at_free)])[self._slots]
+        values = torch.cat([zeros if of is None else of for of in (at_fixed, at_free)]).index_select(0, self._slots)
         columns = (column.split(self._counts) for column in (self._at.long(), values))
         for name, at, value in zip(self.names, *columns, strict=True):
             if name in tensors:
@@ -170,16 +170,16 @@ class PathCoordinates:
         self.free_start = free_start
         self.kernels = kernels or EagerKernels()
         self._is_free = skeleton.free.to(device)
-        self._root = padded(skeleton.root, NO_UNIT).to(device)
+        self._root = skeleton.root.to(device)
         self._target = skeleton.target.to(device)
         restricted = sharing_memory(coupling.restricted(skeleton.active) for coupling in couplings)
         self.rows = Rows(restricted, parameters)
-        self._units = self.rows.units()
+        self._units = self.rows.units() % (skeleton.num_units + 1)  # H for rows that lead into no unit
         self.beta = torch.ones(skeleton.num_units + 1, dtype=self.rows.dtype, device=device)
         self.elements = SkeletonElements(couplings, parameters, skeleton, self.rows.dtype)
         into_units = {c.parameter for c in restricted if bool((c.incoming != NO_UNIT).any())}
         self.scaled = into_units.intersection(self.rows.names)
-        slots = torch.cat([self._root[self._units], self._root[:-1]])
+        slots = torch.cat([padded(self._root, NO_UNIT)[self._units], self._root])
         # NO_UNIT becomes H, past the last unit, which SegmentSum leaves out.
         self._to_roots = SegmentSum(slots % len(self.beta), skeleton.num_units)
 
@@ -191,7 +191,7 @@ class PathCoordinates:
     @property
     def weight_scale(self) -> Tensor:
         """By what weights are divided to be coordinates, for each row ``[R]``."""
-        return 1 / self.beta[self._units]
+        return self.beta.index_select(0, self._units).reciprocal_()
 
     def free_weights(self, weights: Tensors, gradients: Tensors) -> FreeWeights:
         """The free skeleton weights with their path gradients.
@@ -223,7 +223,7 @@ class PathCoordinates:
 
     def _multiply_(self, tensors: Tensors, factors: Tensor) -> None:
         own = {name: tensor for name, tensor in tensors.items() if name in self.scaled}
-        self.rows.apply_(self.kernels, "affine_", own, times=factors[self._units])
+        self.rows.apply_(self.kernels, "affine_", own, times=factors.index_select(0, self._units))
 
     def to_coordinates_(self, weights: Tensors) -> Callable[[float | None], Tensor]:
         """Turn the weights into path coordinates in place.
@@ -284,7 +284,7 @@ class PathCoordinates:
         allowed = torch.where(moved.isfinite() & (allowed != 0), allowed, 1.0)
         # A weight that the optimizer has spoilt is spoilt, but no beta, and by it no other weight.
         moved_itself = torch.where(moved.isfinite(), allowed, moved)
-        ratio = padded(allowed, 1)[self._root]  # [H + 1], R_h = R_root(h)
+        ratio = padded(padded(allowed, 1)[self._root], 1)  # [H + 1], R_h = R_root(h)
         self.beta.mul_(ratio)
         at_fixed, at_free = skeleton_weights
 
