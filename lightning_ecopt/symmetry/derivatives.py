@@ -59,6 +59,8 @@ FLOAT32, TF32, SIXTEEN, EIGHT = 2.0**-22, 2.0**-11, 2.0**-8, 2.0**-3
 CLIPPED = 3
 #: Most elements of a gradient whose digits are looked at, and fewest that tell something.
 SAMPLE, ENOUGH = 4096, 6
+#: Entries of unit numbers up to which the way to add them up is kept from one look to the next.
+FEW = 1 << 13
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,6 +160,7 @@ class DerivativeSums:
         self._joins = [bool(torch.isin(c.incoming[c.incoming != NO_UNIT], c.outgoing).any()) for c in couplings]
         self._entries = [coupling.incoming.numel() + coupling.outgoing.numel() for coupling in couplings]
         self._on: dict[torch.device, list[Coupling]] = {}
+        self._few: dict[torch.device, SegmentSum] = {}
 
     def _at(self, device: torch.device) -> list[Coupling]:
         """The couplings on a device."""
@@ -166,10 +169,15 @@ class DerivativeSums:
         return self._on[device]
 
     def _of_scales(self, device: torch.device) -> SegmentSum:
-        """What adds up entries of ``incoming`` and ``outgoing`` of each coupling, to ``[S]``; large, so formed anew."""
+        """What adds up entries of ``incoming`` and ``outgoing`` of each coupling, to ``[S]``; kept if it is small."""
+        if device in self._few:
+            return self._few[device]
         size = self._monomials.num_scales
         sides = [side.reshape(-1) for c in self._couplings for side in (c.incoming, c.outgoing)]
-        return SegmentSum(torch.cat([side.where(side != NO_UNIT, size) for side in sides]), size, device)
+        made = SegmentSum(torch.cat([side.where(side != NO_UNIT, size) for side in sides]), size, device)
+        if sum(self._entries) <= FEW:
+            self._few[device] = made
+        return made
 
     def __call__(
         self,
