@@ -89,7 +89,7 @@ def trainer(rule: Any, epochs: int) -> Trainer:
         enable_model_summary=False,
         enable_checkpointing=False,
         max_epochs=epochs,
-        callbacks=[EquivalentClassOptimization(rule=rule, verbose=False)],
+        callbacks=[EquivalentClassOptimization(rule=rule, refresh_interval="epoch", verbose=False)],
     )
 
 

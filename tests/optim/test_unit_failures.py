@@ -59,7 +59,7 @@ def test_a_zero_last_layer_learns(base: str) -> None:
 def test_a_parameter_without_a_gradient_is_left_alone(base: str, early: bool) -> None:
     """Also when it had gradients before."""
     module, x, y, reference = example("mlp")
-    optimizer = unit(module, x, base)
+    optimizer = unit(module, x, base, refresh_interval=500)
     if not early:
         run_both(module, optimizer, reference, x, y, 3)
     else:

@@ -91,7 +91,7 @@ def test_an_error_says_the_call_that_was_meant(call: Callable[[], Any], meant: s
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: ECSGD(PARAMS, refresh_interval=0), "ECSGD: refresh_interval must be 'epoch', a positive"),
+        (lambda: ECSGD(PARAMS, refresh_interval=0), "ECSGD: refresh_interval must be 'auto', 'epoch', a positive"),
         (lambda: ec_adamw(NET, skeleton="min"), "ECAdamW: skeleton must be 'max' or 'diagonal', got 'min'"),
         (lambda: EquivalentClassOptimizer(sgd(), GROUP, free_start=None), "EquivalentClassOptimizer: free_start must"),
         (lambda: EquivalentClassOptimizer(sgd(), GROUP, state_powers=3), "state_powers must be a mapping, got 3"),
