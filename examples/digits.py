@@ -243,7 +243,7 @@ class Curve(NamedTuple):
 
     def epoch_seconds(self) -> float:
         """The mean over the epochs of a run but the first, in which the network is traced; the median over the runs."""
-        return statistics.median(statistics.mean(outcome.seconds[1:]) for outcome in self.outcomes)
+        return statistics.median(statistics.mean(outcome.seconds[1:] or outcome.seconds) for outcome in self.outcomes)
 
     def width(self) -> str:
         """Largest over smallest rate within ``CLOSE`` of the best, by interpolation between the logarithms of rates.
