@@ -29,9 +29,10 @@ only coordinate, and r_h = 0, because nothing else leads into h. A step that dou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -87,9 +88,12 @@ class SkeletonElements:
         columns = (column.split(self._counts) for column in (self._slots, self._at.long()))
         return dict(zip(self.names, zip(*columns, strict=True), strict=True))
 
-    def units_of_free(self) -> dict[str, Tensor]:
-        """By parameter name the units ``int[k]`` whose free skeleton weight is in it."""
-        return {name: slots[slots >= self.num_units] - self.num_units for name, (slots, _) in self.places.items()}
+    def of_free(self, values: Mapping[str, Tensor]) -> Tensor:
+        """A number for each parameter, for the units whose free skeleton weight is in it, ``[H]``; else zero."""
+        found = torch.zeros(2 * self.num_units, dtype=self._dtype, device=self._at.device)
+        for name, slots in zip(self.names, self._slots.split(self._counts), strict=True):
+            found[slots] = values[name].to(found.dtype)  # at the fixed ones, too: to choose would wait for the device
+        return found[self.num_units :]
 
     def read(self, tensors: Tensors) -> tuple[Tensor, Tensor]:
         """The entries of ``tensors`` at the fixed and at the free skeleton weights, ``[H]`` each; zero for none."""
@@ -105,8 +109,8 @@ class SkeletonElements:
 
     def write_(self, tensors: Tensors, at_fixed: Tensor | None, at_free: Tensor | None) -> None:
         """Overwrite these entries with those of two vectors ``[H]``; ``None`` stands for zeros."""
-        zeros = torch.zeros(self.num_units, dtype=self._dtype, device=self._at.device)
-        values = torch.cat([zeros if of is None else of for of in (at_fixed, at_free)]).index_select(0, self._slots)
+        none = partial(torch.zeros, self.num_units, dtype=self._dtype, device=self._at.device)
+        values = torch.cat([none() if of is None else of for of in (at_fixed, at_free)]).index_select(0, self._slots)
         columns = (column.split(self._counts) for column in (self._at.long(), values))
         for name, at, value in zip(self.names, *columns, strict=True):
             if name in tensors:

@@ -195,10 +195,7 @@ class PathRule:
 
     def _of_units(self, values: Tensor) -> Tensor:
         """What each parameter has, ``[N]``, for the units whose free skeleton weight is in it, ``[H]``; else zero."""
-        found = values.new_zeros(self._elements.num_units, dtype=self.rows.dtype, device=self._guarded.device)
-        for name, units in self._elements.units_of_free().items():
-            found[units] = values[self.rows.names.index(name)].to(found.dtype)
-        return found
+        return self._elements.of_free(dict(zip(self.rows.names, values, strict=True)))
 
     def average_in_coordinates_(self, weights: Tensors) -> Callable[[], object]:
         """Turn weights into coordinates in place; the way back has no guard."""

@@ -312,7 +312,7 @@ def _roundoff(gradients: Iterable[Tensor], known: float) -> Tensor:
 def _round_digits(values: Tensor) -> Tensor:
     """How many elements are not zero, and how many of these end, in 32 bits, in four zeros, and in twelve: ``[3]``."""
     proper, short = values != 0, values.float()
-    digits, exact = short.view(torch.int32), (short == values) & (values != 0)
+    digits, exact = short.view(torch.int32), (short == values) & proper
     return torch.stack([proper.sum(), ((digits & 15 == 0) & exact).sum(), ((digits & 4095 == 0) & exact).sum()])
 
 
