@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lightning_ecopt.symmetry import DeferredGroup, isolation
+from lightning_ecopt.symmetry.stand_ins import STAND_INS
 from tests import selection
 
 # A failed assertion of a helper shows its values, as that of a test does.
@@ -28,6 +29,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def no_stand_ins() -> Iterator[None]:
+    """Forget what a test has taught the trace."""
+    before = dict(STAND_INS)
+    yield
+    STAND_INS.clear()
+    STAND_INS.update(before)
 
 
 @pytest.fixture(scope="module")

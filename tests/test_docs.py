@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_ecopt.symmetry.stand_ins import STAND_INS
 from tests.lightning_integration.modules import Classifier, batches, is_clean, loader, mlp
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -86,15 +85,7 @@ class Names(dict[str, Any]):
         return self[name]
 
 
-@pytest.fixture(autouse=True)
-def no_stand_ins() -> Iterator[None]:
-    """Forget what a snippet has taught the trace."""
-    before = dict(STAND_INS)
-    yield
-    STAND_INS.clear()
-    STAND_INS.update(before)
-
-
+@pytest.mark.usefixtures("no_stand_ins")
 @pytest.mark.filterwarnings("ignore")  # what libraries have to say of their defaults, and what pages write of
 @pytest.mark.parametrize(("name", "snippets"), sections())
 def test_the_snippets_run(name: str, snippets: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

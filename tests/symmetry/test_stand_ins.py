@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,13 +16,7 @@ from lightning_ecopt.symmetry.advice import advice
 from lightning_ecopt.symmetry.rules import RULES
 from lightning_ecopt.symmetry.stand_ins import STAND_INS
 
-
-@pytest.fixture(autouse=True)
-def _forget() -> Iterator[None]:
-    before = dict(STAND_INS)
-    yield
-    STAND_INS.clear()
-    STAND_INS.update(before)
+pytestmark = pytest.mark.usefixtures("no_stand_ins")
 
 
 def custom(name: str, function: Callable[..., Tensor]) -> Any:
