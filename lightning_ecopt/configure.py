@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from typing_extensions import Unpack
 
-from lightning_ecopt._lightning import LightningModule, rank_zero_info
+from lightning_ecopt._lightning import LightningModule
 from lightning_ecopt.common.sharding import is_sharded
 from lightning_ecopt.common.warn import warn
 from lightning_ecopt.optim import ECSGD, ECAdamW, ECMuon, EquivalentClassOptimizer
@@ -150,12 +150,6 @@ def follow_trainer(optimizer: EquivalentClassOptimizer, module: LightningModule)
     """Let an optimizer know what the Trainer of a module knows."""
     optimizer.follow_epochs(partial(current_epoch, module))
     optimizer.follow_precision(partial(current_precision, module))
-    optimizer.follow_steps(partial(num_steps, module), rank_zero_info)
-
-
-def num_steps(module: LightningModule) -> float | None:
-    """The number of steps of the whole fit that a module is in; ``None`` outside of a Trainer."""
-    return None if module._trainer is None else module._trainer.estimated_stepping_batches
 
 
 def current_epoch(module: LightningModule) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ContextDecorator, ExitStack
 from typing import Literal, NamedTuple
 
 import torch
@@ -97,11 +97,20 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
     return values.pin_memory().to(device, non_blocking=True) if from_host else values.to(device)
 
 
-@contextmanager
-def ordinary_tensors() -> Iterator[None]:
+class ordinary_tensors(ContextDecorator):  # noqa: N801  # as torch.no_grad, which it adds to
     """Make tensors that can be changed later, also within ``torch.inference_mode``; they require no gradient."""
-    with torch.inference_mode(False), torch.no_grad():  # the first one alone would switch gradients on
-        yield
+
+    def __enter__(self) -> None:
+        self._modes = ExitStack()
+        if torch.is_inference_mode_enabled() or torch.is_grad_enabled():  # a step is neither: it waits for nothing
+            self._modes.enter_context(torch.inference_mode(False))  # which alone would switch gradients on
+            self._modes.enter_context(torch.no_grad())
+
+    def __exit__(self, *error: object) -> None:
+        self._modes.close()
+
+    def _recreate_cm(self) -> ordinary_tensors:
+        return ordinary_tensors()  # each call of a decorated function has modes of its own
 
 
 def widest(device: torch.device) -> torch.dtype:

@@ -5,100 +5,97 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-import shutil
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from torch import Tensor
 
-from lightning_ecopt.common.tensors import PIECE_SIZES
+from lightning_ecopt.common.warn import warn
 from lightning_ecopt.kernels.compiled import CompiledKernels
 from lightning_ecopt.kernels.eager import EagerKernels
-from lightning_ecopt.kernels.foreach import ForeachKernels
+from lightning_ecopt.kernels.library import compiler, load
 from lightning_ecopt.kernels.passes import Kernels
 
 Implementation = Literal["auto", "wrapped", "eager", "compiled", "triton"]
 
-
-#: Number of weights from which a compiled step is faster by more than noise.
-COMPILE_FROM = 1 << 20
-#: Number of steps times weights from which it is worth the time to compile it: 32,000 steps of a million weights, twice
-#: what half a minute comes to.
-COMPILE_PAYS = 1 << 35
+#: The device that an implementation needs.
+DEVICES = {"triton": "cuda", "compiled": "cpu"}
+CANNOT_COMPILE = (
+    "The passes of the step could not be compiled and run operation by operation, which is slower: {error}. "
+    "implementation='eager' stops this warning."
+)
 
 
 def check_implementation(implementation: Implementation, parameters: Iterable[Tensor]) -> None:
     """Check that the passes over some parameters can be run in a way.
 
     Raises:
-        ValueError: if Triton is asked for and the parameters are not on a GPU.
+        ValueError: if Triton is asked for and the parameters are not on a GPU; if ``"compiled"`` is, and they are not
+            on a CPU, or there is no C compiler that works.
         ModuleNotFoundError: if Triton is asked for and is not installed.
     """
+    needed = DEVICES.get(implementation)
+    devices = {parameter.device.type for parameter in parameters}
+    if needed is None or (implementation == "triton" and os.environ.get("TRITON_INTERPRET") == "1"):
+        return
+    if devices != {needed}:
+        where, given = {"cuda": "a GPU", "cpu": "a CPU"}[needed], ", ".join(sorted(devices))
+        raise ValueError(
+            f"implementation={implementation!r} needs {where}, and the parameters are on {given}: use 'auto'."
+        )
     if implementation == "triton":
-        devices = {parameter.device.type for parameter in parameters}
-        if devices != {"cuda"} and os.environ.get("TRITON_INTERPRET") != "1":
-            given = ", ".join(sorted(devices))
-            raise ValueError(f"implementation='triton' needs a GPU, and the parameters are on {given}: use 'auto'.")
         importlib.import_module("triton")
+    else:
+        try:
+            load()
+        except OSError as error:
+            raise ValueError(f"implementation='compiled' needs a C compiler: {error}. Or use 'auto'.") from error
 
 
-def choose_kernels(
-    implementation: Implementation, parameters: Sequence[Tensor], fused: bool = True, steps: float | None = None
-) -> Kernels:
+def choose_kernels(implementation: Implementation, parameters: Sequence[Tensor]) -> Kernels:
     """Choose how the passes of a step over weights, gradients and state are run.
 
     Args:
         implementation:
 
             - ``"triton"`` needs a GPU, and launches as many kernels however deep the network is;
-            - ``"compiled"`` goes through ``torch.compile``, which takes some seconds at the first steps;
-            - ``"eager"`` runs operation by operation; in small networks each operation works on all weights;
+            - ``"compiled"`` needs a CPU and a C compiler (gcc or clang), and makes as many calls however deep the
+              network is. The first process ever compiles for one or two seconds;
+            - ``"eager"`` runs operation by operation, on all devices;
             - ``"wrapped"`` runs operation by operation, too, but leaves the step itself to the base optimizer, between
               passes that scale weights and gradients there and back. All others must agree with it. Base optimizers
               that are not exactly SGD, Adam or AdamW always step in this way;
-            - ``"auto"`` takes Triton on a GPU. On a CPU it compiles if the steps that are to come are known and pay for
-              it, from a million weights on, and if there is a compiler. Otherwise it is ``"eager"``.
+            - ``"auto"`` takes Triton on a GPU, what is compiled on a CPU, and ``"eager"`` elsewhere, or where there is
+              no Triton or no compiler.
         parameters: of the network.
-        fused: whether the base is SGD, Adam or AdamW, whose whole step is one pass.
-        steps: number of steps of all training; ``None`` if it is not known.
 
     Raises:
-        ValueError: if Triton is asked for and the parameters are not on a GPU.
+        ValueError: if the parameters are not where the implementation runs, or there is no compiler that works.
         ModuleNotFoundError: if Triton is asked for and is not installed.
 
     Example::
 
-        kernels = choose_kernels("auto", list(model.parameters()), steps=20_000)
+        kernels = choose_kernels("auto", list(model.parameters()))
     """
     check_implementation(implementation, parameters)
     if implementation == "auto":
-        implementation = _best(parameters, steps)
+        implementation = _best(parameters)
     if implementation == "triton":
         from lightning_ecopt.kernels.triton_plan import TritonKernels
 
         return TritonKernels()
-    if implementation == "compiled":
-        # A fused step makes few affine passes, at refreshes; a wrapped one makes some at every step.
-        return CompiledKernels(affine=not fused)
-    is_small = _is_one_piece(parameters) and len({parameter.dtype for parameter in parameters}) == 1
-    return ForeachKernels() if is_small else EagerKernels()
+    return CompiledKernels() if implementation == "compiled" else EagerKernels()
 
 
-def _is_one_piece(parameters: Sequence[Tensor]) -> bool:
-    """Whether all weights together are no more than a piece, so that memory of their size does not matter."""
-    sizes = PIECE_SIZES["step"]
-    on_cpu = all(parameter.device.type == "cpu" for parameter in parameters)
-    return sum(parameter.numel() for parameter in parameters) <= (sizes.cpu if on_cpu else sizes.accelerator)
-
-
-def _best(parameters: Sequence[Tensor], steps: float | None) -> Implementation:
+def _best(parameters: Sequence[Tensor]) -> Implementation:
     devices = {parameter.device.type for parameter in parameters}
     if devices == {"cuda"} and importlib.util.find_spec("triton") is not None:
         return "triton"
-    count = sum(parameter.numel() for parameter in parameters)
-    pays = count >= COMPILE_FROM and steps is not None and steps * count >= COMPILE_PAYS
-    return "compiled" if devices == {"cpu"} and pays and _has_compiler() else "eager"
-
-
-def _has_compiler() -> bool:
-    return any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++", "cl"))
+    if devices == {"cpu"} and compiler() is not None:
+        try:
+            load()
+        except OSError as error:
+            warn(CANNOT_COMPILE.format(error=error))
+        else:
+            return "compiled"
+    return "eager"

@@ -1,88 +1,150 @@
-"""The passes as ``torch.compile`` makes them."""
+"""The passes on a CPU, in C: each reads and writes memory once, in one call however deep the network is."""
 
 from __future__ import annotations
 
+import os
+from array import array
 from collections.abc import Callable, Mapping, Sequence
-from types import FunctionType
-from typing import Any
 
 import torch
+from torch import Tensor
 
-from lightning_ecopt.common.warn import warn
+from lightning_ecopt.kernels.clipping import CENTRING, FAINT, MEMORY, ClippedRows, Clipping
 from lightning_ecopt.kernels.eager import EagerKernels
-from lightning_ecopt.kernels.passes import Coefficient, Kernels, Shapes, Views
+from lightning_ecopt.kernels.library import load
+from lightning_ecopt.kernels.lines import COLUMNS, DTYPES, LineKernels, Lines, Words, lines_and_rest
+from lightning_ecopt.kernels.passes import Coefficient, Shapes, Views
 
-CANNOT_COMPILE = (
-    "The step could not be compiled and runs operation by operation, which is slower: {error}. If there is no C++ "
-    "compiler, install one; implementation='eager' stops this warning."
-)
+#: How many elements an item has, where lines are not longer; and how many lines in columns, ``WIDEST`` at most.
+ELEMENTS, LINES = 1 << 14, 1024
+#: How many elements a thread must have to be worth its start.
+FOR_A_THREAD = 1 << 16
 
 
-class CompiledKernels(EagerKernels):
-    """Compiles each pass at its first call, so that it reads and writes memory once instead of once an operation.
+class _Plan:
+    """How to work on blocks of given shapes, strides and types; see :class:`~lightning_ecopt.kernels.lines.Plan`."""
 
-    Where that cannot be done, because there is no C++ compiler for instance, a warning says so, and the passes run
-    operation by operation from then on.
-
-    Args:
-        affine: whether :meth:`affine_` is to be compiled, too. It is worth the time only if there are calls of it in
-            every step, as where the base optimizer takes the step itself.
-    """
-
-    def __init__(self, affine: bool = True) -> None:
-        self._affine = affine
-        self._compiled: dict[tuple[Any, Any], Callable[..., Any]] = {}
-        self._can_compile = True
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_compiled": {}}  # what is compiled cannot be copied
-
-    @property
-    def partial(self) -> Kernels:
-        """Kernels that do not compile: each set of parameters would be compiled anew."""
-        return EagerKernels()
-
-    def affine_(self, views: Views, *, shapes: Shapes, **coefficients: Coefficient | None) -> None:
-        """See :class:`~lightning_ecopt.kernels.Kernels`."""
-        if self._affine:
-            super().affine_(views, shapes=shapes, **coefficients)
-        else:
-            EagerKernels().affine_(views, shapes=shapes, **coefficients)
-
-    @property
-    def _cuts(self) -> bool:
-        # Compiled operations keep no results in memory, for which pieces are made.
-        return not self._can_compile
-
-    def _prepared(
-        self, coefficients: Mapping[str, Coefficient], lists: Sequence[Views | None]
-    ) -> Mapping[str, Coefficient]:
-        # Numbers would become part of the code, which would be compiled again when one changes.
-        dtype = next((view.dtype for view in lists[0] or ()), None)
-        return {
-            name: torch.tensor(value, dtype=dtype, device="cpu") if isinstance(value, float) else value
-            for name, value in coefficients.items()
+    def __init__(self, lists: Sequence[Views], shapes: Shapes) -> None:
+        blocks, starts, self.rest = lines_and_rest(Lines, lists, shapes)
+        self.num_places = starts[-1]
+        types = {k: lists[0][k].dtype for k in blocks}
+        chosen = {dtype: [k for k in blocks if types[k] == dtype] for dtype in DTYPES}
+        self.groups = {
+            dtype: _Group(numbers, [blocks[k] for k in numbers], [starts[k] for k in numbers])
+            for dtype, numbers in chosen.items()
+            if numbers
         }
 
-    def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+
+class _Group:
+    """The blocks of one type, which one call works on.
+
+    Args:
+        numbers: of the blocks among all blocks of the pass.
+        blocks: as lines.
+        places: the first place of each.
+    """
+
+    def __init__(self, numbers: Sequence[int], blocks: Sequence[Lines], places: Sequence[int]) -> None:
+        self._numbers = numbers
+        self._blocks, self._items = array("q"), array("q")
+        for k, (lines, place) in enumerate(zip(blocks, places, strict=True)):
+            self._blocks.extend([lines.kind == COLUMNS, lines.depth, lines.stride, lines.of_place, place])
+            width = LINES if lines.kind == COLUMNS else ELEMENTS // lines.depth
+            width = max(1, width // lines.of_place) * lines.of_place
+            for first in range(0, lines.count, width):
+                self._items.extend([k, first, min(first + width, lines.count)])
+        elements = sum(lines.count * lines.depth for lines in blocks)
+        self._most_threads = max(1, elements // FOR_A_THREAD)
+        self.tables = (self._blocks.buffer_info()[0], self._items.buffer_info()[0], len(self._items) // 3)
+
+    def addresses(self, lists: Sequence[Views]) -> array[int]:
+        """Of the blocks in each list, block by block."""
+        return array("q", [views[k].data_ptr() for k in self._numbers for views in lists])
+
+    @property
+    def threads(self) -> int:
+        """How many threads work on it."""
+        return min(self._most_threads, torch.get_num_threads())
+
+
+class CompiledKernels(LineKernels[_Plan]):
+    """Runs the passes in C, for tensors of float32 and float64. Sums are accumulated in double.
+
+    Raises:
+        OSError: if the C file cannot be compiled.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._library = load()
+        self._process = os.getpid()
+
+    def __reduce__(self) -> tuple[Callable[[], EagerKernels], tuple[()]]:
+        return _compiled_or_eager, ()
+
+    def _make_plan(self, lists: Sequence[Views], shapes: Shapes, count: int) -> _Plan:
+        return _Plan(lists, shapes)
+
+    def _add(self, plan: _Plan, lists: Sequence[Views], count: int, dtype: torch.dtype) -> Tensor:
+        found = torch.empty(count, plan.num_places, dtype=dtype, device="cpu")
+        for kind, group in plan.groups.items():
+            addresses = group.addresses(lists)
+            self._library.sums[kind](
+                *group.tables,
+                addresses.buffer_info()[0],
+                len(lists),
+                found.data_ptr(),
+                dtype == torch.float64,
+                plan.num_places,
+                self._threads(group),
+            )
+        return found
+
+    def _change_(self, plan: _Plan, lists: Sequence[Views], coefficients: Mapping[str, Coefficient]) -> None:
+        for kind, group in plan.groups.items():
+            addresses = group.addresses(lists)
+            words = Words.of(coefficients, kind, lists[0][0].device)
+            given = array("q", words.kinds + words.words)
+            self._library.update[kind](
+                *group.tables,
+                addresses.buffer_info()[0],
+                len(lists),
+                given.buffer_info()[0],
+                self._threads(group),
+            )
+
+    def clipping(
+        self,
+        sums: Tensor,
+        squares: Tensor,
+        second: Tensor,
+        weight: Tensor,
+        rows: ClippedRows,
+        present: Tensor | None,
+        rho: Tensor | None,
+    ) -> Clipping:
         """See :class:`~lightning_ecopt.kernels.Kernels`."""
-        if self._can_compile:
-            # torch is slow to import its compiler, which those who do not compile should not wait for.
-            from torch._dynamo.exc import TorchDynamoException
+        given = [sums, squares, second, weight, rows.size, rows.shift, present, rho]
+        given = [None if vector is None else vector.contiguous() for vector in given]
+        kept, found = torch.empty_like(sums.expand(2, -1)), torch.empty_like(sums.expand(3, -1))
+        new_second, new_weight, scale, shift, relative = of = *kept.unbind(), *found.unbind()
+        count = self._library.clipping[sums.dtype](
+            len(sums),
+            *(None if vector is None else vector.data_ptr() for vector in given),
+            *(MEMORY, 2 - CENTRING, rows.slack, rows.tiny, FAINT),
+            *(vector.data_ptr() for vector in of),
+        )
+        return Clipping(new_second, new_weight, scale, shift, None if rho is None else relative, count)
 
-            try:
-                return self._compiled_form(function, arguments)(*arguments)
-            except TorchDynamoException as error:
-                warn(CANNOT_COMPILE.format(error=str(error).strip().splitlines()[0]))
-                self._can_compile = False
-        return function(*arguments)
+    def _threads(self, group: _Group) -> int:
+        """The threads of a forked process are those of its parent, and do not answer."""
+        return group.threads if os.getpid() == self._process else 1
 
-    def _compiled_form(self, function: Callable[..., Any], arguments: Sequence[Any]) -> Callable[..., Any]:
-        """Return the compiled form of a function; a function that it is given first, an update, is part of it."""
-        key = function, arguments[0] if callable(arguments[0]) else None
-        if key not in self._compiled:
-            # torch.compile ties what it has compiled to a function's code, and limits how often. With code of its
-            # own no pass, and no other optimizer, uses up the limit of this one.
-            own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-            self._compiled[key] = torch.compile(own, dynamic=False, fullgraph=True)
-        return self._compiled[key]
+
+def _compiled_or_eager() -> EagerKernels:
+    """What a copy has, perhaps on a machine without a compiler."""
+    try:
+        return CompiledKernels()
+    except OSError:
+        return EagerKernels()

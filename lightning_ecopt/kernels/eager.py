@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
 from lightning_ecopt.common.tensors import piece_length, pieces
-from lightning_ecopt.kernels.passes import Coefficient, Kernels, Shapes, Views
+from lightning_ecopt.kernels.clipping import ClippedRows, Clipping, clipping
+from lightning_ecopt.kernels.passes import Coefficient, Shapes, Views
 
 #: Changes one tensor of each list in place, by coefficients that broadcast to them.
 Update = Callable[..., None]
@@ -25,16 +26,6 @@ class EagerKernels:
     on as one vector: some operations for all of them instead of some for each.
     """
 
-    @property
-    def partial(self) -> Kernels:
-        """See :class:`~lightning_ecopt.kernels.Kernels`."""
-        return self
-
-    @property
-    def _cuts(self) -> bool:
-        """Whether views are worked on in pieces where an operation needs memory for its result."""
-        return True
-
     def sums_and_squares(self, views: Views, shapes: Shapes, dtype: torch.dtype) -> Tensor:
         """See :class:`~lightning_ecopt.kernels.Kernels`."""
         few = _num_single(views, shapes)
@@ -43,7 +34,7 @@ class EagerKernels:
             values = _flat(views[:few], dtype)
             found.append(torch.stack([values, values.square()]))
         if few < len(views):
-            found.append(self.run(_sums_and_squares, views[few:], shapes[few:], dtype))
+            found.append(_sums_and_squares(views[few:], shapes[few:], dtype))
         return torch.cat(found, 1)
 
     def products(self, views: Views, others: Views, shapes: Shapes, dtype: torch.dtype) -> Tensor:
@@ -51,7 +42,7 @@ class EagerKernels:
         few = _num_single(views, shapes)
         found = [_flat(views[:few], dtype) * _flat(others[:few], dtype)] if few else []
         if few < len(views):
-            found.append(self.run(_products, views[few:], others[few:], shapes[few:], dtype, self._cuts))
+            found.append(_products(views[few:], others[few:], shapes[few:], dtype))
         return torch.cat(found)[None]
 
     def affine_(self, views: Views, *, shapes: Shapes, **coefficients: Coefficient | None) -> None:
@@ -89,9 +80,18 @@ class EagerKernels:
         """See :class:`~lightning_ecopt.kernels.Kernels`."""
         self._in_place(_adam_, [weights, gradients, means, squares, maxima], shapes, coefficients)
 
-    def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+    def clipping(
+        self,
+        sums: Tensor,
+        squares: Tensor,
+        second: Tensor,
+        weight: Tensor,
+        rows: ClippedRows,
+        present: Tensor | None,
+        rho: Tensor | None,
+    ) -> Clipping:
         """See :class:`~lightning_ecopt.kernels.Kernels`."""
-        return function(*arguments)
+        return clipping(sums, squares, second, weight, rows, present, rho)
 
     def _in_place(
         self,
@@ -102,8 +102,8 @@ class EagerKernels:
     ) -> None:
         """Make one in-place pass: ``affine_``, ``sgd_`` and ``adam_`` come down to this, however they are run.
 
-        Subclasses override the two steps below, not the pass: :meth:`_prepared` is how they want coefficients, and
-        :meth:`_launch_` works on the blocks that they have kernels for. Tensor operations do the rest.
+        Subclasses override :meth:`_launch_`, not the pass: it works on the blocks that they have kernels for. Tensor
+        operations do the rest.
 
         Args:
             update: changes one block.
@@ -114,20 +114,13 @@ class EagerKernels:
         if not shapes:
             return
         present = {name: value for name, value in coefficients.items() if value is not None}
-        given = self._prepared(present, lists)
-        left = self._launch_(lists, shapes, given)
+        left = self._launch_(lists, shapes, present)
         if left is None:
-            self._operate_(update, lists, shapes, given)
+            self._operate_(update, lists, shapes, present)
             return
         for k, places in left:
-            own = {name: value[places] if _is_vector(value) else value for name, value in given.items()}
+            own = {name: value[places] if _is_vector(value) else value for name, value in present.items()}
             self._operate_(update, [views and [views[k]] for views in lists], [shapes[k]], own)
-
-    def _prepared(
-        self, coefficients: Mapping[str, Coefficient], lists: Sequence[Views | None]
-    ) -> Mapping[str, Coefficient]:
-        """Return the coefficients in the form in which the kernels take them."""
-        return coefficients
 
     def _launch_(
         self, lists: Sequence[Views | None], shapes: Shapes, coefficients: Mapping[str, Coefficient]
@@ -158,8 +151,7 @@ class EagerKernels:
         if few < len(shapes):
             rest = [views and views[few:] for views in lists]
             # The others make no tensors beside those that they change.
-            in_pieces = self._cuts and update is _adam_
-            self.run(_update_each_, update, rest, shapes[few:], vectors, numbers, in_pieces)
+            _update_each_(update, rest, shapes[few:], vectors, numbers, in_pieces=update is _adam_)
 
 
 def _take_back_(
@@ -212,7 +204,7 @@ def _update_each_(
         # Of sixteen bits are only tensors: factors that such a type cannot hold may have products that it can.
         dtype = torch.promote_types(view.dtype, torch.float32)
         own = {name: parts[k].view(shape).to(dtype) for name, parts in split.items()}
-        for piece in _pieces(view, in_pieces):
+        for piece in _pieces(view) if in_pieces else [None]:
             tensors = [None if views is None else _cut(views[k], piece) for views in lists]
             # A coefficient that broadcasts along the first axis is the same for all pieces.
             of_piece = {name: _cut(v, piece if shape[0] > 1 else None) for name, v in own.items()}
@@ -230,9 +222,9 @@ def _flat(views: Views, dtype: torch.dtype | None = None) -> Tensor:
     return flat if dtype is None else flat.to(dtype)
 
 
-def _pieces(view: Tensor, in_pieces: bool) -> list[slice] | list[None]:
+def _pieces(view: Tensor) -> list[slice] | list[None]:
     """Slices of the first axis that cut a view into pieces; ``[None]`` leaves it whole."""
-    if not in_pieces or piece_length(view, "step") >= len(view):
+    if piece_length(view, "step") >= len(view):
         return [None]
     return list(pieces(view, "step"))
 
@@ -252,12 +244,12 @@ def _sums_and_squares(views: Views, shapes: Shapes, dtype: torch.dtype) -> Tenso
     return torch.cat([*sums, *squares]).view(2, -1)
 
 
-def _products(views: Views, others: Views, shapes: Shapes, dtype: torch.dtype, in_pieces: bool) -> Tensor:
+def _products(views: Views, others: Views, shapes: Shapes, dtype: torch.dtype) -> Tensor:
     found = []
     for view, other, shape in zip(views, others, shapes, strict=True):
         axes = _axes(view, shape)
         parts = []
-        for piece in _pieces(view, in_pieces):
+        for piece in _pieces(view):
             product = _cut(view, piece).to(dtype) * _cut(other, piece)  # which may fit where the factors' type ends
             parts.append(product.sum(axes, dtype=dtype) if axes else product.to(dtype))
         # Pieces lie along the first axis: they have places of their own, or each has a part of every sum.

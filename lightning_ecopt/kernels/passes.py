@@ -29,6 +29,8 @@ Three change views in place, of weights w, gradients g, momentum m and mean squa
                v = (1 - second) v + second d^2
                w = keep w + move m / (root sqrt(v) + eps)    AMSGrad: with the largest v so far in the place of v
 
+``clipping`` works on vectors over rows, between the two: what the sums say of the coefficients.
+
 An equivalent-class step divides the weights by scales s, changes the gradients, lets the base optimizer take its step
 and multiplies the weights by s again. Taken one by one, each of these reads and writes all weights. The coefficients
 hold all of them, so that one pass does. For instance, SGD at w / s with gradients t g arrives at w - lr s t g: ``pull``
@@ -59,11 +61,13 @@ Those without a value in the last column must be given to the passes that use th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from lightning_ecopt.kernels.clipping import ClippedRows, Clipping
 
 #: The views of B blocks in tensors of one sort, such as the gradients.
 Views = Sequence[Tensor]
@@ -75,10 +79,6 @@ Coefficient = Tensor | float
 
 class Kernels(Protocol):
     """Runs the passes in one way; see the module for what each of them computes."""
-
-    @property
-    def partial(self) -> Kernels:
-        """The kernels for passes over some of the blocks only, as when some parameters have no gradients."""
 
     def sums_and_squares(self, views: Views, shapes: Shapes, dtype: torch.dtype) -> Tensor:
         """Return the sums of the elements at each place, and of their squares, ``[2, P]`` in ``dtype``."""
@@ -113,10 +113,14 @@ class Kernels(Protocol):
     ) -> None:
         """Take a step of Adam, with AMSGrad if there are ``maxima`` of mean squares. Gradients are only read."""
 
-    def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Call a function of vectors over rows or places in the way in which the passes are run.
-
-        Args:
-            function: defined in a module, without default values; what is compiled of it is kept for later calls.
-            *arguments: are given to it by position.
-        """
+    def clipping(
+        self,
+        sums: Tensor,
+        squares: Tensor,
+        second: Tensor,
+        weight: Tensor,
+        rows: ClippedRows,
+        present: Tensor | None,
+        rho: Tensor | None,
+    ) -> Clipping:
+        """Find how gradients are centred and clipped: :func:`~lightning_ecopt.kernels.clipping.clipping`."""

@@ -38,9 +38,11 @@ import triton
 import triton.language as tl
 from triton.language import constexpr
 
+from lightning_ecopt.kernels import lines as host
+
 #: The kinds of blocks, and the lines (WIDTHS) and elements of a line (SIZES) that a program reads at a time. These
 #: stand in the kernels once more, WIDTH and SIZE, as constants that the compiler knows.
-LONG, SHORT, COLUMNS = map(constexpr, range(3))
+LONG, SHORT, COLUMNS = map(constexpr, (host.LONG, host.SHORT, host.COLUMNS))
 WIDTHS, SIZES = (1, 16, 128), (1024, 32, 8)
 #: How many places, and how many parts of their sums, are added up at a time.
 PARTS_WIDTH, PARTS_SIZE = constexpr(4), constexpr(256)
@@ -53,12 +55,11 @@ FIRST_ITEM, KIND, LINES, DEPTH, LENGTH, STRIDE, LINES_OF_PLACE = map(constexpr, 
 #: squares (STEP), and the number of places of all blocks.
 FIRST_PLACE, PLACES, TARGET, STEP, ALL_PLACES, NUM_COLUMNS = map(constexpr, range(7, 13))
 
-#: ``table`` begins with a word of 64 bits for each coefficient, in this order. Addresses of tensors follow, by block.
-NAMES = ("fade", "gain", "shift", "decay", "keep", "move", "pull", "push", "first", "second", "root", "eps")
+#: ``table`` begins with a word of 64 bits for each coefficient, in the order of ``lines.NAMES``. Addresses of tensors
+#: follow, by block.
 FADE, GAIN, SHIFT, DECAY, KEEP, MOVE, PULL, PUSH, FIRST, SECOND, ROOT, EPS, NUM_NAMES = map(constexpr, range(13))
-#: GIVEN has one digit to the base 4 for each coefficient: 0 if it is left out, or whether its word is a number itself,
-#: the address of a number, or that of a vector over the places.
-NUMBER, SCALAR, VECTOR = map(constexpr, range(1, 4))
+#: GIVEN has one digit to the base 4 for each coefficient: 0 if it is left out, or what its word is.
+NUMBER, SCALAR, VECTOR = map(constexpr, (host.NUMBER, host.SCALAR, host.VECTOR))
 
 
 @triton.jit

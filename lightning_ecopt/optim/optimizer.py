@@ -292,15 +292,6 @@ class EquivalentClassOptimizer(Optimizer):
         """
         self._session.gradient_check.precision = precision
 
-    def follow_steps(self, steps: Callable[[], float | None], tell: Callable[[str], object]) -> None:
-        """Tell how long training is, as ``implementation="auto"`` compiles the step only where that pays.
-
-        Args:
-            steps: returns the number of steps of all training, ``None`` if it is not known; asked at the first step.
-            tell: is called with a line for the user if the step is compiled.
-        """
-        self._session.kernels.steps, self._session.kernels.tell = steps, tell
-
     @property
     def violation(self) -> float:
         """The largest |Q| / A of a unit that ``check="gradient"`` has held fixed so far; zero if there is none."""

@@ -15,11 +15,11 @@ from lightning_ecopt.common.sharding import Ranks, local
 from lightning_ecopt.common.signals import uninterrupted
 from lightning_ecopt.common.tensors import in_shared_memory, listing
 from lightning_ecopt.common.warn import warn
+from lightning_ecopt.kernels import choose_kernels
 from lightning_ecopt.optim.bases import momentum_to_mean, step_kinds
 from lightning_ecopt.optim.binding import NO_FREEDOMS, Binding, Network, Source, parameters_of, trainable_parameters
 from lightning_ecopt.optim.calls import states_in
 from lightning_ecopt.optim.gradient_check import GradientCheck
-from lightning_ecopt.optim.kernel_choice import KernelChoice
 from lightning_ecopt.optim.options import Options, interval_is_over
 from lightning_ecopt.optim.rates import mistaken_rate
 from lightning_ecopt.optim.stages import Idle, Ready, Resting, Running, Stage, Waiting
@@ -80,7 +80,6 @@ class Session:
         may_have_copies: whether nobody has looked yet for copies of the weights that are trained, too.
         gradient_check: looks for units that may not be rescaled.
         watching: knows which steps behind refreshes are looked at.
-        kernels: chooses what runs the passes over weights and gradients.
     """
 
     def __init__(self, base: Optimizer, options: Options, source: Source, followers: Given | None = None) -> None:
@@ -96,7 +95,7 @@ class Session:
         self.last_epoch: int | None = None
         self._version = 0  # of the deferred group at the last look
         self.closure_comes_first = type(base).__module__.startswith("torch.optim.")
-        self.writers, self.kernels = Writers(), KernelChoice()
+        self.writers = Writers()
         self.steps, self.is_resting, self.passed, self.has_told = 0, False, set[str](), False
         self.watching = Watching()
         self._given, self.may_have_copies = followers or {}, True
@@ -368,7 +367,7 @@ class Session:
             group=network.group,
             weights=self.weights(network),
             parameters={name: p.detach() for name, p in network.parameters.items()},
-            kernels=self.kernels.of(network, self.base, self.options),
+            kernels=choose_kernels(self.options.implementation, list(network.group.parameters.values())),
             alive=alive,
             exclusive=network.exclusive,
             is_balanced=self.options.representative == "balanced",

@@ -121,7 +121,7 @@ class Rows:
         found = torch.zeros(count, 0, dtype=self.dtype, device=self.sizes.device)
         if any(complete):
             lists, shapes = self._blocks.views(complete, tensors)
-            found = getattr(kernels if all(complete) else kernels.partial, name)(*lists, shapes, self.dtype)
+            found = getattr(kernels, name)(*lists, shapes, self.dtype)
         if not all(complete):
             num_places = self._blocks.num_places
             parts, found = found, found.new_zeros(count, sum(num_places))
@@ -151,7 +151,7 @@ class Rows:
                     value = torch.cat(list(compress(value.split(self._blocks.num_places), complete)))
             if value is not None:
                 given[key] = value
-        getattr(kernels if all(complete) else kernels.partial, name)(*lists, shapes=shapes, **given)
+        getattr(kernels, name)(*lists, shapes=shapes, **given)
 
 
 def _cat(parts: Sequence[Tensor], device: torch.device) -> Tensor:

@@ -63,7 +63,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,6 +72,7 @@ from lightning_ecopt.common.segment_sum import SegmentSum
 from lightning_ecopt.common.sharding import local
 from lightning_ecopt.common.tensors import Tensors, ordinary_tensors, updates_by_difference
 from lightning_ecopt.kernels import Coefficient, Kernels
+from lightning_ecopt.kernels.clipping import MEMORY, ClippedRows
 from lightning_ecopt.steps.rows import Rows
 from lightning_ecopt.steps.rule import (
     Advance,
@@ -87,88 +88,16 @@ from lightning_ecopt.symmetry import ScalingGroup
 from lightning_ecopt.symmetry.coupling import NO_UNIT
 from lightning_ecopt.symmetry.gains import scale_to_gains_of_one
 
-CENTRING = 0.9  # share of the mean that is taken out of the gradients of a row
-MEMORY = 0.99  # of the running second moments
 SINGLE = 0.1  # share of a full step of SGD that rows of one element take
 FLOOR = 0.1  # smallest magnitude of a row for SGD, relative to the typical one
 LEAST = 1 / 3  # share of a step of the base's own size that a row takes
 MOST = 10.0  # times as long, or as short, as the base's may be the step in a whole matrix
-FAINT = 1e-5  # relative size of gradients that are rounding
 SAVED = ("rho", "reference", "second", "weight")  # attributes in a checkpoint
 
 
 def _at_least_a_share(rho: Tensor, typical: Tensor) -> Tensor:
     """Magnitudes that are at least ``FLOOR * typical``; ``typical`` for rows of zeros, which have none of their own."""
     return torch.where(rho > 0, torch.maximum(rho, FLOOR * typical), typical)
-
-
-class _Constants(NamedTuple):
-    """What a step needs to know of the rows.
-
-    Args:
-        size: numbers of elements, ``[R]``; infinite for rows that are neither centred nor clipped.
-        shift: minus the share of the mean that is taken out of the gradients, c = g + shift mean(g), ``[R]``.
-        one: a scalar.
-        slack: relative size of mean(c**2) - q_k that is rounding.
-        tiny: lower bound of sqrt(q_k) in the quotient, so that it does not overflow.
-    """
-
-    size: Tensor
-    shift: Tensor
-    one: Tensor
-    slack: float
-    tiny: float
-
-    @classmethod
-    def of(cls, size: Tensor, uncentred: Tensor, whole: Tensor | None, tiny: float) -> _Constants:
-        size = size if whole is None else size.masked_fill(whole, torch.inf)
-        shift = -CENTRING * (~uncentred).to(size)
-        return cls(size, shift, size.new_ones(()), 1 + 8 * torch.finfo(size.dtype).eps, tiny)
-
-
-def _look_at_gradients(
-    sums: Tensor,
-    squares: Tensor,
-    second: Tensor,
-    weight: Tensor,
-    rows: _Constants,
-    present: Tensor | None,
-    rho: Tensor | None,
-) -> tuple[Tensor | None, ...]:
-    """Update the running second moments and find how gradients are centred and clipped. All tensors are ``[R]``.
-
-    q_k includes the gradient at hand: at most a factor of 10 is cut, and an outlier shortens the next hundred steps.
-
-    Args:
-        sums: of the gradients in each row.
-        squares: sums of squares of the gradients in each row.
-        second: running mean of mean(c**2) times ``weight``, so that q_k is ``second / weight``.
-        weight: sum of the weights in the running mean, which tends to 1.
-        rows: what does not change from step to step.
-        present: rows that have a gradient; ``None`` if all have one.
-        rho: rho_k; ``None`` if steps are not relative to gradients.
-
-    Returns:
-        The new ``second`` and ``weight``; ``grad_scale`` and ``grad_shift``; ``rho_k / sqrt(q_k)``, or ``None`` without
-        ``rho``; and how many rows were clipped.
-    """
-    mean = sums / rows.size
-    # Without another pass over the gradients:  mean(c**2) = mean(g**2) + mean(g)**2 shift (2 - share)
-    centred_square = torch.addcmul(squares / rows.size, mean * mean, rows.shift, value=2 - CENTRING).clamp(min=0)
-    centred_square = centred_square.nan_to_num(-1, -1)  # a gradient that is not finite leaves q_k as it is
-    known = (centred_square >= 0 if present is None else (centred_square >= 0) & present).to(second.dtype)
-    second = torch.addcmul(second, known, centred_square - second, value=1 - MEMORY)
-    weight = torch.addcmul(weight, known, weight - 1, value=MEMORY - 1)
-    q = second / weight.clamp(min=1 - MEMORY)
-    # The first gradient equals its own mean, but for rounding. Where q / q is NaN, nothing is clipped.
-    grad_scale = torch.fmin((rows.slack * q / centred_square).sqrt(), rows.one)
-    grad_shift = (mean * rows.shift).nan_to_num(0, 0, 0) * grad_scale
-    relative = None
-    if rho is not None:
-        deviation = q.sqrt()
-        faint = torch.linalg.vector_norm(rho * deviation) * (FAINT / len(rho) ** 0.5) / rho
-        relative = rho / torch.maximum(deviation, faint).clamp(min=rows.tiny)
-    return second, weight, grad_scale, grad_shift, relative, (grad_scale < 1).sum()
 
 
 def _median_root(squares: Tensor) -> Tensor:
@@ -225,7 +154,7 @@ class UnitRule:
         self._weight = (self._second > 0).to(self.rows.dtype) * (1 - MEMORY)
         reads_powers = self.rows.where(lambda each: group.monomials.has_powers(each.outgoing))
         uncentred = self.rows.single | self.rows.additive() | reads_powers
-        self._constants = _Constants.of(self._size, uncentred, self._whole, tiny)
+        self._clipped_rows = ClippedRows.of(self._size, uncentred, self._whole, tiny)
         weights = {name: local(parameter) for name, parameter in parameters.items()}
         squares = self._sums_and_squares(weights)[1]
         self._rho, self._reference = self._magnitudes(
@@ -359,11 +288,9 @@ class UnitRule:
             present = self.rows.spread(present)
         sums, squares = self._sums_and_squares(gradients)
         rho = None if self._linear is None else self._rho
-        second, weight, grad_scale, grad_shift, relative, clipped = self.kernels.run(
-            _look_at_gradients, sums, squares, self._second, self._weight, self._constants, present, rho
-        )
-        self._next = (second, weight, self._clipped + clipped)
-        return Reparametrization(self._scale(relative, to_step), grad_scale, grad_shift)
+        found = self.kernels.clipping(sums, squares, self._second, self._weight, self._clipped_rows, present, rho)
+        self._next = (found.second, found.weight, self._clipped + found.num_clipped)
+        return Reparametrization(self._scale(found.relative, to_step), found.scale, found.shift)
 
     def _scale(self, relative: Tensor | None, to_step: Coefficient) -> Tensor:
         """s_k, ``[R]``; ``relative`` is rho_k / sqrt(q_k), or ``None`` if no step is linear."""

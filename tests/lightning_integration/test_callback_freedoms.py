@@ -14,8 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from lightning_ecopt import EquivalentClassOptimization, ScalingGroup, ec_sgd
-from lightning_ecopt.kernels import choose
+from lightning_ecopt import EquivalentClassOptimization, ScalingGroup
 from tests.lightning_integration.callback_runs import FORMS, Level, TwoOptimizers, normalised
 from tests.lightning_integration.modules import (
     EXAMPLE,
@@ -153,35 +152,6 @@ def test_refreshes_come_when_they_are_due(
     monkeypatch.setattr(ScalingGroup, "balance_", spy)
     fit(module, quiet(rule=rule, refresh_interval=refresh), max_epochs=epochs)
     assert found == steps
-
-
-@pytest.mark.parametrize("way", ["callback", "configure_optimizers"])
-@pytest.mark.parametrize("epochs", [2, 3])
-def test_the_step_is_compiled_where_the_steps_of_the_fit_pay_for_it_and_says_so(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, epochs: int, way: str
-) -> None:
-    """With four steps an epoch, three epochs pay here."""
-    compiled = []
-
-    def compile_(function: Any, **options: Any) -> Any:
-        compiled.append(function)
-        return function
-
-    net = mlp()
-    count = sum(p.numel() for p in net.parameters())
-    monkeypatch.setattr(torch, "compile", compile_)
-    monkeypatch.setattr(choose, "_has_compiler", lambda: True)
-    monkeypatch.setattr(choose, "COMPILE_FROM", count)
-    monkeypatch.setattr(choose, "COMPILE_PAYS", 12 * count)
-    with caplog.at_level("INFO", logger="lightning.pytorch"):
-        if way == "callback":
-            fit(Classifier(net), quiet(), max_epochs=epochs)
-        else:
-            fit(Classifier(net, lambda net: ec_sgd(net, lr=0.1)), max_epochs=epochs)
-    said = [record.getMessage() for record in caplog.records if "compiled" in record.getMessage()]
-    assert bool(compiled) == (epochs == 3)
-    assert len(said) == (epochs == 3)
-    assert all("pays in 12 steps. With implementation='eager' it is not." in line for line in said)
 
 
 class Switching(Classifier):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import TorchDynamoException
 from torch.nn import functional as F
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,9 +17,8 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_ecopt import EquivalentClassOptimizer, scaling_group
 from lightning_ecopt.common.tensors import PIECE_SIZES, PieceSize
-from lightning_ecopt.kernels import EagerKernels, choose, choose_kernels
+from lightning_ecopt.kernels import EagerKernels, choose_kernels
 from lightning_ecopt.kernels.compiled import CompiledKernels
-from lightning_ecopt.kernels.foreach import ForeachKernels
 from tests.networks import mlp, norm_cnn
 from tests.optim.training import problem, put_back, train, weights_of
 from tests.selection import few, full
@@ -158,76 +155,25 @@ def compare32(network: str, base: str, rule: str, implementation: str) -> None:
     agree(run, Run(network, base, rule, "wrapped", torch.float64).steps(500), 1e-5)
 
 
+@pytest.mark.parametrize("kind", ["eager", "compiled"])
 @pytest.mark.parametrize("compare", few([compare64, compare32], [compare64]))
 @pytest.mark.parametrize("rule", ["unit", "path"])
 @pytest.mark.parametrize("base", few(FUSED, ["nesterov", "adam_l2", "adamw_groups"]))
-def test_a_fused_run_is_that_of_the_plain_version(base: str, rule: str, compare: Callable[..., None]) -> None:
-    compare("mlp", base, rule, "eager")
+def test_a_fused_run_is_that_of_the_plain_version(
+    base: str, rule: str, compare: Callable[..., None], kind: str
+) -> None:
+    compare("mlp", base, rule, kind)
 
 
 @full
 @pytest.mark.parametrize("compare", [compare64, compare32])
 @pytest.mark.parametrize("rule", ["unit", "path"])
-@pytest.mark.parametrize(("network", "base"), [("cnn", "nesterov"), ("packed", "adam_l2")])
+@pytest.mark.parametrize("kind", ["eager", "compiled"])
+@pytest.mark.parametrize(("network", "base"), [("cnn", "nesterov"), ("packed", "adam_l2"), ("packed", "nesterov")])
 def test_weights_of_all_forms_take_fused_steps(
-    network: str, base: str, rule: str, compare: Callable[..., None]
+    network: str, base: str, rule: str, compare: Callable[..., None], kind: str
 ) -> None:
-    compare(network, base, rule, "eager")
-
-
-@pytest.fixture(scope="module")
-def compiler() -> None:
-    """There is one that works."""
-    try:
-        torch.compile(torch.sin, backend="inductor")(torch.ones(3))
-    except TorchDynamoException as error:
-        pytest.skip(f"torch.compile does not work here: {error}")
-
-
-@full
-@pytest.mark.usefixtures("compiler")
-@pytest.mark.parametrize(
-    ("network", "base", "rule", "compare"),
-    [
-        ("packed", "nesterov", "unit", compare64),
-        ("mlp", "momentum", "path", compare32),
-        ("cnn", "adamw", "unit", compare32),
-        ("mlp", "adam_l2", "path", compare64),
-    ],
-)
-def test_a_compiled_run_is_that_of_the_plain_version(
-    network: str, base: str, rule: str, compare: Callable[..., None]
-) -> None:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="The step could not be compiled")
-        compare(network, base, rule, "compiled")
-
-
-@full
-@pytest.mark.usefixtures("compiler")
-def test_a_step_is_compiled_once_whatever_the_schedule() -> None:
-    torch._dynamo.utils.counters.clear()
-    run = Run("mlp", "momentum", "unit", "compiled", torch.float32)
-    for number in (0, 1, 2, 3, 4, 5, 7):  # each with another rate; in step 6 a gradient is missing
-        run.step(number)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
-    twin = copy.deepcopy(run.optimizer)
-    assert twin._session.stage.rule.kernels is not run.optimizer._session.stage.rule.kernels
-
-
-def test_without_a_compiler_a_warning_says_so_and_the_steps_are_the_same() -> None:
-    run, plain = (Run("mlp", "momentum", "unit", kind, torch.float64) for kind in ("compiled", "wrapped"))
-    plain.steps(6)
-    torch.compiler.reset()
-    inductor = torch._inductor.config
-    with (
-        inductor.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}),
-        pytest.warns(
-            UserWarning, match="could not be compiled and runs operation by operation.*implementation='eager'"
-        ),
-    ):
-        run.steps(6)
-    agree(run, plain, 1e-12)
+    compare(network, base, rule, kind)
 
 
 # What a step costs in memory, and whose it is -------------------------------------------------------------------------
@@ -250,7 +196,7 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("rule", ["unit", "path"])
-@pytest.mark.parametrize("kind", ["eager", "wrapped"])
+@pytest.mark.parametrize("kind", ["eager", "compiled", "wrapped"])
 @pytest.mark.parametrize("base", ["momentum", "adam_l2"])
 def test_no_operation_of_a_step_makes_a_tensor_of_the_size_of_the_weights(
     base: str, kind: str, rule: str, monkeypatch: pytest.MonkeyPatch
@@ -313,19 +259,15 @@ def test_gradients_that_cannot_be_changed_in_place_stay_as_they_are(form: str, r
 # Which version is taken -----------------------------------------------------------------------------------------------
 
 
-def test_the_version_follows_from_the_network_and_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    small, large = [torch.zeros(10)], [torch.zeros(choose.COMPILE_FROM)]
-    enough = choose.COMPILE_PAYS / choose.COMPILE_FROM
-    monkeypatch.setattr(choose, "_has_compiler", lambda: True)
-    assert type(choose_kernels("auto", small, steps=math.inf)) is ForeachKernels
-    assert type(choose_kernels("auto", large, steps=enough)) is CompiledKernels
-    assert type(choose_kernels("auto", large, steps=enough - 1)) is EagerKernels
-    assert type(choose_kernels("auto", large)) is EagerKernels
-    assert type(choose_kernels("auto", [torch.zeros(1 << 24, device="meta")], steps=enough)) is EagerKernels
-    monkeypatch.setattr(choose, "_has_compiler", lambda: False)
-    assert type(choose_kernels("auto", large, steps=enough)) is EagerKernels
-    for given, kind in (("eager", ForeachKernels), ("wrapped", ForeachKernels), ("compiled", CompiledKernels)):
-        assert type(choose_kernels(given, small)) is kind
+def test_the_version_follows_from_the_device() -> None:
+    weights, elsewhere = [torch.zeros(10)], [torch.zeros(10, device="meta")]
+    assert type(choose_kernels("auto", weights)) is CompiledKernels
+    assert type(choose_kernels("auto", elsewhere)) is EagerKernels
+    assert type(choose_kernels("auto", [*weights, *elsewhere])) is EagerKernels
+    for given, kind in (("eager", EagerKernels), ("wrapped", EagerKernels), ("compiled", CompiledKernels)):
+        assert type(choose_kernels(given, weights)) is kind
+    with pytest.raises(ValueError, match="'compiled' needs a CPU, and the parameters are on cpu, meta: use 'auto'"):
+        choose_kernels("compiled", [*weights, *elsewhere])
 
 
 class Mixed(nn.Module):
@@ -342,7 +284,7 @@ class Mixed(nn.Module):
 @pytest.mark.parametrize("base", [AdamW, SGD])
 def test_parameters_of_several_types_are_stepped_alike(base: type[Optimizer]) -> None:
     found = []
-    for kind in ("eager", "wrapped"):
+    for kind in ("eager", "wrapped", "compiled"):
         torch.manual_seed(0)
         module, x = Mixed(), torch.randn(8, 4)
         optimizer = EquivalentClassOptimizer(
@@ -353,8 +295,9 @@ def test_parameters_of_several_types_are_stepped_alike(base: type[Optimizer]) ->
             module(x).square().sum().backward()
             optimizer.step()
         found.append([p.detach() for p in module.parameters()])
-    for p, q in zip(*found, strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
+    for weights in zip(*found, strict=True):
+        for other in weights[1:]:
+            torch.testing.assert_close(other, weights[0], rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("form", ["expanded", "shared"])
@@ -376,17 +319,6 @@ def test_gradients_whose_memory_is_used_twice_are_rescaled_once_at_a_refresh(for
         optimizer.step()
         found.append([p.detach() for p in module.parameters()])
     assert all(torch.equal(p, q) for p, q in zip(*found, strict=True))
-
-
-def test_refreshes_do_not_add_to_the_memory_of_kernels() -> None:
-    module, x, y = problem(4, 6, 5, 3)
-    optimizer = EquivalentClassOptimizer(
-        SGD(module.parameters(), lr=0.01), scaling_group(module, x), rule="path", refresh_interval=1
-    )
-    train(module, optimizer, x, y, range(20))
-    kernels = optimizer._session.stage.rule.kernels
-    assert isinstance(kernels, ForeachKernels)
-    assert 1 <= len(kernels._sets) <= 4
 
 
 def test_triton_is_refused_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -438,7 +370,7 @@ def test_steps_are_taken_where_all_operations_must_be_deterministic(rule: str) -
     agree(run, Run("cnn", "momentum", rule, "eager", torch.float64).steps(9), 0.0)
 
 
-@pytest.mark.parametrize("implementation", ["eager", "wrapped"])
+@pytest.mark.parametrize("implementation", ["eager", "compiled", "wrapped"])
 @pytest.mark.parametrize("rule", ["unit", "path"])
 def test_weights_in_the_order_of_channels_last_take_the_same_steps(rule: str, implementation: str) -> None:
     expected, found = (Run("cnn", "adamw", rule, implementation, torch.float64) for _ in range(2))

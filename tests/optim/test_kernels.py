@@ -1,10 +1,11 @@
-"""What is compiled is kept by function, and slow imports wait until they are needed."""
+"""The passes in C are those of tensor operations, where there is a compiler; and slow imports wait until needed."""
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import lightning_ecopt
-from lightning_ecopt.kernels import EagerKernels
+from lightning_ecopt.kernels import EagerKernels, choose_kernels, library
+from lightning_ecopt.kernels.clipping import ClippedRows
 from lightning_ecopt.kernels.compiled import CompiledKernels
-from lightning_ecopt.kernels.foreach import ForeachKernels
+from tests.selection import full
 
 #: Imports a part of the package without the package itself, and prints which slow packages that has imported.
 IMPORT = """
@@ -33,7 +35,26 @@ print(*sorted({"torch._dynamo", "triton", "torchmetrics", "lightning"} & (set(sy
 """
 
 
-@pytest.mark.full
+#: Uses threads, and then again in a child that is a fork.
+FORK = """
+import os, torch
+from lightning_ecopt.kernels.compiled import CompiledKernels
+torch.set_num_threads(2)
+kernels, views = CompiledKernels(), [torch.ones(1000, 1000)]
+def add():
+    return float(kernels.sums_and_squares(views, ((1000, 1),), torch.float32)[0].sum())
+assert add() == 1e6
+child = os.fork()
+if child == 0:
+    assert add() == 1e6
+    print("child", flush=True)
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+print("parent")
+"""
+
+
+@full
 @pytest.mark.parametrize("part", ["kernels", "metrics"])
 def test_slow_packages_are_imported_on_demand_only(part: str) -> None:
     (folder,) = lightning_ecopt.__path__
@@ -41,36 +62,6 @@ def test_slow_packages_are_imported_on_demand_only(part: str) -> None:
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.split() == []
-
-
-def doubled() -> Callable[[Tensor], Tensor]:
-    def apply(x: Tensor) -> Tensor:
-        return 2 * x
-
-    return apply
-
-
-def squared() -> Callable[[Tensor], Tensor]:
-    def apply(x: Tensor) -> Tensor:
-        return x * x
-
-    return apply
-
-
-def test_functions_of_one_name_are_compiled_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled = []
-
-    def compile_(function: Callable[..., Tensor], **options: object) -> Callable[..., Tensor]:
-        compiled.append(function)
-        return function
-
-    monkeypatch.setattr(torch, "compile", compile_)
-    kernels, x = CompiledKernels(), torch.tensor([3.0])
-    first, second = doubled(), squared()
-    for _ in range(2):
-        assert kernels.run(first, x).item() == 6
-        assert kernels.run(second, x).item() == 9
-    assert len(compiled) == 2
 
 
 #: Sizes of tensors, shapes of places, and views of parts of them.
@@ -85,6 +76,12 @@ BLOCKS: list[tuple[tuple[int, ...], tuple[int, ...], Callable[[Tensor], Tensor]]
     ((33, 7), (1, 1), lambda base: base),
     ((4, 3, 10), (4, 3, 1), lambda base: base),
     ((6, 9), (6, 1), lambda base: base.T.contiguous().T),
+    ((3, 700), (3, 1), lambda base: base),
+    ((2, 1500), (1, 1500), lambda base: base),
+    ((4, 6, 2, 2), (1, 6, 1, 1), lambda base: base),
+    ((6, 5, 2, 2), (6, 1, 1, 1), lambda base: base.contiguous(memory_format=torch.channels_last)),
+    ((4, 3, 5), (1, 3, 1), lambda base: base[:, :, ::2]),
+    ((0, 3), (0, 1), lambda base: base),
 ]
 COEFFICIENTS = {
     "sgd_": ("fade", "gain", "shift", "decay", "keep", "move", "pull", "push"),
@@ -101,7 +98,7 @@ COEFFICIENTS = {
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
 @settings(max_examples=60, deadline=None)
-def test_small_networks_are_worked_on_together_as_block_by_block(
+def test_passes_in_c_are_those_of_tensor_operations(
     numbers: list[int], name: str, vectors: int, left_out: int, has_state: bool, dtype: torch.dtype
 ) -> None:
     generator = torch.Generator().manual_seed(len(numbers) + vectors)
@@ -122,8 +119,8 @@ def test_small_networks_are_worked_on_together_as_block_by_block(
     state: list[Any] = [*lists]
     if not has_state:
         state[-1] = None
-    tolerance = 1e-6 if dtype == torch.float32 else 1e-14
-    kernels = ForeachKernels()
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-14  # sums of some hundred numbers of one sign
+    kernels = CompiledKernels()
     for _ in range(2):  # the second time with what is kept
         results = []
         for kind in (EagerKernels(), kernels):
@@ -143,3 +140,159 @@ def test_metrics_are_found_where_they_were() -> None:
     assert all(getattr(metrics, name).__name__ == name for name in metrics.__all__)
     with pytest.raises(AttributeError, match="no attribute 'Unknown'"):
         metrics.Unknown  # noqa: B018
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sums_of_other_types_and_forms_are_those_of_tensor_operations(dtype: torch.dtype) -> None:
+    """Narrower tensors are added up in the type that is asked for; what makes no lines is left to operations."""
+    torch.manual_seed(0)
+    views = [torch.randn(4, 6), torch.randn(4, 6).bfloat16(), torch.randn(4, 1).expand(4, 6), torch.randn(3, 4, 5)[::2]]
+    shapes = ((4, 1), (4, 1), (4, 1), (1, 4, 1))
+    expected, found = (k.sums_and_squares(views, shapes, dtype) for k in (EagerKernels(), CompiledKernels()))
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_what_is_not_a_number_goes_where_tensor_operations_take_it() -> None:
+    """An infinite weight without decay does not reach the momentum; AMSGrad keeps what is not a number."""
+    inf, nan = float("inf"), float("nan")
+    w, g = torch.tensor([[inf, 1.0], [2.0, nan]]), torch.tensor([[1.0, 2.0], [inf, 3.0]])
+    ones = torch.ones(2)
+    results = []
+    for kernels in (EagerKernels(), CompiledKernels()):
+        sgd = [[w.clone()], [g], [torch.ones(2, 2)]]
+        kernels.sgd_(*sgd, shapes=((2, 1),), fade=0.9, gain=ones, move=-ones)
+        adam = [[w.clone()], [g], [torch.ones(2, 2)], [torch.ones(2, 2)], [torch.tensor([[nan, 1.0], [2.0, 9.0]])]]
+        given_ = {"first": 0.1, "second": 0.001, "root": 1.0, "eps": 1e-8}
+        kernels.adam_(*adam, shapes=((2, 1),), gain=ones, move=-ones, **given_)
+        results.append([view for views in (*sgd, *adam) for view in views])
+    torch.testing.assert_close(results[1], results[0], equal_nan=True)
+    assert results[1][2].isfinite().sum() == 3  # the momentum of the infinite gradient alone
+
+
+@given(
+    seed=st.integers(0, 1000),
+    broken=st.sampled_from([None, float("inf"), -float("inf"), float("nan"), 0.0]),
+    has_rho=st.booleans(),
+    has_present=st.booleans(),
+    is_first=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+@settings(max_examples=100, deadline=None)
+def test_clipping_in_c_is_that_of_tensor_operations(
+    seed: int, broken: float | None, has_rho: bool, has_present: bool, is_first: bool, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+
+    def random() -> Tensor:
+        return torch.rand(9, generator=generator, dtype=dtype) + 0.1
+
+    size = torch.tensor([1.0, 4, 4, 7, 7, 7, 100, 1, 1], dtype=dtype)
+    sums, squares = size * (random() - 0.5), size * 3 * random()
+    if broken is not None:
+        sums[3], squares[3] = broken, abs(broken)
+    whole = torch.arange(9) == 6
+    rows = ClippedRows.of(size, torch.arange(9) % 4 == 0, whole if seed % 2 else None, 1e-20)
+    second, weight = (torch.zeros(9, dtype=dtype) if is_first else 0.3 * random() for _ in range(2))
+    present = torch.arange(9) % 3 > 0 if has_present else None
+    rho = random() if has_rho else None
+    expected, found = (
+        kernels.clipping(sums, squares, second, weight, rows, present, rho)
+        for kernels in (EagerKernels(), CompiledKernels())
+    )
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-13
+    torch.testing.assert_close(found[:4], expected[:4], rtol=tolerance, atol=tolerance)
+    assert found.num_clipped == int(expected.num_clipped)
+    if has_rho:
+        torch.testing.assert_close(found.relative, expected.relative, rtol=tolerance, atol=0)
+    assert (found.relative is None) == (not has_rho)
+
+
+def test_sums_do_not_depend_on_the_number_of_threads() -> None:
+    torch.manual_seed(0)
+    views, shapes = [torch.randn(300, 1000), torch.randn(900, 300)], ((300, 1), (1, 300))
+    found, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(CompiledKernels().sums_and_squares(views, shapes, torch.float32))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+@full
+def test_a_forked_process_takes_steps() -> None:
+    """Threads do not survive a fork; whoever waits for them hangs."""
+    ended = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.split() == ["child", "parent"]
+
+
+# The compiler ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """Nothing has been compiled so far; the folder in which libraries are kept."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    library._load.cache_clear()
+    yield tmp_path / "lightning_ecopt"
+    library._load.cache_clear()
+
+
+def test_the_library_is_compiled_once_and_kept(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library.load()
+    (kept,) = anew.iterdir()
+    before = kept.stat().st_mtime_ns
+    library._load.cache_clear()
+    monkeypatch.setattr(library, "_compile", None)  # is not called
+    library.load()
+    assert [path.stat().st_mtime_ns for path in anew.iterdir()] == [before]
+
+
+def test_a_library_of_another_system_is_compiled_anew(anew: Path) -> None:
+    library.load()
+    (kept,) = anew.iterdir()
+    library._load.cache_clear()
+    kept.unlink()
+    kept.write_bytes(b"no library")
+    assert CompiledKernels().sums_and_squares([torch.ones(2, 3)], ((2, 1),), torch.float32).tolist() == [[3, 3]] * 2
+
+
+def test_a_folder_that_cannot_be_written_keeps_nothing(
+    anew: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    library.load()
+    assert not anew.exists()
+
+
+def test_a_compiler_without_threads_is_good_enough(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "OF_THREADS", ("-fno-such-option", "-fopenmp-simd"))
+    assert CompiledKernels().sums_and_squares([torch.ones(2, 3)], ((2, 1),), torch.float32).tolist() == [[3, 3]] * 2
+
+
+@pytest.mark.usefixtures("anew")
+@pytest.mark.parametrize(("command", "why"), [("no-such-compiler", "no C compiler"), ("false", "false says")])
+def test_without_a_compiler_operations_take_the_same_steps(
+    command: str, why: str, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.setenv("CC", command)
+    assert type(choose_kernels("auto", [torch.zeros(3)])) is EagerKernels
+    told = [str(warning.message) for warning in recwarn]
+    assert all("could not be compiled and run operation by operation" in line for line in told)
+    assert len(told) == (command == "false")  # who has no compiler does not expect one to be used
+    with pytest.raises(ValueError, match=f"'compiled' needs a C compiler: .*{why}.*use 'auto'"):
+        choose_kernels("compiled", [torch.zeros(3)])
+
+
+@pytest.mark.usefixtures("anew")
+def test_a_copy_on_a_machine_without_a_compiler_runs_operation_by_operation(monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = pickle.dumps(CompiledKernels())
+    assert type(pickle.loads(saved)) is CompiledKernels
+    library._load.cache_clear()
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert type(pickle.loads(saved)) is EagerKernels

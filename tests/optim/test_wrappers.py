@@ -81,7 +81,6 @@ METHODS: dict[str, Method] = {
     "group": lambda o, module, x: o.group.fingerprint(),
     "has_group_of_user": lambda o, module, x: o.has_group_of_user,
     "follow_epochs": lambda o, module, x: o.follow_epochs(lambda: 3),
-    "follow_steps": lambda o, module, x: o.follow_steps(lambda: 100, print),
     "follow_precision": lambda o, module, x: o.follow_precision(lambda: "bf16-mixed"),
     "violation": lambda o, module, x: o.violation,
     "rest": lambda o, module, x: o.rest(),

@@ -1,0 +1,105 @@
+"""How the gradients of rows are centred and clipped to their running size; :mod:`lightning_ecopt.steps.unit` says why.
+
+All vectors run over rows, ``[R]``. With g the gradients of row k::
+
+    c   = g - share mean(g)                    mean(c^2) = mean(g^2) - share (2 - share) mean(g)^2
+    q_k = running mean of mean(c^2)            its sum with weights, ``second``, over the sum of these, ``weight``
+    g_v = c min(1, sqrt(q_k / mean(c^2)))      g_v = scale g + shift
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+CENTRING = 0.9  # share of the mean that is taken out of the gradients of a row
+MEMORY = 0.99  # of the running second moments
+FAINT = 1e-5  # relative size of gradients that are rounding
+
+
+class ClippedRows(NamedTuple):
+    """What clipping needs to know of the rows.
+
+    Args:
+        size: numbers of elements; infinite for rows that are neither centred nor clipped.
+        shift: minus the share of the mean that is taken out of the gradients, c = g + shift mean(g).
+        one: a scalar.
+        slack: relative size of mean(c**2) - q_k that is rounding.
+        tiny: lower bound of sqrt(q_k) in the quotient, so that it does not overflow.
+    """
+
+    size: Tensor
+    shift: Tensor
+    one: Tensor
+    slack: float
+    tiny: float
+
+    @classmethod
+    def of(cls, size: Tensor, uncentred: Tensor, whole: Tensor | None, tiny: float) -> ClippedRows:
+        """For rows, some of which are not centred, and some of which belong to matrices that are treated whole."""
+        size = size if whole is None else size.masked_fill(whole, torch.inf)
+        shift = -CENTRING * (~uncentred).to(size)
+        return cls(size, shift, size.new_ones(()), 1 + 8 * torch.finfo(size.dtype).eps, tiny)
+
+
+class Clipping(NamedTuple):
+    """How gradients are centred and clipped in one step, g_v = scale g + shift.
+
+    Args:
+        second: the running mean of mean(c**2) times ``weight``, with this step in it.
+        weight: the sum of the weights in the running mean, which tends to 1.
+        scale: factor of the gradients.
+        shift: what is added to them.
+        relative: rho_k / sqrt(q_k); ``None`` if steps are not relative to gradients.
+        num_clipped: how many rows were clipped.
+    """
+
+    second: Tensor
+    weight: Tensor
+    scale: Tensor
+    shift: Tensor
+    relative: Tensor | None
+    num_clipped: Tensor | int
+
+
+def clipping(
+    sums: Tensor,
+    squares: Tensor,
+    second: Tensor,
+    weight: Tensor,
+    rows: ClippedRows,
+    present: Tensor | None,
+    rho: Tensor | None,
+) -> Clipping:
+    """Update the running second moments, and find how gradients are centred and clipped.
+
+    q_k includes the gradient at hand: at most a factor of 10 is cut, and an outlier shortens the next hundred steps.
+
+    Args:
+        sums: of the gradients in each row.
+        squares: sums of their squares.
+        second: see :class:`Clipping`, before this step.
+        weight: likewise.
+        rows: what does not change from step to step.
+        present: rows that have a gradient; ``None`` if all have one.
+        rho: rho_k; ``None`` if steps are not relative to gradients.
+    """
+    mean = sums / rows.size
+    # Without another pass over the gradients.
+    centred_square = torch.addcmul(squares / rows.size, mean * mean, rows.shift, value=2 - CENTRING).clamp(min=0)
+    centred_square = centred_square.nan_to_num(-1, -1)  # a gradient that is not finite leaves q_k as it is
+    known = (centred_square >= 0 if present is None else (centred_square >= 0) & present).to(second.dtype)
+    second = torch.addcmul(second, known, centred_square - second, value=1 - MEMORY)
+    weight = torch.addcmul(weight, known, weight - 1, value=MEMORY - 1)
+    q = second / weight.clamp(min=1 - MEMORY)
+    # The first gradient equals its own mean, but for rounding. Where the root is NaN, nothing is clipped.
+    scale = torch.fmin((centred_square / (rows.slack * q)).rsqrt(), rows.one)
+    shift = (mean * rows.shift).nan_to_num(0, 0, 0) * scale
+    relative = None
+    if rho is not None:
+        deviation = q.sqrt()
+        faint = torch.linalg.vector_norm(rho * deviation) * (FAINT / len(rho) ** 0.5) / rho
+        relative = rho / torch.maximum(deviation, faint).clamp(min=rows.tiny)
+    return Clipping(second, weight, scale, shift, relative, (scale < 1).sum())

@@ -1,0 +1,117 @@
+"""Compiles ``passes.c`` once on each machine, and loads it."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+SOURCE = Path(__file__).with_name("passes.c")
+FLAGS = ("-O3", "-shared", "-fPIC", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
+#: By what torch says of the processor. Compilers know what all processors of other kinds are able to.
+OF_PROCESSOR = {
+    "AVX2": ("-mavx2", "-mfma"),
+    "AVX512": ("-mavx2", "-mfma", "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq"),
+}
+#: Tried in this order; the second is for compilers without threads, such as Apple's.
+OF_THREADS = ("-fopenmp", "-fopenmp-simd")
+TYPES = {torch.float32: "float", torch.float64: "double"}
+
+
+class Library(NamedTuple):
+    """The functions of ``passes.c``, by type of the tensors."""
+
+    update: Mapping[torch.dtype, Callable[..., None]]
+    sums: Mapping[torch.dtype, Callable[..., None]]
+    clipping: Mapping[torch.dtype, Callable[..., int]]
+
+
+def compiler() -> list[str] | None:
+    """The command of the C compiler: ``$CC``, or the first of ``cc``, ``gcc`` and ``clang`` that there is."""
+    if sys.platform == "win32":
+        return None
+    named = shlex.split(os.environ.get("CC", ""))
+    return next((name for name in ([named] if named else [["cc"], ["gcc"], ["clang"]]) if shutil.which(name[0])), None)
+
+
+def load() -> Library:
+    """Load the library; where that has not been done before, compile it, which takes one or two seconds.
+
+    It is kept in ``$XDG_CACHE_HOME/lightning_ecopt``, by default ``~/.cache/lightning_ecopt``, or not at all if that
+    cannot be written.
+
+    Raises:
+        OSError: if there is no C compiler, or if it fails.
+    """
+    found = _load()
+    if isinstance(found, OSError):
+        raise found
+    return found
+
+
+@functools.cache  # also what has failed, so that it is not tried at every refresh
+def _load() -> Library | OSError:
+    command = compiler()
+    if command is None:
+        return OSError("there is no C compiler on the path (install gcc or clang, or let the variable CC name one)")
+    flags = (*FLAGS, *OF_PROCESSOR.get(torch.backends.cpu.get_cpu_capability(), ()))
+    facts = (SOURCE.read_bytes(), command, flags, sys.platform, os.uname().machine)
+    name = f"passes-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.so"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning_ecopt"
+    try:
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return _functions(_kept(cache / name, command, flags))
+    except OSError:
+        pass  # a folder that cannot be written, or a library of another system
+    try:
+        with tempfile.TemporaryDirectory() as folder:  # what is loaded does not need its file any more
+            return _functions(_compile(Path(folder) / name, command, flags))
+    except OSError as error:
+        return error
+
+
+def _kept(path: Path, command: Sequence[str], flags: Sequence[str]) -> Path:
+    """The library at a path, which is compiled if it is not there; other processes find all of it or nothing."""
+    if not path.exists():
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            os.replace(_compile(Path(folder) / path.name, command, flags), path)
+    return path
+
+
+def _compile(path: Path, command: Sequence[str], flags: Sequence[str]) -> Path:
+    for threads in OF_THREADS:
+        run = subprocess.run(
+            [*command, *flags, threads, "-o", str(path), str(SOURCE), "-lm"], capture_output=True, text=True
+        )
+        if run.returncode == 0:
+            return path
+    raise OSError(f"{shlex.join(command)} says: {run.stderr.strip()[:500]}")
+
+
+def _functions(path: Path) -> Library:
+    library = ctypes.CDLL(str(path))
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    tables = [pointer, pointer, number, pointer, number]  # blocks, items, how many, addresses, tensors of each block
+
+    def of(name: str, arguments: Sequence[Any], result: Any = None) -> Mapping[torch.dtype, Callable[..., Any]]:
+        found = {dtype: library[f"{name}_{kind}"] for dtype, kind in TYPES.items()}
+        for function in found.values():
+            function.argtypes, function.restype = arguments, result
+        return found
+
+    return Library(
+        of("update", [*tables, pointer, number]),
+        of("sums", [*tables, pointer, number, number, number]),
+        of("clipping", [number, *[pointer] * 8, *[ctypes.c_double] * 5, *[pointer] * 5], number),
+    )

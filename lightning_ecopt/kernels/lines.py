@@ -1,0 +1,224 @@
+"""Kernels that address memory themselves: what those of Triton and those in C have in common.
+
+They see a block as :class:`Lines`, are told coefficients as :class:`Words`, and make a plan for each set of blocks.
+Plans are kept, so that a step looks up addresses and nothing else.
+"""
+
+from __future__ import annotations
+
+import struct
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from math import prod
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from lightning_ecopt.kernels.eager import GRADIENTS, EagerKernels
+from lightning_ecopt.kernels.passes import Coefficient, Shapes, Views
+
+#: The kinds of blocks; :mod:`~lightning_ecopt.kernels.triton` has pictures of them. In ``passes.c`` the first two are
+#: one.
+LONG, SHORT, COLUMNS = range(3)
+#: How many elements the lines of LONG have at least.
+FROM_LONG = 512
+DTYPES = (torch.float32, torch.float64)
+#: Blocks with more lines, or with more elements in a line, are left to PyTorch: programs of Triton count them in 32
+#: bits. Offsets in memory may be larger.
+MOST_INDICES = 1 << 30
+#: In columns a place has at most so many lines.
+MOST_LINES = 1024
+#: Plans are kept until there are so many, as when other parameters have gradients at every step.
+MOST_PLANS = 64
+
+#: The coefficients, in the order in which kernels are told them.
+NAMES = ("fade", "gain", "shift", "decay", "keep", "move", "pull", "push", "first", "second", "root", "eps")
+#: The affine pass is part of that of SGD, with these coefficients.
+SAME = {"times": "keep", "plus": "push"}
+#: What a coefficient is, if it is not left out: a number itself, the address of one, or that of a vector over places.
+NUMBER, SCALAR, VECTOR = 1, 2, 3
+
+
+@dataclass(frozen=True)
+class Lines:
+    """The elements of a block as lines; :mod:`~lightning_ecopt.kernels.triton` has pictures of the kinds.
+
+    Args:
+        kind: LONG, SHORT or COLUMNS.
+        count: number of lines.
+        depth: number of elements of each line.
+        stride: elements in memory from line to line or, in columns, from element to element.
+        of_place: number of lines of a place.
+    """
+
+    kind: int
+    count: int
+    depth: int
+    stride: int
+    of_place: int = 1
+
+    @classmethod
+    def of(cls, views: Views, shape: tuple[int, ...]) -> Self | None:
+        """See a block as lines.
+
+        Args:
+            views: of the block, in each tensor of a pass.
+            shape: of its places.
+
+        Returns:
+            ``None`` if its elements do not make lines, if its tensors differ in dtype or strides, or if they are not of
+            float32 or float64.
+        """
+        view = views[0]
+        axes = [axis for axis, size in enumerate(view.shape) if size > 1]
+        if view.dtype not in DTYPES or len({(tensor.dtype, *map(tensor.stride, axes)) for tensor in views}) > 1:
+            return None
+        if view.numel() == 0:
+            return cls(COLUMNS, prod(shape), 0, 0)
+        # Axes from the outermost in memory to the innermost; those of the places must be neighbours among them.
+        order = sorted(axes, key=view.stride, reverse=True)
+        of_places = [axis for axis in axes if shape[axis] > 1]
+        for start in range(len(order) - len(of_places) + 1):
+            end = start + len(of_places)
+            if order[start:end] == of_places:
+                lines = cls._of_axes(view, order[:start], of_places, order[end:])
+                if lines is not None and max(lines.count, lines.depth) < MOST_INDICES:
+                    return lines
+        return None
+
+    @classmethod
+    def _of_axes(cls, view: Tensor, outer: list[int], of_places: list[int], inner: list[int]) -> Self | None:
+        """Lay lines along the inner axes or, in columns, along the outer ones."""
+        places, places_stride = _joined(view, of_places)
+        elements, stride = _joined(view, inner)
+        if not outer and places_stride > 0 and stride == 1 and (elements > 1 or places_stride > 1):
+            return cls(LONG if elements >= FROM_LONG else SHORT, places, elements, places_stride)
+        depth, depth_stride = _joined(view, outer)
+        if depth_stride > 0 and _joined(view, of_places + inner)[1] == 1 and elements <= MOST_LINES:
+            return cls(COLUMNS, places * elements, depth, depth_stride, elements)
+        return None
+
+
+def _joined(view: Tensor, axes: Sequence[int]) -> tuple[int, int]:
+    """Return size and stride of some axes as one axis; a stride of 0 if they do not make up one."""
+    together = all(view.stride(one) == view.stride(after) * view.shape[after] for one, after in pairwise(axes))
+    return prod(view.shape[axis] for axis in axes), (view.stride(axes[-1]) if axes else 1) if together else 0
+
+
+class Words(NamedTuple):
+    """The coefficients of a pass.
+
+    Args:
+        kinds: of each of ``NAMES``: 0 if it is left out, or NUMBER, SCALAR or VECTOR.
+        words: the bits of a number in 64 bits, or an address.
+        kept: the tensors at these addresses.
+    """
+
+    kinds: list[int]
+    words: list[int]
+    kept: list[Tensor]
+
+    @classmethod
+    def of(cls, coefficients: Mapping[str, Coefficient], dtype: torch.dtype, device: torch.device) -> Words:
+        """For blocks of a type on a device."""
+        found = cls([0] * len(NAMES), [0] * len(NAMES), [])
+        for name, value in coefficients.items():
+            number = NAMES.index(SAME.get(name, name))
+            if isinstance(value, Tensor) and (value.ndim or value.device == device):
+                value = value.to(dtype).contiguous()
+                found.kept.append(value)
+                found.words[number] = value.data_ptr()
+                found.kinds[number] = VECTOR if value.ndim else SCALAR
+            else:  # a number, or a tensor of the CPU, which does not wait for the device either
+                (found.words[number],) = struct.unpack("q", struct.pack("d", value))
+                found.kinds[number] = NUMBER
+        return found
+
+
+class Plan(Protocol):
+    """How a pass works on blocks of given shapes, strides and types.
+
+    Attributes:
+        rest: numbers of the blocks that are left to PyTorch, and where their places are in vectors.
+    """
+
+    rest: list[tuple[int, slice]]
+
+
+PlanT = TypeVar("PlanT", bound=Plan)
+LinesT = TypeVar("LinesT", bound=Lines)
+
+
+def lines_and_rest(
+    kind: type[LinesT], lists: Sequence[Views], shapes: Shapes
+) -> tuple[dict[int, LinesT], list[int], list[tuple[int, slice]]]:
+    """The blocks that are made of lines, by number; the first places of all blocks, and their end; the plan's rest."""
+    starts = [0, *accumulate(map(prod, shapes))]
+    found = [kind.of(views, shape) for views, shape in zip(zip(*lists, strict=True), shapes, strict=True)]
+    blocks = {k: lines for k, lines in enumerate(found) if lines is not None}
+    return blocks, starts, [(k, slice(*starts[k : k + 2])) for k in range(len(shapes)) if k not in blocks]
+
+
+class LineKernels(EagerKernels, ABC, Generic[PlanT]):
+    """Runs the passes over blocks that are made of lines; blocks that are not are left to tensor operations."""
+
+    def __init__(self) -> None:
+        self._plans: dict[Any, PlanT] = {}
+
+    def __reduce__(self) -> tuple[Callable[[], EagerKernels], tuple[()]]:
+        return type(self), ()  # plans hold addresses of the tensors of one optimizer
+
+    @abstractmethod
+    def _make_plan(self, lists: Sequence[Views], shapes: Shapes, count: int) -> PlanT:
+        """Plan a pass that finds ``count`` sums for each place; 0 for passes that change tensors."""
+
+    @abstractmethod
+    def _add(self, plan: PlanT, lists: Sequence[Views], count: int, dtype: torch.dtype) -> Tensor:
+        """Find ``count`` sums for each place, ``[count, P]``; those of other blocks are not looked at."""
+
+    @abstractmethod
+    def _change_(self, plan: PlanT, lists: Sequence[Views], coefficients: Mapping[str, Coefficient]) -> None:
+        """Change the blocks of all lists but the gradients."""
+
+    def sums_and_squares(self, views: Views, shapes: Shapes, dtype: torch.dtype) -> Tensor:
+        """See :class:`~lightning_ecopt.kernels.Kernels`."""
+        return self._sums(super().sums_and_squares, 2, (views,), shapes, dtype)
+
+    def products(self, views: Views, others: Views, shapes: Shapes, dtype: torch.dtype) -> Tensor:
+        """See :class:`~lightning_ecopt.kernels.Kernels`."""
+        return self._sums(super().products, 1, (views, others), shapes, dtype)
+
+    def _sums(
+        self, eager: Callable[..., Tensor], count: int, lists: Sequence[Views], shapes: Shapes, dtype: torch.dtype
+    ) -> Tensor:
+        plan = self._plan(lists, shapes, count)
+        found = self._add(plan, lists, count, dtype)
+        for k, places in plan.rest:
+            found[:, places] = eager(*([views[k]] for views in lists), [shapes[k]], dtype)
+        return found
+
+    def _launch_(
+        self, lists: Sequence[Views | None], shapes: Shapes, coefficients: Mapping[str, Coefficient]
+    ) -> Iterable[tuple[int, slice]]:
+        """See :class:`~lightning_ecopt.kernels.EagerKernels`."""
+        own = [views for views in lists if views is not None]
+        plan = self._plan(own, shapes, 0)
+        # A momentum buffer does not stay as it is if its coefficient is left out.
+        self._change_(plan, own, {"fade": 0.0, **coefficients})
+        for number, views in enumerate(lists):
+            if views is not None and number != GRADIENTS:
+                torch.autograd.graph.increment_version(views)  # autograd does not see what these kernels write
+        return plan.rest
+
+    def _plan(self, lists: Sequence[Views], shapes: Shapes, count: int) -> PlanT:
+        kinds = tuple([(view.dtype, view.stride()) for views in lists for view in views])
+        key = (lists[0][0].device, count, tuple([view.shape for view in lists[0]]), tuple(shapes), kinds)
+        if key not in self._plans:
+            if len(self._plans) == MOST_PLANS:
+                self._plans.clear()
+            self._plans[key] = self._make_plan(lists, shapes, count)
+        return self._plans[key]

@@ -1,0 +1,269 @@
+/* The passes on a CPU. compiled.py compiles this file and calls it; passes.py says what each pass computes.
+
+A block is seen as lines, each a sequence of `depth` elements of one place (lines.py):
+
+    rows        line l is x[l * stride], x[l * stride + 1], ...           one line for each place
+    columns     line l is x[l], x[stride + l], x[2 * stride + l], ...     one or more for each place, side by side
+
+Threads share *items*, some lines of one block. One thread works on all lines of a place, and adds in one order: sums
+have the same bits however many threads there are. */
+
+#ifndef REAL /* The file includes itself, once for each type of the tensors. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define LANES 32
+#define WIDEST 1024 /* most lines of an item in columns; compiled.py cuts them */
+
+enum { FADE, GAIN, SHIFT, DECAY, KEEP, MOVE, PULL, PUSH, FIRST, SECOND, ROOT, EPS, NUM_NAMES };
+enum { STAYS = NUM_NAMES, NUM_NUMBERS }; /* 1 - second */
+enum { LEFT_OUT, NUMBER, SCALAR, VECTOR }; /* what a coefficient is: its value, where that is, or a vector over places */
+
+typedef struct {
+    int64_t in_columns, depth, stride, lines_of_place, first_place;
+} Block;
+
+typedef struct {
+    int64_t block, first, end; /* lines first, ..., end - 1 of a block */
+} Item;
+
+typedef union {
+    double number;
+    const void *address;
+} Word;
+
+typedef struct {
+    int64_t kind[NUM_NAMES];
+    Word word[NUM_NAMES];
+} Coefficients;
+
+#define INLINE static inline __attribute__((always_inline))
+#define REAL float
+#define OF(name) name##_float
+#include "passes.c"
+#undef REAL
+#undef OF
+#define REAL double
+#define OF(name) name##_double
+#include "passes.c"
+
+#else
+
+/* A coefficient at a place; one that is left out is 1 if it is `keep`, else 0. */
+INLINE REAL OF(coefficient)(const Coefficients *given, int name, int64_t place) {
+    switch (given->kind[name]) {
+    case NUMBER: return (REAL)given->word[name].number;
+    case SCALAR: return *(const REAL *)given->word[name].address;
+    case VECTOR: return ((const REAL *)given->word[name].address)[place];
+    default: return name == KEEP;
+    }
+}
+
+/* All coefficients at `count` lines, from `line` on: c[name * count], c[name * count + 1], ... */
+static void OF(fill)(REAL *c, const Coefficients *given, const Block *block, int64_t line, int64_t count) {
+    const int64_t each = block->lines_of_place, place = block->first_place + line / each;
+    for (int name = 0; name < NUM_NAMES; name++)
+        for (int64_t i = 0; i < count; i++) c[name * count + i] = OF(coefficient)(given, name, place + i / each);
+    for (int64_t i = 0; i < count; i++)
+        c[STAYS * count + i] = given->kind[SECOND] == NUMBER ? (REAL)(1 - given->word[SECOND].number)
+                                                             : 1 - c[SECOND * count + i];
+}
+
+INLINE REAL OF(lerp)(REAL start, REAL end, REAL weight) { /* in the form that torch takes */
+    return weight < (REAL)0.5 ? start + weight * (end - start) : end - (end - start) * (1 - weight);
+}
+
+/* Change neighbouring elements, each with coefficients of its own (columns) or all with the same (rows, width 1).
+   x[0] are weights, x[1] gradients, x[2] and so on state; the affine pass has weights alone, keep and push. */
+INLINE void OF(change)(REAL *const *x, int64_t at, int64_t count, int tensors, const Coefficients *given,
+                       const REAL *restrict c, int64_t width, int in_columns) {
+    REAL *w = x[0] + at, *m = tensors > 2 ? x[2] + at : 0, *v = tensors > 3 ? x[3] + at : 0;
+    REAL *largest = tensors > 4 ? x[4] + at : 0;
+    const REAL *g = tensors > 1 ? x[1] + at : 0;
+    /* A term that is left out must not become zero: 0 * inf is not 0. */
+    const int gains = given->kind[GAIN] != LEFT_OUT, decays = given->kind[DECAY] != LEFT_OUT;
+    const int moves = given->kind[MOVE] != LEFT_OUT, pulls = given->kind[PULL] != LEFT_OUT;
+#define C(name) c[in_columns ? name * width + i : name]
+#pragma omp simd
+    for (int64_t i = 0; i < count; i++) {
+        REAL weight = w[i], quotient = 0;
+        if (tensors == 3) { /* m = fade m + gain g + shift + decay w */
+            quotient = m[i] * C(FADE) + C(SHIFT);
+            if (decays) quotient += C(DECAY) * weight;
+            if (gains) quotient += C(GAIN) * g[i];
+            m[i] = quotient;
+        }
+        if (tensors > 3) {
+            REAL d = C(GAIN) * g[i] + C(SHIFT);
+            if (decays) d += C(DECAY) * weight;
+            REAL square = C(STAYS) * v[i] + C(SECOND) * d * d; /* no difference: infinities stay infinite */
+            v[i] = square;
+            if (tensors > 4) { /* what is not a number is kept, as torch.maximum does */
+                square = square > largest[i] || square != square ? square : largest[i];
+                largest[i] = square;
+            }
+            m[i] = OF(lerp)(m[i], d, C(FIRST));
+            quotient = m[i] / (C(ROOT) * (sizeof(REAL) == 4 ? sqrtf(square) : sqrt(square)) + C(EPS));
+        }
+        /* w = keep w + move m + pull g + push */
+        weight = weight * C(KEEP) + C(PUSH);
+        if (tensors > 2 && moves) weight += C(MOVE) * quotient;
+        if (tensors > 1 && pulls) weight += C(PULL) * g[i];
+        w[i] = weight;
+    }
+#undef C
+}
+
+INLINE void OF(change_item)(const Block *block, const Item *item, REAL *const *x, int tensors,
+                            const Coefficients *given) {
+    REAL c[NUM_NUMBERS * WIDEST];
+    if (block->in_columns) {
+        const int64_t count = item->end - item->first;
+        OF(fill)(c, given, block, item->first, count);
+        for (int64_t i = 0; i < block->depth; i++)
+            OF(change)(x, i * block->stride + item->first, count, tensors, given, c, count, 1);
+    } else {
+        for (int64_t line = item->first; line < item->end; line++) {
+            OF(fill)(c, given, block, line, 1);
+            OF(change)(x, line * block->stride, block->depth, tensors, given, c, 1, 0);
+        }
+    }
+}
+
+/* Change one tensor by the affine pass, two or three by that of SGD, four or five by that of Adam. */
+void OF(update)(const Block *blocks, const Item *items, int64_t num_items, REAL *const *addresses, int64_t tensors,
+                const Coefficients *given, int64_t threads) {
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
+    for (int64_t i = 0; i < num_items; i++) {
+        const Block *block = blocks + items[i].block;
+        REAL *const *x = addresses + items[i].block * tensors;
+        switch (tensors) { /* so that the compiler makes a loop for each */
+        case 1: OF(change_item)(block, items + i, x, 1, given); break;
+        case 2: OF(change_item)(block, items + i, x, 2, given); break;
+        case 3: OF(change_item)(block, items + i, x, 3, given); break;
+        case 4: OF(change_item)(block, items + i, x, 4, given); break;
+        case 5: OF(change_item)(block, items + i, x, 5, given); break;
+        }
+    }
+}
+
+/* Add up x and x^2 or, of two tensors, x y, over neighbouring elements of one line or, in columns, of one line each. */
+INLINE void OF(add)(REAL *const *x, int64_t at, int64_t count, int tensors, double *restrict sum,
+                    double *restrict square, int in_columns) {
+    const REAL *one = x[0] + at, *other = x[tensors - 1] + at;
+    if (in_columns) {
+#pragma omp simd
+        for (int64_t i = 0; i < count; i++) {
+            const double value = one[i];
+            sum[i] += tensors > 1 ? value * other[i] : value;
+            if (tensors == 1) square[i] += value * value;
+        }
+    } else {
+        const int64_t blocks = count < 8 * LANES ? 0 : count / LANES; /* short lines have nothing to wait for */
+        if (blocks) {
+            double sums[LANES] = {0}, squares[LANES] = {0}; /* so many that no addition waits for another */
+            for (int64_t i = 0; i < blocks * LANES; i += LANES)
+                for (int k = 0; k < LANES; k++) {
+                    const double value = one[i + k];
+                    sums[k] += tensors > 1 ? value * other[i + k] : value;
+                    if (tensors == 1) squares[k] += value * value;
+                }
+            for (int k = 0; k < LANES; k++) *sum += sums[k], *square += squares[k];
+        }
+        double of_rest = 0, square_of_rest = 0;
+#pragma omp simd reduction(+ : of_rest, square_of_rest)
+        for (int64_t i = blocks * LANES; i < count; i++) {
+            const double value = one[i];
+            of_rest += tensors > 1 ? value * other[i] : value;
+            if (tensors == 1) square_of_rest += value * value;
+        }
+        *sum += of_rest, *square += square_of_rest;
+    }
+}
+
+/* Sums are written in the type of the blocks or, if that is narrower than what is asked for, in double. */
+INLINE void OF(store)(void *out, int64_t wide, int64_t at, double value) {
+    if (wide)
+        ((double *)out)[at] = value;
+    else
+        ((REAL *)out)[at] = (REAL)value;
+}
+
+INLINE void OF(add_item)(const Block *block, const Item *item, REAL *const *x, int tensors, void *out, int64_t wide,
+                         int64_t places) {
+    const int64_t each = block->in_columns ? block->lines_of_place : 1;
+    double sum[WIDEST] = {0}, square[WIDEST] = {0};
+    if (block->in_columns) {
+        for (int64_t i = 0; i < block->depth; i++)
+            OF(add)(x, i * block->stride + item->first, item->end - item->first, tensors, sum, square, 1);
+    }
+    for (int64_t line = item->first; line < item->end; line += each) {
+        double of_place = 0, square_of_place = 0;
+        if (block->in_columns) {
+            for (int64_t i = 0; i < each; i++) {
+                of_place += sum[line - item->first + i];
+                square_of_place += square[line - item->first + i];
+            }
+        } else {
+            OF(add)(x, line * block->stride, block->depth, tensors, &of_place, &square_of_place, 0);
+        }
+        const int64_t place = block->first_place + line / each;
+        OF(store)(out, wide, place, of_place);
+        if (tensors == 1) OF(store)(out, wide, places + place, square_of_place);
+    }
+}
+
+/* Find the sums over the elements at each place and, of one tensor, of their squares. */
+void OF(sums)(const Block *blocks, const Item *items, int64_t num_items, REAL *const *addresses, int64_t tensors,
+              void *out, int64_t wide, int64_t places, int64_t threads) {
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
+    for (int64_t i = 0; i < num_items; i++) {
+        const Block *block = blocks + items[i].block;
+        REAL *const *x = addresses + items[i].block * tensors;
+        if (tensors == 1)
+            OF(add_item)(block, items + i, x, 1, out, wide, places);
+        else
+            OF(add_item)(block, items + i, x, 2, out, wide, places);
+    }
+}
+
+/* How gradients are centred and clipped; clipping.py has the same in Python, and says what the vectors are. `present` and
+   `rho` may be null. Returns how many rows were clipped. */
+int64_t OF(clipping)(int64_t rows, const REAL *sums, const REAL *squares, const REAL *second, const REAL *weight,
+                     const REAL *size, const REAL *centre, const uint8_t *present, const REAL *rho, double memory,
+                     double lifted, double slack, double tiny, double faint, REAL *new_second, REAL *new_weight,
+                     REAL *scale, REAL *shift, REAL *relative) {
+    int64_t count = 0;
+    double total = 0;
+    for (int64_t k = 0; k < rows; k++) {
+        const REAL mean = sums[k] / size[k];
+        REAL square = squares[k] / size[k] + mean * mean * centre[k] * (REAL)lifted;
+        if (square < 0) square = 0;
+        const int known = isfinite(square) && (!present || present[k]);
+        new_second[k] = known ? second[k] + (REAL)(1 - memory) * (square - second[k]) : second[k];
+        new_weight[k] = known ? weight[k] + (REAL)(1 - memory) * (1 - weight[k]) : weight[k];
+        const REAL least = (REAL)(1 - memory), q = new_second[k] / (new_weight[k] < least ? least : new_weight[k]);
+        const REAL ratio = isfinite(square) ? (REAL)sqrt((REAL)slack * q / square) : 1;
+        scale[k] = ratio < 1 ? ratio : 1; /* 1 if it is not a number */
+        shift[k] = (isfinite(mean * centre[k]) ? mean * centre[k] : 0) * scale[k];
+        count += scale[k] < 1;
+        if (rho) {
+            relative[k] = (REAL)sqrt(q);
+            total += (double)rho[k] * relative[k] * rho[k] * relative[k];
+        }
+    }
+    if (rho) {
+        const REAL typical = (REAL)(sqrt(total / rows) * faint);
+        for (int64_t k = 0; k < rows; k++) {
+            const REAL least = typical / rho[k];
+            REAL deviation = least > relative[k] || isnan(least) ? least : relative[k];
+            if (deviation < (REAL)tiny) deviation = (REAL)tiny;
+            relative[k] = rho[k] / deviation;
+        }
+    }
+    return count;
+}
+
+#endif
