@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from lightning_ecopt.kernels.choose import Implementation, check_implementation, choose_kernels
 from lightning_ecopt.kernels.eager import EagerKernels
-from lightning_ecopt.kernels.passes import Coefficient, Kernels, Shapes, Views
+from lightning_ecopt.kernels.passes import Coefficient, Elements, Kernels, Shapes, Views
 
 __all__ = [
     "Coefficient",
     "EagerKernels",
+    "Elements",
     "Implementation",
     "Kernels",
     "Shapes",

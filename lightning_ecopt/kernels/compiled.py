@@ -13,10 +13,11 @@ from lightning_ecopt.kernels.clipping import CENTRING, FAINT, MEMORY, ClippedRow
 from lightning_ecopt.kernels.eager import EagerKernels
 from lightning_ecopt.kernels.library import load
 from lightning_ecopt.kernels.lines import COLUMNS, DTYPES, LineKernels, Lines, Words, lines_and_rest
-from lightning_ecopt.kernels.passes import Coefficient, Shapes, Views
+from lightning_ecopt.kernels.passes import Coefficient, Elements, Shapes, Views
 
-#: How many elements an item has, where lines are not longer; and how many lines in columns, ``WIDEST`` at most.
-ELEMENTS, LINES = 1 << 14, 1024
+#: An item has a 64th of all elements, but no fewer and no more than so many, unless lines are longer: few enough for
+#: many threads, and enough for reading ahead. In columns it has so many lines.
+LEAST, MOST, LINES = 1 << 14, 1 << 17, 1024
 #: How many elements a thread must have to be worth its start.
 FOR_A_THREAD = 1 << 16
 
@@ -48,13 +49,14 @@ class _Group:
     def __init__(self, numbers: Sequence[int], blocks: Sequence[Lines], places: Sequence[int]) -> None:
         self._numbers = numbers
         self._blocks, self._items = array("q"), array("q")
+        elements = sum(lines.count * lines.depth for lines in blocks)
+        of_item = min(max(LEAST, elements // 64), MOST)
         for k, (lines, place) in enumerate(zip(blocks, places, strict=True)):
             self._blocks.extend([lines.kind == COLUMNS, lines.depth, lines.stride, lines.of_place, place])
-            width = LINES if lines.kind == COLUMNS else ELEMENTS // lines.depth
+            width = LINES if lines.kind == COLUMNS else of_item // lines.depth
             width = max(1, width // lines.of_place) * lines.of_place
             for first in range(0, lines.count, width):
                 self._items.extend([k, first, min(first + width, lines.count)])
-        elements = sum(lines.count * lines.depth for lines in blocks)
         self._most_threads = max(1, elements // FOR_A_THREAD)
         self.tables = (self._blocks.buffer_info()[0], self._items.buffer_info()[0], len(self._items) // 3)
 
@@ -114,6 +116,36 @@ class CompiledKernels(LineKernels[_Plan]):
                 self._threads(group),
             )
 
+    def gather(self, tensors: Sequence[Tensor | None], elements: Elements, dtype: torch.dtype) -> Tensor:
+        """See :class:`~lightning_ecopt.kernels.Kernels`."""
+        if not _are_plain(tensors, dtype):
+            return super().gather(tensors, elements, dtype)
+        found = torch.zeros(elements.size, dtype=dtype, device="cpu")
+        self._copy_elements(tensors, elements, found, write=False)
+        return found
+
+    def scatter_(self, tensors: Sequence[Tensor | None], elements: Elements, values: Tensor) -> None:
+        """See :class:`~lightning_ecopt.kernels.Kernels`."""
+        if not _are_plain(tensors, values.dtype):
+            super().scatter_(tensors, elements, values)
+            return
+        self._copy_elements(tensors, elements, values.contiguous(), write=True)
+        torch.autograd.graph.increment_version([tensor for tensor in tensors if tensor is not None])
+
+    def _copy_elements(self, tensors: Sequence[Tensor | None], elements: Elements, vector: Tensor, write: bool) -> None:
+        addresses = array("q", [0 if tensor is None else tensor.data_ptr() for tensor in tensors])
+        counts = array("q", elements.counts)
+        self._library.copy_elements[vector.dtype](
+            len(tensors),
+            addresses.buffer_info()[0],
+            counts.buffer_info()[0],
+            elements.at.data_ptr(),
+            elements.slots.data_ptr(),
+            elements.at.dtype == torch.int64,
+            vector.data_ptr(),
+            write,
+        )
+
     def clipping(
         self,
         sums: Tensor,
@@ -140,6 +172,11 @@ class CompiledKernels(LineKernels[_Plan]):
     def _threads(self, group: _Group) -> int:
         """The threads of a forked process are those of its parent, and do not answer."""
         return group.threads if os.getpid() == self._process else 1
+
+
+def _are_plain(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> bool:
+    """Whether the elements of all tensors have a type, and follow each other in the order of their flat indices."""
+    return all(tensor is None or (tensor.dtype == dtype and tensor.is_contiguous()) for tensor in tensors)
 
 
 def _compiled_or_eager() -> EagerKernels:

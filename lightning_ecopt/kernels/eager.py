@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_ecopt.common.tensors import piece_length, pieces
 from lightning_ecopt.kernels.clipping import ClippedRows, Clipping, clipping
-from lightning_ecopt.kernels.passes import Coefficient, Shapes, Views
+from lightning_ecopt.kernels.passes import Coefficient, Elements, Shapes, Views
 
 #: Changes one tensor of each list in place, by coefficients that broadcast to them.
 Update = Callable[..., None]
@@ -79,6 +79,26 @@ class EagerKernels:
     ) -> None:
         """See :class:`~lightning_ecopt.kernels.Kernels`."""
         self._in_place(_adam_, [weights, gradients, means, squares, maxima], shapes, coefficients)
+
+    def gather(self, tensors: Sequence[Tensor | None], elements: Elements, dtype: torch.dtype) -> Tensor:
+        """See :class:`~lightning_ecopt.kernels.Kernels`."""
+        found = torch.zeros(elements.size, dtype=dtype, device=elements.at.device)
+        parts = [
+            found.new_zeros(len(at)) if tensor is None else tensor.take(at)
+            for tensor, at in zip(tensors, elements.at.long().split(elements.counts), strict=True)
+        ]
+        if parts:
+            found[elements.slots] = torch.cat(parts).to(dtype)
+        return found
+
+    def scatter_(self, tensors: Sequence[Tensor | None], elements: Elements, values: Tensor) -> None:
+        """See :class:`~lightning_ecopt.kernels.Kernels`."""
+        columns = (column.split(elements.counts) for column in (elements.at.long(), values[elements.slots]))
+        for tensor, at, value in zip(tensors, *columns, strict=True):
+            if tensor is not None:  # Tensor.put_ raises under torch.use_deterministic_algorithms
+                flat = tensor.is_contiguous()
+                whole, index = (tensor.view(-1), (at,)) if flat else (tensor, torch.unravel_index(at, tensor.shape))
+                whole[index] = value if value.dtype == tensor.dtype else value.to(tensor.dtype)
 
     def clipping(
         self,

@@ -34,6 +34,7 @@ class Library(NamedTuple):
 
     update: Mapping[torch.dtype, Callable[..., None]]
     sums: Mapping[torch.dtype, Callable[..., None]]
+    copy_elements: Mapping[torch.dtype, Callable[..., None]]
     clipping: Mapping[torch.dtype, Callable[..., int]]
 
 
@@ -113,5 +114,6 @@ def _functions(path: Path) -> Library:
     return Library(
         of("update", [*tables, pointer, number]),
         of("sums", [*tables, pointer, number, number, number]),
+        of("copy_elements", [number, *[pointer] * 4, number, pointer, number]),
         of("clipping", [number, *[pointer] * 8, *[ctypes.c_double] * 5, *[pointer] * 5], number),
     )

@@ -14,7 +14,8 @@ have the same bits however many threads there are. */
 #include <stdint.h>
 #include <string.h>
 
-#define LANES 32
+#define LANES 64   /* accumulators of a line */
+#define PART 1024  /* elements of a line that are added up before their sum is added in double */
 #define WIDEST 1024 /* most lines of an item in columns; compiled.py cuts them */
 
 enum { FADE, GAIN, SHIFT, DECAY, KEEP, MOVE, PULL, PUSH, FIRST, SECOND, ROOT, EPS, NUM_NAMES };
@@ -125,8 +126,14 @@ INLINE void OF(change_item)(const Block *block, const Item *item, REAL *const *x
         for (int64_t i = 0; i < block->depth; i++)
             OF(change)(x, i * block->stride + item->first, count, tensors, given, c, count, 1);
     } else {
+        OF(fill)(c, given, block, item->first, 1);
+        int varying[NUM_NAMES], count = 0; /* the coefficients that differ from line to line */
+        for (int name = 0; name < NUM_NAMES; name++)
+            if (given->kind[name] == VECTOR) varying[count++] = name;
         for (int64_t line = item->first; line < item->end; line++) {
-            OF(fill)(c, given, block, line, 1);
+            for (int k = 0; k < count; k++)
+                c[varying[k]] = ((const REAL *)given->word[varying[k]].address)[block->first_place + line];
+            if (given->kind[SECOND] == VECTOR) c[STAYS] = 1 - c[SECOND];
             OF(change)(x, line * block->stride, block->depth, tensors, given, c, 1, 0);
         }
     }
@@ -149,37 +156,53 @@ void OF(update)(const Block *blocks, const Item *items, int64_t num_items, REAL 
     }
 }
 
-/* Add up x and x^2 or, of two tensors, x y, over neighbouring elements of one line or, in columns, of one line each. */
-INLINE void OF(add)(REAL *const *x, int64_t at, int64_t count, int tensors, double *restrict sum,
-                    double *restrict square, int in_columns) {
-    const REAL *one = x[0] + at, *other = x[tensors - 1] + at;
-    if (in_columns) {
-#pragma omp simd
+#define TERMS(TYPE, i, sum, square)                           \
+    const TYPE value = one[i];                                \
+    sum += tensors > 1 ? value * (TYPE)other[i] : value;      \
+    if (tensors == 1) square += value * value;
+
+/* Add up x and x^2 or, of two tensors, x y, over `count` neighbours, at most PART: few enough for their own type. */
+INLINE void OF(add_part)(const REAL *one, const REAL *other, int64_t count, int tensors, double *sum, double *square) {
+    const int64_t end = count < 2 * LANES ? 0 : count / LANES * LANES; /* short lines have nothing to wait for */
+    if (end) {
+        REAL sums[LANES] = {0}, squares[LANES] = {0}; /* so many that no addition waits for another */
+        for (int64_t i = 0; i < end; i += LANES)
+            for (int k = 0; k < LANES; k++) {
+                TERMS(REAL, i + k, sums[k], squares[k])
+            }
+        for (int half = LANES / 2; half; half /= 2)
+            for (int k = 0; k < half; k++) sums[k] += sums[k + half], squares[k] += squares[k + half];
+        *sum += sums[0], *square += squares[0];
+    }
+    REAL of_rest = 0, square_of_rest = 0;
+#pragma omp simd reduction(+ : of_rest, square_of_rest)
+    for (int64_t i = end; i < count; i++) {
+        TERMS(REAL, i, of_rest, square_of_rest)
+    }
+    *sum += of_rest, *square += square_of_rest;
+}
+
+/* The sums of a line; those that are asked for in a wider type are added up in that. */
+INLINE void OF(add_line)(const REAL *one, const REAL *other, int64_t count, int tensors, int64_t wide, double *sum,
+                         double *square) {
+    if (wide) {
         for (int64_t i = 0; i < count; i++) {
-            const double value = one[i];
-            sum[i] += tensors > 1 ? value * other[i] : value;
-            if (tensors == 1) square[i] += value * value;
+            TERMS(double, i, *sum, *square)
         }
     } else {
-        const int64_t blocks = count < 8 * LANES ? 0 : count / LANES; /* short lines have nothing to wait for */
-        if (blocks) {
-            double sums[LANES] = {0}, squares[LANES] = {0}; /* so many that no addition waits for another */
-            for (int64_t i = 0; i < blocks * LANES; i += LANES)
-                for (int k = 0; k < LANES; k++) {
-                    const double value = one[i + k];
-                    sums[k] += tensors > 1 ? value * other[i + k] : value;
-                    if (tensors == 1) squares[k] += value * value;
-                }
-            for (int k = 0; k < LANES; k++) *sum += sums[k], *square += squares[k];
+        for (int64_t i = 0; i < count; i += PART)
+            OF(add_part)(one + i, other + i, count - i < PART ? count - i : PART, tensors, sum, square);
+    }
+}
+
+/* The sums of neighbouring lines in columns. */
+INLINE void OF(add_columns)(const REAL *one, const REAL *other, int64_t lines, int64_t depth, int64_t stride,
+                            int tensors, double *restrict sum, double *restrict square) {
+    for (int64_t element = 0; element < depth; element++, one += stride, other += stride) {
+#pragma omp simd
+        for (int64_t i = 0; i < lines; i++) {
+            TERMS(double, i, sum[i], square[i])
         }
-        double of_rest = 0, square_of_rest = 0;
-#pragma omp simd reduction(+ : of_rest, square_of_rest)
-        for (int64_t i = blocks * LANES; i < count; i++) {
-            const double value = one[i];
-            of_rest += tensors > 1 ? value * other[i] : value;
-            if (tensors == 1) square_of_rest += value * value;
-        }
-        *sum += of_rest, *square += square_of_rest;
     }
 }
 
@@ -195,10 +218,10 @@ INLINE void OF(add_item)(const Block *block, const Item *item, REAL *const *x, i
                          int64_t places) {
     const int64_t each = block->in_columns ? block->lines_of_place : 1;
     double sum[WIDEST] = {0}, square[WIDEST] = {0};
-    if (block->in_columns) {
-        for (int64_t i = 0; i < block->depth; i++)
-            OF(add)(x, i * block->stride + item->first, item->end - item->first, tensors, sum, square, 1);
-    }
+    const REAL *one = x[0], *other = x[tensors - 1];
+    if (block->in_columns)
+        OF(add_columns)(one + item->first, other + item->first, item->end - item->first, block->depth, block->stride,
+                        tensors, sum, square);
     for (int64_t line = item->first; line < item->end; line += each) {
         double of_place = 0, square_of_place = 0;
         if (block->in_columns) {
@@ -207,7 +230,8 @@ INLINE void OF(add_item)(const Block *block, const Item *item, REAL *const *x, i
                 square_of_place += square[line - item->first + i];
             }
         } else {
-            OF(add)(x, line * block->stride, block->depth, tensors, &of_place, &square_of_place, 0);
+            OF(add_line)(one + line * block->stride, other + line * block->stride, block->depth, tensors, wide,
+                         &of_place, &square_of_place);
         }
         const int64_t place = block->first_place + line / each;
         OF(store)(out, wide, place, of_place);
@@ -227,6 +251,25 @@ void OF(sums)(const Block *blocks, const Item *items, int64_t num_items, REAL *c
         else
             OF(add_item)(block, items + i, x, 2, out, wide, places);
     }
+}
+
+/* Read elements of tensors into their slots of a vector, or write them from there. Tensor k has counts[k] of them, unless
+   it is null. Their flat indices `at` and their slots have 32 or, if they are wide, 64 bits. */
+static int64_t OF(entry)(const void *numbers, int64_t wide, int64_t k) {
+    return wide ? ((const int64_t *)numbers)[k] : ((const int32_t *)numbers)[k];
+}
+
+void OF(copy_elements)(int64_t tensors, REAL *const *x, const int64_t *counts, const void *at, const void *slots,
+                       int64_t wide, REAL *vector, int64_t write) {
+    int64_t first = 0;
+    for (int64_t k = 0; k < tensors; first += counts[k++])
+        for (int64_t i = first; x[k] && i < first + counts[k]; i++) {
+            REAL *element = x[k] + OF(entry)(at, wide, i), *slot = vector + OF(entry)(slots, wide, i);
+            if (write)
+                *element = *slot;
+            else
+                *slot = *element;
+        }
 }
 
 /* How gradients are centred and clipped; clipping.py has the same in Python, and says what the vectors are. `present` and

@@ -29,6 +29,7 @@ Three change views in place, of weights w, gradients g, momentum m and mean squa
                v = (1 - second) v + second d^2
                w = keep w + move m / (root sqrt(v) + eps)    AMSGrad: with the largest v so far in the place of v
 
+``gather`` and ``scatter_`` read and write single elements, each with a slot in a vector; and
 ``clipping`` works on vectors over rows, between the two: what the sums say of the coefficients.
 
 An equivalent-class step divides the weights by scales s, changes the gradients, lets the base optimizer take its step
@@ -62,7 +63,7 @@ Those without a value in the last column must be given to the passes that use th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -75,6 +76,22 @@ Views = Sequence[Tensor]
 Shapes = Sequence[tuple[int, ...]]
 #: A vector over all places ``[P]``, a tensor without axes, or a number.
 Coefficient = Tensor | float
+
+
+class Elements(NamedTuple):
+    """Single elements of some tensors, each with a slot of its own in a vector.
+
+    Args:
+        counts: how many of them are in each tensor.
+        at: their flat indices in their tensors, one tensor after the other, ``int32[n]`` or ``int64[n]``.
+        slots: their entries in the vector, ``[n]`` of the same type.
+        size: of the vector.
+    """
+
+    counts: Sequence[int]
+    at: Tensor
+    slots: Tensor
+    size: int
 
 
 class Kernels(Protocol):
@@ -112,6 +129,12 @@ class Kernels(Protocol):
         **coefficients: Coefficient | None,
     ) -> None:
         """Take a step of Adam, with AMSGrad if there are ``maxima`` of mean squares. Gradients are only read."""
+
+    def gather(self, tensors: Sequence[Tensor | None], elements: Elements, dtype: torch.dtype) -> Tensor:
+        """Return elements of tensors in a vector, ``[size]`` in ``dtype``, with zeros where there are none."""
+
+    def scatter_(self, tensors: Sequence[Tensor | None], elements: Elements, values: Tensor) -> None:
+        """Overwrite elements of tensors with those of a vector ``[size]``; ``None`` are left out."""
 
     def clipping(
         self,

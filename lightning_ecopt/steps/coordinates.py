@@ -32,14 +32,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from lightning_ecopt.common.segment_sum import SegmentSum
 from lightning_ecopt.common.tensors import Tensors, padded, updates_by_difference
-from lightning_ecopt.kernels import EagerKernels, Kernels
+from lightning_ecopt.kernels import EagerKernels, Elements, Kernels
 from lightning_ecopt.steps.rows import Rows
 from lightning_ecopt.steps.skeleton import Skeleton, narrow
 from lightning_ecopt.symmetry import Coupling
@@ -54,6 +53,7 @@ class SkeletonElements:
         parameters: the parameters by name.
         skeleton: the chosen weights.
         dtype: of the vectors over units.
+        kernels: read and write them.
 
     Attributes:
         num_units: number of units H.
@@ -61,9 +61,14 @@ class SkeletonElements:
     """
 
     def __init__(
-        self, couplings: Sequence[Coupling], parameters: Tensors, skeleton: Skeleton, dtype: torch.dtype
+        self,
+        couplings: Sequence[Coupling],
+        parameters: Tensors,
+        skeleton: Skeleton,
+        dtype: torch.dtype,
+        kernels: Kernels,
     ) -> None:
-        self.num_units, self._dtype = skeleton.num_units, dtype
+        self.num_units, self._dtype, self._kernels = skeleton.num_units, dtype, kernels
         found: dict[str, list[tuple[Tensor, Tensor]]] = {}
         fixed = (skeleton.active, skeleton.fixed_coupling, skeleton.fixed_index)
         free = (skeleton.free, skeleton.out_coupling, skeleton.out_index)
@@ -73,11 +78,12 @@ class SkeletonElements:
                 place = _flat_index(couplings[number], parameters[couplings[number].parameter], index[units])
                 found.setdefault(couplings[number].parameter, []).append((first + units, place))
         self.names = list(found)
-        self._counts = [sum(len(slots) for slots, _ in parts) for parts in found.values()]
+        counts = [sum(len(slots) for slots, _ in parts) for parts in found.values()]
         pairs = [pair for parts in found.values() for pair in parts]
         none = torch.zeros(0, dtype=torch.int64, device="cpu")
         device = next(iter(parameters.values())).device
-        self._slots, self._at = (narrow(torch.cat([none, *(pair[k] for pair in pairs)])).to(device) for k in (0, 1))
+        slots, at = narrow(torch.stack([torch.cat([none, *(pair[k] for pair in pairs)]) for k in (0, 1)])).to(device)
+        self._elements = Elements(counts, at, slots, 2 * self.num_units)
 
     @property
     def places(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -85,39 +91,30 @@ class SkeletonElements:
 
         Slot ``u`` is the fixed skeleton weight of unit u, slot ``H + u`` its free one.
         """
-        columns = (column.split(self._counts) for column in (self._slots, self._at.long()))
+        of = self._elements
+        columns = (column.split(of.counts) for column in (of.slots, of.at.long()))
         return dict(zip(self.names, zip(*columns, strict=True), strict=True))
 
     def of_free(self, values: Mapping[str, Tensor]) -> Tensor:
         """A number for each parameter, for the units whose free skeleton weight is in it, ``[H]``; else zero."""
-        found = torch.zeros(2 * self.num_units, dtype=self._dtype, device=self._at.device)
-        for name, slots in zip(self.names, self._slots.split(self._counts), strict=True):
+        of = self._elements
+        found = torch.zeros(of.size, dtype=self._dtype, device=of.at.device)
+        for name, slots in zip(self.names, of.slots.split(of.counts), strict=True):
             found[slots] = values[name].to(found.dtype)  # at the fixed ones, too: to choose would wait for the device
         return found[self.num_units :]
 
     def read(self, tensors: Tensors) -> tuple[Tensor, Tensor]:
         """The entries of ``tensors`` at the fixed and at the free skeleton weights, ``[H]`` each; zero for none."""
-        found = torch.zeros(2 * self.num_units, dtype=self._dtype, device=self._at.device)
-        parts = [
-            tensors[name].take(at) if name in tensors else found.new_zeros(len(at))
-            for name, at in zip(self.names, self._at.long().split(self._counts), strict=True)
-        ]
-        if parts:
-            found[self._slots] = torch.cat(parts).to(self._dtype)
-        fixed, free = found.view(2, -1)
-        return fixed, free
+        found = self._kernels.gather([tensors.get(name) for name in self.names], self._elements, self._dtype)
+        return found[: self.num_units], found[self.num_units :]
 
     def write_(self, tensors: Tensors, at_fixed: Tensor | None, at_free: Tensor | None) -> None:
         """Overwrite these entries with those of two vectors ``[H]``; ``None`` stands for zeros."""
-        none = partial(torch.zeros, self.num_units, dtype=self._dtype, device=self._at.device)
-        values = torch.cat([none() if of is None else of for of in (at_fixed, at_free)]).index_select(0, self._slots)
-        columns = (column.split(self._counts) for column in (self._at.long(), values))
-        for name, at, value in zip(self.names, *columns, strict=True):
-            if name in tensors:
-                tensor = tensors[name]  # Tensor.put_ raises under torch.use_deterministic_algorithms
-                flat = tensor.is_contiguous()
-                whole, index = (tensor.view(-1), (at,)) if flat else (tensor, torch.unravel_index(at, tensor.shape))
-                whole[index] = value if value.dtype == tensor.dtype else value.to(tensor.dtype)
+        values = torch.zeros(self._elements.size, dtype=self._dtype, device=self._elements.at.device)
+        for given, part in ((at_fixed, values[: self.num_units]), (at_free, values[self.num_units :])):
+            if given is not None:
+                part.copy_(given)
+        self._kernels.scatter_([tensors.get(name) for name in self.names], self._elements, values)
 
 
 def _flat_index(coupling: Coupling, parameter: Tensor, index: Tensor) -> Tensor:
@@ -180,7 +177,7 @@ class PathCoordinates:
         self.rows = Rows(restricted, parameters)
         self._units = self.rows.units() % (skeleton.num_units + 1)  # H for rows that lead into no unit
         self.beta = torch.ones(skeleton.num_units + 1, dtype=self.rows.dtype, device=device)
-        self.elements = SkeletonElements(couplings, parameters, skeleton, self.rows.dtype)
+        self.elements = SkeletonElements(couplings, parameters, skeleton, self.rows.dtype, self.kernels)
         into_units = {c.parameter for c in restricted if bool((c.incoming != NO_UNIT).any())}
         self.scaled = into_units.intersection(self.rows.names)
         slots = torch.cat([padded(self._root, NO_UNIT)[self._units], self._root])
