@@ -106,7 +106,7 @@ PARTS = {  # what is measured
     "step": "the optimizer step alone",
     "host": "the time until a step returns, without waiting for the device",
     "training": "whole training steps",
-    "pause": "the start of a fit: tracing and the first step, without compiling",
+    "pause": "the start of a fit: tracing and the first step",
 }
 
 

@@ -122,9 +122,9 @@ def twin(net: nn.Module) -> nn.Module:
 
 
 def equivalent(
-    case: Case, net: nn.Module, setting: str, device: torch.device, steps: float | None = math.inf
+    case: Case, net: nn.Module, setting: str, device: torch.device
 ) -> tuple[EquivalentClassOptimizer, float]:
-    """The equivalent-class form, and the seconds that tracing took; ``"auto"`` compiles for endlessly many steps."""
+    """The equivalent-class form, and the seconds that tracing took."""
     example = NETWORKS[case.network].inputs(2).to(device)
     groups = []
     seconds = timed(lambda: groups.append(scaling_group(net, example)), device)
@@ -136,7 +136,6 @@ def equivalent(
         refresh_interval=None,
         implementation=case.implementation,  # type: ignore[arg-type]
     )
-    ec.follow_steps(lambda: steps, print)
     return ec, seconds
 
 
@@ -236,7 +235,7 @@ def measure_pause(case: Case, net: nn.Module, setting: str, device: torch.device
         OPTIMIZERS[case.optimizer].make(module, setting).step()
 
     def ec(module: nn.Module) -> None:
-        equivalent(case, module, setting, device, steps=None)[0].step()
+        equivalent(case, module, setting, device)[0].step()
 
     seconds = [[timed(partial(start, twin(net)), device) for start in (base, ec)] for _ in range(1 + runs)]
     return Result(case, setting, None, *map(list, zip(*seconds[1:], strict=True)))
@@ -282,27 +281,24 @@ def all_conditions(options: argparse.Namespace, parser: argparse.ArgumentParser)
 
 @contextlib.contextmanager
 def cold_caches() -> Iterator[None]:
-    """Compile into an empty folder, so that the first step has its full price."""
-    names = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
-    before = {name: os.environ.get(name) for name in names}
+    """Compile Triton's kernels into an empty folder, so that the first step has its full price."""
+    name = "TRITON_CACHE_DIR"
+    before = os.environ.get(name)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        os.environ.update({name: str(Path(folder, name)) for name in names})
+        os.environ[name] = folder
         try:
             yield
         finally:
-            for name, value in before.items():
-                os.environ.pop(name)
-                if value is not None:
-                    os.environ[name] = value
+            os.environ.pop(name)
+            if before is not None:
+                os.environ[name] = before
 
 
 def free(device: torch.device) -> None:
-    """Give back what is not used any more, and forget what was compiled for other shapes."""
+    """Give back what is not used any more."""
     gc.collect()
     if device.type != "cpu":
         torch.get_device_module(device).empty_cache()
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()
 
 
 def measure(case: Case, net: nn.Module, setting: str, options: argparse.Namespace) -> Result:

