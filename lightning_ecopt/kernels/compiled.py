@@ -157,7 +157,16 @@ class CompiledKernels(LineKernels[_Plan]):
         rho: Tensor | None,
     ) -> Clipping:
         """See :class:`~lightning_ecopt.kernels.Kernels`."""
-        given = [sums, squares, second, weight, rows.size, rows.shift, present, rho]
+        given = [
+            sums,
+            squares,
+            second,
+            weight,
+            rows.size,
+            rows.shift,
+            None if present is None else present.to(sums),
+            rho,
+        ]
         given = [None if vector is None else vector.contiguous() for vector in given]
         kept, found = torch.empty_like(sums.expand(2, -1)), torch.empty_like(sums.expand(3, -1))
         new_second, new_weight, scale, shift, relative = of = *kept.unbind(), *found.unbind()

@@ -168,6 +168,7 @@ class LineKernels(EagerKernels, ABC, Generic[PlanT]):
 
     def __init__(self) -> None:
         self._plans: dict[Any, PlanT] = {}
+        self._last: dict[tuple[int, int], tuple[Shapes, list[Any], PlanT]] = {}  # the last plans: they come again
 
     def __reduce__(self) -> tuple[Callable[[], EagerKernels], tuple[()]]:
         return type(self), ()  # plans hold addresses of the tensors of one optimizer
@@ -215,10 +216,16 @@ class LineKernels(EagerKernels, ABC, Generic[PlanT]):
         return plan.rest
 
     def _plan(self, lists: Sequence[Views], shapes: Shapes, count: int) -> PlanT:
-        kinds = tuple([(view.dtype, view.stride()) for views in lists for view in views])
-        key = (lists[0][0].device, count, tuple([view.shape for view in lists[0]]), tuple(shapes), kinds)
+        sizes = [view.shape for view in lists[0]]
+        kinds = [lists[0][0].device, *sizes, *[(view.dtype, view.stride()) for views in lists for view in views]]
+        last = self._last.get((count, len(lists)))
+        if last is not None and last[0] is shapes and last[1] == kinds:  # which takes less time than to hash them
+            return last[2]
+        key = (count, tuple(shapes), *kinds)
         if key not in self._plans:
             if len(self._plans) == MOST_PLANS:
                 self._plans.clear()
             self._plans[key] = self._make_plan(lists, shapes, count)
+        if isinstance(shapes, tuple):
+            self._last[count, len(lists)] = shapes, kinds, self._plans[key]
         return self._plans[key]

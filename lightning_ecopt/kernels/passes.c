@@ -10,9 +10,9 @@ have the same bits however many threads there are. */
 
 #ifndef REAL /* The file includes itself, once for each type of the tensors. */
 
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
-#include <string.h>
 
 #define LANES 64   /* accumulators of a line */
 #define PART 1024  /* elements of a line that are added up before their sum is added in double */
@@ -40,6 +40,8 @@ typedef struct {
     Word word[NUM_NAMES];
 } Coefficients;
 
+#define ROOT_OF(TYPE, x) (sizeof(TYPE) == 4 ? sqrtf(x) : sqrt(x))
+#define MOST(TYPE) (sizeof(TYPE) == 4 ? FLT_MAX : DBL_MAX)
 #define INLINE static inline __attribute__((always_inline))
 #define REAL float
 #define OF(name) name##_float
@@ -106,7 +108,7 @@ INLINE void OF(change)(REAL *const *x, int64_t at, int64_t count, int tensors, c
                 largest[i] = square;
             }
             m[i] = OF(lerp)(m[i], d, C(FIRST));
-            quotient = m[i] / (C(ROOT) * (sizeof(REAL) == 4 ? sqrtf(square) : sqrt(square)) + C(EPS));
+            quotient = m[i] / (C(ROOT) * ROOT_OF(REAL, square) + C(EPS));
         }
         /* w = keep w + move m + pull g + push */
         weight = weight * C(KEEP) + C(PUSH);
@@ -272,37 +274,46 @@ void OF(copy_elements)(int64_t tensors, REAL *const *x, const int64_t *counts, c
         }
 }
 
-/* How gradients are centred and clipped; clipping.py has the same in Python, and says what the vectors are. `present` and
-   `rho` may be null. Returns how many rows were clipped. */
+/* How gradients are centred and clipped; clipping.py has the same in Python, and says what the vectors are. `present` has
+   ones and zeros; it and `rho` may be null. Returns how many rows were clipped. */
 int64_t OF(clipping)(int64_t rows, const REAL *sums, const REAL *squares, const REAL *second, const REAL *weight,
-                     const REAL *size, const REAL *centre, const uint8_t *present, const REAL *rho, double memory,
+                     const REAL *size, const REAL *centre, const REAL *present, const REAL *rho, double memory,
                      double lifted, double slack, double tiny, double faint, REAL *new_second, REAL *new_weight,
                      REAL *scale, REAL *shift, REAL *relative) {
+    const REAL newest = (REAL)(1 - memory), *magnitude = rho ? rho : size;
+    REAL count_of_part, total_of_part;
     int64_t count = 0;
     double total = 0;
-    for (int64_t k = 0; k < rows; k++) {
-        const REAL mean = sums[k] / size[k];
-        REAL square = squares[k] / size[k] + mean * mean * centre[k] * (REAL)lifted;
-        if (square < 0) square = 0;
-        const int known = isfinite(square) && (!present || present[k]);
-        new_second[k] = known ? second[k] + (REAL)(1 - memory) * (square - second[k]) : second[k];
-        new_weight[k] = known ? weight[k] + (REAL)(1 - memory) * (1 - weight[k]) : weight[k];
-        const REAL least = (REAL)(1 - memory), q = new_second[k] / (new_weight[k] < least ? least : new_weight[k]);
-        const REAL ratio = isfinite(square) ? (REAL)sqrt((REAL)slack * q / square) : 1;
-        scale[k] = ratio < 1 ? ratio : 1; /* 1 if it is not a number */
-        shift[k] = (isfinite(mean * centre[k]) ? mean * centre[k] : 0) * scale[k];
-        count += scale[k] < 1;
-        if (rho) {
-            relative[k] = (REAL)sqrt(q);
-            total += (double)rho[k] * relative[k] * rho[k] * relative[k];
+    for (int64_t first = 0; first < rows; first += PART) {
+        const int64_t end = first + PART < rows ? first + PART : rows;
+        count_of_part = total_of_part = 0;
+#pragma omp simd reduction(+ : count_of_part, total_of_part)
+        for (int64_t k = first; k < end; k++) {
+            const REAL mean = sums[k] / size[k], moved = mean * centre[k];
+            REAL square = squares[k] / size[k] + mean * moved * (REAL)lifted;
+            square = square < 0 ? 0 : square;
+            /* Nothing changes where a gradient is not finite, or where there is none. */
+            const REAL share = square <= MOST(REAL) ? newest * (present ? present[k] : 1) : 0;
+            new_second[k] = second[k] + (share > 0 ? share * (square - second[k]) : 0);
+            new_weight[k] = weight[k] + share * (1 - weight[k]);
+            const REAL q = new_second[k] / (new_weight[k] < newest ? newest : new_weight[k]);
+            const REAL ratio = ROOT_OF(REAL, (REAL)slack * q / square);
+            scale[k] = (square <= MOST(REAL)) & (ratio < 1) ? ratio : 1; /* 1 if it is not a number */
+            shift[k] = (moved <= MOST(REAL)) & (moved >= -MOST(REAL)) ? moved * scale[k] : 0;
+            count_of_part += scale[k] < 1 ? 1 : 0;
+            relative[k] = ROOT_OF(REAL, q);
+            total_of_part += magnitude[k] * magnitude[k] * q;
         }
+        count += (int64_t)count_of_part;
+        total += total_of_part;
     }
     if (rho) {
         const REAL typical = (REAL)(sqrt(total / rows) * faint);
+#pragma omp simd
         for (int64_t k = 0; k < rows; k++) {
             const REAL least = typical / rho[k];
-            REAL deviation = least > relative[k] || isnan(least) ? least : relative[k];
-            if (deviation < (REAL)tiny) deviation = (REAL)tiny;
+            REAL deviation = least > relative[k] || least != least ? least : relative[k];
+            deviation = deviation < (REAL)tiny ? (REAL)tiny : deviation;
             relative[k] = rho[k] / deviation;
         }
     }
