@@ -27,7 +27,7 @@ from triton.runtime import interpreter
 
 from lightning_ecopt.kernels import EagerKernels, Kernels, triton_plan
 from lightning_ecopt.kernels import triton as triton_kernels
-from lightning_ecopt.kernels.triton import NAMES, NUMBER, SCALAR, VECTOR
+from lightning_ecopt.kernels.lines import NAMES, NUMBER, SCALAR, VECTOR
 from lightning_ecopt.kernels.triton_plan import TritonKernels
 
 TOLERANCE = {torch.bfloat16: 0.0, torch.float32: 1e-6, torch.float64: 1e-14}
@@ -416,7 +416,7 @@ def variants() -> Iterator[tuple[str, dict[str, str], dict[str, object]]]:
     ):
         yield "sums", {**tables, "table": "*i64", "out": wide}, {"TENSORS": tensors, "DTYPE": dtype}
     for tensors, dtype in (*((count, tl.float32) for count in range(1, 6)), (5, tl.float64)):
-        kinds = [(NUMBER, SCALAR, VECTOR)[(number + tensors) % 3].value for number in range(len(NAMES))]
+        kinds = [(NUMBER, SCALAR, VECTOR)[(number + tensors) % 3] for number in range(len(NAMES))]
         given = sum(kind * 4**number for number, kind in enumerate(kinds))
         yield "update", {**tables, "table": "*i64"}, {"GIVEN": given, "TENSORS": tensors, "DTYPE": dtype}
 
