@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from lightning_ecopt.kernels.library import compiler
 from lightning_ecopt.symmetry import DeferredGroup, isolation
 from lightning_ecopt.symmetry.stand_ins import STAND_INS
 from tests import selection
@@ -20,6 +21,16 @@ pytest.register_assert_rewrite(
 
 def pytest_configure(config: pytest.Config) -> None:
     selection.choose(config.getoption("markexpr"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Without a C compiler there is nothing to test of what is compiled."""
+    for item in items if compiler() is None else []:
+        parameters = (
+            item.callspec.params.values() if isinstance(item, pytest.Function) and hasattr(item, "callspec") else ()
+        )
+        if "compiled" in parameters or item.get_closest_marker("compiler"):
+            item.add_marker(pytest.mark.skip(reason="there is no C compiler"))
 
 
 @pytest.fixture(autouse=True)

@@ -111,7 +111,7 @@ def test_the_readme_has_a_place_for_the_table(digits: ModuleType) -> None:
     ("arguments", "expected"),
     [
         (["--config", "{root}/examples/digits.yaml"], "H = 384 freedoms"),
-        (["--model=CNN", "--trainer.callbacks+=lightning_ecopt.EquivalentClassOptimization"], "the README's"),
+        (["--model=CNN", "--trainer.callbacks+=lightning_ecopt.EquivalentClassOptimization"], "that of the page"),
     ],
 )
 def test_the_digits_program_runs_from_the_command_line(tmp_path: Path, arguments: list[str], expected: str) -> None:
@@ -126,9 +126,9 @@ def test_the_digits_program_runs_from_the_command_line(tmp_path: Path, arguments
     done = subprocess.run(command + options, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     assert "FutureWarning" not in done.stderr
-    if expected == "the README's":
-        readme = (ROOT / "README.md").read_text()
-        (expected,) = (part for part in readme.split("```text\n") if part.startswith("Freedoms of the network\n"))
+    if expected == "that of the page":
+        page = (ROOT / "docs" / "report.md").read_text()
+        (expected,) = (part for part in page.split("```text\n") if part.startswith("Freedoms of the network\n"))
         expected = expected.split("\nOperations")[0]
     assert expected in "\n".join(line.rstrip() for line in done.stdout.splitlines())
 

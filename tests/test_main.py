@@ -175,12 +175,12 @@ def test_the_command_finds_modules_in_the_current_directory(models: Path) -> Non
     assert result.stdout.startswith("Unit 0: c multiplies conv.weight[0], conv.bias[0]; 1/c multiplies head.weight")
 
 
-def test_the_example_of_the_readme(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_example_of_the_page(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     root = Path(__file__).parents[1]
     monkeypatch.syspath_prepend(root / "examples")
     main(["digits:CNN", "--input", "1,1,8,8", "--unit", "21"])
     printed = capsys.readouterr().out
-    assert f"\n```text\n{printed}```\n" in (root / "README.md").read_text()
+    assert f"\n```text\n{printed}```\n" in (root / "docs" / "report.md").read_text()
 
 
 def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:

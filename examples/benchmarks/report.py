@@ -44,11 +44,6 @@ CLASS_OR_STEP = (
     ("EC-AdamW (units)", "LAMB"),
 )
 README_FORMS = ("EC-SGD (units)", "EC-AdamW (units)")
-README_PAIRS = (  # each at its own best rate
-    ("EC-Muon", "Muon"),
-    ("EC-SGD (units)", "AdamW"),
-    ("EC-SGD (units)", "EC-SGD (paths)"),
-)
 WITHIN = f"within {ACCURACY.close:g} {ACCURACY.unit} or {LOSS.close:g} {LOSS.unit}"  # what counts as equally good
 COMPARISONS = f"""\
 Differences of test scores, in per cent or nats, positive if the first is better; **significantly ahead** and \
@@ -267,25 +262,7 @@ def readme_lines(grid: Grid, results: Results) -> list[str]:
         f"ahead of the plain form at its best rate, *italic*: behind (Welch's test, p < {SIGNIFICANT:g})."
     )
     sentences = [line for form, plain in shown for line in _readme_sentence(found, form, plain)]
-    return [*table(header, rows), legend, "", *sentences, *_readme_list(grid, found)]
-
-
-def _readme_list(grid: Grid, found: Found) -> list[str]:
-    """How often others are ahead, and by how much the worst is behind: a line each."""
-    starts = [(name, name) for name in (*PLAIN, *README_FORMS) if name in grid.contenders]
-    parts = [
-        ("each at its own best rate", README_PAIRS, best, best),
-        ("class or step, from an ordinary start", CLASS_OR_STEP, best, best),
-        ("class or step, from a rescaled start", CLASS_OR_STEP, rescaled, rescaled),
-        ("what a rescaled start changes", starts, rescaled, best),
-    ]
-    lines = []
-    for title, pairs, of, of_second in parts:
-        rows = comparison_rows(found, pairs, of, of_second)
-        judged = [f"{name} {count}, worst {worst}" for name, *_, count, worst in rows if " of 0" not in count]
-        if judged:
-            lines += [f"- {title.capitalize()}: {'; '.join(judged)}."]
-    return lines + [""] * bool(lines)
+    return [*table(header, rows), legend, "", *sentences]
 
 
 def _readme_cells(grid: Grid, outcomes: Mapping[str, Outcome], form: str, plain: str) -> list[str]:

@@ -3,11 +3,12 @@
 Two copies of a network with the same gradients take their steps in turn, base, equivalent-class form, base and so on,
 so that whatever else the machine does falls on both. The base is in its fastest setting, ``fused`` or ``foreach``,
 which is measured first. Every combination is one line of JSON, ``step_overhead.jsonl``, and those whose line is there
-are not repeated. With ``--report`` nothing is measured: ``STEP_OVERHEAD.md``, and with ``--readme`` the table of the
-README, are written from the lines that are there::
+are not repeated. With ``--report`` nothing is measured: ``STEP_OVERHEAD.md`` and, with ``--readme`` and ``--speed``, what
+two pages say, are written from the lines that are there::
 
     python examples/benchmarks/step_overhead.py --out examples/benchmarks
-    python examples/benchmarks/step_overhead.py --out examples/benchmarks --report --readme README.md
+    python examples/benchmarks/step_overhead.py --out examples/benchmarks --report \\
+        --readme README.md --speed docs/speed.md
 
 ``STEP_OVERHEAD.md`` says what each of the figures is. ``gpu.sh`` runs this on a GPU.
 """
@@ -264,7 +265,7 @@ def all_conditions(options: argparse.Namespace, parser: argparse.ArgumentParser)
     words = ["python examples/benchmarks/step_overhead.py --out FOLDER"]
     for action in parser._actions:
         value = getattr(options, action.dest, action.default)
-        if value != parser.get_default(action.dest) and action.dest not in ("out", "readme"):
+        if value != parser.get_default(action.dest) and action.dest not in ("out", "readme", "speed"):
             values = value if isinstance(value, list) else [] if value is True else [value]
             words += [action.option_strings[0], *map(str, values)]
     return {
@@ -349,7 +350,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of step_overhead.jsonl and STEP_OVERHEAD.md")
     parser.add_argument("--report", action="store_true", help="write STEP_OVERHEAD.md, and measure nothing")
-    parser.add_argument("--readme", type=Path, help="file with the two markers, to fill in the table")
+    parser.add_argument("--readme", type=Path, help="file with two markers, to say in short between them")
+    parser.add_argument("--speed", type=Path, help="file with two markers, to have a table between them")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     for name, choices, default in (
         ("networks", NETWORKS, list(NETWORKS)),
@@ -391,7 +393,7 @@ def main() -> None:
                 results, failures = run_cases(options, file, done)
             done.update({result.case: result for result in results})
         else:
-            write_report(path, options.out, options.readme)
+            write_report(path, options.out, options.readme, options.speed)
     except ValueError as error:
         parser.error(str(error))
     figures = Figures(done.values())

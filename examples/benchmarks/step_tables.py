@@ -262,15 +262,31 @@ def device_tables(figures: Figures, device: str) -> list[Tabulated]:
     return [one for one in tables if one.rows]
 
 
-# The README -----------------------------------------------------------------------------------------------------------
+# The README and the page about speed ----------------------------------------------------------------------------------
 
 
-SHOWN = ("sgd-m", "adamw")  # in the README
+SHOWN = ("sgd-m", "adamw")
 NOT_MEASURED = "not measured"
 
 
+def sentences(figures: Figures) -> list[str]:
+    """For the README: how many times as long steps take on large networks, a line for each device."""
+
+    def ranges(part: str, device: str, rule: str) -> str:
+        where = {"device": device, "implementation": "auto", "rule": rule}
+        found = {one: ratios(figures, part, {**where, "optimizer": one}).partition(",")[0] for one in SHOWN}
+        return " and ".join(f"{found[one] or NOT_MEASURED} ({OPTIMIZERS[one].title})" for one in SHOWN)
+
+    return [
+        f"On large networks ({device}) an optimizer step takes {ranges('step', device, 'unit')} times as long as that "
+        f"of torch, fused; with the rule `path` {ranges('step', device, 'path')} times. A whole training step takes "
+        f"{ranges('training', device, 'unit')} times as long."
+        for device in dict.fromkeys(r.case.device for r in figures.results)
+    ]
+
+
 def short_table(figures: Figures) -> Tabulated:
-    """For the README: five rows for each device, a column for each optimizer with targets of its own and each rule."""
+    """For the page about speed: five rows for each device, a column for each optimizer with targets and each rule."""
     columns = list(itertools.product(SHOWN, RULES))
     header = ["device", "", *(f"{OPTIMIZERS[optimizer].title}, {rule}" for optimizer, rule in columns)]
     parts: dict[str, Callable[[Figures, dict[str, str]], str]] = {
@@ -321,17 +337,24 @@ def pause(figures: Figures, case: dict[str, str]) -> str:
 # The page -------------------------------------------------------------------------------------------------------------
 
 
-def write_report(results_path: Path, folder: Path, readme: Path | None = None) -> None:
-    """Write ``STEP_OVERHEAD.md``, and the table of a README.
+def write_report(results_path: Path, folder: Path, readme: Path | None = None, speed: Path | None = None) -> None:
+    """Write ``STEP_OVERHEAD.md``, the sentences of a README and the table of a page about speed.
 
     Raises:
-        ValueError: if there are no results, or the README has no place for them.
+        ValueError: if there are no results, or a file has no place for them.
     """
     results = read_results(results_path)
     if not results:
         raise ValueError(f"{results_path} holds no results: measure first.")
     figures = Figures(results.values())
-    short = readme and between_markers(readme, "step overhead", short_table(figures).markdown())
+    texts = {
+        path: between_markers(path, name, lines)
+        for path, name, lines in (
+            (readme, "cost", sentences(figures)),
+            (speed, "step overhead", short_table(figures).markdown()),
+        )
+        if path is not None
+    }
     lines = ["# Results of the step-overhead benchmark", "", LEGEND, "Measured with", ""]
     lines += [f"- {in_words(one)}" for one in read_conditions(results_path)]
     lines += ["", *target_table(figures).markdown()]
@@ -340,5 +363,5 @@ def write_report(results_path: Path, folder: Path, readme: Path | None = None) -
             lines += [f"## {one.title}", "", *one.markdown()]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "STEP_OVERHEAD.md").write_text("\n".join(lines))
-    if readme is not None and short is not None:
-        readme.write_text(short)
+    for path, text in texts.items():
+        path.write_text(text)

@@ -69,12 +69,12 @@ def _load() -> Library | OSError:
     flags = (*FLAGS, *OF_PROCESSOR.get(torch.backends.cpu.get_cpu_capability(), ()))
     facts = (SOURCE.read_bytes(), command, flags, sys.platform, os.uname().machine)
     name = f"passes-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.so"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning_ecopt"
     try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning_ecopt"
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
         return _functions(_kept(cache / name, command, flags))
-    except OSError:
-        pass  # a folder that cannot be written, or a library of another system
+    except (OSError, RuntimeError):
+        pass  # no home, a folder that cannot be written, or a library of another system
     try:
         with tempfile.TemporaryDirectory() as folder:  # what is loaded does not need its file any more
             return _functions(_compile(Path(folder) / name, command, flags))

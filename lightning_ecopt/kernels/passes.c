@@ -14,13 +14,13 @@ have the same bits however many threads there are. */
 #include <math.h>
 #include <stdint.h>
 
-#define LANES 64   /* accumulators of a line */
-#define PART 1024  /* elements of a line that are added up before their sum is added in double */
+#define LANES 64    /* accumulators of a line */
+#define PART 1024   /* elements of a line that are added up before their sum is added in double */
 #define WIDEST 1024 /* most lines of an item in columns; compiled.py cuts them */
 
 enum { FADE, GAIN, SHIFT, DECAY, KEEP, MOVE, PULL, PUSH, FIRST, SECOND, ROOT, EPS, NUM_NAMES };
 enum { STAYS = NUM_NAMES, NUM_NUMBERS }; /* 1 - second */
-enum { LEFT_OUT, NUMBER, SCALAR, VECTOR }; /* what a coefficient is: its value, where that is, or a vector over places */
+enum { LEFT_OUT, NUMBER, SCALAR, VECTOR }; /* what a coefficient is: a value, its address, or that of a vector */
 
 typedef struct {
     int64_t in_columns, depth, stride, lines_of_place, first_place;
@@ -158,12 +158,13 @@ void OF(update)(const Block *blocks, const Item *items, int64_t num_items, REAL 
     }
 }
 
-#define TERMS(TYPE, i, sum, square)                           \
-    const TYPE value = one[i];                                \
-    sum += tensors > 1 ? value * (TYPE)other[i] : value;      \
+/* The terms of element i: x and x^2 or, of two tensors, x y. */
+#define TERMS(TYPE, i, sum, square)                      \
+    const TYPE value = one[i];                           \
+    sum += tensors > 1 ? value * (TYPE)other[i] : value; \
     if (tensors == 1) square += value * value;
 
-/* Add up x and x^2 or, of two tensors, x y, over `count` neighbours, at most PART: few enough for their own type. */
+/* The sums of `count` neighbours, at most PART, so few that their own type is wide enough. */
 INLINE void OF(add_part)(const REAL *one, const REAL *other, int64_t count, int tensors, double *sum, double *square) {
     const int64_t end = count < 2 * LANES ? 0 : count / LANES * LANES; /* short lines have nothing to wait for */
     if (end) {
@@ -197,17 +198,6 @@ INLINE void OF(add_line)(const REAL *one, const REAL *other, int64_t count, int 
     }
 }
 
-/* The sums of neighbouring lines in columns. */
-INLINE void OF(add_columns)(const REAL *one, const REAL *other, int64_t lines, int64_t depth, int64_t stride,
-                            int tensors, double *restrict sum, double *restrict square) {
-    for (int64_t element = 0; element < depth; element++, one += stride, other += stride) {
-#pragma omp simd
-        for (int64_t i = 0; i < lines; i++) {
-            TERMS(double, i, sum[i], square[i])
-        }
-    }
-}
-
 /* Sums are written in the type of the blocks or, if that is narrower than what is asked for, in double. */
 INLINE void OF(store)(void *out, int64_t wide, int64_t at, double value) {
     if (wide)
@@ -216,28 +206,38 @@ INLINE void OF(store)(void *out, int64_t wide, int64_t at, double value) {
         ((REAL *)out)[at] = (REAL)value;
 }
 
+/* The sums of some lines in columns, which are added up side by side; several may have parts of one place. */
+INLINE void OF(add_columns)(const Block *block, const Item *item, const REAL *one, const REAL *other, int tensors,
+                            void *out, int64_t wide, int64_t places) {
+    const int64_t lines = item->end - item->first, each = block->lines_of_place;
+    double sum[WIDEST] = {0}, square[WIDEST] = {0};
+    for (int64_t element = 0; element < block->depth; element++, one += block->stride, other += block->stride) {
+#pragma omp simd
+        for (int64_t i = 0; i < lines; i++) {
+            TERMS(double, item->first + i, sum[i], square[i])
+        }
+    }
+    for (int64_t line = 0; line < lines; line += each) {
+        for (int64_t i = 1; i < each; i++) sum[line] += sum[line + i], square[line] += square[line + i];
+        const int64_t place = block->first_place + (item->first + line) / each;
+        OF(store)(out, wide, place, sum[line]);
+        if (tensors == 1) OF(store)(out, wide, places + place, square[line]);
+    }
+}
+
 INLINE void OF(add_item)(const Block *block, const Item *item, REAL *const *x, int tensors, void *out, int64_t wide,
                          int64_t places) {
-    const int64_t each = block->in_columns ? block->lines_of_place : 1;
-    double sum[WIDEST] = {0}, square[WIDEST] = {0};
     const REAL *one = x[0], *other = x[tensors - 1];
-    if (block->in_columns)
-        OF(add_columns)(one + item->first, other + item->first, item->end - item->first, block->depth, block->stride,
-                        tensors, sum, square);
-    for (int64_t line = item->first; line < item->end; line += each) {
-        double of_place = 0, square_of_place = 0;
-        if (block->in_columns) {
-            for (int64_t i = 0; i < each; i++) {
-                of_place += sum[line - item->first + i];
-                square_of_place += square[line - item->first + i];
-            }
-        } else {
-            OF(add_line)(one + line * block->stride, other + line * block->stride, block->depth, tensors, wide,
-                         &of_place, &square_of_place);
-        }
-        const int64_t place = block->first_place + line / each;
-        OF(store)(out, wide, place, of_place);
-        if (tensors == 1) OF(store)(out, wide, places + place, square_of_place);
+    if (block->in_columns) {
+        OF(add_columns)(block, item, one, other, tensors, out, wide, places);
+        return;
+    }
+    for (int64_t line = item->first; line < item->end; line++) {
+        const int64_t start = line * block->stride, place = block->first_place + line;
+        double sum = 0, square = 0;
+        OF(add_line)(one + start, other + start, block->depth, tensors, wide, &sum, &square);
+        OF(store)(out, wide, place, sum);
+        if (tensors == 1) OF(store)(out, wide, places + place, square);
     }
 }
 
@@ -255,12 +255,12 @@ void OF(sums)(const Block *blocks, const Item *items, int64_t num_items, REAL *c
     }
 }
 
-/* Read elements of tensors into their slots of a vector, or write them from there. Tensor k has counts[k] of them, unless
-   it is null. Their flat indices `at` and their slots have 32 or, if they are wide, 64 bits. */
 static int64_t OF(entry)(const void *numbers, int64_t wide, int64_t k) {
     return wide ? ((const int64_t *)numbers)[k] : ((const int32_t *)numbers)[k];
 }
 
+/* Read elements of tensors into their slots of a vector, or write them from there. Tensor k has counts[k] of them,
+   unless it is null. Their flat indices `at` and their slots have 32 or, if they are wide, 64 bits. */
 void OF(copy_elements)(int64_t tensors, REAL *const *x, const int64_t *counts, const void *at, const void *slots,
                        int64_t wide, REAL *vector, int64_t write) {
     int64_t first = 0;
@@ -274,8 +274,8 @@ void OF(copy_elements)(int64_t tensors, REAL *const *x, const int64_t *counts, c
         }
 }
 
-/* How gradients are centred and clipped; clipping.py has the same in Python, and says what the vectors are. `present` has
-   ones and zeros; it and `rho` may be null. Returns how many rows were clipped. */
+/* How gradients are centred and clipped; clipping.py has the same in Python, and says what the vectors are. `present`
+   has ones and zeros; it and `rho` may be null. Returns how many rows were clipped. */
 int64_t OF(clipping)(int64_t rows, const REAL *sums, const REAL *squares, const REAL *second, const REAL *weight,
                      const REAL *size, const REAL *centre, const REAL *present, const REAL *rho, double memory,
                      double lifted, double slack, double tiny, double faint, REAL *new_second, REAL *new_weight,

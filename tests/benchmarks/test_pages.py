@@ -42,11 +42,13 @@ def test_the_page_of_the_authors_experiment_is_that_of_its_results() -> None:
     assert (BENCHMARKS / "AUTHORS.md").read_text() == authors_page.page(BENCHMARKS / "authors.jsonl")
 
 
-def test_the_page_and_the_table_of_steps_are_those_of_the_measurements(tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text((ROOT / "README.md").read_text())
-    step_tables.write_report(BENCHMARKS / "step_overhead.jsonl", tmp_path, readme)
-    assert readme.read_text() == (ROOT / "README.md").read_text()
+def test_the_pages_that_tell_of_steps_are_those_of_the_measurements(tmp_path: Path) -> None:
+    pages_of = {name: tmp_path / Path(name).name for name in ("README.md", "docs/speed.md")}
+    for name, copied in pages_of.items():
+        copied.write_text((ROOT / name).read_text())
+    step_tables.write_report(BENCHMARKS / "step_overhead.jsonl", tmp_path, *pages_of.values())
+    for name, copied in pages_of.items():
+        assert copied.read_text() == (ROOT / name).read_text()
     assert (tmp_path / "STEP_OVERHEAD.md").read_text() == (BENCHMARKS / "STEP_OVERHEAD.md").read_text()
 
 

@@ -424,14 +424,18 @@ def test_the_ratio_is_that_of_neighbouring_runs() -> None:
     assert step_tables.Figures([found]).judged("ratio", found) == "1.500 (1.250 to 1.750) met"
 
 
-def test_the_report_counts_targets_and_replaces_the_table_of_the_readme(folder: Path, tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text(f"Before\n\n{START}\nold | table\n{END}\n\nAfter\n")
-    report = ["--out", folder, "--report", "--readme", readme]
+def test_the_report_counts_targets_and_replaces_what_pages_say(folder: Path, tmp_path: Path) -> None:
+    page, readme = tmp_path / "speed.md", tmp_path / "README.md"
+    page.write_text(f"Before\n\n{START}\nold | table\n{END}\n\nAfter\n")
+    readme.write_text("Before\n\n<!-- cost -->\nold\n<!-- /cost -->\n")
+    report = ["--out", folder, "--report", "--readme", readme, "--speed", page]
     call(*report)
-    once = readme.read_text()
+    once, said = page.read_text(), readme.read_text()
     call(*report)
-    assert readme.read_text() == once
+    assert page.read_text() == once
+    assert readme.read_text() == said
+    assert "old" not in said
+    assert said.count("On large networks (cpu) an optimizer step takes ") == 1
     assert once.startswith(f"Before\n\n{START}\n\n| device |  | SGD-M, unit |")
     assert once.endswith(f"|\n\n{END}\n\nAfter\n")
     assert "old" not in once
@@ -440,7 +444,7 @@ def test_the_report_counts_targets_and_replaces_the_table_of_the_readme(folder: 
     (folder / "STEP_OVERHEAD.md").unlink()
     call("--out", folder, "--report")
     assert (folder / "STEP_OVERHEAD.md").read_text() == text
-    assert readme.read_text() == once
+    assert page.read_text() == once
     assert str(folder) not in text
     assert "threads of torch 1" in text
     for table in text.split("\n\n"):
@@ -458,7 +462,7 @@ def test_a_readme_without_a_place_for_the_table_stays_as_it_is(
     text = text.format(start=START, end=END)
     readme.write_text(text)
     with pytest.raises(SystemExit):
-        call("--out", folder, "--report", "--readme", readme)
+        call("--out", folder, "--report", "--speed", readme)
     assert "each once" in capsys.readouterr().err
     assert readme.read_text() == text
 

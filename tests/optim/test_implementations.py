@@ -259,6 +259,7 @@ def test_gradients_that_cannot_be_changed_in_place_stay_as_they_are(form: str, r
 # Which version is taken -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.compiler
 def test_the_version_follows_from_the_device() -> None:
     weights, elsewhere = [torch.zeros(10)], [torch.zeros(10, device="meta")]
     assert type(choose_kernels("auto", weights)) is CompiledKernels
@@ -281,6 +282,7 @@ class Mixed(nn.Module):
         return self.last(torch.relu(self.first(x)).double())
 
 
+@pytest.mark.compiler
 @pytest.mark.parametrize("base", [AdamW, SGD])
 def test_parameters_of_several_types_are_stepped_alike(base: type[Optimizer]) -> None:
     found = []

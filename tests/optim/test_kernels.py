@@ -89,6 +89,7 @@ COEFFICIENTS = {
 }
 
 
+@pytest.mark.compiler
 @given(
     numbers=st.lists(st.integers(0, len(BLOCKS) - 1), min_size=1, max_size=8),
     name=st.sampled_from(list(COEFFICIENTS)),
@@ -142,6 +143,7 @@ def test_metrics_are_found_where_they_were() -> None:
         metrics.Unknown  # noqa: B018
 
 
+@pytest.mark.compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_sums_of_other_types_and_forms_are_those_of_tensor_operations(dtype: torch.dtype) -> None:
     """Narrower tensors are added up in the type that is asked for; what makes no lines is left to operations."""
@@ -153,6 +155,7 @@ def test_sums_of_other_types_and_forms_are_those_of_tensor_operations(dtype: tor
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.compiler
 def test_what_is_not_a_number_goes_where_tensor_operations_take_it() -> None:
     """An infinite weight without decay does not reach the momentum; AMSGrad keeps what is not a number."""
     inf, nan = float("inf"), float("nan")
@@ -170,6 +173,7 @@ def test_what_is_not_a_number_goes_where_tensor_operations_take_it() -> None:
     assert results[1][2].isfinite().sum() == 3  # the momentum of the infinite gradient alone
 
 
+@pytest.mark.compiler
 @given(
     seed=st.integers(0, 1000),
     broken=st.sampled_from([None, float("inf"), -float("inf"), float("nan"), 0.0]),
@@ -208,6 +212,7 @@ def test_clipping_in_c_is_that_of_tensor_operations(
     assert (found.relative is None) == (not has_rho)
 
 
+@pytest.mark.compiler
 def test_sums_do_not_depend_on_the_number_of_threads() -> None:
     torch.manual_seed(0)
     views, shapes = [torch.randn(300, 1000), torch.randn(900, 300)], ((300, 1), (1, 300))
@@ -222,6 +227,7 @@ def test_sums_do_not_depend_on_the_number_of_threads() -> None:
     assert torch.equal(found[0], found[2])
 
 
+@pytest.mark.compiler
 @full
 def test_a_forked_process_takes_steps() -> None:
     """Threads do not survive a fork; whoever waits for them hangs."""
@@ -242,6 +248,7 @@ def anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     library._load.cache_clear()
 
 
+@pytest.mark.compiler
 def test_the_library_is_compiled_once_and_kept(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     library.load()
     (kept,) = anew.iterdir()
@@ -252,6 +259,7 @@ def test_the_library_is_compiled_once_and_kept(anew: Path, monkeypatch: pytest.M
     assert [path.stat().st_mtime_ns for path in anew.iterdir()] == [before]
 
 
+@pytest.mark.compiler
 def test_a_library_of_another_system_is_compiled_anew(anew: Path) -> None:
     library.load()
     (kept,) = anew.iterdir()
@@ -261,6 +269,7 @@ def test_a_library_of_another_system_is_compiled_anew(anew: Path) -> None:
     assert CompiledKernels().sums_and_squares([torch.ones(2, 3)], ((2, 1),), torch.float32).tolist() == [[3, 3]] * 2
 
 
+@pytest.mark.compiler
 def test_a_folder_that_cannot_be_written_keeps_nothing(
     anew: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -270,6 +279,7 @@ def test_a_folder_that_cannot_be_written_keeps_nothing(
     assert not anew.exists()
 
 
+@pytest.mark.compiler
 def test_a_compiler_without_threads_is_good_enough(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "OF_THREADS", ("-fno-such-option", "-fopenmp-simd"))
     assert CompiledKernels().sums_and_squares([torch.ones(2, 3)], ((2, 1),), torch.float32).tolist() == [[3, 3]] * 2
@@ -289,6 +299,7 @@ def test_without_a_compiler_operations_take_the_same_steps(
         choose_kernels("compiled", [torch.zeros(3)])
 
 
+@pytest.mark.compiler
 @pytest.mark.usefixtures("anew")
 def test_a_copy_on_a_machine_without_a_compiler_runs_operation_by_operation(monkeypatch: pytest.MonkeyPatch) -> None:
     saved = pickle.dumps(CompiledKernels())
