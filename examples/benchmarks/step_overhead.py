@@ -3,8 +3,8 @@
 Two copies of a network with the same gradients take their steps in turn, base, equivalent-class form, base and so on,
 so that whatever else the machine does falls on both. The base is in its fastest setting, ``fused`` or ``foreach``,
 which is measured first. Every combination is one line of JSON, ``step_overhead.jsonl``, and those whose line is there
-are not repeated. With ``--report`` nothing is measured: ``STEP_OVERHEAD.md`` and, with ``--readme`` and ``--speed``, what
-two pages say, are written from the lines that are there::
+are not repeated. With ``--report`` nothing is measured: ``STEP_OVERHEAD.md`` and, with ``--readme`` and ``--speed``,
+what two pages say are written from the lines that are there::
 
     python examples/benchmarks/step_overhead.py --out examples/benchmarks
     python examples/benchmarks/step_overhead.py --out examples/benchmarks --report \\
