@@ -288,7 +288,7 @@ def _readme_sentence(found: Found, form: str, plain: str) -> list[str]:
     kinds: dict[str, Tests] = {f"at the rate of {plain}": lambda o: o.tests("plain"), "at its own best rate": best}
     for title, of in kinds.items():
         rows = comparison_rows(found, [(form, plain)], of, best)
-        parts += [f"{title} {count} tasks" for *_, count, _ in rows if " of 0" not in count]
+        parts += [f"{title} {count}" for *_, count, _ in rows if " of 0" not in count]
     ratios = [list(width_ratios(found, form, plain, as_plain).values()) for as_plain in (False, True)]
     if not parts or not all(ratios):
         return []
@@ -297,7 +297,7 @@ def _readme_sentence(found: Found, form: str, plain: str) -> list[str]:
         f"the range of rates that do as well as its own best ({WITHIN}) is {own} times as wide as {plain}'s, that of "
         f"rates that do as well as {plain}'s best {as_plain} times (geometric means)"
     )
-    return [f"{form} against {plain}: {', '.join(parts)}; {width}.", ""]
+    return [f"{form} against {plain}, on how many tasks: {', '.join(parts)}; {width}.", ""]
 
 
 # The whole -----------------------------------------------------------------------------------------------------------

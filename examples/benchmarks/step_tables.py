@@ -155,7 +155,7 @@ class Figures:
         """By how much the steps alone differ, as a share of a whole training step of the base."""
         for step in self.find(**{**asdict(training.case), "part": "step"}):
             difference = statistics.median(step.ec) - statistics.median(step.base)
-            return f"{100 * difference / statistics.median(training.base):.2g} %"
+            return f"{100 * difference / statistics.median(training.base):.3g} %"
         return ""
 
     def verdict(self, figure: str, result: Result) -> str:
@@ -266,6 +266,7 @@ def device_tables(figures: Figures, device: str) -> list[Tabulated]:
 
 
 SHOWN = ("sgd-m", "adamw")
+TRAINED = ("bf16", "CNNs, batch 128")  # whose training steps have a target, on an accelerator and on a CPU
 NOT_MEASURED = "not measured"
 
 
@@ -280,13 +281,13 @@ def sentences(figures: Figures) -> list[str]:
     return [
         f"On large networks ({device}) an optimizer step takes {ranges('step', device, 'unit')} times as long as that "
         f"of torch, fused; with the rule `path` {ranges('step', device, 'path')} times. A whole training step takes "
-        f"{ranges('training', device, 'unit')} times as long."
+        f"{ranges('training', device, 'unit')} times as long where it has a target ({TRAINED[device == 'cpu']})."
         for device in dict.fromkeys(r.case.device for r in figures.results)
     ]
 
 
 def short_table(figures: Figures) -> Tabulated:
-    """For the page about speed: five rows for each device, a column for each optimizer with targets and each rule."""
+    """For the page about speed: a row for each figure of a device, a column for each optimizer and rule."""
     columns = list(itertools.product(SHOWN, RULES))
     header = ["device", "", *(f"{OPTIMIZERS[optimizer].title}, {rule}" for optimizer, rule in columns)]
     parts: dict[str, Callable[[Figures, dict[str, str]], str]] = {
@@ -299,6 +300,8 @@ def short_table(figures: Figures) -> Tabulated:
     rows = []
     for device in dict.fromkeys(r.case.device for r in figures.results):
         for title, cell in parts.items():
+            if device == "cpu" and cell is host_time:  # there it is the time of the step
+                continue
             where = {"device": device, "implementation": "auto"}
             cases = [{**where, "optimizer": optimizer, "rule": rule} for optimizer, rule in columns]
             rows.append([device, title, *(cell(figures, case) or NOT_MEASURED for case in cases)])
@@ -311,7 +314,8 @@ def ratios(figures: Figures, part: str, case: dict[str, str]) -> str:
     if not judged:
         return ""
     values, met = list(map(figures.ratio, judged)), sum(figures.verdict("ratio", r) == "met" for r in judged)
-    return f"{min(values):.2f} to {max(values):.2f}, {met} of {len(judged)} met"
+    span = list(dict.fromkeys(f"{value:.2f}" for value in (min(values), max(values))))
+    return f"{' to '.join(span)}, {met} of {len(judged)} met"
 
 
 def small_ratio(figures: Figures, case: dict[str, str]) -> str:

@@ -236,7 +236,7 @@ def test_the_readme_gets_its_table_between_two_markers(grid: Grid, tmp_path: Pat
     assert text.endswith("<!-- /accuracy -->\n\nBehind\n")
     assert "stale" not in text
     assert "| images, % | 90.0 | *87.5* | 90.0 | *87.7* |" in text
-    assert "at the rate of SGD-M 0 ahead, 2 behind of 2 (by Holm 0 and 2) tasks" in text
+    assert "on how many tasks: at the rate of SGD-M 0 ahead, 2 behind of 2 (by Holm 0 and 2), at" in text
     assert re.search(r"as well as its own best \(within 1 % or 0.02 nats\) is [\d.]+ times", text)
 
 
