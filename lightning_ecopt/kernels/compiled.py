@@ -80,7 +80,6 @@ class CompiledKernels(LineKernels[_Plan]):
     def __init__(self) -> None:
         super().__init__()
         self._library = load()
-        self._process = os.getpid()
 
     def __reduce__(self) -> tuple[Callable[[], EagerKernels], tuple[()]]:
         return _compiled_or_eager, ()
@@ -89,6 +88,7 @@ class CompiledKernels(LineKernels[_Plan]):
         return _Plan(lists, shapes)
 
     def _add(self, plan: _Plan, lists: Sequence[Views], count: int, dtype: torch.dtype) -> Tensor:
+        asked, dtype = dtype, torch.float64 if torch.float64 in plan.groups else dtype
         found = torch.empty(count, plan.num_places, dtype=dtype, device="cpu")
         for kind, group in plan.groups.items():
             addresses = group.addresses(lists)
@@ -101,7 +101,7 @@ class CompiledKernels(LineKernels[_Plan]):
                 plan.num_places,
                 self._threads(group),
             )
-        return found
+        return found.to(asked)
 
     def _change_(self, plan: _Plan, lists: Sequence[Views], coefficients: Mapping[str, Coefficient]) -> None:
         for kind, group in plan.groups.items():
@@ -135,9 +135,11 @@ class CompiledKernels(LineKernels[_Plan]):
     def _copy_elements(self, tensors: Sequence[Tensor | None], elements: Elements, vector: Tensor, write: bool) -> None:
         addresses = array("q", [0 if tensor is None else tensor.data_ptr() for tensor in tensors])
         counts = array("q", elements.counts)
-        self._library.copy_elements[vector.dtype](
+        sizes = array("q", [0 if tensor is None else tensor.numel() for tensor in tensors])
+        outside = self._library.copy_elements[vector.dtype](
             len(tensors),
             addresses.buffer_info()[0],
+            sizes.buffer_info()[0],
             counts.buffer_info()[0],
             elements.at.data_ptr(),
             elements.slots.data_ptr(),
@@ -145,6 +147,8 @@ class CompiledKernels(LineKernels[_Plan]):
             vector.data_ptr(),
             write,
         )
+        if outside:
+            raise IndexError(f"{outside} of the elements are not in their tensors, whose sizes have changed")
 
     def clipping(
         self,
@@ -180,7 +184,7 @@ class CompiledKernels(LineKernels[_Plan]):
 
     def _threads(self, group: _Group) -> int:
         """The threads of a forked process are those of its parent, and do not answer."""
-        return group.threads if os.getpid() == self._process else 1
+        return group.threads if os.getpid() == self._library.process else 1
 
 
 def _are_plain(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> bool:

@@ -30,12 +30,13 @@ TYPES = {torch.float32: "float", torch.float64: "double"}
 
 
 class Library(NamedTuple):
-    """The functions of ``passes.c``, by type of the tensors."""
+    """The functions of ``passes.c``, by type of the tensors; and the process that has loaded them."""
 
     update: Mapping[torch.dtype, Callable[..., None]]
     sums: Mapping[torch.dtype, Callable[..., None]]
-    copy_elements: Mapping[torch.dtype, Callable[..., None]]
+    copy_elements: Mapping[torch.dtype, Callable[..., int]]
     clipping: Mapping[torch.dtype, Callable[..., int]]
+    process: int
 
 
 def compiler() -> list[str] | None:
@@ -86,7 +87,10 @@ def _kept(path: Path, command: Sequence[str], flags: Sequence[str]) -> Path:
     """The library at a path, which is compiled if it is not there; other processes find all of it or nothing."""
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            os.replace(_compile(Path(folder) / path.name, command, flags), path)
+            made = _compile(Path(folder) / path.name, command, flags)
+            with made.open("rb") as file:  # a power cut must not leave a part, which kills the process that loads it
+                os.fsync(file.fileno())
+            os.replace(made, path)
     return path
 
 
@@ -106,7 +110,10 @@ def _functions(path: Path) -> Library:
     tables = [pointer, pointer, number, pointer, number]  # blocks, items, how many, addresses, tensors of each block
 
     def of(name: str, arguments: Sequence[Any], result: Any = None) -> Mapping[torch.dtype, Callable[..., Any]]:
-        found = {dtype: library[f"{name}_{kind}"] for dtype, kind in TYPES.items()}
+        try:
+            found = {dtype: library[f"{name}_{kind}"] for dtype, kind in TYPES.items()}
+        except AttributeError as error:  # the compiler was told to hide them, or to change their names
+            raise OSError(f"the library that was compiled has no such function: {error}") from None
         for function in found.values():
             function.argtypes, function.restype = arguments, result
         return found
@@ -114,6 +121,7 @@ def _functions(path: Path) -> Library:
     return Library(
         of("update", [*tables, pointer, number]),
         of("sums", [*tables, pointer, number, number, number]),
-        of("copy_elements", [number, *[pointer] * 4, number, pointer, number]),
+        of("copy_elements", [number, *[pointer] * 5, number, pointer, number], number),
         of("clipping", [number, *[pointer] * 8, *[ctypes.c_double] * 5, *[pointer] * 5], number),
+        os.getpid(),
     )

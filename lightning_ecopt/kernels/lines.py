@@ -70,12 +70,18 @@ class Lines:
             shape: of its places.
 
         Returns:
-            ``None`` if its elements do not make lines, if its tensors differ in dtype or strides, or if they are not of
-            float32 or float64.
+            ``None`` if its elements do not make lines, if its tensors differ in dtype, shape or strides, if they are
+            not of float32 or float64, or if they do not have such places, of which tensor operations complain.
         """
         view = views[0]
         axes = [axis for axis, size in enumerate(view.shape) if size > 1]
-        if view.dtype not in DTYPES or len({(tensor.dtype, *map(tensor.stride, axes)) for tensor in views}) > 1:
+        if view.dtype not in DTYPES or len({(tensor.dtype, tensor.shape) for tensor in views}) > 1:
+            return None
+        if len({tuple(map(tensor.stride, axes)) for tensor in views}) > 1:
+            return None
+        if len(shape) != view.ndim or any(
+            places not in (1, size) for places, size in zip(shape, view.shape, strict=True)
+        ):
             return None
         if view.numel() == 0:
             return cls(COLUMNS, prod(shape), 0, 0)
@@ -216,8 +222,8 @@ class LineKernels(EagerKernels, ABC, Generic[PlanT]):
         return plan.rest
 
     def _plan(self, lists: Sequence[Views], shapes: Shapes, count: int) -> PlanT:
-        sizes = [view.shape for view in lists[0]]
-        kinds = [lists[0][0].device, *sizes, *[(view.dtype, view.stride()) for views in lists for view in views]]
+        # Sizes of all: a state that does not fit its weight must not be addressed.
+        kinds = [lists[0][0].device, *[(view.dtype, view.shape, view.stride()) for views in lists for view in views]]
         last = self._last.get((count, len(lists)))
         if last is not None and last[0] is shapes and last[1] == kinds:  # which takes less time than to hash them
             return last[2]

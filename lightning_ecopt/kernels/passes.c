@@ -260,18 +260,23 @@ static int64_t OF(entry)(const void *numbers, int64_t wide, int64_t k) {
 }
 
 /* Read elements of tensors into their slots of a vector, or write them from there. Tensor k has counts[k] of them,
-   unless it is null. Their flat indices `at` and their slots have 32 or, if they are wide, 64 bits. */
-void OF(copy_elements)(int64_t tensors, REAL *const *x, const int64_t *counts, const void *at, const void *slots,
-                       int64_t wide, REAL *vector, int64_t write) {
-    int64_t first = 0;
+   unless it is null. Their flat indices `at` and their slots have 32 or, if they are wide, 64 bits. Returns how many
+   are not within the sizes[k] elements that a tensor has by now, and were left out. */
+int64_t OF(copy_elements)(int64_t tensors, REAL *const *x, const int64_t *sizes, const int64_t *counts, const void *at,
+                          const void *slots, int64_t wide, REAL *vector, int64_t write) {
+    int64_t first = 0, outside = 0;
     for (int64_t k = 0; k < tensors; first += counts[k++])
         for (int64_t i = first; x[k] && i < first + counts[k]; i++) {
-            REAL *element = x[k] + OF(entry)(at, wide, i), *slot = vector + OF(entry)(slots, wide, i);
-            if (write)
-                *element = *slot;
+            const int64_t place = OF(entry)(at, wide, i);
+            REAL *slot = vector + OF(entry)(slots, wide, i);
+            if (place >= sizes[k])
+                outside++;
+            else if (write)
+                x[k][place] = *slot;
             else
-                *slot = *element;
+                *slot = x[k][place];
         }
+    return outside;
 }
 
 /* How gradients are centred and clipped; clipping.py has the same in Python, and says what the vectors are. `present`
