@@ -43,7 +43,10 @@ def compiler() -> list[str] | None:
     """The command of the C compiler: ``$CC``, or the first of ``cc``, ``gcc`` and ``clang`` that there is."""
     if sys.platform == "win32":
         return None
-    named = shlex.split(os.environ.get("CC", ""))
+    try:
+        named = shlex.split(os.environ.get("CC", ""))
+    except ValueError:  # a quotation mark without an end names none
+        return None
     return next((name for name in ([named] if named else [["cc"], ["gcc"], ["clang"]]) if shutil.which(name[0])), None)
 
 

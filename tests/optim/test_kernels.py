@@ -351,6 +351,7 @@ def test_a_compiler_without_threads_is_good_enough(anew: Path, monkeypatch: pyte
     ("command", "why"),
     [
         ("no-such-compiler", "no C compiler"),
+        ("'cc", "no C compiler"),
         ("false", "false says"),
         pytest.param("cc -fvisibility=hidden", "no such function", marks=pytest.mark.compiler),
     ],
@@ -362,7 +363,7 @@ def test_without_a_compiler_operations_take_the_same_steps(
     assert type(choose_kernels("auto", [torch.zeros(3)])) is EagerKernels
     told = [str(warning.message) for warning in recwarn]
     assert all("could not be compiled and run operation by operation" in line for line in told)
-    assert len(told) == (command != "no-such-compiler")  # who has no compiler does not expect one to be used
+    assert len(told) == ("says" in why or "function" in why)  # who has no compiler does not expect one to be used
     with pytest.raises(ValueError, match=f"'compiled' needs a C compiler: .*{why}.*use 'auto'"):
         choose_kernels("compiled", [torch.zeros(3)])
 
