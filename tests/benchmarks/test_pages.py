@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,16 @@ def test_the_pages_that_tell_of_steps_are_those_of_the_measurements(tmp_path: Pa
     for name, copied in pages_of.items():
         assert copied.read_text() == (ROOT / name).read_text()
     assert (tmp_path / "STEP_OVERHEAD.md").read_text() == (BENCHMARKS / "STEP_OVERHEAD.md").read_text()
+
+
+def test_the_figures_that_the_page_about_speed_names_are_measured() -> None:
+    page = (ROOT / "docs" / "speed.md").read_text()
+    table, reading = page.split("<!-- /step overhead -->")
+    reading = re.sub(r"target: [\d.]+", "", reading.partition("## How to read it")[2].partition("\n## ")[0])
+    named = set(re.findall(r"\d+\.\d+", reading))
+    measured = set(re.findall(r"\d+\.\d+", table + (BENCHMARKS / "STEP_OVERHEAD.md").read_text()))
+    assert len(named) > 20
+    assert named <= measured
 
 
 # What is shared
