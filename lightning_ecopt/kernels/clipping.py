@@ -44,6 +44,28 @@ class ClippedRows(NamedTuple):
         return cls(size, shift, size.new_ones(()), 1 + 8 * torch.finfo(size.dtype).eps, tiny)
 
 
+class RowGradients(NamedTuple):
+    """What a step knows of the gradients of rows.
+
+    Args:
+        sums: of the gradients in each row.
+        squares: sums of their squares.
+        second: the running mean of mean(c**2) times ``weight``, before this step.
+        weight: the sum of the weights in the running mean.
+        rows: what does not change from step to step.
+        present: rows that have a gradient; ``None`` if all have one.
+        rho: rho_k; ``None`` if steps are not relative to gradients.
+    """
+
+    sums: Tensor
+    squares: Tensor
+    second: Tensor
+    weight: Tensor
+    rows: ClippedRows
+    present: Tensor | None
+    rho: Tensor | None
+
+
 class Clipping(NamedTuple):
     """How gradients are centred and clipped in one step, g_v = scale g + shift.
 
@@ -64,28 +86,12 @@ class Clipping(NamedTuple):
     num_clipped: Tensor | int
 
 
-def clipping(
-    sums: Tensor,
-    squares: Tensor,
-    second: Tensor,
-    weight: Tensor,
-    rows: ClippedRows,
-    present: Tensor | None,
-    rho: Tensor | None,
-) -> Clipping:
+def clipping(gradients: RowGradients) -> Clipping:
     """Update the running second moments, and find how gradients are centred and clipped.
 
     q_k includes the gradient at hand: at most a factor of 10 is cut, and an outlier shortens the next hundred steps.
-
-    Args:
-        sums: of the gradients in each row.
-        squares: sums of their squares.
-        second: see :class:`Clipping`, before this step.
-        weight: likewise.
-        rows: what does not change from step to step.
-        present: rows that have a gradient; ``None`` if all have one.
-        rho: rho_k; ``None`` if steps are not relative to gradients.
     """
+    sums, squares, second, weight, rows, present, rho = gradients
     mean = sums / rows.size
     # Without another pass over the gradients.
     centred_square = torch.addcmul(squares / rows.size, mean * mean, rows.shift, value=2 - CENTRING).clamp(min=0)

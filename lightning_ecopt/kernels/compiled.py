@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_ecopt.kernels.clipping import CENTRING, FAINT, MEMORY, ClippedRows, Clipping
+from lightning_ecopt.kernels.clipping import CENTRING, FAINT, MEMORY, Clipping, RowGradients
 from lightning_ecopt.kernels.eager import EagerKernels
 from lightning_ecopt.kernels.library import load
 from lightning_ecopt.kernels.lines import COLUMNS, DTYPES, LineKernels, Lines, Words, lines_and_rest
@@ -71,7 +71,7 @@ class _Group:
 
 
 class CompiledKernels(LineKernels[_Plan]):
-    """Runs the passes in C, for tensors of float32 and float64. Sums are accumulated in double.
+    """Runs the passes in C, for tensors of float32 and float64. Sums of parts are added up in double.
 
     Raises:
         OSError: if the C file cannot be compiled.
@@ -150,27 +150,11 @@ class CompiledKernels(LineKernels[_Plan]):
         if outside:
             raise IndexError(f"{outside} of the elements are not in their tensors, whose sizes have changed")
 
-    def clipping(
-        self,
-        sums: Tensor,
-        squares: Tensor,
-        second: Tensor,
-        weight: Tensor,
-        rows: ClippedRows,
-        present: Tensor | None,
-        rho: Tensor | None,
-    ) -> Clipping:
+    def clipping(self, gradients: RowGradients) -> Clipping:
         """See :class:`~lightning_ecopt.kernels.Kernels`."""
-        given = [
-            sums,
-            squares,
-            second,
-            weight,
-            rows.size,
-            rows.shift,
-            None if present is None else present.to(sums),
-            rho,
-        ]
+        sums, squares, second, weight, rows, present, rho = gradients
+        present = None if present is None else present.to(sums)
+        given = [sums, squares, second, weight, rows.size, rows.shift, present, rho]
         given = [None if vector is None else vector.contiguous() for vector in given]
         kept, found = torch.empty_like(sums.expand(2, -1)), torch.empty_like(sums.expand(3, -1))
         new_second, new_weight, scale, shift, relative = of = *kept.unbind(), *found.unbind()

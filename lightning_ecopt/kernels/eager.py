@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_ecopt.common.tensors import piece_length, pieces
-from lightning_ecopt.kernels.clipping import ClippedRows, Clipping, clipping
+from lightning_ecopt.kernels.clipping import Clipping, RowGradients, clipping
 from lightning_ecopt.kernels.passes import Coefficient, Elements, Shapes, Views
 
 #: Changes one tensor of each list in place, by coefficients that broadcast to them.
@@ -100,18 +100,9 @@ class EagerKernels:
                 whole, index = (tensor.view(-1), (at,)) if flat else (tensor, torch.unravel_index(at, tensor.shape))
                 whole[index] = value if value.dtype == tensor.dtype else value.to(tensor.dtype)
 
-    def clipping(
-        self,
-        sums: Tensor,
-        squares: Tensor,
-        second: Tensor,
-        weight: Tensor,
-        rows: ClippedRows,
-        present: Tensor | None,
-        rho: Tensor | None,
-    ) -> Clipping:
+    def clipping(self, gradients: RowGradients) -> Clipping:
         """See :class:`~lightning_ecopt.kernels.Kernels`."""
-        return clipping(sums, squares, second, weight, rows, present, rho)
+        return clipping(gradients)
 
     def _in_place(
         self,

@@ -68,7 +68,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from lightning_ecopt.kernels.clipping import ClippedRows, Clipping
+from lightning_ecopt.kernels.clipping import Clipping, RowGradients
 
 #: The views of B blocks in tensors of one sort, such as the gradients.
 Views = Sequence[Tensor]
@@ -136,14 +136,5 @@ class Kernels(Protocol):
     def scatter_(self, tensors: Sequence[Tensor | None], elements: Elements, values: Tensor) -> None:
         """Overwrite elements of tensors with those of a vector ``[size]``; ``None`` are left out."""
 
-    def clipping(
-        self,
-        sums: Tensor,
-        squares: Tensor,
-        second: Tensor,
-        weight: Tensor,
-        rows: ClippedRows,
-        present: Tensor | None,
-        rho: Tensor | None,
-    ) -> Clipping:
+    def clipping(self, gradients: RowGradients) -> Clipping:
         """Find how gradients are centred and clipped: :func:`~lightning_ecopt.kernels.clipping.clipping`."""

@@ -72,7 +72,7 @@ from lightning_ecopt.common.segment_sum import SegmentSum
 from lightning_ecopt.common.sharding import local
 from lightning_ecopt.common.tensors import Tensors, ordinary_tensors, updates_by_difference
 from lightning_ecopt.kernels import Coefficient, Kernels
-from lightning_ecopt.kernels.clipping import MEMORY, ClippedRows
+from lightning_ecopt.kernels.clipping import MEMORY, ClippedRows, RowGradients
 from lightning_ecopt.steps.rows import Rows
 from lightning_ecopt.steps.rule import (
     Advance,
@@ -288,7 +288,9 @@ class UnitRule:
             present = self.rows.spread(present)
         sums, squares = self._sums_and_squares(gradients)
         rho = None if self._linear is None else self._rho
-        found = self.kernels.clipping(sums, squares, self._second, self._weight, self._clipped_rows, present, rho)
+        found = self.kernels.clipping(
+            RowGradients(sums, squares, self._second, self._weight, self._clipped_rows, present, rho)
+        )
         self._next = (found.second, found.weight, self._clipped + found.num_clipped)
         return Reparametrization(self._scale(found.relative, to_step), found.scale, found.shift)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import lightning_ecopt
 from lightning_ecopt.kernels import EagerKernels, Elements, choose_kernels, library
-from lightning_ecopt.kernels.clipping import ClippedRows
+from lightning_ecopt.kernels.clipping import ClippedRows, RowGradients
 from lightning_ecopt.kernels.compiled import CompiledKernels
 from tests.selection import full
 
@@ -262,7 +262,7 @@ def test_clipping_in_c_is_that_of_tensor_operations(
     present = torch.arange(9) % 3 > 0 if has_present else None
     rho = random() if has_rho else None
     expected, found = (
-        kernels.clipping(sums, squares, second, weight, rows, present, rho)
+        kernels.clipping(RowGradients(sums, squares, second, weight, rows, present, rho))
         for kernels in (EagerKernels(), CompiledKernels())
     )
     tolerance = 1e-5 if dtype == torch.float32 else 1e-13
