@@ -1,11 +1,12 @@
-"""Parameters of which each rank holds a part only, as ``torch.distributed.fsdp.fully_shard`` (FSDP2) leaves them.
+"""Parameters of which each rank holds a part only, as ``fully_shard`` (FSDP2) and tensor parallelism leave them.
 
 Code that is written for whole tensors works for sharded ones after three changes. None of them costs anything where
 nothing is sharded.
 
-- Read and change the :func:`local` tensors, in the regions that are on this rank: :class:`Part`.
-- Add up sums over units with :meth:`Ranks.sum_`, which gives all ranks the same bits. An unsharded parameter is whole
-  on every rank, and enters such a sum on one of them only: ask :meth:`Ranks.counts`.
+- Read and change the :func:`local` tensors, in the :func:`parts` of a region that are on this rank. There may be
+  several, and none of them need have a whole row.
+- Add up sums over units with :meth:`Ranks.sum_`, which gives all ranks the same bits. What several ranks hold enters
+  such a sum on one of them only: ask :meth:`Ranks.counts`.
 - Call :meth:`Ranks.sum_` on all ranks in the same order, even on a rank that has nothing to add; otherwise the ranks
   wait for each other forever.
 
@@ -17,13 +18,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from types import MethodType
 from typing import Any
+from weakref import WeakKeyDictionary
 from zlib import crc32
 
 import torch
 from torch import Tensor, nn
+
+from lightning_ecopt.common.parts import Cut, Grid, Layout, Part
 
 #: Prefix of the modules whose hooks and wrapped methods gather parameters.
 GATHERING = "torch.distributed.fsdp._fully_shard"
@@ -56,61 +59,65 @@ def local(tensor: Tensor) -> Tensor:
         return sharded.to_local()
 
 
-@dataclass(frozen=True)
-class Part:
-    """What this rank holds of a box-shaped region of a parameter.
+def parts(region: tuple[slice, ...], parameter: Tensor) -> list[Part]:
+    """Return what this rank holds of a region of a parameter, in boxes that do not overlap; none if that is nothing.
 
     Args:
-        region: one slice for each axis of the local tensor.
-        rows: the positions that this is along the first axis of the region.
+        region: slices of the whole parameter, with a start, a stop and a positive step.
+        parameter: the parameter, or another tensor that is sharded like it.
 
-    Example: of a parameter of shape ``[8, 3]`` that two ranks share, the second one holds rows 4 to 7. Of the region
-    ``[2:6, :]`` it has ``region=[0:2, :]`` of its local tensor, which are ``rows=2:4`` of the region.
+    Example::
+
+        for part in parts((slice(0, 6, 1), slice(0, 3, 1)), parameter):
+            part.view(local(parameter)).mul_(part.cut(factors))  # factors [6, 1], of rows
     """
+    layout = layout_of(parameter)
+    return [Part.whole(region)] if layout is None else layout.parts(region)
 
-    region: tuple[slice, ...]
-    rows: slice
 
-    @classmethod
-    def of(cls, region: tuple[slice, ...], parameter: Tensor) -> Part | None:
-        """Return what this rank holds of a region of ``parameter``; ``None`` if that is nothing.
+def layout_of(tensor: Tensor) -> Layout | None:
+    """Return which elements of a tensor this rank holds; ``None`` if it holds all of them.
 
-        Args:
-            region: slices of the whole parameter, with a start, a stop and a positive step.
-            parameter: the parameter, or another tensor that is sharded like it.
-        """
-        first, *others = region
-        places = range(first.start, first.stop, first.step)
-        if _cut_axis(parameter) is None:
-            return cls(region, slice(0, len(places)))
-        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-        sharded: Any = parameter
-        (length, *_), (start, *_) = compute_local_shape_and_global_offset(
-            sharded.shape, sharded.device_mesh, sharded.placements
+    Raises:
+        ValueError: if the local tensor of a ``DTensor`` has another shape than its placements say.
+    """
+    if not _is_cut(tensor):
+        return None
+    sharded: Any = tensor
+    place, sizes = sharded.device_mesh.get_coordinate(), sharded.device_mesh.shape
+    cuts = [
+        Cut(placement.dim, sizes[k], place[k], getattr(placement, "split_factor", 1))
+        for k, placement in enumerate(sharded.placements)
+        if not placement.is_replicate()
+    ]
+    layout = Grid.of(tensor.shape, cuts)
+    if layout.local_shape != local(tensor).shape:
+        raise ValueError(
+            f"A DTensor of shape {list(tensor.shape)} with the placements {sharded.placements} has a local tensor of "
+            f"shape {list(local(tensor).shape)}, where {list(layout.local_shape)} is expected: make it with "
+            "distribute_tensor, parallelize_module or fully_shard, which cut as torch.chunk does."
         )
-        low, high = (
-            min(max(-((places.start - end) // places.step), 0), len(places)) for end in (start, start + length)
-        )
-        if low == high:
-            return None
-        inside = slice(places[low] - start, places[high - 1] - start + 1, places.step)
-        return cls((inside, *others), slice(low, high))
+    return layout
 
-    def cut(self, values: Tensor) -> Tensor:
-        """Cut ``values``, which broadcast to the whole region, to what broadcasts to the part of this rank."""
-        return values[self.rows] if values.ndim == len(self.region) and len(values) > 1 else values
+
+def whole_shape(tensor: Tensor) -> tuple[int, ...]:
+    """Return the shape of a whole tensor, of which this rank may hold a part."""
+    layout = layout_of(tensor)
+    return tuple(tensor.shape) if layout is None else layout.shape
 
 
 class Ranks:
     """Adds up what the ranks find, each in its parts of the sharded parameters.
 
+    Parameters may be cut over different dimensions of a mesh: a sum goes over all ranks of the mesh, and each element
+    enters it once. Of ranks that hold the same, as replicas do, the first one counts.
+
     Args:
-        parameters: all parameters by name; if none of them is sharded, there is nothing to add up.
+        parameters: all parameters by name; if none of them is cut, there is nothing to add up.
 
     Raises:
-        ValueError: if a parameter is cut along another axis than its first, or more than once, or is sharded over other
-            ranks than the other parameters.
+        ValueError: if a parameter is a partial sum, this rank is not in its mesh, or it is sharded over ranks of which
+            only some are among those of another parameter.
 
     Example::
 
@@ -123,49 +130,53 @@ class Ranks:
     """
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
-        self._group: Any = None
-        self._device: torch.device | None = None
-        others = ""
+        meshes: dict[str, Any] = {}
         for name, parameter in parameters.items():
-            sharded: Any = parameter
-            try:
-                axis = _cut_axis(parameter)
-            except ValueError as error:
+            if is_sharded(parameter):
+                _check(name, parameter)
+                if _is_cut(parameter):
+                    sharded: Any = parameter
+                    meshes[name] = sharded.device_mesh
+        # The ranks of the largest one exchange what they find.
+        self._mesh: Any = max(meshes.values(), key=lambda mesh: mesh.size(), default=None)
+        self._numbers = [] if self._mesh is None else _numbers(self._mesh)
+        for name, mesh in meshes.items():
+            if not set(_numbers(mesh)) <= set(self._numbers):
+                other = next(name for name, mesh in meshes.items() if mesh is self._mesh)
                 raise ValueError(
-                    f"{name} {error}. Only parameters that are cut along their first axis, once, can be rescaled: call "
-                    "fully_shard without a shard_placement_fn and without tensor parallelism, or freeze this one with "
-                    "requires_grad_(False) before the network is traced."
-                ) from None
-            if axis is None:
-                continue
-            group = sharded.device_mesh.get_group(axis)
-            if self._group is None:
-                self._group, self._device, others = group, torch.device(sharded.device_mesh.device_type), name
-            elif _numbers(group) != _numbers(self._group):
-                raise ValueError(
-                    f"{name} is sharded over the ranks {_numbers(group)} and {others} over {_numbers(self._group)}: "
-                    "shard all parameters that are trained over one mesh."
+                    f"{name} is sharded over the ranks {_numbers(mesh)} and {other} over {self._numbers}: shard all "
+                    "parameters that are trained over one mesh, or over dimensions of one mesh."
                 )
 
     def counts(self, tensor: Tensor) -> bool:
         """Return whether this rank's part of a tensor enters sums.
 
-        A sharded tensor does so on every rank, one that every rank holds as a whole on the first rank only.
+        Of several ranks that hold the same part, or the whole tensor, it does so on the first one only.
         """
-        return self._group is None or _cut_axis(tensor) is not None or torch.distributed.get_rank(self._group) == 0
+        if self._mesh is None:
+            return True
+        if not _is_cut(tensor):
+            return torch.distributed.get_rank() == self._numbers[0]
+        sharded: Any = tensor
+        mesh = sharded.device_mesh
+        # A submesh is one of several, of which each holds the same; the first of them has the first rank.
+        places = zip(mesh.get_coordinate(), sharded.placements, strict=True)
+        copies = [place for place, placement in places if placement.is_replicate()]
+        return not any(copies) and (mesh is self._mesh or self._numbers[0] in _numbers(mesh))
 
     def sum_(self, values: Tensor) -> Tensor:
         """Add up ``values`` over the ranks, in place, to the same bits on all of them; returns ``values``."""
-        if self._group is not None:
-            there = values.to(self._device)  # parameters may be offloaded to the CPU, where NCCL cannot reach them
-            torch.distributed.all_reduce(there, group=self._group)
+        if self._mesh is not None:
+            # Parameters may be offloaded to the CPU, where NCCL cannot reach them.
+            there = values.to(torch.device(self._mesh.device_type))
+            torch.distributed.all_reduce(there, group=_group_of(self._mesh))
             if there is not values:
                 values.copy_(there)
         return values
 
     def any_(self, values: Tensor) -> Tensor:
         """Set each entry of a ``bool`` tensor that is set on one of the ranks, in place; returns ``values``."""
-        if self._group is not None:
+        if self._mesh is not None:
             values.copy_(self.sum_(values.to(torch.int32)) > 0)
         return values
 
@@ -189,25 +200,51 @@ def exchange_device(parameters: Iterable[Tensor]) -> torch.device:
     return own[0].device
 
 
-def _cut_axis(tensor: Tensor) -> int | None:
-    """Return the axis of the device mesh along which a tensor is cut; ``None`` if this rank holds all of it."""
+def _is_cut(tensor: Tensor) -> bool:
+    """Return whether this rank holds a part of a tensor, and others hold the rest."""
     if not is_sharded(tensor):
-        return None
-    from torch.distributed.tensor import Replicate, Shard
-
+        return False
     sharded: Any = tensor
-    cut = [axis for axis, placement in enumerate(sharded.placements) if type(placement) is not Replicate]
-    if not cut:
-        return None
-    placement = sharded.placements[cut[0]]
-    if len(cut) > 1 or type(placement) is not Shard or placement.dim != 0:
-        raise ValueError(f"is sharded as {sharded.placements}")
-    return cut[0]
+    return not all(placement.is_replicate() for placement in sharded.placements)
 
 
-def _numbers(group: Any) -> list[int]:
-    """Return the global numbers of the ranks of a process group."""
-    return torch.distributed.get_process_group_ranks(group)
+def _check(name: str, parameter: Any) -> None:
+    """Raise if what this rank holds of a ``DTensor`` is no part of it."""
+    from torch.distributed.tensor.placement_types import Replicate, Shard, _StridedShard
+
+    if any(type(placement) not in (Replicate, Shard, _StridedShard) for placement in parameter.placements):
+        raise ValueError(
+            f"{name} is placed as {parameter.placements}, and only parameters that are cut or replicated can be "
+            "rescaled: redistribute it, or freeze it with requires_grad_(False) before the network is traced."
+        )
+    if parameter.device_mesh.get_coordinate() is None:
+        raise ValueError(
+            f"{name} is sharded over the ranks {_numbers(parameter.device_mesh)}, of which this one, "
+            f"{torch.distributed.get_rank()}, is none: give the optimizer of each rank its own parameters."
+        )
+
+
+def _numbers(mesh: Any) -> list[int]:
+    """Return the global numbers of the ranks of a mesh."""
+    numbers: list[int] = mesh.mesh.flatten().tolist()
+    return numbers
+
+
+#: Process groups of meshes with several dimensions, by their ranks, for each default group.
+_groups: WeakKeyDictionary[Any, dict[tuple[int, ...], Any]] = WeakKeyDictionary()
+
+
+def _group_of(mesh: Any) -> Any:
+    """Return the process group of all ranks of a mesh; where torch has none, all of them make it together."""
+    if mesh.ndim == 1:
+        return mesh.get_group()
+    world, ranks = torch.distributed.group.WORLD, tuple(sorted(_numbers(mesh)))
+    if len(ranks) == torch.distributed.get_world_size():
+        return world
+    known = _groups.setdefault(world, {})
+    if ranks not in known:
+        known[ranks] = torch.distributed.new_group(list(ranks), use_local_synchronization=True)
+    return known[ranks]
 
 
 def gathering_modules(module: nn.Module) -> list[Any]:

@@ -31,7 +31,7 @@ from lightning_ecopt.common.tensors import listing, pieces, widest
 from lightning_ecopt.common.warn import warn
 from lightning_ecopt.optim.binding import Network
 from lightning_ecopt.symmetry import ScalingGroup
-from lightning_ecopt.symmetry.coupling import NO_UNIT, Coupling, couplings_here
+from lightning_ecopt.symmetry.coupling import NO_UNIT, Coupling, LocalCoupling, couplings_here
 from lightning_ecopt.symmetry.scales import Operation
 
 #: What the report says of units that are held for this reason.
@@ -70,16 +70,16 @@ class _Region:
 
     Args:
         coupling: how it scales, on the device of the weight.
-        weight: all of the weight, in its memory.
+        weight: all that this rank holds of the weight, in its memory.
         tolerance: relative change of a row that may be rounding, as where a change is taken back by a subtraction.
     """
 
-    coupling: Coupling
+    coupling: LocalCoupling
     weight: Tensor
     tolerance: float
 
     @classmethod
-    def of(cls, coupling: Coupling, parameter: Tensor) -> _Region:
+    def of(cls, coupling: LocalCoupling, parameter: Tensor) -> _Region:
         weight = local(parameter.detach())
         return cls(coupling.to(weight.device), weight, min(16 * torch.finfo(weight.dtype).eps, 0.03))
 

@@ -11,9 +11,10 @@ from math import prod
 import torch
 from torch import Tensor
 
+from lightning_ecopt.common.parts import Part, lengths
 from lightning_ecopt.common.segment_sum import SegmentSum
-from lightning_ecopt.common.sharding import Part, Ranks, local
-from lightning_ecopt.common.tensors import Tensors, region_of, to_device
+from lightning_ecopt.common.sharding import Ranks, local, parts
+from lightning_ecopt.common.tensors import Tensors, to_device
 from lightning_ecopt.kernels import Coefficient, Kernels, Shapes
 from lightning_ecopt.symmetry.coupling import NO_UNIT, Coupling
 
@@ -53,18 +54,18 @@ class Rows:
         self.dtype = torch.promote_types(torch.float32, widest)
         self._couplings, self._order = couplings, list(parameters)
         self._kinds = [(p.dtype, local(p).device) for p in parameters.values()]
-        parts = _parts(couplings, self._order)
-        self.names = list(dict.fromkeys(part.coupling.parameter for part in parts))
+        all_rows = _all_rows(couplings, self._order)
+        self.names = list(dict.fromkeys(own.coupling.parameter for own in all_rows))
         self._all_names = frozenset(self.names)
         self._counted = {name for name in self.names if self._ranks.counts(parameters[name])}
 
-        self.sizes = _cat([part.sizes for part in parts], device).to(self.dtype)
+        self.sizes = _cat([own.sizes for own in all_rows], device).to(self.dtype)
         self.single = self.sizes == 1
         self._owners = _cat(
-            [torch.tensor([self.names.index(part.coupling.parameter)], device="cpu") for part in parts], device
+            [torch.tensor([self.names.index(own.coupling.parameter)], device="cpu") for own in all_rows], device
         )
-        self._lengths = _cat([torch.tensor([len(part.units)], device="cpu") for part in parts], device)
-        self._blocks = _Blocks.of(parts, parameters, device)
+        self._lengths = _cat([torch.tensor([len(own.units)], device="cpu") for own in all_rows], device)
+        self._blocks = _Blocks.of(all_rows, parameters, device)
         self.covered = _covered(self.names, self._blocks.boxes, parameters)
 
     def __len__(self) -> int:
@@ -76,8 +77,8 @@ class Rows:
 
     def units(self) -> Tensor:
         """The unit that each row leads into, ``int32[R]``; ``NO_UNIT`` if it is held fixed. Found anew at each call."""
-        parts = _parts(self._couplings, self._order)
-        return _cat([part.units.clamp(min=NO_UNIT) for part in parts], self.sizes.device).to(torch.int32)
+        all_rows = _all_rows(self._couplings, self._order)
+        return _cat([own.units.clamp(min=NO_UNIT) for own in all_rows], self.sizes.device).to(torch.int32)
 
     def additive(self) -> Tensor:
         """Whether a row is added to what the unit's weights give, ``bool[R]``. Found anew at each call."""
@@ -85,8 +86,8 @@ class Rows:
 
     def where(self, holds: Callable[[Coupling], bool]) -> Tensor:
         """Whether something holds for the coupling of a row, ``bool[R]``. Found anew at each call."""
-        parts = _parts(self._couplings, self._order)
-        return _cat([part.filled(holds(part.coupling)) for part in parts], self.sizes.device).to(torch.bool)
+        all_rows = _all_rows(self._couplings, self._order)
+        return _cat([own.filled(holds(own.coupling)) for own in all_rows], self.sizes.device).to(torch.bool)
 
     def by_parameter(self, values: Tensor) -> Tensor:
         """Sums over the rows of each parameter: ``[N]`` from ``[R]``. Groups are formed anew at each call."""
@@ -159,7 +160,7 @@ def _cat(parts: Sequence[Tensor], device: torch.device) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Part:
+class _CouplingRows:
     """The rows of one coupling.
 
     Args:
@@ -175,7 +176,7 @@ class _Part:
     sizes: Tensor
 
     @classmethod
-    def of(cls, coupling: Coupling) -> _Part:
+    def of(cls, coupling: Coupling) -> _CouplingRows:
         shape = lengths(coupling.region)
         places = (1,) * (len(shape) - coupling.incoming.ndim) + tuple(coupling.incoming.shape)
         if (
@@ -195,15 +196,15 @@ class _Part:
         return torch.full_like(self.units, int(value))
 
 
-def _parts(couplings: Sequence[Coupling], names: list[str]) -> list[_Part]:
+def _all_rows(couplings: Sequence[Coupling], names: list[str]) -> list[_CouplingRows]:
     """The rows of the named parameters; first those with one element at each place, together no more than a vector."""
     own = [coupling for coupling in couplings if coupling.parameter in names]
     # What has no elements has no rows: their means would be 0 / 0.
-    found = [_Part.of(coupling) for coupling in own if 0 not in lengths(coupling.region)]
+    found = [_CouplingRows.of(coupling) for coupling in own if 0 not in lengths(coupling.region)]
 
-    def order(part: _Part) -> tuple[bool, int, int]:
-        region = part.coupling.region
-        return part.row.shape != lengths(region), names.index(part.coupling.parameter), region[0].start
+    def order(rows: _CouplingRows) -> tuple[bool, int, int]:
+        region = rows.coupling.region
+        return rows.row.shape != lengths(region), names.index(rows.coupling.parameter), region[0].start
 
     return sorted(found, key=order)
 
@@ -214,17 +215,17 @@ class _Box:
 
     Args:
         parameter: its name.
-        region: slices of the parameter; ``None`` for all of it.
+        part: where the box is in the local tensor; ``None`` for all of it.
         shape: one number for each place, in a shape that broadcasts to the box.
     """
 
     parameter: str
-    region: tuple[slice, ...] | None
+    part: Part | None
     shape: tuple[int, ...]
 
     def view(self, tensor: Tensor) -> Tensor:
-        """The box in ``tensor``, which has the parameter's shape."""
-        return region_of(tensor, self.region)
+        """The box in a local tensor of the parameter."""
+        return tensor if self.part is None else self.part.view(tensor)
 
 
 @dataclass(frozen=True)
@@ -244,19 +245,19 @@ class _Blocks:
     merge: SegmentSum | None
 
     @classmethod
-    def of(cls, parts: Sequence[_Part], parameters: Tensors, device: torch.device) -> _Blocks:
+    def of(cls, all_rows: Sequence[_CouplingRows], parameters: Tensors, device: torch.device) -> _Blocks:
         """Cut the rows to what is on this rank, and join the boxes of a parameter where they follow each other."""
-        pieces: dict[str, list[tuple[tuple[slice, ...], Tensor]]] = {part.coupling.parameter: [] for part in parts}
+        pieces: dict[str, list[tuple[Part, Tensor]]] = {own.coupling.parameter: [] for own in all_rows}
         first = 0
-        for part in parts:
-            local_part = Part.of(part.coupling.region, parameters[part.coupling.parameter])
-            if local_part is not None:
-                pieces[part.coupling.parameter].append((local_part.region, first + local_part.cut(part.row)))
-            first += len(part.units)
+        for own in all_rows:
+            name = own.coupling.parameter
+            here = parts(own.coupling.region, parameters[name])
+            pieces[name] += [(part, first + part.cut(own.row)) for part in here]
+            first += len(own.units)
         found = []
-        for name, own in pieces.items():
+        for name, of in pieces.items():
             shape = local(parameters[name]).shape
-            found += [(_Box(name, region, tuple(row.shape)), row) for region, row in _joined(own, shape)]
+            found += [(_Box(name, part, tuple(row.shape)), row) for part, row in _joined(of, shape)]
         found.sort(key=lambda pair: prod(pair[0].shape) < pair[0].view(local(parameters[pair[0].parameter])).numel())
         boxes = [box for box, _ in found]
         row = _cat([row.reshape(-1) for _, row in found], device)
@@ -276,7 +277,7 @@ class _Blocks:
     @cached_property
     def _whole(self) -> list[str] | None:
         """Names of the parameters, if all boxes are whole ones."""
-        return [box.parameter for box in self.boxes] if all(box.region is None for box in self.boxes) else None
+        return [box.parameter for box in self.boxes] if all(box.part is None for box in self.boxes) else None
 
     def complete(self, tensors: Sequence[Tensors], names: frozenset[str]) -> list[bool]:
         """Which boxes have all tensors; ``names`` are the parameters of all boxes."""
@@ -312,23 +313,16 @@ def _covered(names: Sequence[str], boxes: Sequence[_Box], parameters: Tensors) -
     return empty | {name for name, count in elements.items() if count == local(parameters[name]).numel()}
 
 
-def lengths(region: Sequence[slice]) -> tuple[int, ...]:
-    """The shape of a region."""
-    return tuple(len(range(part.start, part.stop, part.step)) for part in region)
-
-
-def _joined(
-    pieces: Sequence[tuple[tuple[slice, ...], Tensor]], shape: Sequence[int]
-) -> Sequence[tuple[tuple[slice, ...] | None, Tensor]]:
+def _joined(pieces: Sequence[tuple[Part, Tensor]], shape: Sequence[int]) -> Sequence[tuple[Part | None, Tensor]]:
     """The pieces; or, if they make up the parameter one after another along its first axis, the whole of it."""
-    if not shape:
+    if not shape or any(part.folded is not None for part, _ in pieces):
         return pieces
-    sizes = [lengths(region) for region, _ in pieces]
-    starts = [region[0].start for region, _ in pieces]
+    sizes = [lengths(part.region) for part, _ in pieces]
+    starts = [part.region[0].start for part, _ in pieces]
     one_kind = len({row.shape[1:] for _, row in pieces}) == 1
     by_rows = len(pieces) == 1 or all(len(row) == size[0] for size, (_, row) in zip(sizes, pieces, strict=True))
     whole = all(size[1:] == tuple(shape[1:]) for size in sizes) and sum(size[0] for size in sizes) == shape[0]
-    dense = all(part.step == 1 for region, _ in pieces for part in region) and starts == sorted(starts)
+    dense = all(at.step == 1 for part, _ in pieces for at in part.region) and starts == sorted(starts)
     if not (one_kind and by_rows and whole and dense):
         return pieces
     return [(None, torch.cat([row for _, row in pieces]))]

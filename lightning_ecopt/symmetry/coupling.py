@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
-from lightning_ecopt.common.sharding import Part
+from lightning_ecopt.common.parts import Part
+from lightning_ecopt.common.sharding import parts
 from lightning_ecopt.common.tensors import padded, region_of
 
 #: Stands in a coupling for "no unit": these elements are not multiplied. As an index it picks the last entry, see
@@ -51,21 +53,27 @@ class Coupling:
         """Return the region of ``tensor``, which has the parameter's shape, as a view."""
         return region_of(tensor, self.region)
 
-    def of_shard(self, parameter: Tensor) -> Coupling | None:
-        """Cut the coupling to what this rank holds of the parameter; ``None`` if nothing of the region is here.
+    def here(self, parameter: Tensor) -> list[LocalCoupling]:
+        """Cut the coupling to what this rank holds of the parameter, box by box; none if nothing of the region is."""
+        sides = self.incoming, self.outgoing
+        return [
+            LocalCoupling(
+                self.parameter,
+                self.region,
+                part.cut(self.incoming),
+                part.cut(self.outgoing),
+                self.additive,
+                part,
+                (part.share(sides[0], self.region), part.share(sides[1], self.region)),
+            )
+            for part in parts(self.region, parameter)
+        ]
 
-        :meth:`view` of the result takes the :func:`~lightning_ecopt.common.sharding.local` tensor.
-        """
-        part = Part.of(self.region, parameter)
-        if part is None:
-            return None
-        return replace(self, region=part.region, incoming=part.cut(self.incoming), outgoing=part.cut(self.outgoing))
-
-    def to(self, device: torch.device) -> Coupling:
+    def to(self, device: torch.device) -> Self:
         """Return the same coupling with its unit numbers on ``device``."""
         return replace(self, incoming=self.incoming.to(device), outgoing=self.outgoing.to(device))
 
-    def restricted(self, active: Tensor) -> Coupling:
+    def restricted(self, active: Tensor) -> Self:
         """Return the coupling with ``NO_UNIT`` for all products, and for the units that are not ``active``, ``[H]``."""
         kept = padded(active, False)  # for NO_UNIT, and also for products
         sides = self.incoming, self.outgoing
@@ -74,6 +82,28 @@ class Coupling:
             return self  # shares its numbers
         incoming, outgoing = (side.where(marks, NO_UNIT) for side, marks in zip(sides, remain, strict=True))
         return replace(self, incoming=incoming, outgoing=outgoing)
+
+
+@dataclass(frozen=True, eq=False)
+class LocalCoupling(Coupling):
+    """A box of what this rank holds of a coupling.
+
+    Args:
+        part: where the box is. ``region`` is that of the whole coupling; ``incoming`` and ``outgoing`` are cut to the
+            box.
+        shares: of the elements at one entry of ``incoming``, and of ``outgoing``, that are in the box. Over all boxes
+            on all ranks they add up to one for each entry.
+
+    Example: two ranks share the columns of a weight ``[2, 6]``. Each has half of each row, and all of three columns:
+    ``shares`` are ``(0.5, 1.0)``.
+    """
+
+    part: Part
+    shares: tuple[float, float]
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """Return the box in a :func:`~lightning_ecopt.common.sharding.local` tensor as a view."""
+        return self.part.view(tensor)
 
 
 def sharing_memory(couplings: Iterable[Coupling]) -> list[Coupling]:
@@ -90,12 +120,11 @@ def sharing_memory(couplings: Iterable[Coupling]) -> list[Coupling]:
     return [replace(each, incoming=shared(each.incoming), outgoing=shared(each.outgoing)) for each in couplings]
 
 
-def couplings_here(couplings: Iterable[Coupling], parameters: Mapping[str, Tensor]) -> list[Coupling]:
+def couplings_here(couplings: Iterable[Coupling], parameters: Mapping[str, Tensor]) -> list[LocalCoupling]:
     """Cut couplings to what this rank holds of the parameters; those of which it holds nothing are left out.
 
     Args:
         couplings: of whole parameters.
         parameters: by name, sharded or not.
     """
-    here = (coupling.of_shard(parameters[coupling.parameter]) for coupling in couplings)
-    return [coupling for coupling in here if coupling is not None]
+    return [box for coupling in couplings for box in coupling.here(parameters[coupling.parameter])]

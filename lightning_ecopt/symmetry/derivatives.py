@@ -43,7 +43,7 @@ from torch import Tensor
 from lightning_ecopt.common.segment_sum import SegmentSum
 from lightning_ecopt.common.sharding import Ranks, local
 from lightning_ecopt.common.tensors import pieces, widest
-from lightning_ecopt.symmetry.coupling import NO_UNIT, Coupling
+from lightning_ecopt.symmetry.coupling import NO_UNIT, LocalCoupling
 from lightning_ecopt.symmetry.monomials import Monomials
 
 #: Standard deviations that rounding may reach.
@@ -152,17 +152,17 @@ class DerivativeSums:
         monomials: the scales that the couplings refer to.
     """
 
-    def __init__(self, couplings: Sequence[Coupling], monomials: Monomials) -> None:
+    def __init__(self, couplings: Sequence[LocalCoupling], monomials: Monomials) -> None:
         self._couplings, self._monomials = couplings, monomials
         self._by_name: dict[str, list[int]] = {}
         for number, coupling in enumerate(couplings):
             self._by_name.setdefault(coupling.parameter, []).append(number)
         self._joins = [bool(torch.isin(c.incoming[c.incoming != NO_UNIT], c.outgoing).any()) for c in couplings]
         self._entries = [coupling.incoming.numel() + coupling.outgoing.numel() for coupling in couplings]
-        self._on: dict[torch.device, list[Coupling]] = {}
+        self._on: dict[torch.device, list[LocalCoupling]] = {}
         self._few: dict[torch.device, SegmentSum] = {}
 
-    def _at(self, device: torch.device) -> list[Coupling]:
+    def _at(self, device: torch.device) -> list[LocalCoupling]:
         """The couplings on a device."""
         if device not in self._on:
             self._on[device] = [coupling.to(device) for coupling in self._couplings]
@@ -232,9 +232,10 @@ class DerivativeSums:
             side.view(4, *ids.shape)
             for side, (ids, _) in zip(part.split([ids.numel() for ids, _ in sides], 1), sides, strict=True)
         ]
-        for place, (ids, _) in zip(sums, sides, strict=True):
-            place[3] = ROUNDINGS / 3
-            place[2] = (ROUNDINGS * precision**2 + prod(weight.shape) / max(ids.numel(), 1) * FLOAT32**2) / 3
+        for place, (ids, _), share in zip(sums, sides, here.shares, strict=True):
+            roundings = ROUNDINGS * share  # a place that lies in several boxes is one place all the same
+            place[3] = roundings / 3
+            place[2] = (roundings * precision**2 + prod(weight.shape) / max(ids.numel(), 1) * FLOAT32**2) / 3
         for rows in pieces(weight, "refresh"):
             products = weight[rows].to(part.dtype) * gradient[rows]
             if same is not None:

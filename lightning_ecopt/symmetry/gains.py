@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_ecopt.common.segment_sum import SegmentSum
-from lightning_ecopt.common.sharding import Ranks, local
+from lightning_ecopt.common.sharding import Ranks, local, whole_shape
 from lightning_ecopt.common.tensors import widest
 from lightning_ecopt.symmetry.balance import balancing_scale, resolution_of
 from lightning_ecopt.symmetry.coupling import NO_UNIT, couplings_here
@@ -35,7 +35,8 @@ def scale_to_gains_of_one(group: ScalingGroup, active: Tensor) -> Tensor | None:
         group.rescale_(weights, log_scale)  # RMSNorm's gains are one, as they were when the network was made
     """
     ranks = Ranks(group.parameters)
-    vectors = {name for name, parameter in group.parameters.items() if parameter.ndim == 1 and parameter.numel() > 1}
+    shapes = {name: whole_shape(parameter) for name, parameter in group.parameters.items()}
+    vectors = {name for name, shape in shapes.items() if len(shape) == 1 and shape[0] > 1}
     gains = [each for each in group.couplings if each.parameter in vectors and not each.additive]
     if not gains:
         return None

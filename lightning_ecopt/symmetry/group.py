@@ -22,16 +22,18 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import prod
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from lightning_ecopt.common.parts import lengths
 from lightning_ecopt.common.sharding import Ranks, gathering_modules, local, release
 from lightning_ecopt.common.signals import uninterrupted
 from lightning_ecopt.common.tensors import padded, widest
 from lightning_ecopt.symmetry.balance import alive_units, balancing_scale, mean_square, resolution_of, sums_of_squares
-from lightning_ecopt.symmetry.coupling import NO_UNIT, Coupling, couplings_here, sharing_memory
+from lightning_ecopt.symmetry.coupling import NO_UNIT, Coupling, LocalCoupling, couplings_here, sharing_memory
 from lightning_ecopt.symmetry.derivatives import Derivatives, DerivativeSums, roundoff_of
 from lightning_ecopt.symmetry.describe import UnitSet, describe_unit, sort_units
 from lightning_ecopt.symmetry.labels import compress
@@ -299,7 +301,7 @@ class ScalingGroup:
                     multiply_(here.view(local(tensor)), factors[here.incoming], 1 / factors[here.outgoing])
 
     @cached_property
-    def _couplings_here(self) -> list[Coupling]:
+    def _couplings_here(self) -> list[LocalCoupling]:
         """The couplings that scale something, cut to what this rank holds of the parameters."""
         return couplings_here([coupling for coupling in self.couplings if not coupling.is_fixed], self.parameters)
 
@@ -433,8 +435,9 @@ class ScalingGroup:
             if ranks.counts(parameter):
                 weight = local(parameter.detach())
                 here = coupling.to(weight.device)
+                width = prod(lengths(here.region)[1:])
                 squares.append(
-                    SquaredWeights.of(here.view(weight), here.incoming, here.outgoing, widest(weight.device))
+                    SquaredWeights.of(here.view(weight), here.incoming, here.outgoing, widest(weight.device), width)
                 )
         if not squares and not all(coupling.is_fixed for coupling in self.couplings):  # other ranks wait for this one
             device = local(next(iter(self.parameters.values()))).device

@@ -8,7 +8,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from lightning_ecopt.common.sharding import Part, is_sharded, local
+from lightning_ecopt.common.sharding import is_sharded, local, parts
 from lightning_ecopt.common.tensors import widest
 
 #: A copy is at most so far from what it follows, relative to its length. Networks that have nothing to do with each
@@ -53,24 +53,25 @@ def _names(follower: Tensor, leader: Tensor) -> tuple[int, int]:
 
 def _fit(pairs: Pairs) -> bool:
     """Whether all tensors have values, and those on this rank the same shape."""
-    here = [(_here(follower, leader), local(leader)) for follower, leader in pairs]
+    here = [both for pair in pairs for both in _here(*pair)]
     return not any(one.is_meta or other.is_meta or one.shape != other.shape for one, other in here)
 
 
-def _here(follower: Tensor, leader: Tensor) -> Tensor:
-    """What a tensor that may follow another has where this rank holds that; they may be sharded in different ways."""
+def _here(follower: Tensor, leader: Tensor) -> Pairs:
+    """What this rank holds of a tensor and of what may follow it; a whole follower is cut as its leader is."""
     if is_sharded(follower) or not is_sharded(leader) or follower.shape != leader.shape or follower.ndim == 0:
-        return local(follower)
-    part = Part.of(tuple(slice(0, size, 1) for size in leader.shape), leader)
-    return follower[:0] if part is None else follower[part.rows]
+        return [(local(follower), local(leader))]
+    whole = tuple(slice(0, size, 1) for size in leader.shape)
+    return [(follower[part.places], part.view(local(leader))) for part in parts(whole, leader)]
 
 
 @torch.no_grad()
 def _squares(several: Sequence[Pairs], length: int | None) -> dict[tuple[int, int], list[float]]:
     """Of each pair the squares of its distance and of the leader's length, of about so many elements."""
     pairs = {_names(*pair): pair for pair in chain.from_iterable(several)}  # modules and their parts have the same
-    found = {names: _compared(_here(*pair), local(pair[1]), length) for names, pair in pairs.items()}
-    told = {names: squares for names, squares in found.items() if squares is not None}
+    boxes = {names: [_compared(*both, length) for both in _here(*pair)] for names, pair in pairs.items()}
+    found = {names: [squares for squares in own if squares is not None] for names, own in boxes.items()}
+    told = {names: torch.stack(squares).sum(0) for names, squares in found.items() if squares}
     values = {names: [0.0, 0.0] for names in found}
     if told:
         device = next(iter(told.values())).device

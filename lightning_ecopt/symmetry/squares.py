@@ -36,7 +36,7 @@ class SquaredWeights:
         incoming: ``[G, A]``, the scales that the elements are multiplied by, ``NO_UNIT`` for none.
         outgoing: ``[G, B]``, the scales that they are divided by, ``NO_UNIT`` for none.
         dtype: the type in which squares are taken and added up.
-        rows: how many rows of the weight belong to each entry of ``incoming``.
+        rows: how many rows of the weight belong to each entry of ``incoming``; fractions of rows count as such.
         is_kept: whether all squares stay in memory once they have been taken.
 
     Example: a weight ``[64, 32, 3, 3]`` of a convolution between units has ``roots [1, 64, 32]``; with 8 groups, a
@@ -51,8 +51,16 @@ class SquaredWeights:
     is_kept: bool = False
 
     @classmethod
-    def of(cls, weight: Tensor, incoming: Tensor, outgoing: Tensor, dtype: torch.dtype) -> SquaredWeights:
-        """Take the squares of a weight, whose scales ``incoming`` and ``outgoing`` broadcast to it."""
+    def of(cls, weight: Tensor, incoming: Tensor, outgoing: Tensor, dtype: torch.dtype, width: int) -> SquaredWeights:
+        """Take the squares of a weight, whose scales ``incoming`` and ``outgoing`` broadcast to it.
+
+        Args:
+            weight: all of it, or a box of it.
+            incoming: the scales that its elements are multiplied by.
+            outgoing: the scales that they are divided by.
+            dtype: the type in which squares are taken.
+            width: number of elements of a row of the whole weight, which may be longer than those of the box.
+        """
         shapes = incoming.shape, outgoing.shape
         roots = _norms(weight, torch.broadcast_shapes(*shapes), dtype)
         varies = [[size > 1 for size in shape] for shape in shapes]
@@ -66,7 +74,7 @@ class SquaredWeights:
             incoming.permute(order).reshape(count, -1),
             outgoing.permute(order).reshape(count, -1),
             dtype,
-            len(weight) / incoming.numel(),
+            weight.numel() / (incoming.numel() * max(width, 1)),
         )
 
     @classmethod
