@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import product
+from itertools import pairwise, product
 from math import prod
 
 import pytest
@@ -52,8 +52,7 @@ def flat_pieces(draw: st.DrawFn, shape: Sequence[int]) -> list[tuple[Layout, Ten
     count = prod(shape)
     ends = [0, *sorted(draw(st.lists(st.integers(0, count), max_size=3))), count]
     flat = _numbered(shape).view(-1)
-    pairs = zip(ends, ends[1:], strict=False)
-    return [(FlatPiece(tuple(shape), start, stop), flat[start:stop].clone()) for start, stop in pairs]
+    return [(FlatPiece(tuple(shape), start, stop), flat[start:stop].clone()) for start, stop in pairwise(ends)]
 
 
 def _numbered(shape: Sequence[int]) -> Tensor:
@@ -84,7 +83,7 @@ def test_the_boxes_of_all_ranks_are_the_region_once(data: st.DataObject) -> None
             assert torch.equal(part.view(here), wanted[part.places])
             assert torch.equal(part.cut(wanted), wanted[part.places])
             times[part.places] += 1
-            for side, total in shares.items():
+            for total in shares.values():
                 part.cut(total).add_(part.share(total, region))  # a view
     assert (times == 1).all()
     for total in shares.values():
