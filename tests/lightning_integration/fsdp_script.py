@@ -19,7 +19,8 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.optim import SGD
 
 from lightning_ecopt import EquivalentClassOptimizer
-from lightning_ecopt.common.sharding import Part, is_sharded, local
+from lightning_ecopt.common.sharding import is_sharded, local
+from lightning_ecopt.common.sharding import parts as parts_of
 from lightning_ecopt.symmetry import ScalingGroup, scaling_group
 from lightning_ecopt.symmetry.followers import Followers
 from lightning_ecopt.symmetry.gains import scale_to_gains_of_one
@@ -156,13 +157,14 @@ def parts(size: int) -> list[dict[str, Any]]:
     for length, region in REGIONS:
         tensor = torch.arange(2.0 * length).view(length, 2)
         sharded = fully_shard(_Holder(tensor), mesh=mesh).tensor
-        part = Part.of((region, slice(1, 2, 1)), sharded)
-        if part is None:
+        own = parts_of((region, slice(1, 2, 1)), sharded)
+        if not own:
             found.append({"viewed": torch.zeros(0, 1), "cut": torch.zeros(0, 1), "uniform": torch.zeros(1, 1)})
             continue
+        (part,) = own
         found.append(
             {
-                "viewed": local(sharded)[part.region].clone(),
+                "viewed": part.view(local(sharded)).clone(),
                 "cut": part.cut(tensor[region, 1:]).clone(),
                 "uniform": part.cut(torch.zeros(1, 1)),
             }

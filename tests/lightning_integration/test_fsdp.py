@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from torch.nn import functional as F
 
 from lightning_ecopt import scaling_group
-from lightning_ecopt.common.sharding import Ranks, exchange_device
+from lightning_ecopt.common.sharding import Ranks, exchange_device, whole_shape
 from lightning_ecopt.symmetry import GroupFromNextCall
 from tests.lightning_integration import fsdp_script as script
 from tests.lightning_integration.runs import launch
@@ -329,15 +329,33 @@ def test_casts_to_a_lower_precision_change_no_group(mesh: Any) -> None:
     assert script.described(scaling_group(net, x)) == expected
 
 
-def test_parameters_that_are_sharded_otherwise_are_refused_by_name(mesh: Any) -> None:
+def test_parameters_are_sharded_along_the_axis_that_the_user_chooses(mesh: Any) -> None:
     net = mlp(3, 4, 2)
     before = scaling_group(net, X)
     fully_shard(net, mesh=mesh, shard_placement_fn=lambda p: Shard(1) if p is net[2].weight else None)
+    for group in (scaling_group(net, X), before.of(net)):
+        assert script.described(group) == script.described(before)
+        group.balance_()
+        assert float(group.imbalance()) < 1 + 1e-5
+
+
+def test_parameters_that_are_partial_sums_are_refused_by_name(mesh: Any) -> None:
+    net = mlp(3, 4, 2)
+    before = scaling_group(net, X)
+    net[2].weight = nn.Parameter(DTensor.from_local(net[2].weight.detach(), mesh, [Partial()]))
     for trace in (lambda: scaling_group(net, X), lambda: before.of(net)):
-        with pytest.raises(ValueError, match=r"2.weight is sharded as \(Shard\(dim=1\),\).*requires_grad_\(False\)"):
+        with pytest.raises(ValueError, match=r"2.weight is placed as \(Partial\(sum\),\).*requires_grad_\(False\)"):
             trace()
     net[2].weight.requires_grad_(False)
     assert scaling_group(net, X).num_units == 0  # what a frozen weight reads must stay
+
+
+def test_a_local_tensor_that_does_not_fit_its_placements_is_refused(mesh: Any) -> None:
+    wrong = DTensor.from_local(torch.ones(3, 2), mesh, [Shard(0)], run_check=False, shape=(4, 2), stride=(2, 1))
+    with pytest.raises(
+        ValueError, match=r"shape \[4, 2\] .* local tensor of shape \[3, 2\], where \[4, 2\] is expected"
+    ):
+        whole_shape(wrong)
 
 
 def test_only_the_given_parameters_are_rescaled(mesh: Any) -> None:
