@@ -19,7 +19,7 @@ from lightning_ecopt.optim.arguments import check_module
 from lightning_ecopt.optim.binding import parameters_of
 from lightning_ecopt.optim.muon import hidden_matrices, marked
 from lightning_ecopt.optim.named import AdamWArguments, MuonArguments, Params, SGDArguments
-from lightning_ecopt.symmetry import DeferredGroup, GroupFromNextCall, ScalingGroup
+from lightning_ecopt.symmetry import DeferredGroup, GroupFromModuleCalls, GroupFromNextCall, ScalingGroup
 from lightning_ecopt.symmetry.equations import Equations
 from lightning_ecopt.symmetry.followers import Followers, Given
 from lightning_ecopt.symmetry.trace import select_parameters, trace_call
@@ -208,10 +208,15 @@ def find_group(module: nn.Module, parameters: Iterable[Tensor], followers: Follo
 
 
 def _deferred(module: nn.Module, parameters: list[Tensor], followers: Followers) -> DeferredGroup:
+    are_sharded = any(map(is_sharded, module.parameters()))
     if not isinstance(module, LightningModule):
+        if are_sharded:
+            return GroupFromModuleCalls(parameters, module=module)
         return GroupFromNextCall(module, "forward", parameters)
     gather = partial(_gather, module)
     equations = _trace_example(module, parameters, followers)
+    if are_sharded:
+        return GroupFromModuleCalls(parameters, gather, module, equations)
     return GroupFromNextCall(module, "training_step", parameters, gather, equations)
 
 
@@ -227,8 +232,6 @@ def _trace_example(module: LightningModule, parameters: Iterable[Tensor], follow
     try:
         return _traced_example(module, parameters, followers)
     except Exception as error:
-        if any(map(is_sharded, module.parameters())):  # whose training step cannot be watched instead
-            raise
         name = type(module).__name__
         warn(f"The example_input_array of {name} cannot be traced, so its first training step is watched: {error!r}")
         return None

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from lightning_ecopt.common.parts import Cut, Grid, Layout, Part
 
-#: Prefix of the modules whose hooks and wrapped methods gather parameters.
-GATHERING = "torch.distributed.fsdp._fully_shard"
+#: Prefixes of the modules whose hooks and wrapped methods gather parameters, or cut inputs as parameters are cut.
+GATHERING = ("torch.distributed.fsdp._fully_shard", "torch.distributed.tensor")
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -262,7 +262,7 @@ def release(modules: Iterable[Any]) -> None:
 
 
 def stop_gathering_(module: nn.Module) -> None:
-    """Remove what gathers parameters when the module is called: hooks and wrapped methods. The caller puts it back."""
+    """Remove what calls of a module with sharded parameters add: hooks and wrapped methods. The caller puts it back."""
     for part in module.modules():
         for hooks in (part._forward_pre_hooks, part._forward_hooks):
             for number, hook in list(hooks.items()):

@@ -1,6 +1,7 @@
-"""The scaling group of parameters whose module nobody has named, from the calls of modules that have any of them.
+"""The scaling group of parameters, from the calls of all modules that have any of them.
 
-Like :mod:`~.pending`, it traces calls that a training makes anyway.
+Like :mod:`~.pending`, it traces calls that a training makes anyway. It needs no module, and it is the way to sharded
+parameters, which a real call gathers, so that it cannot be watched: each such call is made with fake tensors first.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from torch._guards import detect_fake_mode
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_ecopt.common.nested import tensors_in
-from lightning_ecopt.common.sharding import can_be_rescaled
+from lightning_ecopt.common.sharding import can_be_rescaled, gathering_modules, is_sharded, release
+from lightning_ecopt.common.warn import warn
 from lightning_ecopt.symmetry.equations import Equations
 from lightning_ecopt.symmetry.group import ScalingGroup
 from lightning_ecopt.symmetry.isolation import wait_for_calls
 from lightning_ecopt.symmetry.threads import is_traced_by
+from lightning_ecopt.symmetry.trace import all_fixed, trace_call
 from lightning_ecopt.symmetry.trace_mode import TraceMode
 from lightning_ecopt.symmetry.traced_calls import Gather, GroupFromCalls, ended, gather_if_different
 
@@ -42,6 +45,10 @@ class GroupFromModuleCalls(GroupFromCalls):
 
     If a call is one of a :class:`~torch.nn.parallel.DistributedDataParallel` module, its ranks find one group together.
 
+    Where parameters are sharded, a call is traced with fake tensors in their places and in those of its inputs, just
+    before it is made. What happens between such calls, as a loss or a penalty, is not seen. A call that is impossible
+    with fake tensors holds all fixed, with a warning.
+
     Args:
         parameters: the parameters that may be rescaled while they require a gradient.
         gather: passed to :class:`GroupFromCalls`.
@@ -58,6 +65,8 @@ class GroupFromModuleCalls(GroupFromCalls):
     ) -> None:
         super().__init__(parameters, gather, equations)
         self._own = {id(p): cast(nn.Parameter, p) for p in self._offered if can_be_rescaled(p)}
+        self._are_sharded = any(map(is_sharded, self._offered))
+        self._gatherers: list[Any] = [] if module is None else gathering_modules(module)
         self._module = module
         self._named: dict[str, nn.Parameter] = {} if module is None else self._names(module)
         self._mode: TraceMode | None = None  # takes down all traced calls; there from the first one on
@@ -74,6 +83,7 @@ class GroupFromModuleCalls(GroupFromCalls):
     def _names(self, module: nn.Module) -> dict[str, nn.Parameter]:
         while isinstance(module, DistributedDataParallel):
             module = module.module
+        release(self._gatherers)
         names = {id(parameter): name.replace("_orig_mod.", "") for name, parameter in module.named_parameters()}
         numbered = enumerate(self._own.items())
         return {names.get(key, f"parameter {number}"): own for number, (key, own) in numbered}
@@ -97,6 +107,9 @@ class GroupFromModuleCalls(GroupFromCalls):
     def parameters(self) -> Mapping[str, nn.Parameter]:
         """The parameters that are traced, by name; none before the first call."""
         return self._named
+
+    def _gathering(self) -> list[Any]:
+        return self._gatherers
 
     def equations(self) -> Equations | None:
         """The equations of all calls; ``None`` if there was none, or if one is running."""
@@ -177,6 +190,8 @@ class GroupFromModuleCalls(GroupFromCalls):
             return False
         if self._mode is not None and is_traced_by(self._mode):
             return False
+        if self._are_sharded and self._running:
+            return False
         in_backward = torch._C._current_graph_task_id() != _NO_TASK  # a checkpoint computes again what has been seen
         if in_backward or not torch.is_grad_enabled() or detect_fake_mode() is not None:
             return False
@@ -185,11 +200,15 @@ class GroupFromModuleCalls(GroupFromCalls):
         redirected = None if self._module is None else vars(self._module).get("forward")
         if getattr(redirected, "__qualname__", "").startswith("_ForwardRedirection."):
             return False
+        if self._are_sharded:
+            release(gathering_modules(module))  # a call may have left whole parameters in place of the sharded ones
         return any(id(parameter) in self._own for parameter in module.parameters())
 
     def watch(self, closure: Callable[[], Any]) -> Any:
         """Return what a closure returns; the first one is traced as a whole, with the calls of modules in it."""
         if not self._awaits_closure or self.is_final or self._running or detect_fake_mode() is not None:
+            return closure()
+        if self._are_sharded:  # its calls of modules are traced one by one
             return closure()
         named = self._named or {f"parameter {number}": own for number, own in enumerate(self._own.values())}
         mode = self._closure = TraceMode(self._module or nn.Module(), named)
@@ -223,6 +242,8 @@ class GroupFromModuleCalls(GroupFromCalls):
         """Return ``call(*args, **kwargs)``, a call of the module, and trace it."""
         if self.skips(module, (args, kwargs)):
             return call(*args, **kwargs)
+        if self._are_sharded:
+            return self._trace_fake(module, call, *args, **kwargs)
         mode = self._begin(module)
         if isinstance(module, DistributedDataParallel) and self.gather is None:
             self.gather = _RanksOf(module)
@@ -239,11 +260,35 @@ class GroupFromModuleCalls(GroupFromCalls):
                 ended(mode, module, output, "output", self.followers.of(self.parameters))
             finally:
                 self._running.remove(module)
-            self.end_call()
-            self._count = 0 if len(mode.equations.seen) > seen else self._count + 1
-            if self._count >= MOST_CALLS and not self._running:  # perhaps nobody ever takes a step
-                self.cancel()
+            self._end_call(has_news=len(mode.equations.seen) > seen)
         return output
+
+    def _end_call(self, *, has_news: bool) -> None:
+        self.end_call()
+        self._count = 0 if has_news else self._count + 1
+        if self._count >= MOST_CALLS and not self._running:  # perhaps nobody ever takes a step
+            self.cancel()
+
+    def _trace_fake(self, module: nn.Module, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Trace a call with fake tensors, then make it."""
+        known = {id(part) for part in self._gatherers}
+        self._gatherers += [part for part in gathering_modules(module) if id(part) not in known]
+        self._named = self._named or self._names(module)
+        self.note_trained()
+        try:
+            equations = trace_call(module, module, self._named, self.copies(), args, kwargs)
+        except Exception as error:
+            own = set(map(id, module.parameters()))
+            warn(f"All of {type(module).__name__} is held fixed, so that it trains as it would by itself: {error}")
+            equations = all_fixed(self._named, [name for name, p in self._named.items() if id(p) in own])
+        before = self.equations()
+        self._calls.append(equations)
+        self._end_call(has_news=before is None or not equations.seen <= before.seen)
+        self._running.append(module)  # what it calls has been seen
+        try:
+            return call(*args, **kwargs)
+        finally:
+            self._running.remove(module)
 
     def _begin(self, module: nn.Module) -> TraceMode:
         """The mode that traces the calls; the first module that is called gives the parameters their names."""

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 
-from lightning_ecopt.common.sharding import gathering_modules, is_sharded
 from lightning_ecopt.symmetry.equations import Equations
 from lightning_ecopt.symmetry.trace import select_parameters
 from lightning_ecopt.symmetry.trace_mode import TraceMode
@@ -46,8 +45,7 @@ class GroupFromNextCall(GroupFromCalls):
         equations: of example inputs that have been traced already. The group is known then, and the next call may tell
             that it is smaller.
 
-    Raises:
-        ValueError: if any of the module's parameters is sharded, and there are no equations.
+    It is not for sharded parameters, which a real call gathers; see :class:`~.module_calls.GroupFromModuleCalls`.
     """
 
     def __init__(
@@ -62,14 +60,6 @@ class GroupFromNextCall(GroupFromCalls):
         self.module = module
         self.method = method
         self._parameters = select_parameters(module, self._offered)
-        sharded = [name for name, parameter in module.named_parameters() if is_sharded(parameter)]
-        if sharded and equations is None:
-            raise ValueError(
-                f"{type(module).__name__} has sharded parameters, {sharded[0]} first, which a real call gathers, so "
-                "that it cannot be watched. Give the LightningModule an example_input_array, so that its forward call "
-                "can be traced instead, or use scaling_group(module, inputs)."
-            )
-        self._can_watch = not sharded
         self._waits = False
         self._mode: TraceMode | None = None  # while a call is traced
         self._has_begun = False  # whether the method has been called while that was awaited
@@ -97,9 +87,6 @@ class GroupFromNextCall(GroupFromCalls):
         """Whether the next call is to be traced."""
         return self._waits
 
-    def _gathering(self) -> list[Any]:
-        return gathering_modules(self.module)
-
     @property
     def _uncalled(self) -> str:
         """What nobody has called."""
@@ -107,7 +94,7 @@ class GroupFromNextCall(GroupFromCalls):
 
     def look_again(self) -> None:
         """Replace the method until its next call."""
-        if self._waits or self.is_final or not self._can_watch:
+        if self._waits or self.is_final:
             return
         self._waits = True
         self._method, self._own = getattr(self.module, self.method), vars(self.module).get(self.method)

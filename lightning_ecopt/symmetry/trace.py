@@ -29,6 +29,8 @@ from lightning_ecopt.common.warn import warn
 from lightning_ecopt.symmetry.equations import Equations
 from lightning_ecopt.symmetry.group import ScalingGroup
 from lightning_ecopt.symmetry.isolation import attributes_kept, fake_tensors, inputs_kept, values_kept
+from lightning_ecopt.symmetry.labels import ParameterView
+from lightning_ecopt.symmetry.scales import Operation
 from lightning_ecopt.symmetry.solve import solve
 from lightning_ecopt.symmetry.trace_mode import TraceMode
 
@@ -232,29 +234,31 @@ def trace_call(
         with values_kept(module), inputs_kept((args, kwargs)):
             call(*args, **kwargs)  # raises what the module raises by itself
         warn(f"{type(module).__name__} cannot be watched, so that all of it is held fixed: {error!r}")
-        return all_fixed(module, parameters)
+        return all_fixed(parameters)
 
 
-def all_fixed(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Equations:
-    """The equations under which nothing can be rescaled."""
-    mode = TraceMode(module, parameters)
-    mode.hold_all_fixed("call")
-    return mode.equations
+def all_fixed(parameters: Mapping[str, nn.Parameter], held: Collection[str] | None = None) -> Equations:
+    """The equations under which none of the parameters, or none of those that are named, can be rescaled."""
+    shapes = {name: tuple(parameter.shape) or (1,) for name, parameter in parameters.items()}
+    equations = Equations(shapes)
+    equations.operation = Operation("call", "")
+    for name in shapes if held is None else held:
+        equations.hold_fixed(ParameterView.whole(name, shapes[name]))
+    return equations
 
 
 def _trace_fake(call: _Call) -> Equations:
     """Trace a call of the module in which fake tensors stand for its parameters, its buffers and the inputs."""
     module = call.module
-    gathering = gathering_modules(module)
     with inputs_kept((call.args, call.kwargs)), fake_tensors() as fake_mode:
         fake = partial(_fake, fake_mode)
-        own = [*module.parameters(), *module.buffers(), *(copy for _, copy in call.copies)]
+        own = [*module.parameters(), *module.buffers(), *call.parameters.values(), *(copy for _, copy in call.copies)]
         state = {id(tensor): fake(tensor) for tensor in own}
         args, kwargs = tree_map_only(Tensor, fake, (call.args, call.kwargs))
         mode = TraceMode(module, {name: state[id(parameter)] for name, parameter in call.parameters.items()})
         mode.add_copies((name, state[id(copy)]) for name, copy in call.copies)
         with attributes_kept(module, state):
-            if gathering:
+            if any(map(is_sharded, own)):
                 stop_gathering_(module)
             _run(mode, replace(call, args=args, kwargs=kwargs))
     return mode.equations

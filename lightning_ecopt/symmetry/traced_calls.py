@@ -167,8 +167,7 @@ class GroupFromCalls(DeferredGroup):
                 found = solved(self.parameters, equations, names, self._gathering())
             except Exception as error:  # a fault of ours must not stop training
                 warn(f"The freedoms cannot be solved for, so that all is held fixed: {error!r}")
-                fixed = all_fixed(nn.Module(), self.parameters)
-                found = solved(self.parameters, fixed, names, self._gathering())
+                found = solved(self.parameters, all_fixed(self.parameters), names, self._gathering())
             self._groups[names] = self.held.applied(found)
         return self._groups[names]
 

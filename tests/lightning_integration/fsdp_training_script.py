@@ -308,9 +308,11 @@ FITS: dict[str, dict[str, Any]] = {
     "SGD": {"configure": scheduled, "gradient_clip_val": 0.2},
     "AdamW": {"configure": adamw, "accumulate_grad_batches": 2},
     "ECSGD": {"configure": named_optimizer, "beside": True},
+    "no example": {"configure": scheduled, "gradient_clip_val": 0.2, "example": None},
+    "no example, ECSGD": {"configure": named_optimizer, "beside": True, "example": None},
 }
 #: With checkpoints in a folder and in one file.
-SAVED = [("SGD", False), ("AdamW", False), ("ECSGD", False), ("SGD", True), ("AdamW", True)]
+SAVED = [*((name, False) for name in FITS), ("SGD", True), ("AdamW", True)]
 
 
 def ended(module: Module, run: Trainer, callback: Any) -> dict[str, Any]:
@@ -338,8 +340,6 @@ def saved(name: str, whole_file: bool, folder: Path) -> dict[str, Any]:
 
 
 REFUSED: dict[str, Callable[[], Any]] = {
-    "no example": lambda: fit(quiet(), example=None, processes=2),
-    "no example, ec_sgd": lambda: fit(configure=own_optimizer, example=None, processes=2),
     "path": lambda: fit(quiet(rule="path"), processes=2),
     "path, ec_sgd": lambda: fit(configure=lambda m: ec_sgd(m, lr=0.1, rule="path"), processes=2),
 }

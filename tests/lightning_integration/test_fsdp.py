@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 from unittest.mock import PropertyMock, patch
 
@@ -13,10 +14,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from torch.nn import functional as F
+from torch.optim import SGD
 
-from lightning_ecopt import scaling_group
+from lightning_ecopt import EquivalentClassOptimizer, ec_sgd, scaling_group
 from lightning_ecopt.common.sharding import Ranks, exchange_device, whole_shape
-from lightning_ecopt.symmetry import GroupFromNextCall
 from tests.lightning_integration import fsdp_script as script
 from tests.lightning_integration.runs import launch
 from tests.networks import ResidualMLP, mlp, norm_cnn
@@ -304,11 +305,80 @@ def _unsharded(net: nn.Module) -> nn.Module:
     return copy
 
 
-def test_a_step_cannot_be_watched_with_sharded_parameters(mesh: Any) -> None:
-    net = script.shard(mlp(3, 4, 2), mesh)
-    with pytest.raises(ValueError, match=r"0.weight first.*example_input_array"):
-        GroupFromNextCall(net, "forward")
-    assert "forward" not in vars(net)
+# Without inputs, from the calls that training makes ----------------------------------------------------------------
+
+
+class Pair(nn.Module):
+    """Is called as a whole, part by part, twice in a step, or by a method of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = mlp(3, 5, 4), mlp(4, 6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.one(x))
+
+
+CALLS: dict[str, Callable[[Pair, Tensor], Tensor]] = {
+    "whole": lambda net, x: net(x),
+    "parts": lambda net, x: net.two(net.one(x)),
+    "twice": lambda net, x: net(x) + net(-x),
+    "evaluated before": lambda net, x: _evaluated(net, x) + net(x),
+}
+MAKERS: dict[str, Callable[[nn.Module], Any]] = {
+    "ec_sgd": lambda net: ec_sgd(net, lr=0.1, momentum=0.9),
+    "no module": lambda net: EquivalentClassOptimizer(SGD(net.parameters(), lr=0.1, momentum=0.9)),
+}
+
+
+def _evaluated(net: Pair, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return net(x)
+
+
+@calls
+@pytest.mark.parametrize("maker", MAKERS)
+@pytest.mark.parametrize(
+    ("call", "layout"),
+    [(call, layout) for call in CALLS for layout in ("root", "layers") if (call, layout) != ("parts", "root")],
+)
+def test_the_first_calls_of_a_sharded_module_are_traced_before_they_are_made(
+    mesh: Any, call: str, maker: str, layout: str
+) -> None:
+    found = []
+    for is_sharded in (False, True):
+        torch.manual_seed(0)
+        net = Pair().double()
+        if is_sharded:
+            script.shard(net, mesh) if layout == "layers" else fully_shard(net, mesh=mesh)
+        optimizer, x = MAKERS[maker if is_sharded else "no module"](net), torch.randn(5, 3).double()
+        for _ in range(3):
+            optimizer.zero_grad()
+            CALLS[call](net, x).square().sum().backward()
+            optimizer.step()
+        group = optimizer.group
+        found.append(script.whole(dict(net.named_parameters())) | {"units": torch.tensor(group.num_units)})
+        assert not group.unseen
+    _assert_close(found[1], found[0], 0.0)
+    assert found[0]["units"] == (11 if call == "parts" else 15)  # what one call returns must not change
+
+
+@calls
+def test_a_sharded_call_that_is_impossible_with_fake_tensors_trains_plainly(mesh: Any) -> None:
+    found = []
+    for make in (lambda p: EquivalentClassOptimizer(SGD(p, lr=0.1)), lambda p: SGD(p, lr=0.1)):
+        torch.manual_seed(0)
+        net = script.shard(Thresholds(), mesh)
+        optimizer = make(net.parameters())
+        for step in range(2):
+            optimizer.zero_grad()
+            expected = isinstance(optimizer, EquivalentClassOptimizer) and step == 0
+            with pytest.warns(UserWarning, match="All of .*Thresholds is held") if expected else nullcontext():
+                loss = net(X + 1).square().sum()
+            loss.backward()
+            optimizer.step()
+        found.append(script.whole(dict(net.named_parameters())))
+    _assert_close(*found, 0.0)
 
 
 def test_a_method_that_gathers_parameters_is_traced(mesh: Any) -> None:
