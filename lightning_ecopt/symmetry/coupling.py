@@ -56,7 +56,6 @@ class Coupling:
 
     def here(self, parameter: Tensor) -> list[LocalCoupling]:
         """Cut the coupling to what this rank holds of the parameter, box by box; none if nothing of the region is."""
-        sides = self.incoming, self.outgoing
         return [
             LocalCoupling(
                 self.parameter,
@@ -65,7 +64,7 @@ class Coupling:
                 part.cut(self.outgoing).contiguous(),
                 self.additive,
                 part,
-                (part.share(sides[0], self.region), part.share(sides[1], self.region)),
+                (part.share(self.incoming, self.region), part.share(self.outgoing, self.region)),
             )
             for part in parts(self.region, parameter)
         ]

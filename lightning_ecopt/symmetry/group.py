@@ -432,12 +432,7 @@ class ScalingGroup:
             parameter = self.parameters[coupling.parameter]
             if ranks.counts(parameter):
                 weight = local(parameter.detach())
-                here = coupling.to(weight.device)
-                squares.append(
-                    SquaredWeights.of(
-                        here.view(weight), here.incoming, here.outgoing, widest(weight.device), here.width
-                    )
-                )
+                squares.append(SquaredWeights.of(coupling.to(weight.device), weight, widest(weight.device)))
         if not squares and not all(coupling.is_fixed for coupling in self.couplings):  # other ranks wait for this one
             device = local(next(iter(self.parameters.values()))).device
             squares.append(SquaredWeights.nothing(widest(device), device))
