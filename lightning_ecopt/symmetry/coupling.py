@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lightning_ecopt.common.parts import Part
+from lightning_ecopt.common.parts import Part, lengths
 from lightning_ecopt.common.sharding import parts
 from lightning_ecopt.common.tensors import padded, region_of
 
@@ -55,16 +56,15 @@ class Coupling:
 
     def here(self, parameter: Tensor) -> list[LocalCoupling]:
         """Cut the coupling to what this rank holds of the parameter, box by box; none if nothing of the region is."""
-        sides = self.incoming, self.outgoing
         return [
             LocalCoupling(
                 self.parameter,
                 self.region,
-                part.cut(self.incoming),
-                part.cut(self.outgoing),
+                part.cut(self.incoming).contiguous(),  # as some operations need it
+                part.cut(self.outgoing).contiguous(),
                 self.additive,
                 part,
-                (part.share(sides[0], self.region), part.share(sides[1], self.region)),
+                (part.share(self.incoming, self.region), part.share(self.outgoing, self.region)),
             )
             for part in parts(self.region, parameter)
         ]
@@ -100,6 +100,11 @@ class LocalCoupling(Coupling):
 
     part: Part
     shares: tuple[float, float]
+
+    @property
+    def width(self) -> int:
+        """Number of elements of a whole row: of a position along the first axis of the region."""
+        return prod(lengths(self.region)[1:])
 
     def view(self, tensor: Tensor) -> Tensor:
         """Return the box in a :func:`~lightning_ecopt.common.sharding.local` tensor as a view."""

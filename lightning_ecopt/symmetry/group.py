@@ -22,13 +22,11 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import prod
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from lightning_ecopt.common.parts import lengths
 from lightning_ecopt.common.sharding import Ranks, gathering_modules, local, release
 from lightning_ecopt.common.signals import uninterrupted
 from lightning_ecopt.common.tensors import padded, widest
@@ -434,11 +432,7 @@ class ScalingGroup:
             parameter = self.parameters[coupling.parameter]
             if ranks.counts(parameter):
                 weight = local(parameter.detach())
-                here = coupling.to(weight.device)
-                width = prod(lengths(here.region)[1:])
-                squares.append(
-                    SquaredWeights.of(here.view(weight), here.incoming, here.outgoing, widest(weight.device), width)
-                )
+                squares.append(SquaredWeights.of(coupling.to(weight.device), weight, widest(weight.device)))
         if not squares and not all(coupling.is_fixed for coupling in self.couplings):  # other ranks wait for this one
             device = local(next(iter(self.parameters.values()))).device
             squares.append(SquaredWeights.nothing(widest(device), device))

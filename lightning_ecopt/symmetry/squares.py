@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_ecopt.common.tensors import piece_length, pieces
-from lightning_ecopt.symmetry.coupling import NO_UNIT
+from lightning_ecopt.symmetry.coupling import NO_UNIT, LocalCoupling
 
 #: So many squares of a network are kept in memory.
 FEW = 2**16
@@ -51,16 +51,15 @@ class SquaredWeights:
     is_kept: bool = False
 
     @classmethod
-    def of(cls, weight: Tensor, incoming: Tensor, outgoing: Tensor, dtype: torch.dtype, width: int) -> SquaredWeights:
-        """Take the squares of a weight, whose scales ``incoming`` and ``outgoing`` broadcast to it.
+    def of(cls, coupling: LocalCoupling, tensor: Tensor, dtype: torch.dtype) -> SquaredWeights:
+        """Take the squares of a box of a local tensor.
 
         Args:
-            weight: all of it, or a box of it.
-            incoming: the scales that its elements are multiplied by.
-            outgoing: the scales that they are divided by.
+            coupling: where the box is, and how it scales.
+            tensor: what this rank holds of the parameter.
             dtype: the type in which squares are taken.
-            width: number of elements of a row of the whole weight, which may be longer than those of the box.
         """
+        weight, incoming, outgoing = coupling.view(tensor), coupling.incoming, coupling.outgoing
         shapes = incoming.shape, outgoing.shape
         roots = _norms(weight, torch.broadcast_shapes(*shapes), dtype)
         varies = [[size > 1 for size in shape] for shape in shapes]
@@ -74,7 +73,7 @@ class SquaredWeights:
             incoming.permute(order).reshape(count, -1),
             outgoing.permute(order).reshape(count, -1),
             dtype,
-            weight.numel() / (incoming.numel() * max(width, 1)),
+            weight.numel() / (incoming.numel() * max(coupling.width, 1)),
         )
 
     @classmethod

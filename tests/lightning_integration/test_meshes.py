@@ -58,7 +58,7 @@ def test_all_ranks_have_the_same_bits(found: Any, layout: str, base: str) -> Non
 def test_a_step_takes_three_sums_and_gathers_nothing(found: Any, layout: str, base: str) -> None:
     for rank in found[size_of(layout)]:
         for collectives in rank[f"{layout} {base}"]["collectives"]:
-            assert collectives.keys() == {"c10d::allreduce_"}
+            assert collectives.keys() == {"c10d.allreduce_"}
         assert [sum(of.values()) for of in rank[f"{layout} {base}"]["collectives"]][1::2] == [3, 3]  # no refresh
 
 

@@ -22,7 +22,7 @@ from lightning_ecopt.steps.rows import Rows
 from lightning_ecopt.symmetry import ScalingGroup, scaling_group
 from lightning_ecopt.symmetry.gains import scale_to_gains_of_one
 from tests.networks import mlp
-from tests.selection import examples
+from tests.selection import examples, few
 from tests.sharding.simulated import Simulated, cut, put_together
 from tests.symmetry.helpers import draw_, flat_output
 from tests.symmetry.zoo import ZOO
@@ -191,7 +191,7 @@ def run_in_parts(run: Run, how: Layouts, ranks: Simulated, base: str, implementa
 WHOLE: dict[tuple[str, str], Run] = {}
 
 
-@pytest.mark.parametrize("implementation", ["eager", "auto", "wrapped"])
+@pytest.mark.parametrize("implementation", few(["eager", "auto", "wrapped"], ["auto"]))
 @examples(40, phases=[Phase.explicit, Phase.generate])  # a smaller case would take minutes to find
 @given(data=st.data())
 def test_parts_are_trained_as_the_whole(implementation: str, data: st.DataObject) -> None:
