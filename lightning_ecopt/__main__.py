@@ -1,4 +1,4 @@
-"""``python -m lightning_ecopt`` prints the freedoms of any model that can be imported; it needs no weights."""
+"""``ecopt`` (or ``python -m lightning_ecopt``) prints the freedoms of any model that can be imported."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import difflib
 import importlib
 import itertools
 import json
+import os
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -20,9 +22,9 @@ from lightning_ecopt.symmetry import scaling_group
 
 EXAMPLES = """\
 examples:
-  python -m lightning_ecopt torchvision.models:resnet18 --input 1,3,224,224
-  python -m lightning_ecopt torchvision.models:resnet18 --input 1,3,224,224 --unit 5
-  python -m lightning_ecopt my.models:Decoder.small --args '{"depth": 4}' --input tokens=1,16:int64 --eval
+  ecopt torchvision.models:resnet18 --input 1,3,224,224
+  ecopt torchvision.models:resnet18 --input 1,3,224,224 --unit 5
+  ecopt my.models:Decoder.small --args '{"depth": 4}' --input tokens=1,16:int64 --eval
 """
 
 
@@ -70,7 +72,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> _Parser:
     parser = _Parser(
-        prog="python -m lightning_ecopt",
+        prog="ecopt",
         description="Print which hidden units of a model can be rescaled without changing what it computes.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -157,6 +159,8 @@ def _find(parser: _Parser, model: str) -> Any:
     name, _, path = model.partition(":")
     if not name or not path:
         parser.error(f"{model!r} is not of the form MODULE:FACTORY, such as torchvision.models:resnet18")
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.insert(0, os.getcwd())  # as python -m does, and a console script does not
     try:
         found = importlib.import_module(name)
     except Exception as error:

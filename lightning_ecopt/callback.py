@@ -31,6 +31,7 @@ from lightning_ecopt.optim.rates import meaning
 from lightning_ecopt.steps import RULES
 from lightning_ecopt.symmetry import DeferredGroup, ScalingGroup
 from lightning_ecopt.symmetry.followers import Given, check_given
+from lightning_ecopt.symmetry.report import in_brief, print_report
 
 UNSUPPORTED_STRATEGIES = ("FSDPStrategy", "DeepSpeedStrategy", "XLAFSDPStrategy")
 
@@ -79,7 +80,9 @@ class EquivalentClassOptimization(Callback):
             :func:`~lightning_ecopt.kernels.choose_kernels` lists.
         followers: copies of the weights that are mixed with them, by name, and what they follow, as in
             ``{"target": "online"}``: they are rescaled whenever that is. Those that are near it at the start are found.
-        verbose: print a report of the freedoms when they are known.
+        verbose: what is printed when the freedoms are known: ``True``, one line, and one for each kind of operation
+            that costs freedoms and could be changed, up to three; ``"table"``, all units and operations; ``False``,
+            nothing.
         log: log whether all is well with the logger, as ``ecopt/...``, every ``log_every_n_steps``: the number of
             dormant units, the largest violation of invariance that was found in units that are held fixed since, and
             the share of clipped gradients (unit) or the extremes of beta and the number of guarded paths (path).
@@ -89,7 +92,7 @@ class EquivalentClassOptimization(Callback):
         group: the :class:`~lightning_ecopt.ScalingGroup`, once it is known.
 
     Raises:
-        ValueError: if an option is out of range.
+        ValueError: if an option is out of range, or is none of the words that it may be.
         MisconfigurationException: at the start of ``fit``, if the strategy shards parameters in a way that is not
             supported. An optimizer that cannot be run in the equivalent-class space, such as LBFGS, is left as it is,
             with a warning.
@@ -112,7 +115,7 @@ class EquivalentClassOptimization(Callback):
         check: Check = "gradient",
         implementation: Implementation = "auto",
         followers: Mapping[str, str] | None = None,
-        verbose: bool = True,
+        verbose: bool | Literal["table"] = True,
         log: bool = True,
         refresh: Literal["epoch", ""] | int | None = "",
     ) -> None:
@@ -133,6 +136,8 @@ class EquivalentClassOptimization(Callback):
             implementation=implementation,
         )
         check_given(followers)
+        if verbose not in (True, False, "table"):
+            raise ValueError(f"{type(self).__name__}: verbose must be True, False or 'table', not {verbose!r}")
         self._given = followers
         self._verbose = verbose
         self._logs = log  # Lightning puts its own function at `log`
@@ -301,16 +306,23 @@ class EquivalentClassOptimization(Callback):
                 text = f"{group.num_units} of {before.num_units} units are free now; callback.group.summary() says why."
                 rank_zero_only(print)(text)
             else:
-                self._summarise(group)
+                self._print(group)
 
-    def _summarise(self, group: ScalingGroup) -> None:
+    def _print(self, group: ScalingGroup) -> None:
         own = [optimizer for optimizer in self._optimizers if optimizer.group is group]
         usable = torch.zeros(group.num_units, dtype=torch.bool, device="cpu")
         for optimizer in own:
             usable |= optimizer.usable_units()
         needs_paths = any(RULES[optimizer.rule].needs_paths for optimizer in own)
-        rank_zero_only(group.summary)(usable=usable, needs_paths=needs_paths, followers=own[0].followers)
-        for line in dict.fromkeys(meaning(optimizer.optimizer, optimizer.rule) for optimizer in own):
+        overview = group.overview(usable, needs_paths, own[0].followers)
+        rates = list(dict.fromkeys(meaning(optimizer.optimizer, optimizer.rule) for optimizer in own))
+        lines = rates if group.num_units else []  # without freedoms a rate means what it always does
+        if self._verbose == "table":
+            rank_zero_only(print_report)(overview)
+        else:
+            first, *others = in_brief(overview, 'verbose="table" or callback.group.summary()')
+            lines = ["; ".join([first, *lines]), *others]
+        for line in lines:
             rank_zero_only(print)(line)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_ecopt.steps.rule import PathStatistics, UnitStatistics
 from tests.lightning_integration.modules import Classifier, batches, is_clean, loader, mlp
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -136,6 +138,24 @@ def test_the_messages_are_those_of_the_package() -> None:
     missing = [piece for piece in pieces if not any(piece in text for text in texts)]
     assert len(quotes) > 50
     assert missing == []
+
+
+def test_the_page_tells_what_each_logged_number_is() -> None:
+    """The table of ``watch.md`` has the names that are logged, each for its rule, and no others."""
+    page = (DOCS / "watch.md").read_text()
+    (table,) = re.findall(r"^## Logged numbers\n\n(?:\|.*\n){2}((?:\|.*\n)+)", page, flags=re.MULTILINE)
+    told: dict[str, set[str]] = {"unit": set(), "path": set()}
+    for row in table.splitlines():
+        names, rule, what, healthy, *_ = (cell.strip() for cell in row.strip("|").split("|"))
+        assert what
+        assert healthy
+        for known in told.keys() if rule == "all" else [rule]:
+            told[known] |= set(re.findall(r"`(\w+)`", names))
+    logged = {
+        rule: {"violation", *(entry.name for entry in fields(kind))}
+        for rule, kind in {"unit": UnitStatistics, "path": PathStatistics}.items()
+    }
+    assert told == logged
 
 
 def sources() -> Iterator[ast.Module]:

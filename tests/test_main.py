@@ -103,6 +103,10 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+#: What an installed console script runs.
+SCRIPT = "from lightning_ecopt.__main__ import main; main()"
+
+
 def output(capsys: pytest.CaptureFixture[str], model: str, *arguments: str) -> str:
     main([f"models_of_the_tests:{model}", *arguments])
     return " ".join(capsys.readouterr().out.split())
@@ -116,7 +120,7 @@ def failure(capsys: pytest.CaptureFixture[str], model: str, *arguments: str) -> 
     assert caught.value.code == 2
     assert captured.out == ""
     (line,) = captured.err.splitlines()
-    start = "python -m lightning_ecopt: error: "
+    start = "ecopt: error: "
     assert line.startswith(start)
     return line.removeprefix(start)
 
@@ -140,7 +144,7 @@ def test_factories_modules_and_dotted_paths(model: str, units: int, capsys: pyte
 def test_arguments_of_the_factory(capsys: pytest.CaptureFixture[str]) -> None:
     said = output(capsys, "Net", "--input", "2,1,4,4", "--args", '{"width": 6, "norm": true}')
     assert "H = 6 freedoms" in said
-    assert "native_batch_norm │ norm │ 6 │" in said
+    assert "│ norm │ native_batch_norm │ 6 │" in said
 
 
 def test_a_unit_in_words(capsys: pytest.CaptureFixture[str]) -> None:
@@ -168,8 +172,11 @@ def test_a_model_that_needs_values_is_built_for_real(model: str, capsys: pytest.
 
 
 @full
-def test_the_command_finds_modules_in_the_current_directory(models: Path) -> None:
-    command = [sys.executable, "-m", "lightning_ecopt", "models_of_the_tests:Net", "--input=1,1,4,4", "--unit=0"]
+@pytest.mark.parametrize("start", [["-m", "lightning_ecopt"], ["-P", "-c", SCRIPT]], ids=["module", "console script"])
+def test_the_command_finds_modules_in_the_current_directory(start: list[str], models: Path) -> None:
+    if "-P" in start and sys.version_info < (3, 11):
+        pytest.skip("there is no -P, which leaves the current directory out, as a console script does")
+    command = [sys.executable, *start, "models_of_the_tests:Net", "--input=1,1,4,4", "--unit=0"]
     result = subprocess.run(command, cwd=models, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("Unit 0: c multiplies conv.weight[0], conv.bias[0]; 1/c multiplies head.weight")
@@ -187,7 +194,7 @@ def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["--help"])
     assert caught.value.code == 0
-    assert "python -m lightning_ecopt torchvision.models:resnet18 --input 1,3,224,224\n" in capsys.readouterr().out
+    assert "ecopt torchvision.models:resnet18 --input 1,3,224,224\n" in capsys.readouterr().out
 
 
 # Mistakes -------------------------------------------------------------------------------------------------------------

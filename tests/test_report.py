@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from lightning_ecopt import EquivalentClassOptimization, ScalingGroup, scaling_group
 from lightning_ecopt.symmetry.describe import _boxes, _elements, power, runs
 from lightning_ecopt.symmetry.group import Coupling
+from lightning_ecopt.symmetry.report import print_report
 from tests.lightning_integration.modules import EXAMPLE, Classifier, fit
 from tests.networks import DenseNet, ResidualMLP, ResNet, mlp, norm_cnn, plain_cnn
 from tests.selection import few
@@ -313,9 +314,9 @@ def words(text: str) -> list[str]:
 
 
 def said(group: ScalingGroup, **options: Any) -> list[str]:
-    """The lines of the report."""
+    """The lines of the tables."""
     console = Console(file=io.StringIO(), width=200)
-    group.summary(console, **options)
+    print_report(group.overview(**options), console)
     assert isinstance(console.file, io.StringIO)
     return words(console.file.getvalue())
 
@@ -329,9 +330,9 @@ def test_the_summary_names_units_dimensions_and_costs() -> None:
         "1.bias",
         "m = 92 parameters, H = 3 freedoms, m - H = 89 path coordinates",
         "Operations that fix scales",
-        "operation module or line scales what could be done",
-        "native_batch_norm 1 3 nothing: its epsilon does not scale",
-        "output (top level) 2 nothing: it must stay",
+        "module or line operation scales what could be done",
+        "1 native_batch_norm 3 nothing: its epsilon does not scale",
+        "(top level) output 2 nothing: it must stay",
     ]
 
 
@@ -429,10 +430,10 @@ def test_long_lists_of_names_are_cut() -> None:
 # When training starts -------------------------------------------------------------------------------------------------
 
 
-def test_the_report_of_the_callback_is_the_summary_with_dormant_units(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_of_the_callback_is_the_summary_with_dormant_units(capsys: pytest.CaptureFixture[str]) -> None:
     net = mlp(64, 6, 5, 10)
     nn.init.zeros_(net[4].weight[:, 1])
-    callback = EquivalentClassOptimization()
+    callback = EquivalentClassOptimization(verbose="table")
     fit(Classifier(net, example=EXAMPLE), callback)
     report = words(capsys.readouterr().out)
     assert "units numbers scaled by c scaled by 1/c dormant" in report
@@ -479,7 +480,7 @@ class GatedAndPlain(nn.Module):
 def test_units_in_products_are_not_dormant_under_the_rule_of_paths(
     rule: Any, expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fit(Classifier(GatedAndPlain(), example=EXAMPLE), EquivalentClassOptimization(rule=rule))
+    fit(Classifier(GatedAndPlain(), example=EXAMPLE), EquivalentClassOptimization(rule=rule, verbose="table"))
     assert expected in " ".join(capsys.readouterr().out.split())
 
 

@@ -27,8 +27,8 @@ WAY_OUT = (
     "optimizer's part of it can be loaded by itself: leave out the entry 'equivalent_class' of the state dict."
 )
 NO_FREEDOMS = (
-    "The network has no scaling freedoms, so the base optimizer is used as it is. The report of the callback, or "
-    "optimizer.group.summary(), names the operations that cost them. What is computed to be logged alone, as norms of "
+    "The network has no scaling freedoms, so the base optimizer is used as it is. optimizer.group.summary() "
+    "names the operations that cost them. What is computed to be logged alone, as norms of "
     "weights, costs nothing outside of training_step, as in on_train_batch_end."
 )
 

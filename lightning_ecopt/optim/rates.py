@@ -16,9 +16,9 @@ from lightning_ecopt.steps.rule import StepKind
 #: tiny in fine-tuning; 0.3 is thirty times the largest that is usual.
 _LINEAR_RANGE, _ADAM_RANGE = (1e-3, 3.0), (0.0, 0.3)
 _MEANINGS: Mapping[StepKind, str] = {
-    "linear": "with the rule 'unit' the relative length of a step: of each row of weights, about this share changes",
-    "own size": "as {base} has it; rows of weights move in proportion to their size, a typical row by {base}'s step",
-    "whole": "as {base} has it; the step is taken at the balanced weights",
+    "linear": "the relative length of a step of a unit",
+    "own size": "{base}'s, for a row of weights of typical size",
+    "whole": "{base}'s, for the balanced weights",
 }
 _OF: Mapping[StepKind, str] = {"linear": " of SGD", "own size": " of all others", "whole": " of matrices"}
 
@@ -33,17 +33,17 @@ def meaning(base: Optimizer, rule: str) -> str:
     Example::
 
         meaning(torch.optim.AdamW(model.parameters(), lr=1e-3), "unit")
-        # lr = 0.001: as AdamW has it; rows of weights move in proportion to their size, a typical row by AdamW's step
+        # lr = 0.001 is AdamW's, for a row of weights of typical size
     """
     name, kinds = type(base).__name__, step_kinds(base)
     if rule != "unit":
-        return f"lr = {_shown(base, base.param_groups)}: as {name} has it, in values of basis paths"
+        return f"lr{_shown(base.param_groups)} is {name}'s, in values of basis paths"
     groups: dict[StepKind, list[Mapping[str, Any]]] = {}  # one may have parameters of several kinds
     for options in base.param_groups:
         for kind in dict.fromkeys(kinds[id(p)] for p in options["params"]):
             groups.setdefault(kind, []).append(options)
     return "; ".join(
-        f"lr = {_shown(base, own)}{_OF[kind] if len(groups) > 1 else ''}: {_MEANINGS[kind].format(base=name)}"
+        f"lr{_shown(own)}{_OF[kind] if len(groups) > 1 else ''} is {_MEANINGS[kind].format(base=name)}"
         for kind, own in groups.items()
     )
 
@@ -65,15 +65,15 @@ def mistaken_rate(base: Optimizer, rule: str) -> tuple[Literal["small", "large"]
         return None
     message = (
         f"lr = {rate:g} of {type(base).__name__} is far outside of the rates that train with the rule 'unit', "
-        f"{smallest:g} to {largest:g}. It is {meaning(base, rule).split(': ', 1)[1]}."
+        f"{smallest:g} to {largest:g}. It is {meaning(base, rule).split(' is ', 1)[1]}."
     )
     return "large" if rate > largest else "small", message
 
 
-def _shown(base: Optimizer, groups: ParamGroups) -> str:
-    """The rates of some parameter groups in a message: one, or the smallest and the largest."""
+def _shown(groups: ParamGroups) -> str:
+    """The rates of some parameter groups in a message: one, the smallest and the largest, or none."""
     rates = sorted(set(_rates(groups)))
-    return " to ".join(f"{r:g}" for r in dict.fromkeys([*rates[:1], *rates[-1:]])) or f"{type(base).__name__}'s own"
+    return " = " * bool(rates) + " to ".join(f"{r:g}" for r in dict.fromkeys([*rates[:1], *rates[-1:]]))
 
 
 def _rates(groups: ParamGroups) -> list[float]:

@@ -39,14 +39,14 @@ class PathStatistics:
     """Whether the path rule is healthy, since the last refresh.
 
     Args:
-        min_beta: smallest value of a path out of a unit, relative to the start of the period.
-        max_beta: largest value of a path out of a unit, relative to the start of the period.
+        min_path_value: smallest value of a path out of a unit, relative to the start of the period.
+        max_path_value: largest value of a path out of a unit, relative to the start of the period.
         guarded_paths: how often the guard limited the move of a free skeleton weight.
         dormant_units: units without a path of non-zero elements, which are treated in weight space.
     """
 
-    min_beta: float
-    max_beta: float
+    min_path_value: float
+    max_path_value: float
     guarded_paths: int
     dormant_units: int
 
@@ -56,11 +56,11 @@ class UnitStatistics:
     """Whether the unit rule is healthy, since the start of training.
 
     Args:
-        clipped: share of the gradients of rows that were clipped.
+        clipped_share: share of the gradients of rows that were clipped to their running size.
         dormant_units: units without a path of non-zero elements, which were not balanced.
     """
 
-    clipped: float
+    clipped_share: float
     dormant_units: int
 
 

@@ -28,6 +28,8 @@ ENDS = {
     "kept by the module": "do not keep it in an attribute",
     "gradient": "a penalty, a loss on features, or changed gradients: see the warning",
     "somebody else writes to the weights": "a parametrization, or freeze it: see the warning",
+    "left out by the user": "nothing: you have left them out",
+    "an unfrozen copy": "freeze it: see the warning",
     "_local_scalar_dense": "compute what is only logged outside of training_step, as in on_train_batch_end",
 }
 #: Parts of what a call returns.
@@ -64,7 +66,12 @@ def advice(name: str, places: Sequence[str] = ()) -> str:
         return "nothing: no factor leaves it"
     if name in RULES:
         return "nothing: its inputs must scale alike"
-    return "perhaps a stand-in: docs/operations.md"
+    return "perhaps a stand-in: help(lightning_ecopt.symmetry.stand_in)"
+
+
+def is_possible(todo: str) -> bool:
+    """Whether an :func:`advice` tells something to do."""
+    return not todo.startswith("nothing: ")
 
 
 def _is_loss(name: str) -> bool:

@@ -198,33 +198,25 @@ class ScalingGroup:
         }
         return {name: count for name, count in counts.items() if count}
 
-    def summary(
-        self,
-        console: Console | None = None,
-        *,
-        usable: Tensor | None = None,
-        needs_paths: bool = False,
-        followers: Sequence[str] = (),
-    ) -> None:
+    def summary(self, console: Console | None = None) -> None:
         """Print what the freedoms are: the units, set by set, the dimensions, and which operations cost freedoms.
 
         Args:
             console: where to print; by default standard output.
-            usable: ``bool[H]``, units whose freedom training uses; the others are reported as dormant. The rows of the
-                table are limited then.
-            needs_paths: whether training goes by paths; then unused units in products or powers are not called dormant,
-                but without paths.
-            followers: copies of the weights that are rescaled with them, in words: ``target follows online``.
 
         Example::
 
             scaling_group(model, x).summary()
         """
+        print_report(self.overview(), console)
+
+    def overview(
+        self, usable: Tensor | None = None, needs_paths: bool = False, followers: Sequence[str] = ()
+    ) -> Overview:
+        """Return what :meth:`summary` says, or a report of training; :class:`Overview` has the arguments."""
         used = None if usable is None else usable.cpu()
-        unused = torch.zeros(self.num_units, dtype=torch.bool, device="cpu") if used is None else ~used
-        pathless = unused & ~self.monomials.simple & needs_paths
-        overview = Overview(self.num_parameters, self.unit_sets(), self.costs, self.unseen, used, pathless, followers)
-        print_report(overview, console)
+        simple, sets = self.monomials.simple.cpu(), self.unit_sets()
+        return Overview(self.num_parameters, sets, self.costs, self.unseen, simple, used, needs_paths, followers)
 
     def describe(self, unit: int) -> str:
         """Describe one unit in words: the elements that it multiplies, as index expressions, and the power of ``c``.

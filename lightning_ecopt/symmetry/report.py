@@ -1,6 +1,6 @@
-"""The tables that tell a person what the freedoms of a network are.
+"""What tells a person the freedoms of a network: tables, or one line and what could be done about lost freedoms.
 
-``rich`` is imported only when something is printed: training needs none of it.
+``rich`` is imported only when a table is printed: training needs none of it.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
-from lightning_ecopt.symmetry.advice import advice
+from lightning_ecopt.symmetry.advice import advice, is_possible
 from lightning_ecopt.symmetry.describe import UnitSet, power, runs
 from lightning_ecopt.symmetry.scales import Operation
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 MAX_ROWS = 24
 #: Most names in one cell.
 MAX_NAMES = 4
+#: Most sets of units whose sizes are written one by one, most lines about lost freedoms, and most places in each.
+MAX_SIZES, MAX_LOSSES, MAX_PLACES = 4, 3, 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,28 +38,92 @@ class Overview:
         sets: the units, sorted into sets.
         costs: for each operation that fixed scales, how many of them would otherwise have been free.
         unseen: names of parameters that the traced call did not use.
+        simple: ``bool[H]``, units in no product or power.
         usable: ``bool[H]``, units whose freedom training uses; ``None`` if the report is not about training.
-        pathless: ``bool[H]``, other units, in products or powers, that have no paths; the rest are dormant.
-        followers: copies of the weights that are rescaled with them, in words.
+        needs_paths: whether training goes by paths, which units in products or powers do not have.
+        followers: copies of the weights that are rescaled with them, in words: ``target follows online``.
     """
 
     num_parameters: int
     sets: Sequence[UnitSet]
     costs: Mapping[Operation, int]
     unseen: Sequence[str]
-    usable: Tensor | None
-    pathless: Tensor
+    simple: Tensor
+    usable: Tensor | None = None
+    needs_paths: bool = False
     followers: Sequence[str] = ()
 
     @property
     def num_units(self) -> int:
         """Number of freedoms H."""
-        return len(self.pathless)
+        return len(self.simple)
+
+    @property
+    def pathless(self) -> Tensor:
+        """Units that training does not use because they have no paths, ``bool[H]``."""
+        unused = torch.zeros_like(self.simple) if self.usable is None else ~self.usable
+        return unused & ~self.simple & self.needs_paths
 
     @property
     def dormant(self) -> Tensor | None:
-        """Units that training does not use although they are no products, ``bool[H]``."""
+        """Units that training does not use although they may have paths, ``bool[H]``."""
         return None if self.usable is None else ~self.usable & ~self.pathless
+
+
+def in_brief(overview: Overview, how_to_see_all: str) -> list[str]:
+    """Say in one line how many freedoms there are, and in further ones what a user could do to have more of them.
+
+    Args:
+        overview: what to say.
+        how_to_see_all: a call that prints the tables.
+
+    Example::
+
+        in_brief(group.overview(), "group.summary()")
+        # ["8 freedoms in 2 layers",
+        #  "net.3: gelu holds 16 scales fixed (another activation: ReLU, LeakyReLU, PReLU)"]
+    """
+    if not overview.num_units:
+        return [f"no freedoms, {how_to_see_all} says why", *_losses(overview.costs, how_to_see_all)]
+    sizes = [f"{len(units.units):,}" for units in overview.sets]
+    count = " + ".join(sizes) if len(sizes) <= MAX_SIZES else f"{overview.num_units:,}"
+    layers = {_layer(name) for units in overview.sets for name, _ in units.powers}
+    text = f"{count} freedom{'s'[: overview.num_units > 1]} in {len(layers):,} layer{'s'[: len(layers) > 1]}"
+    if overview.usable is not None:
+        used = int(overview.usable.sum())
+        text += ", all used" if used == overview.num_units else f", {used:,} of them used"
+    lines = [text, *_losses(overview.costs, how_to_see_all)]
+    if overview.followers:
+        lines.append(_following(overview.followers))
+    return lines
+
+
+def _layer(parameter: str) -> str:
+    """The module that has a parameter, parametrized or not; the parameter itself if that is the network."""
+    plain = re.sub(r"(^|\.)parametrizations\.([^.]+)\..*", r"\1\2", parameter)
+    return plain.rpartition(".")[0] or plain
+
+
+def _losses(costs: Mapping[Operation, int], how_to_see_all: str) -> list[str]:
+    """Name what has cost freedoms and could be changed: where, the operation, what could be done; most scales first."""
+    losses = [loss for loss in _alike(costs) if is_possible(loss.todo)]
+    losses.sort(key=lambda loss: -loss.count)
+    lines = [
+        f"{_listed(loss.modules, MAX_PLACES)}: {loss.names[0]} holds {loss.count:,} scales fixed ({loss.todo})"
+        for loss in losses[:MAX_LOSSES]
+    ]
+    if losses[MAX_LOSSES:]:
+        lines.append(f"{len(losses) - MAX_LOSSES} more operations hold scales fixed: {how_to_see_all}")
+    return lines
+
+
+def _listed(names: Sequence[str], most: int) -> str:
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest:,} more" if rest > 0 else "")
+
+
+def _following(followers: Sequence[str]) -> str:
+    return "Rescaled with what it follows: " + _shortened(followers, ", ")
 
 
 def print_report(overview: Overview, console: Console | None = None) -> None:
@@ -79,7 +146,7 @@ def _parts(overview: Overview) -> list[RenderableType]:
     if overview.num_units:
         parts.insert(0, _units_table(overview.sets, overview.dormant))
     if overview.followers:
-        parts.append(Text("Rescaled with what it follows: " + _shortened(overview.followers, ", ")))
+        parts.append(Text(_following(overview.followers)))
     if overview.unseen:
         parts.append(Text(f"Parameters that the traced call never used: {_shortened(overview.unseen, ', ')}"))
     if overview.costs:
@@ -134,25 +201,51 @@ def _side(units: UnitSet, sign: int) -> str:
     return _shortened([name if p == [sign] else f"{name} ({', '.join(map(power, p))})" for name, p in powers.items()])
 
 
+@dataclass(frozen=True)
+class _Loss:
+    """What operations of one kind have cost.
+
+    Args:
+        names: ATen names of the operations, which differ in what stands in brackets: ``output['a']``, ``output['b']``.
+        modules: where they were called.
+        count: how many scales they have fixed.
+        todo: what could be done.
+    """
+
+    names: Sequence[str]
+    modules: Sequence[str]
+    count: int
+    todo: str
+
+
+def _alike(costs: Mapping[Operation, int]) -> list[_Loss]:
+    """Put together operations with one ATen name, and parts of the output alike."""
+    alike: dict[str, list[Operation]] = {}
+    for operation in costs:
+        alike.setdefault(re.sub(r"\[\d+\]", "[]", operation.name), []).append(operation)
+    return [
+        _Loss(
+            list(dict.fromkeys(operation.name for operation in operations)),
+            list(dict.fromkeys(operation.module or "(top level)" for operation in operations)),
+            sum(costs[one] for one in operations),
+            advice(operations[0].name, [operation.module for operation in operations]),
+        )
+        for operations in alike.values()
+    ]
+
+
 def _costs_table(costs: Mapping[Operation, int]) -> Table:
-    """Make the table of operations that fix scales: a row for each ATen name, and for parts of the output alike."""
+    """Make the table of operations that fix scales; first those about which something could be done."""
     from rich.table import Table
     from rich.text import Text
 
     table = Table(title="Operations that fix scales", title_justify="left")
-    table.add_column("operation", overflow="fold")
     table.add_column("module or line", overflow="fold")
+    table.add_column("operation", overflow="fold")
     table.add_column("scales", justify="right")
     table.add_column("what could be done", overflow="fold")
-    alike: dict[str, list[Operation]] = {}
-    for operation in costs:
-        alike.setdefault(re.sub(r"\[\d+\]", "[]", operation.name), []).append(operation)
-    for operations in alike.values():
-        names = list(dict.fromkeys(operation.name for operation in operations))
-        modules = list(dict.fromkeys(operation.module or "(top level)" for operation in operations))
-        count = str(sum(costs[one] for one in operations))
-        todo = Text(advice(operations[0].name, [operation.module for operation in operations]))
-        table.add_row(Text(_shortened(names)), Text(_shortened(modules)), count, todo)
+    for loss in sorted(_alike(costs), key=lambda loss: not is_possible(loss.todo)):
+        table.add_row(Text(_shortened(loss.modules)), Text(_shortened(loss.names)), f"{loss.count:,}", Text(loss.todo))
     return table
 
 

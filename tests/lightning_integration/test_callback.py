@@ -219,4 +219,4 @@ def test_an_optimizer_without_a_rate_trains_and_is_reported(capsys: pytest.Captu
     before = weights(module)
     fit(module, EquivalentClassOptimization())
     assert not same(weights(module), before)
-    assert "lr = WithoutRate's own: " in capsys.readouterr().out
+    assert "all used; lr is the relative length " in capsys.readouterr().out

@@ -232,11 +232,11 @@ def _said(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 @pytest.mark.parametrize("example", [None, EXAMPLE.expand(2, 64)], ids=["first step", "example"])
-def test_the_report_is_printed_once_and_names_what_cost_freedoms(
+def test_the_table_is_printed_once_and_names_what_cost_freedoms(
     capsys: pytest.CaptureFixture[str], example: Tensor | None
 ) -> None:
     net = normalised()
-    fit(Classifier(net, example=example), EquivalentClassOptimization())
+    fit(Classifier(net, example=example), EquivalentClassOptimization(verbose="table"))
     said = _said(capsys)
     size = sum(p.numel() for p in net.parameters())
     assert said.count(f"m = {size} parameters, H = 12 freedoms, m - H = {size - 12}") == 1
@@ -258,7 +258,7 @@ def test_the_report_counts_the_units_that_are_dormant_when_training_starts(
     run = fit(Classifier(net, example=example), callback, log_every_n_steps=1)
     # No path leads through a layer of zeros, and none is chosen before a refresh.
     assert run.callback_metrics["ecopt/dormant_units"] == 32
-    assert "0.0% of the freedoms used, 32 units dormant" in _said(capsys)
+    assert "16 + 16 freedoms in 3 layers, 0 of them used" in _said(capsys)
 
 
 def test_nothing_is_printed_when_not_verbose(capsys: pytest.CaptureFixture[str]) -> None:
@@ -269,14 +269,20 @@ def test_nothing_is_printed_when_not_verbose(capsys: pytest.CaptureFixture[str])
 def test_each_fit_has_its_own_report(capsys: pytest.CaptureFixture[str]) -> None:
     callback = EquivalentClassOptimization()
     fit(Classifier(), callback)
-    assert "m = 1,482 parameters, H = 32 freedoms" in _said(capsys)
+    assert "16 + 16 freedoms" in _said(capsys)
     fit(Classifier(mlp(width=8)), callback)
-    assert "m = 682 parameters, H = 16 freedoms" in _said(capsys)
+    assert "8 + 8 freedoms" in _said(capsys)
 
 
 STATISTICS = {
-    "unit": {"ecopt/clipped", "ecopt/dormant_units", "ecopt/violation"},
-    "path": {"ecopt/min_beta", "ecopt/max_beta", "ecopt/guarded_paths", "ecopt/dormant_units", "ecopt/violation"},
+    "unit": {"ecopt/clipped_share", "ecopt/dormant_units", "ecopt/violation"},
+    "path": {
+        "ecopt/min_path_value",
+        "ecopt/max_path_value",
+        "ecopt/guarded_paths",
+        "ecopt/dormant_units",
+        "ecopt/violation",
+    },
 }
 
 
@@ -299,9 +305,9 @@ def test_scalars_are_logged_with_the_logger_and_kept_as_metrics(
     last = {name: float(rows[-1][name]) for name in STATISTICS[rule]}
     statistics = run.optimizers[0].statistics()
     if rule == "path":
-        assert 0 < last["ecopt/min_beta"] < 1 < last["ecopt/max_beta"]
+        assert 0 < last["ecopt/min_path_value"] < 1 < last["ecopt/max_path_value"]
     else:
-        assert 0 < last["ecopt/clipped"] < 1
+        assert 0 < last["ecopt/clipped_share"] < 1
     expected = {f"ecopt/{name}": value for name, value in vars(statistics).items()}
     assert last == pytest.approx({**expected, "ecopt/violation": 0.0}, rel=1e-6)
 

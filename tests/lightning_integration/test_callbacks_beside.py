@@ -224,7 +224,7 @@ def test_progress_bars_show_metrics_and_the_report(
     said = captured.out + captured.err
     assert "loss_step" in said
     assert "loss_epoch" in said
-    assert said.count("H = 32 freedoms") == 1
+    assert said.count("16 + 16 freedoms in 3 layers") == 1
     assert set(run.progress_bar_metrics) == {"loss_step", "loss_epoch"}
     assert same(weights(ours), _epochs("unit", 2)[-1])
 

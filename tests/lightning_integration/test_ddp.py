@@ -115,7 +115,7 @@ def test_both_ways_of_finding_the_group_give_the_same_weights(two: Path, rule: s
 
 @full
 def test_one_of_two_processes_prints_the_report(launched: tuple[Path, str]) -> None:
-    assert launched[1].count("H = 32 freedoms, m - H = 1,450 path coordinates") == 2  # once for each rule
+    assert launched[1].count("16 + 16 freedoms in 3 layers, all used") == 2  # once for each rule
 
 
 @full

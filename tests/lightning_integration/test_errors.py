@@ -330,7 +330,7 @@ def test_options_of_sgd_are_refused_by_sgd(options: dict[str, Any]) -> None:
 # Numbers that are none ------------------------------------------------------------------------------------------------
 
 
-LOGGED = {"unit": ["ecopt/clipped"], "path": ["ecopt/min_beta", "ecopt/max_beta"]}
+LOGGED = {"unit": ["ecopt/clipped_share"], "path": ["ecopt/min_path_value", "ecopt/max_path_value"]}
 
 
 class Spoiled(Classifier):

@@ -82,7 +82,7 @@ def test_statistics_are_those_of_one_process(found: Any, alone: Any, name: str, 
     expected = alone[name, base]["statistics"]
     for rank in found[size]:  # gradients that are rounding, as before a norm, may be clipped or not
         assert rank["trained"][name, base]["statistics"] == pytest.approx(expected, abs=0.01)
-    assert 0 < expected["clipped"] < 1
+    assert 0 < expected["clipped_share"] < 1
     assert expected["dormant_units"] == (1 if name == "perceptron" else 0)
 
 

@@ -281,7 +281,7 @@ def test_what_a_loaded_state_knows_of_gradients_does_not_depend_on_the_size_of_t
             base.zero_grad()
             (factor * loss_of(module, *batches(x, y, step))).backward()
             base.step()
-        runs.append((module, base.statistics().clipped))
+        runs.append((module, base.statistics().clipped_share))
     assert runs[0][1] == runs[1][1]
     assert distance(runs[0][0], runs[1][0], x) < 1e-9
 

@@ -234,9 +234,9 @@ def test_a_mistaken_rate_is_told_once_and_a_small_one_after_the_first_interval()
 def test_the_meaning_of_the_rate_is_one_line() -> None:
     module = mlp(3, 4, 2)
     sgd, adamw = SGD(module.parameters(), lr=0.1), AdamW(module.parameters(), lr=1e-3)
-    assert meaning(sgd, "unit").startswith("lr = 0.1: with the rule 'unit' the relative length of a step")
-    assert meaning(adamw, "unit").startswith("lr = 0.001: as AdamW has it")
-    assert meaning(adamw, "path") == "lr = 0.001: as AdamW has it, in values of basis paths"
+    assert meaning(sgd, "unit") == "lr = 0.1 is the relative length of a step of a unit"
+    assert meaning(adamw, "unit") == "lr = 0.001 is AdamW's, for a row of weights of typical size"
+    assert meaning(adamw, "path") == "lr = 0.001 is AdamW's, in values of basis paths"
     assert all("\n" not in meaning(base, rule) for base in (sgd, adamw) for rule in ("unit", "path"))
 
 
@@ -246,11 +246,11 @@ def test_the_meaning_tells_what_it_is_of_where_steps_are_of_two_kinds_and_where_
     base.param_groups[0]["use_muon"] = False
     base.add_param_group({"params": [nn.Parameter(torch.ones(2, 2))], "use_muon": True, "lr": 0.2})
     of_sgd, of_matrices = meaning(base, "unit").split("; lr = ")
-    assert of_sgd.startswith("lr = 0.1 of SGD: with the rule 'unit' the relative length of a step")
-    assert of_matrices.startswith("0.2 of matrices: as SGD has it")
+    assert of_sgd == "lr = 0.1 of SGD is the relative length of a step of a unit"
+    assert of_matrices == "0.2 of matrices is SGD's, for the balanced weights"
     for options in base.param_groups:
         options["lr"] = None  # as transformers' Adafactor has it
-    assert meaning(base, "path") == "lr = SGD's own: as SGD has it, in values of basis paths"
+    assert meaning(base, "path") == "lr is SGD's, in values of basis paths"
     assert mistaken_rate(base, "unit") is None
 
 
@@ -259,23 +259,24 @@ def test_the_meaning_tells_the_rates_of_muon_and_of_adamw() -> None:
     module = mlp(3, 8, 4, 2)
     base = MuonAdamW(module.parameters(), lr=0.02, adamw_lr=1e-3)
     of_matrices, of_others = meaning(base, "unit").split("; lr = ")
-    assert of_matrices.startswith("lr = 0.02 of matrices: as MuonAdamW has it")
-    assert of_others.startswith("0.001 of all others: as MuonAdamW has it; rows of weights move in proportion")
-    assert meaning(base, "path") == "lr = 0.001 to 0.02: as MuonAdamW has it, in values of basis paths"
+    assert of_matrices == "lr = 0.02 of matrices is MuonAdamW's, for the balanced weights"
+    assert of_others == "0.001 of all others is MuonAdamW's, for a row of weights of typical size"
+    assert meaning(base, "path") == "lr = 0.001 to 0.02 is MuonAdamW's, in values of basis paths"
     base.add_param_group({"params": [nn.Parameter(torch.ones(2))], "use_muon": False, "lr": 0.3})
-    assert "; lr = 0.001 to 0.3 of all others: " in meaning(base, "unit")
+    assert "; lr = 0.001 to 0.3 of all others is " in meaning(base, "unit")
     assert mistaken_rate(base, "unit") is None  # there is no saying what is one
 
 
 def test_a_rate_within_another_optimizer_is_that_of_what_steps() -> None:
     module = mlp(3, 4, 2)
     around_sgd, around_adamw = Lookahead(SGD(module.parameters(), lr=5.0)), Lookahead(AdamW(module.parameters()))
-    assert meaning(around_sgd, "unit").startswith("lr = 5: with the rule 'unit' the relative length of a step")
-    assert meaning(around_adamw, "unit").startswith("lr = 0.001: as Lookahead has it; rows of weights move")
+    assert meaning(around_sgd, "unit") == "lr = 5 is the relative length of a step of a unit"
+    assert meaning(around_adamw, "unit").startswith("lr = 0.001 is Lookahead's, for a row")
     found = mistaken_rate(around_sgd, "unit")
     assert found is not None
     assert found[0] == "large"
     assert "lr = 5 of Lookahead" in found[1]
+    assert found[1].endswith("0.001 to 3. It is the relative length of a step of a unit.")
     assert mistaken_rate(around_sgd, "path") is None
 
 

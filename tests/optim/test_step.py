@@ -185,18 +185,18 @@ def test_the_guard_limits_how_far_a_path_moves_in_one_step() -> None:
     train(module, optimizer, x, y, range(1))
     statistics = optimizer.statistics()
     assert statistics is not None
-    assert statistics.min_beta == 0.5
-    assert statistics.max_beta == 2.0
+    assert statistics.min_path_value == 0.5
+    assert statistics.max_path_value == 2.0
     assert statistics.guarded_paths == 6
     train(module, optimizer, x, y, range(1, 2))
-    assert optimizer.statistics().min_beta >= 0.25
-    assert optimizer.statistics().max_beta <= 4.0
+    assert optimizer.statistics().min_path_value >= 0.25
+    assert optimizer.statistics().max_path_value <= 4.0
     assert optimizer.statistics().guarded_paths > 6
 
     optimizer = path_sgd(free, x, lr=HUGE, wrapper={"max_path_ratio": None})
     train(free, optimizer, x, y, range(1))
-    assert optimizer.statistics().max_beta > 2.0
-    assert optimizer.statistics().min_beta < 0  # the paper's rule lets a path change its sign
+    assert optimizer.statistics().max_path_value > 2.0
+    assert optimizer.statistics().min_path_value < 0  # the paper's rule lets a path change its sign
     assert optimizer.statistics().guarded_paths == 0
 
 
@@ -221,7 +221,7 @@ def test_counts_start_over_at_a_refresh() -> None:
     optimizer.zero_grad()
     optimizer.step()
     assert optimizer.statistics().guarded_paths == 0
-    assert optimizer.statistics().min_beta == optimizer.statistics().max_beta == 1.0
+    assert optimizer.statistics().min_path_value == optimizer.statistics().max_path_value == 1.0
 
 
 @RULES
@@ -314,9 +314,9 @@ def test_gradients_that_are_not_finite_spoil_weights_as_with_the_base_optimizer(
         p.grad = torch.full_like(p, bad)
     optimizer.step()
     statistics = optimizer.statistics()
-    assert math.isfinite(statistics.min_beta)
-    assert math.isfinite(statistics.max_beta)
-    assert statistics.min_beta > 0 or max_path_ratio is None
+    assert math.isfinite(statistics.min_path_value)
+    assert math.isfinite(statistics.max_path_value)
+    assert statistics.min_path_value > 0 or max_path_ratio is None
     skeleton = {*paths.fixed.values(), *paths.out.values()}
     for name, p in module.named_parameters():
         for index in map(tuple, p.isfinite().nonzero().tolist()):
@@ -324,8 +324,8 @@ def test_gradients_that_are_not_finite_spoil_weights_as_with_the_base_optimizer(
     assert not bool(module(x).isfinite().any())
     for step in range(2, 6):  # through a refresh
         train(module, optimizer, x, y, range(step, step + 1))
-        assert math.isfinite(optimizer.statistics().min_beta)
-        assert math.isfinite(optimizer.statistics().max_beta)
+        assert math.isfinite(optimizer.statistics().min_path_value)
+        assert math.isfinite(optimizer.statistics().max_path_value)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -339,7 +339,7 @@ def test_gradients_that_are_not_finite_spoil_weights_with_unit_steps_too(bad: fl
     optimizer.step()
     assert not any(bool(p.isfinite().any()) for p in module.parameters())
     for step in range(2, 6):  # through a refresh
-        assert math.isfinite(optimizer.statistics().clipped)
+        assert math.isfinite(optimizer.statistics().clipped_share)
         train(module, optimizer, x, y, range(step, step + 1))
 
 
@@ -360,5 +360,5 @@ def test_one_gradient_that_is_not_finite_spoils_its_own_weight(bad: float, kind:
     spoilt = {(key, tuple(at)) for key, p in module.named_parameters() for at in (~p.isfinite()).nonzero().tolist()}
     # The path gradients of free skeleton weights further out depend on it.
     assert spoilt - {(name, index)} <= (set() if kind == "ordinary" else {paths.out[unit] for unit in paths.free})
-    assert math.isfinite(optimizer.statistics().min_beta)
-    assert math.isfinite(optimizer.statistics().max_beta)
+    assert math.isfinite(optimizer.statistics().min_path_value)
+    assert math.isfinite(optimizer.statistics().max_path_value)

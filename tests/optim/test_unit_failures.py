@@ -46,7 +46,7 @@ def test_a_zero_last_layer_learns(base: str) -> None:
     x, y = data((6,), 3, regression=False)
     optimizer = unit(module, x, base, refresh_interval=20)
     losses = train(module, optimizer, x, y, range(1))
-    assert optimizer.statistics().clipped == 0
+    assert optimizer.statistics().clipped_share == 0
     assert optimizer.statistics().dormant_units == 16
     losses += train(module, optimizer, x, y, range(1, 80))
     assert optimizer.statistics().dormant_units == 0

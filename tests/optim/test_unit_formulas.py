@@ -56,7 +56,7 @@ def test_some_gradients_of_the_comparison_are_clipped() -> None:
     module, x, y, reference = example("mlp")
     optimizer = unit(module, x, "sgd", refresh_interval=None)
     run_both(module, optimizer, reference, x, y, 10)
-    assert 0.1 < optimizer.statistics().clipped < 0.6
+    assert 0.1 < optimizer.statistics().clipped_share < 0.6
 
 
 @pytest.mark.parametrize("base", ["momentum", "adamw"])

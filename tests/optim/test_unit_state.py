@@ -197,7 +197,7 @@ def test_nothing_is_clipped_under_constant_gradients(dtype: torch.dtype) -> None
     for _ in range(20):
         constant_gradients(module)
         optimizer.step()
-        assert optimizer.statistics().clipped == 0.0
+        assert optimizer.statistics().clipped_share == 0.0
     assert optimizer.statistics().dormant_units == 0
 
 
@@ -207,16 +207,16 @@ def test_the_clipped_share_is_that_of_rows_and_steps() -> None:
     for factor in (4.0, 2.0, 1.0, 10.0):  # at first each is less than the mean so far
         constant_gradients(module, factor)
         optimizer.step()
-    assert optimizer.statistics().clipped == pytest.approx(1 / 4)
+    assert optimizer.statistics().clipped_share == pytest.approx(1 / 4)
     constant_gradients(module, 100.0)
     module[2].weight.grad *= 1e-6
     optimizer.step()
     rows, small = 6 + 6 + 5 + 5 + 3 + 3, 5
-    assert optimizer.statistics().clipped == pytest.approx((2 * rows - small) / (5 * rows))
+    assert optimizer.statistics().clipped_share == pytest.approx((2 * rows - small) / (5 * rows))
     optimizer.refresh()  # the running means go on, and so does the count
     constant_gradients(module, 1e-3)
     optimizer.step()
-    assert optimizer.statistics().clipped == pytest.approx((2 * rows - small) / (6 * rows))
+    assert optimizer.statistics().clipped_share == pytest.approx((2 * rows - small) / (6 * rows))
 
 
 def test_the_clipped_share_of_a_run_is_a_share() -> None:
@@ -224,8 +224,8 @@ def test_the_clipped_share_of_a_run_is_a_share() -> None:
     optimizer = unit(module, x, "momentum", refresh_interval=30)
     for step in range(40):
         train(module, optimizer, x, y, range(step, step + 1))
-        assert 0.0 <= optimizer.statistics().clipped <= 1.0
-    assert optimizer.statistics().clipped > 0.0
+        assert 0.0 <= optimizer.statistics().clipped_share <= 1.0
+    assert optimizer.statistics().clipped_share > 0.0
 
 
 def test_dormant_units_are_counted() -> None:
