@@ -8,6 +8,7 @@ import hashlib
 import os
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -54,7 +55,7 @@ def load() -> Library:
     """Load the library; where that has not been done before, compile it, which takes one or two seconds.
 
     It is kept in ``$XDG_CACHE_HOME/lightning_ecopt``, by default ``~/.cache/lightning_ecopt``, or not at all if that
-    cannot be written.
+    cannot be written, or if another user can write there, too.
 
     Raises:
         OSError: if there is no C compiler, or if it fails.
@@ -76,6 +77,7 @@ def _load() -> Library | OSError:
     try:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning_ecopt"
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _check_owner(cache)
         return _functions(_kept(cache / name, command, flags))
     except (OSError, RuntimeError):
         pass  # no home, a folder that cannot be written, or a library of another system
@@ -84,6 +86,13 @@ def _load() -> Library | OSError:
             return _functions(_compile(Path(folder) / name, command, flags))
     except OSError as error:
         return error
+
+
+def _check_owner(folder: Path) -> None:
+    """Raise unless this user alone can put a library into a folder: what is there is run."""
+    found = folder.stat()
+    if found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise OSError(f"others can write to {folder}")
 
 
 def _kept(path: Path, command: Sequence[str], flags: Sequence[str]) -> Path:

@@ -341,6 +341,21 @@ def test_a_folder_that_cannot_be_written_keeps_nothing(
 
 
 @pytest.mark.compiler
+@pytest.mark.parametrize("other", ["mode", "owner"])
+def test_nothing_is_run_that_another_user_may_have_written(
+    anew: Path, monkeypatch: pytest.MonkeyPatch, other: str
+) -> None:
+    library.load()
+    library._load.cache_clear()
+    if other == "mode":
+        anew.chmod(0o777)
+    else:
+        monkeypatch.setattr(library.os, "geteuid", lambda: anew.stat().st_uid + 1)
+    monkeypatch.setattr(library, "_kept", None)  # is not called
+    library.load()
+
+
+@pytest.mark.compiler
 def test_a_compiler_without_threads_is_good_enough(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "OF_THREADS", ("-fno-such-option", "-fopenmp-simd"))
     assert CompiledKernels().sums_and_squares([torch.ones(2, 3)], ((2, 1),), torch.float32).tolist() == [[3, 3]] * 2
