@@ -22,8 +22,8 @@ from lightning_ecopt.optim.named import AdamWArguments, MuonArguments, Params, S
 from lightning_ecopt.symmetry import DeferredGroup, GroupFromNextCall, ScalingGroup
 from lightning_ecopt.symmetry.equations import Equations
 from lightning_ecopt.symmetry.followers import Followers, Given
+from lightning_ecopt.symmetry.ranks import gather_if_different
 from lightning_ecopt.symmetry.trace import select_parameters, trace_call
-from lightning_ecopt.symmetry.traced_calls import gather_if_different
 
 _Optimizer = TypeVar("_Optimizer", ECSGD, ECAdamW, ECMuon)
 

@@ -106,6 +106,10 @@ class DeferredGroup(ABC):
         """Units (``bool[H]``) that are marked on one of the ranks that train together, which all call it together."""
         return units
 
+    def begin_join(self) -> bool:
+        """Return whether ranks that train together, of which some may have missed steps, are to begin anew."""
+        return False
+
     def look_again(self) -> None:  # noqa: B027
         """Watch one more call: a parameter that no call has used has got a gradient."""
 

@@ -6,7 +6,7 @@ Like :mod:`~.pending`, it traces calls that a training makes anyway.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -19,9 +19,10 @@ from lightning_ecopt.common.sharding import can_be_rescaled
 from lightning_ecopt.symmetry.equations import Equations
 from lightning_ecopt.symmetry.group import ScalingGroup
 from lightning_ecopt.symmetry.isolation import wait_for_calls
+from lightning_ecopt.symmetry.ranks import RanksOf
 from lightning_ecopt.symmetry.threads import is_traced_by
 from lightning_ecopt.symmetry.trace_mode import TraceMode
-from lightning_ecopt.symmetry.traced_calls import Gather, GroupFromCalls, ended, gather_if_different
+from lightning_ecopt.symmetry.traced_calls import Gather, GroupFromCalls, ended
 
 _NO_TASK = -1  # of the autograd engine: no backward pass runs on this thread
 #: After so many calls in a row that use no further parameter, :class:`GroupFromModuleCalls` waits no longer.
@@ -128,16 +129,6 @@ class GroupFromModuleCalls(GroupFromCalls):
             self.cancel()
         return group
 
-    @property
-    def process_group(self) -> Any:
-        """The ranks that train together."""
-        return self.gather.module.process_group if isinstance(self.gather, _RanksOf) else None
-
-    @property
-    def ranks_answer(self) -> bool:
-        """Whether there are ranks that train together, all of which are still training."""
-        return super().ranks_answer and (not isinstance(self.gather, _RanksOf) or not self.gather.may_have_joined)
-
     def replace(self, equations: Equations | None) -> None:
         """Use these equations in place of those of the calls so far, which a new mode adds to."""
         super().replace(equations)
@@ -158,7 +149,7 @@ class GroupFromModuleCalls(GroupFromCalls):
     def look_again(self) -> None:
         """Wait for calls."""
         # Only Lightning's DDP has all that it trains, so that its ranks see the same gradients and ask together.
-        if isinstance(self.gather, _RanksOf) and self.has_ranks:
+        if self._ranks is not None and self.has_ranks:
             return
         self._count = 0
         if self._stop_waiting is None and not self.is_final:
@@ -216,16 +207,14 @@ class GroupFromModuleCalls(GroupFromCalls):
             self._outermost = module
             assert self._closure is not None
             self._closure.name_modules(module)
-            if isinstance(module, DistributedDataParallel) and self.gather is None:
-                self.gather = _RanksOf(module)
+            self.gather = self.gather or RanksOf.calling(module)
 
     def trace_call(self, module: nn.Module, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Return ``call(*args, **kwargs)``, a call of the module, and trace it."""
         if self.skips(module, (args, kwargs)):
             return call(*args, **kwargs)
         mode = self._begin(module)
-        if isinstance(module, DistributedDataParallel) and self.gather is None:
-            self.gather = _RanksOf(module)
+        self.gather = self.gather or RanksOf.calling(module)
         mode.add_copies(self.copies())
         mode.register_inputs(tensors_in((args, kwargs), objects=True))
         self.note_trained()
@@ -252,20 +241,3 @@ class GroupFromModuleCalls(GroupFromCalls):
                 self._named = self._named or self._names(module)
                 self._mode = TraceMode(self._module or module, self._named)
             return self._mode
-
-
-class _RanksOf:
-    """Gathers from the ranks of a module, which copies of it may not have any more."""
-
-    def __init__(self, module: DistributedDataParallel) -> None:
-        self.module = module
-
-    @property
-    def may_have_joined(self) -> bool:
-        """Whether other ranks may have run out of batches already, within ``Join``, and would not answer."""
-        return bool(self.module._join_config.enable)
-
-    def __call__(self, group: ScalingGroup, equations: Equations) -> Sequence[Equations] | None:
-        if self.may_have_joined:
-            return None
-        return gather_if_different(group, equations, process_group=self.module.process_group)
