@@ -1,12 +1,12 @@
-"""What test_nodes runs: two nodes of two processes each; one node is killed in the midst of each run, and comes back.
+"""What test_nodes runs: two nodes of two processes each; one of the nodes is killed, and comes back.
 
-    python -m tests.lightning_integration.node_script FOLDER [NAME ...]
+    python -m tests.lightning_integration.node_script FOLDER NAME
 
-A node is what ``torchrun --nnodes 2 --nproc-per-node 2 --max-restarts N`` starts: an agent, which meets those of other
-nodes and starts workers. Here agents are forked, as imports would take most of the time. The workers train all runs in
-turn. In each run the workers of one node stop between two steps, so that those of the other node wait for them in a
-collective. Then the agent of the node and its workers are killed, and a new agent is started, as a cluster does. The
-agent that is left notices, and both start their workers again. At the end all runs are made once more, without a kill.
+A node is what ``torchrun --nnodes 2 --nproc-per-node 2 --max-restarts 1`` starts: an agent, which meets those of other
+nodes and starts workers. Here agents are forked, as imports would take most of the time. In the midst of the run the
+workers of one node stop between two steps, so that those of the other node wait for them in a collective. Then the
+agent of the node and its workers are killed, and a new agent is started, as a cluster does. The agent that is left
+notices, and both start their workers again. At the end the same run is made without a kill.
 """
 
 from __future__ import annotations
@@ -64,12 +64,8 @@ class Place:
 
     def stop(self, step: int) -> None:
         """Wait to be killed, if it is time and this is the node."""
-        if (
-            self.kills
-            and step == KILLED_AT
-            and os.environ["NODE"] == str(MORTAL)
-            and not (self.folder / "killed").exists()
-        ):
+        is_mortal = self.kills and os.environ["NODE"] == str(MORTAL)
+        if is_mortal and step == KILLED_AT and not (self.folder / "killed").exists():
             (self.folder / f"stopped-{os.environ['LOCAL_RANK']}").touch()
             time.sleep(300)
 
@@ -181,11 +177,10 @@ class Loop:
                 optimizer.step()
                 step += 1
                 place.stop(step)
-                if step % SAVED_EVERY == 0:
+                if step % SAVED_EVERY == 0 and rank == 0:
                     state = {"step": step, "net": net.state_dict(), "optimizer": optimizer.state_dict()}
-                    if rank == 0:
-                        torch.save(state, last.with_suffix(".part"))
-                        last.with_suffix(".part").rename(last)
+                    torch.save(state, last.with_suffix(".part"))
+                    last.with_suffix(".part").rename(last)
         place.leave({"weights": whole(dict(net.named_parameters())), "steps": step})
 
 
@@ -202,13 +197,10 @@ RUNS: dict[str, Fit | Loop] = {
 }
 
 
-def work(folder: Path, kills: bool, names: list[str]) -> None:
-    """What each worker does: all runs that have not ended, with another seed if a run begins again."""
+def work(name: str, place: Place) -> None:
+    """What each worker does; a run begins again with another seed, so that all comes from the checkpoint."""
     torch.set_num_threads(1)
-    for name in names:
-        place = Place(folder / name, kills)
-        if not (place.folder / "end-0.pt").exists():
-            RUNS[name].go(place, seed=9 if (place.folder / "killed").exists() else 0)
+    RUNS[name].go(place, seed=9 if (place.folder / "killed").exists() else 0)
 
 
 # Nodes ----------------------------------------------------------------------------------------------------------------
@@ -216,9 +208,8 @@ def work(folder: Path, kills: bool, names: list[str]) -> None:
 
 def run_agent(number: int, port: int, *arguments: Any) -> None:
     """What the agent of a node does."""
-    # Nodes that meet again write the address of a new store only if they do not share the first one; torch 2.13 lets a
-    # new node wait for it otherwise.
     dynamic_rendezvous.get_method_name = lambda *_: ""  # for logs; it reads all modules, which outlasts a heartbeat
+    # If nodes share the first store, those that meet again do not tell a new one where it is, which waits for that.
     os.environ |= {"NODE": str(number), "GLOO_SOCKET_IFNAME": "lo", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     config = LaunchConfig(
         min_nodes=NODES,
@@ -228,7 +219,7 @@ def run_agent(number: int, port: int, *arguments: Any) -> None:
         rdzv_backend="c10d",
         rdzv_endpoint=f"127.0.0.1:{port}",
         rdzv_configs={"keep_alive_interval": 1, "keep_alive_max_attempt": SILENCE, "is_host": number != MORTAL},
-        max_restarts=len(RUNS),
+        max_restarts=1,
         monitor_interval=0.1,
         start_method="fork",
         local_addr="127.0.0.1",
@@ -256,21 +247,19 @@ class Node:
         self.agent.join()
 
 
-def run_nodes(folder: Path, kills: bool, names: list[str]) -> None:
-    """Train all runs, and kill one node in each of them if so asked."""
-    for name in names:
-        (folder / name).mkdir(parents=True)
+def run_nodes(name: str, place: Place) -> None:
+    """Train, and kill one node in the midst of it if the run is to be killed."""
+    place.folder.mkdir()
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    nodes = [Node(number, port, folder, kills, names) for number in range(NODES)]
+    nodes = [Node(number, port, name, place) for number in range(NODES)]
     try:
         while any(node.agent.is_alive() for node in nodes):
-            for place in (folder / name for name in names):
-                if len(list(place.glob("stopped-*"))) == WORKERS and not (place / "killed").exists():
-                    (place / "killed").touch()
-                    nodes[MORTAL].kill()
-                    nodes[MORTAL] = Node(MORTAL, port, folder, kills, names)
+            if len(list(place.folder.glob("stopped-*"))) == WORKERS and not (place.folder / "killed").exists():
+                (place.folder / "killed").touch()
+                nodes[MORTAL].kill()
+                nodes[MORTAL] = Node(MORTAL, port, name, place)
             time.sleep(0.05)
     finally:
         for node in nodes:
@@ -280,5 +269,5 @@ def run_nodes(folder: Path, kills: bool, names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    for way, is_killed in (("killed", True), ("whole", False)):
-        run_nodes(Path(sys.argv[1]) / way, is_killed, sys.argv[2:] or list(RUNS))
+    for way in ("killed", "whole"):
+        run_nodes(sys.argv[2], Place(Path(sys.argv[1]) / way, kills=way == "killed"))

@@ -11,21 +11,12 @@ import torch
 from tests.lightning_integration.fsdp_script import NO_CALLS
 from tests.lightning_integration.node_script import EPOCHS, KILLED_AT, NODES, RUNS, SAVED_EVERY, WORKERS
 from tests.lightning_integration.runs import TakenUp, differences, launch
-from tests.lightning_integration.test_fsdp_training import distance
-from tests.selection import everything, few
+from tests.selection import few
 
 LAST = KILLED_AT - KILLED_AT % SAVED_EVERY
 #: What the default run trains.
 ALWAYS = ["DDP, SGD, unit"]
 NAMES = [name for name in RUNS if not (NO_CALLS and name.startswith("FSDP2"))]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the processes of all runs have left."""
-    found = tmp_path_factory.mktemp("nodes")
-    launch("node_script", found, *(NAMES if everything() else ALWAYS))
-    return found
 
 
 def ends(folder: Path) -> list[Any]:
@@ -34,8 +25,9 @@ def ends(folder: Path) -> list[Any]:
 
 
 @pytest.mark.parametrize("name", few(NAMES, ALWAYS))
-def test_a_run_of_which_a_node_was_killed_goes_on_to_the_same_end(folder: Path, name: str) -> None:
-    killed, whole = folder / "killed" / name, folder / "whole" / name
+def test_a_run_of_which_a_node_was_killed_goes_on_to_the_same_end(tmp_path: Path, name: str) -> None:
+    launch("node_script", tmp_path, name)
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
     assert (killed / "killed").exists()
     assert (killed / "begins").read_text() == str(LAST)
     assert (whole / "begins").read_text() == "0"
@@ -43,6 +35,6 @@ def test_a_run_of_which_a_node_was_killed_goes_on_to_the_same_end(folder: Path, 
     assert ours[0]["steps"] == theirs[0]["steps"] == EPOCHS * TakenUp.STEPS_PER_EPOCH
     assert all(differences(one, ranks[0]) == [] for ranks in (ours, theirs) for one in ranks)
     if name.startswith("loop"):  # the plain optimizer's differ as much
-        assert distance(ours[0]["weights"], theirs[0]["weights"]) <= 1e-12
+        torch.testing.assert_close(ours[0]["weights"], theirs[0]["weights"], rtol=0, atol=1e-12)
     else:
         assert differences(ours[0], theirs[0]) == []
