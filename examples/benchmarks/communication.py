@@ -36,7 +36,7 @@ from pages import conditions, in_words, table
 from lightning_ecopt import EquivalentClassOptimizer, scaling_group
 
 RANKS = 2
-WIDTHS = (64, 256, 1024)
+WIDTHS = (32, 128, 512)
 #: The last step of an interval does nothing but a step; in those behind its refresh, gradients are looked at, too.
 STEPS, REFRESH = 16, 8
 BASES: dict[str, Callable[[Iterable[Tensor]], Optimizer]] = {

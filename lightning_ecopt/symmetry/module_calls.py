@@ -19,7 +19,6 @@ from lightning_ecopt.common.sharding import can_be_rescaled
 from lightning_ecopt.symmetry.equations import Equations
 from lightning_ecopt.symmetry.group import ScalingGroup
 from lightning_ecopt.symmetry.isolation import wait_for_calls
-from lightning_ecopt.symmetry.ranks import RanksOf
 from lightning_ecopt.symmetry.threads import is_traced_by
 from lightning_ecopt.symmetry.trace_mode import TraceMode
 from lightning_ecopt.symmetry.traced_calls import Gather, GroupFromCalls, ended
@@ -207,14 +206,14 @@ class GroupFromModuleCalls(GroupFromCalls):
             self._outermost = module
             assert self._closure is not None
             self._closure.name_modules(module)
-            self.gather = self.gather or RanksOf.calling(module)
+            self.note_ranks(module)
 
     def trace_call(self, module: nn.Module, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Return ``call(*args, **kwargs)``, a call of the module, and trace it."""
         if self.skips(module, (args, kwargs)):
             return call(*args, **kwargs)
         mode = self._begin(module)
-        self.gather = self.gather or RanksOf.calling(module)
+        self.note_ranks(module)
         mode.add_copies(self.copies())
         mode.register_inputs(tensors_in((args, kwargs), objects=True))
         self.note_trained()

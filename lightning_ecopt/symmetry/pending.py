@@ -18,7 +18,6 @@ from torch._guards import detect_fake_mode
 
 from lightning_ecopt.common.sharding import gathering_modules, is_sharded
 from lightning_ecopt.symmetry.equations import Equations
-from lightning_ecopt.symmetry.ranks import RanksOf
 from lightning_ecopt.symmetry.trace import select_parameters
 from lightning_ecopt.symmetry.trace_mode import TraceMode
 from lightning_ecopt.symmetry.traced_calls import Gather, GroupFromCalls, ended
@@ -146,7 +145,7 @@ class GroupFromNextCall(GroupFromCalls):
 
     def _traced(self, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         self.note_trained()
-        self.gather = self.gather or RanksOf.calling(self.module)
+        self.note_ranks(self.module)
         mode = self._mode = TraceMode(self.module, self._parameters)
         mode.add_copies(self.copies())
         try:

@@ -37,6 +37,11 @@ class RanksOf:
         return self.module.process_group
 
     @property
+    def compresses(self) -> bool:
+        """Whether a communication hook may change gradients, as by rounding them or taking a few of their ranks."""
+        return bool(self.module._comm_hooks)
+
+    @property
     def may_have_joined(self) -> bool:
         """Whether other ranks may have run out of batches already, within ``Join``, and would not answer."""
         return bool(self.module._join_config.enable)

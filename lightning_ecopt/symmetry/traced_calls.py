@@ -60,6 +60,7 @@ class GroupFromCalls(DeferredGroup):
         self._expected: frozenset[str] = frozenset()  # names of what was trained in a run that is resumed
         self.is_provisional = True  # whether no call that trains has been traced, only example inputs if anything
         self.has_ranks = False  # whether others train together with this process
+        self._compresses = False  # whether they do something to gradients on the way
         self._version = self._skipped = 0
 
     @property
@@ -186,6 +187,17 @@ class GroupFromCalls(DeferredGroup):
     def _ranks(self) -> RanksOf | None:
         """The ranks of a module; under a Trainer all ranks train together."""
         return self.gather if isinstance(self.gather, RanksOf) else None
+
+    def note_ranks(self, module: nn.Module) -> None:
+        """Take note of the ranks that make a call of the module, which runs now."""
+        ranks = RanksOf.calling(module)
+        self.gather = self.gather or ranks
+        self._compresses |= ranks is not None and ranks.compresses
+
+    @property
+    def has_exact_gradients(self) -> bool:
+        """Whether gradients are those of the loss, and not compressed by a communication hook."""
+        return not self._compresses
 
     @property
     def ranks_answer(self) -> bool:
