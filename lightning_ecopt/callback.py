@@ -20,7 +20,7 @@ from lightning_ecopt._lightning import (
 from lightning_ecopt.common.sharding import is_sharded
 from lightning_ecopt.common.tensors import listing
 from lightning_ecopt.common.warn import warn
-from lightning_ecopt.configure import find_group, follow_trainer, followers_of
+from lightning_ecopt.configure import check_strategy, find_group, follow_trainer, followers_of
 from lightning_ecopt.kernels.choose import Implementation
 from lightning_ecopt.optim import EquivalentClassOptimizer
 from lightning_ecopt.optim.arguments import check_base
@@ -32,8 +32,6 @@ from lightning_ecopt.steps import RULES
 from lightning_ecopt.symmetry import DeferredGroup, ScalingGroup
 from lightning_ecopt.symmetry.followers import Given, check_given
 from lightning_ecopt.symmetry.report import in_brief, print_report
-
-UNSUPPORTED_STRATEGIES = ("FSDPStrategy", "DeepSpeedStrategy", "XLAFSDPStrategy")
 
 
 class EquivalentClassOptimization(Callback):
@@ -159,13 +157,7 @@ class EquivalentClassOptimization(Callback):
             return
         self._saved, self._finder, self._optimizers, self._reported = {}, None, [], []
         self._watches = None
-        names = {base.__name__ for base in type(trainer.strategy).__mro__}
-        if names & set(UNSUPPORTED_STRATEGIES):
-            raise MisconfigurationException(
-                f"EquivalentClassOptimization does not work with {type(trainer.strategy).__name__}, whose parameters "
-                "have lost their shapes: use one device, strategy='ddp' or ModelParallelStrategy, or remove the "
-                "callback."
-            )
+        check_strategy("EquivalentClassOptimization", trainer, "remove the callback")
         # Ahead of Lightning's tuners, which train on the start of a fit: they are to do it with our optimizers.
         if self._place is None and self in trainer.callbacks:  # type: ignore[attr-defined]
             self._place = trainer.callbacks.index(self)  # type: ignore[attr-defined]

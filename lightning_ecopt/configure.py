@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from typing_extensions import Unpack
 
-from lightning_ecopt._lightning import LightningModule
+from lightning_ecopt._lightning import LightningModule, MisconfigurationException, Trainer
 from lightning_ecopt.common.sharding import is_sharded
 from lightning_ecopt.common.warn import warn
 from lightning_ecopt.optim import ECSGD, ECAdamW, ECMuon, EquivalentClassOptimizer
@@ -22,8 +22,10 @@ from lightning_ecopt.optim.named import AdamWArguments, MuonArguments, Params, S
 from lightning_ecopt.symmetry import DeferredGroup, GroupFromModuleCalls, GroupFromNextCall, ScalingGroup
 from lightning_ecopt.symmetry.equations import Equations
 from lightning_ecopt.symmetry.followers import Followers, Given
+from lightning_ecopt.symmetry.ranks import gather_if_different
 from lightning_ecopt.symmetry.trace import select_parameters, trace_call
-from lightning_ecopt.symmetry.traced_calls import gather_if_different
+
+UNSUPPORTED_STRATEGIES = ("FSDPStrategy", "DeepSpeedStrategy", "XLAFSDPStrategy")
 
 _Optimizer = TypeVar("_Optimizer", ECSGD, ECAdamW, ECMuon)
 
@@ -140,10 +142,30 @@ def _given(module: nn.Module, params: Iterable[Any] | None) -> list[Any]:
 
 
 def _bound(optimizer: _Optimizer, module: nn.Module, followers: Given | None) -> _Optimizer:
+    if isinstance(module, LightningModule) and module._trainer is not None:
+        check_strategy(type(optimizer).__name__, module._trainer, "return a plain optimizer")
     optimizer.bind(partial(find_group, module, followers=followers_of(module)), followers)
     if isinstance(module, LightningModule):
         follow_trainer(optimizer, module)
     return optimizer
+
+
+def check_strategy(what: str, trainer: Trainer, otherwise: str) -> None:
+    """Refuse a strategy that takes parameters apart.
+
+    Args:
+        what: does not work with it.
+        trainer: has the strategy.
+        otherwise: the last way out.
+
+    Raises:
+        MisconfigurationException: with the strategies that work.
+    """
+    if {base.__name__ for base in type(trainer.strategy).__mro__} & set(UNSUPPORTED_STRATEGIES):
+        raise MisconfigurationException(
+            f"{what} does not work with {type(trainer.strategy).__name__}, whose parameters have lost their shapes: "
+            f"use one device, strategy='ddp' or ModelParallelStrategy, or {otherwise}."
+        )
 
 
 def follow_trainer(optimizer: EquivalentClassOptimizer, module: LightningModule) -> None:

@@ -20,7 +20,7 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     **{
         f"{BENCHMARKS}/{name}.md": f"evidence/{name}.md"
-        for name in ("RESULTS", "SETTINGS", "AUTHORS", "STEP_OVERHEAD", "TRACING", "GRADIENT_CHECK")
+        for name in ("RESULTS", "SETTINGS", "AUTHORS", "STEP_OVERHEAD", "TRACING", "GRADIENT_CHECK", "COMMUNICATION")
     },
     **{f"{BENCHMARKS}/{path.name}": f"evidence/{path.name}" for path in sorted((ROOT / BENCHMARKS).glob("*.png"))},
 }

@@ -23,7 +23,8 @@ from lightning_ecopt.optim import checkpoint
 from lightning_ecopt.optim.binding import parameters_of
 from lightning_ecopt.optim.session import Session
 from lightning_ecopt.optim.stages import Idle, Running
-from lightning_ecopt.optim.writers import WRITTEN
+from lightning_ecopt.optim.watching import Watching
+from lightning_ecopt.optim.writers import WRITTEN, Writers
 
 OF_TWO_PHASES = (
     "If it takes an optimizer, turn the two inside out: {name}(model.parameters(), base_optimizer=ECSGD, ...), with "
@@ -60,6 +61,21 @@ def note_weights(session: Session) -> None:
     """Note the weights just after a step."""
     if isinstance(session.stage, Idle | Running) and session.options.representative == "balanced":
         session.writers.note(session.stage, session.steps_since_refresh, session.watching.is_on)
+
+
+# Steps that ranks have missed -----------------------------------------------------------------------------------------
+
+
+def begin_with_others(session: Session) -> None:
+    """Have all ranks begin anew if some may have missed steps, as those without batches in a ``Join`` context have.
+
+    Their weights are the same when a context ends. What earlier steps have told is not: when to refresh, the state of
+    the rule, which units are held fixed. The base's own state is left as it is, as without this package.
+    """
+    if session.binding.deferred.begin_join() and session.group is not None:
+        session.use(session.group)
+        session.watching, session.writers = Watching(), Writers()
+        session.gradient_check.forget()
 
 
 # Steps that pass by ---------------------------------------------------------------------------------------------------

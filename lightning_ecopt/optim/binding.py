@@ -88,6 +88,25 @@ class Binding:
             self.deferred.cancel()
 
 
+def check_not_replaced(before: Sequence[Tensor], now: Sequence[Tensor]) -> None:
+    """Check that DeepSpeed has not put other tensors in the place of an optimizer's parameters.
+
+    Args:
+        before: parameters of the optimizer at the last look.
+        now: those that it has.
+
+    Raises:
+        ValueError: with the ways of training on several devices that work.
+    """
+    kept = {id(p) for p in now}
+    # DeepSpeed leaves these attributes at the parameters: of ZeRO 1 and 2 the first, of ZeRO 3 the second.
+    if any(id(p) not in kept and (hasattr(p, "_hp_mapping") or hasattr(p, "ds_id")) for p in before):
+        raise ValueError(
+            "DeepSpeed has put flat pieces in the place of the optimizer's parameters, which have lost their shapes: "
+            "use DDP or FSDP2 (in Lightning strategy='ddp' or ModelParallelStrategy), or the plain optimizer."
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class Network:
     """What an optimizer knows of its network once the group is known.

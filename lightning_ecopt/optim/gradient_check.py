@@ -132,6 +132,10 @@ class GradientCheck:
         """Whether the gradients of the optimizer's parameters are those of a loss at the weights as they are."""
         return self._was_fresh if self._last is None else self._last.is_over(self.has_zeroed)
 
+    def forget(self) -> None:
+        """Decide from the gradients to come alone."""
+        self._group, self._left, self._is_first = None, LOOKS, True
+
     def look(
         self,
         group: ScalingGroup,

@@ -16,7 +16,15 @@ from lightning_ecopt.kernels import Implementation
 from lightning_ecopt.optim import checkpoint
 from lightning_ecopt.optim.appearance import seen_as
 from lightning_ecopt.optim.arguments import check_base, check_source, check_wrapped
-from lightning_ecopt.optim.between import averaging, count_step, hold_written, note_weights, passing, watch_base
+from lightning_ecopt.optim.between import (
+    averaging,
+    begin_with_others,
+    count_step,
+    hold_written,
+    note_weights,
+    passing,
+    watch_base,
+)
 from lightning_ecopt.optim.binding import Source, find_by_module_calls, trainable_parameters
 from lightning_ecopt.optim.calls import HOOKS, StepCall, or_else
 from lightning_ecopt.optim.following import follow
@@ -202,6 +210,7 @@ class EquivalentClassOptimizer(Optimizer):
         if session.only_makes_state() or not session.find_network():
             session.name_missing()
             return call.step()
+        begin_with_others(session)
         hold_written(session)
         session.expect_unused()
         stage = self._refreshed()

@@ -17,7 +17,15 @@ from lightning_ecopt.common.tensors import in_shared_memory, listing
 from lightning_ecopt.common.warn import warn
 from lightning_ecopt.kernels import choose_kernels
 from lightning_ecopt.optim.bases import momentum_to_mean, step_kinds
-from lightning_ecopt.optim.binding import NO_FREEDOMS, Binding, Network, Source, parameters_of, trainable_parameters
+from lightning_ecopt.optim.binding import (
+    NO_FREEDOMS,
+    Binding,
+    Network,
+    Source,
+    check_not_replaced,
+    parameters_of,
+    trainable_parameters,
+)
 from lightning_ecopt.optim.calls import states_in
 from lightning_ecopt.optim.gradient_check import GradientCheck
 from lightning_ecopt.optim.options import Options, interval_is_over
@@ -152,6 +160,7 @@ class Session:
         if is_known and not has_changed and deferred.version == self._version:
             return True
         if has_changed:
+            check_not_replaced(self.trained, trained)
             self.renew()
             deferred = self.binding.deferred
         found = deferred.settle()
@@ -223,7 +232,7 @@ class Session:
         """Hold units fixed that the gradient shows to change the loss; a refresh is due then."""
         if is_refresh:
             self.watching.note_refresh()
-        if self.options.check == "gradient":
+        if self.options.check == "gradient" and self.binding.deferred.has_exact_gradients:
             look = self.gradient_check.look
             verdict = look(self.network.group, self.binding.deferred, self.trained, is_refresh, self.watching.is_on)
             if verdict is not None:

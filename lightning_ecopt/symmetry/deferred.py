@@ -106,6 +106,15 @@ class DeferredGroup(ABC):
         """Units (``bool[H]``) that are marked on one of the ranks that train together, which all call it together."""
         return units
 
+    @property
+    def has_exact_gradients(self) -> bool:
+        """Whether gradients are those of the loss, as far as is known."""
+        return True
+
+    def begin_join(self) -> bool:
+        """Return whether ranks that train together, of which some may have missed steps, are to begin anew."""
+        return False
+
     def look_again(self) -> None:  # noqa: B027
         """Watch one more call: a parameter that no call has used has got a gradient."""
 

@@ -7,7 +7,7 @@ parameters, which a real call gathers, so that it cannot be watched: each such c
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -24,7 +24,7 @@ from lightning_ecopt.symmetry.isolation import wait_for_calls
 from lightning_ecopt.symmetry.threads import is_traced_by
 from lightning_ecopt.symmetry.trace import all_fixed, trace_call
 from lightning_ecopt.symmetry.trace_mode import TraceMode
-from lightning_ecopt.symmetry.traced_calls import Gather, GroupFromCalls, ended, gather_if_different
+from lightning_ecopt.symmetry.traced_calls import Gather, GroupFromCalls, ended
 
 _NO_TASK = -1  # of the autograd engine: no backward pass runs on this thread
 #: After so many calls in a row that use no further parameter, :class:`GroupFromModuleCalls` waits no longer.
@@ -141,16 +141,6 @@ class GroupFromModuleCalls(GroupFromCalls):
             self.cancel()
         return group
 
-    @property
-    def process_group(self) -> Any:
-        """The ranks that train together."""
-        return self.gather.module.process_group if isinstance(self.gather, _RanksOf) else None
-
-    @property
-    def ranks_answer(self) -> bool:
-        """Whether there are ranks that train together, all of which are still training."""
-        return super().ranks_answer and (not isinstance(self.gather, _RanksOf) or not self.gather.may_have_joined)
-
     def replace(self, equations: Equations | None) -> None:
         """Use these equations in place of those of the calls so far, which a new mode adds to."""
         super().replace(equations)
@@ -171,7 +161,7 @@ class GroupFromModuleCalls(GroupFromCalls):
     def look_again(self) -> None:
         """Wait for calls."""
         # Only Lightning's DDP has all that it trains, so that its ranks see the same gradients and ask together.
-        if isinstance(self.gather, _RanksOf) and self.has_ranks:
+        if self._ranks is not None and self.has_ranks:
             return
         self._count = 0
         if self._stop_waiting is None and not self.is_final:
@@ -235,8 +225,7 @@ class GroupFromModuleCalls(GroupFromCalls):
             self._outermost = module
             assert self._closure is not None
             self._closure.name_modules(module)
-            if isinstance(module, DistributedDataParallel) and self.gather is None:
-                self.gather = _RanksOf(module)
+            self.note_ranks(module)
 
     def trace_call(self, module: nn.Module, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Return ``call(*args, **kwargs)``, a call of the module, and trace it."""
@@ -245,8 +234,7 @@ class GroupFromModuleCalls(GroupFromCalls):
         if self._are_sharded:
             return self._trace_fake(module, call, *args, **kwargs)
         mode = self._begin(module)
-        if isinstance(module, DistributedDataParallel) and self.gather is None:
-            self.gather = _RanksOf(module)
+        self.note_ranks(module)
         mode.add_copies(self.copies())
         mode.register_inputs(tensors_in((args, kwargs), objects=True))
         self.note_trained()
@@ -297,20 +285,3 @@ class GroupFromModuleCalls(GroupFromCalls):
                 self._named = self._named or self._names(module)
                 self._mode = TraceMode(self._module or module, self._named)
             return self._mode
-
-
-class _RanksOf:
-    """Gathers from the ranks of a module, which copies of it may not have any more."""
-
-    def __init__(self, module: DistributedDataParallel) -> None:
-        self.module = module
-
-    @property
-    def may_have_joined(self) -> bool:
-        """Whether other ranks may have run out of batches already, within ``Join``, and would not answer."""
-        return bool(self.module._join_config.enable)
-
-    def __call__(self, group: ScalingGroup, equations: Equations) -> Sequence[Equations] | None:
-        if self.may_have_joined:
-            return None
-        return gather_if_different(group, equations, process_group=self.module.process_group)

@@ -132,6 +132,7 @@ class GroupFromNextCall(GroupFromCalls):
 
     def _traced(self, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         self.note_trained()
+        self.note_ranks(self.module)
         mode = self._mode = TraceMode(self.module, self._parameters)
         mode.add_copies(self.copies())
         try:

@@ -18,6 +18,7 @@ from lightning_ecopt.common.warn import warn
 from lightning_ecopt.symmetry.deferred import DeferredGroup
 from lightning_ecopt.symmetry.equations import Equations
 from lightning_ecopt.symmetry.group import ScalingGroup
+from lightning_ecopt.symmetry.ranks import RanksOf
 from lightning_ecopt.symmetry.saved_equations import packed, unpacked
 from lightning_ecopt.symmetry.scales import Operation
 from lightning_ecopt.symmetry.trace import Copies, all_fixed, hold_results_fixed, solved
@@ -59,6 +60,7 @@ class GroupFromCalls(DeferredGroup):
         self._expected: frozenset[str] = frozenset()  # names of what was trained in a run that is resumed
         self.is_provisional = True  # whether no call that trains has been traced, only example inputs if anything
         self.has_ranks = False  # whether others train together with this process
+        self._compresses = False  # whether they do something to gradients on the way
         self._version = self._skipped = 0
 
     @property
@@ -181,20 +183,36 @@ class GroupFromCalls(DeferredGroup):
         self._version += 1
 
     @property
-    def process_group(self) -> Any:
-        """The ranks that train together, if any do; ``None`` for all."""
-        return None
+    def _ranks(self) -> RanksOf | None:
+        """The ranks of a module; under a Trainer all ranks train together."""
+        return self.gather if isinstance(self.gather, RanksOf) else None
+
+    def note_ranks(self, module: nn.Module) -> None:
+        """Take note of the ranks that make a call of the module, which runs now."""
+        ranks = RanksOf.calling(module)
+        self.gather = self.gather or ranks
+        self._compresses |= ranks is not None and ranks.compresses
+
+    @property
+    def has_exact_gradients(self) -> bool:
+        """Whether gradients are those of the loss, and not compressed by a communication hook."""
+        return not self._compresses
 
     @property
     def ranks_answer(self) -> bool:
         """Whether there are ranks that train together, all of which are still training."""
-        return self.has_ranks
+        return self.has_ranks and (self._ranks is None or not self._ranks.may_have_joined)
+
+    def begin_join(self) -> bool:
+        """Return whether ranks of which some may have missed steps are to begin anew."""
+        return self._ranks is not None and self._ranks.begin_join()
 
     def agreed(self, units: Tensor) -> Tensor:
         """Units that are marked on one of the ranks that train together."""
         if self.ranks_answer:
             marks = units.to(exchange_device(self.parameters.values()), torch.int32)
-            torch.distributed.all_reduce(marks, torch.distributed.ReduceOp.MAX, self.process_group)
+            process_group = None if self._ranks is None else self._ranks.process_group
+            torch.distributed.all_reduce(marks, torch.distributed.ReduceOp.MAX, process_group)
             units = (marks > 0).to(units.device)
         return units
 
@@ -340,24 +358,3 @@ def ended(mode: TraceMode, module: nn.Module, output: Any, name: str, copies: Co
         warn(f"What {type(module).__name__} returns cannot be read, so that all is held fixed: {error!r}")
         mode.hold_all_fixed(name)
     return mode.equations
-
-
-def gather_if_different(group: ScalingGroup, equations: Equations, *, process_group: Any = None) -> Sequence[Equations]:
-    """Gather the equations of all ranks if their groups differ: each would rescale its weights in its own way.
-
-    Args:
-        group: the group that this rank has found.
-        equations: those that it was found from.
-        process_group: the ranks; by default all.
-
-    Returns:
-        Of each rank, in the order of the ranks, with the names that parameters have on this rank; nothing if all ranks
-        have found the same group.
-    """
-    world = torch.distributed.get_world_size(process_group)
-    found: list[Any] = [None] * world
-    torch.distributed.all_gather_object(found, group.fingerprint(), process_group)
-    if len(set(found)) == 1:
-        return []
-    torch.distributed.all_gather_object(found, equations, process_group)
-    return [one.renamed(dict(zip(one.shapes, equations.shapes, strict=True))) for one in found]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_ecopt import EquivalentClassOptimizer, scaling_group
 from tests.lightning_integration.ddp_script import APART, APPROXIMATE, FORKED, RESUMED, SPAWNED, Resumed, cases, normed
-from tests.lightning_integration.join_script import COUNTS
+from tests.lightning_integration.join_script import LOOPS
 from tests.lightning_integration.modules import (
     EXAMPLE,
     EXAMPLES,
@@ -129,7 +129,8 @@ def test_the_step_takes_the_gradients_of_a_communication_hook(two: Path, rule: s
     assert all(int(torch.linalg.matrix_rank(g)) == 1 for step in matrices[2:] for g in step)
 
     net = mlp(seed=0)
-    optimizer = EquivalentClassOptimizer(sgd(net), scaling_group(net, EXAMPLE), rule=rule, refresh_interval=None)
+    group = scaling_group(net, EXAMPLE)  # of which compressed gradients cannot say that it is wrong
+    optimizer = EquivalentClassOptimizer(sgd(net), group, rule=rule, refresh_interval=None, check=None)
     for step, given in enumerate(gradients):
         if step % 4 == 0:
             optimizer.refresh()
@@ -137,6 +138,7 @@ def test_the_step_takes_the_gradients_of_a_communication_hook(two: Path, rule: s
             p.grad = gradient.clone()
         optimizer.step()
     assert same(weights(net), ranks[0]["weights"])
+    assert all(rank["units"] == {32} for rank in ranks)
 
 
 @full
@@ -221,15 +223,30 @@ def test_two_processes_that_are_resumed_end_with_the_same_bits(two: Path, name: 
     assert differences(first, second) == []
 
 
-# Different numbers of batches -----------------------------------------------------------------------------------------
+# Loops of plain torch -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["unit", "path"])
+def looped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder with the results of all loops, and the rule."""
+    folder = tmp_path_factory.mktemp("looped")
+    launch("join_script", folder, request.param)
+    return folder, request.param
 
 
 @full
-@RULES
-def test_a_rank_without_batches_lets_the_others_train(tmp_path: Path, rule: str) -> None:
-    launch("join_script", tmp_path, rule)
-    for name, counts in COUNTS.items():
-        first, second = results(tmp_path, name, 2)
-        assert same(first["weights"], second["weights"])
-        assert not same(first["weights"], weights(mlp(0)))
-        assert [rank["units"] for rank in (first, second)] == [32 if count else 0 for count in counts]
+@pytest.mark.parametrize("name", [name for name, loop in LOOPS.items() if not loop.is_fickle])
+def test_ranks_with_other_numbers_of_batches_train_as_one_process(looped: tuple[Path, str], name: str) -> None:
+    folder, rule = looped
+    first, second = results(folder, name, 2)
+    for ours, others, theirs in zip(first["weights"], second["weights"], LOOPS[name].follow(rule), strict=True):
+        assert same(ours, others)
+        assert distance(ours, theirs) <= 1e-12
+    assert [rank["units"] for rank in (first, second)] == [32 if count else 0 for count in LOOPS[name].counts]
+
+
+@full
+def test_ranks_that_ec_sgd_shows_other_freedoms_settle_on_what_all_leave_free(looped: tuple[Path, str]) -> None:
+    first, second = results(looped[0], "other first calls", 2)
+    assert same(first["weights"][0], second["weights"][0])
+    assert first["units"] == second["units"] == 16

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import LBFGS, SGD
 
-from lightning_ecopt import EquivalentClassOptimizer, ec_sgd, scaling_group
+from lightning_ecopt import ECSGD, EquivalentClassOptimizer, ec_sgd, scaling_group
 from tests.lightning_integration.modules import (
     EXAMPLE,
     EXAMPLES,
@@ -218,6 +218,35 @@ def test_strategies_that_flatten_parameters_are_refused(kind: type) -> None:
     assert is_clean(module)
     for stage in ("validate", "test", "predict"):
         quiet().setup(stub, module, stage)
+
+
+@pytest.mark.parametrize("kind", [FSDPStrategy, DeepSpeedStrategy])
+def test_ec_sgd_refuses_strategies_that_flatten_parameters(kind: type) -> None:
+    module = Classifier(mlp())
+    module._trainer = SimpleNamespace(strategy=object.__new__(kind))
+    match = f"ECSGD does not work with {kind.__name__}, .*strategy='ddp' or ModelParallelStrategy, or return a plain"
+    with pytest.raises(MisconfigurationException, match=match):
+        ec_sgd(module)
+
+
+def in_group(net: nn.Module) -> EquivalentClassOptimizer:
+    return wrapped(net, sgd(net))
+
+
+@pytest.mark.parametrize("mark", ["_hp_mapping", "ds_id"])
+@pytest.mark.parametrize("make", [in_group, ec_sgd, lambda net: ECSGD(net.parameters())])
+def test_pieces_that_deepspeed_puts_in_the_place_of_parameters_are_refused(mark: str, make: Any) -> None:
+    net = mlp()
+    optimizer = make(net)
+    flat = nn.utils.parameters_to_vector(net.parameters()).detach().requires_grad_()
+    for p in net.parameters():
+        setattr(p, mark, None)  # as DeepSpeed does, which steps a piece of all parameters then
+    optimizer.param_groups[0]["params"] = [flat]
+    flat.grad = torch.ones_like(flat)
+    before = flat.detach().clone()
+    with pytest.raises(ValueError, match=r"DeepSpeed has put flat pieces .*: use DDP or FSDP2"):
+        optimizer.step()
+    assert torch.equal(flat, before)
 
 
 def test_a_strategy_that_keeps_the_shapes_of_parameters_is_not_refused() -> None:

@@ -1,0 +1,98 @@
+"""What test_resharding runs: two processes train and leave checkpoints, from which four and then one go on.
+
+python -m tests.lightning_integration.reshard_script FOLDER
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import distributed, multiprocessing
+
+from tests.lightning_integration.fsdp_script import NO_CALLS, whole
+from tests.lightning_integration.fsdp_training_script import adamw, fit, scheduled
+from tests.lightning_integration.modules import quiet
+
+BASES: dict[str, Callable[[Any], Any]] = {"SGD": scheduled, "AdamW": adamw}
+#: The processes that train first, and those that go on.
+FIRST, NEXT = 2, (4, 1)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run in some number of processes.
+
+    Args:
+        is_sharded: whether parameters are (FSDP2), or each process has them all (DDP).
+        rule: of the callback.
+        base: a name in ``BASES``.
+        whole_file: whether a checkpoint is one file, as with DDP, which one process without a strategy can read.
+    """
+
+    is_sharded: bool
+    rule: str
+    base: str
+    whole_file: bool = True
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """How many processes can go on."""
+        return NEXT if self.whole_file else NEXT[:1]
+
+    def train(self, size: int, folder: Path) -> dict[str, Any]:
+        """Train for two epochs and leave checkpoints, or from the one after the first epoch if others have."""
+        first, options = size == FIRST, {}
+        if self.is_sharded:
+            options |= {"processes": size, "whole_file": self.whole_file}
+        elif size > 1:
+            options |= {"strategy": "ddp", "devices": size}
+        saves = [ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)]
+        module, run = fit(
+            quiet(rule=self.rule),
+            *(saves if first else []),
+            configure=BASES[self.base],
+            seed=0 if first else 9,
+            ckpt=None if first else folder / "epoch=0.ckpt",
+            **options,
+        )
+        return {"weights": whole(dict(module.named_parameters())), "steps": run.global_step}
+
+
+RUNS = {
+    **{f"DDP, {base}, {rule}": Run(False, rule, base) for base in BASES for rule in ("unit", "path")},
+    **{f"FSDP2, {base}, folder": Run(True, "unit", base, whole_file=False) for base in BASES},
+    **{f"FSDP2, {base}, file": Run(True, "unit", base) for base in BASES},
+}
+CHOSEN = {name: run for name, run in RUNS.items() if not (NO_CALLS and run.is_sharded)}
+
+
+def main(rank: int, size: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": str(size)}
+    if size > 1:
+        distributed.init_process_group(
+            "gloo", timeout=timedelta(seconds=120), init_method=f"file://{folder}/{size}", rank=rank, world_size=size
+        )
+    chosen = {name: run for name, run in CHOSEN.items() if size in (FIRST, *run.sizes)}
+    found = {name: run.train(size, folder / name) for name, run in chosen.items()}
+    if rank == 0:
+        torch.save(found, folder / f"{size}.pt")
+    if size > 1:
+        distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    for processes in (FIRST, *NEXT):
+        multiprocessing.start_processes(
+            main, args=(processes, Path(sys.argv[1])), nprocs=processes, start_method="fork"
+        )
