@@ -60,16 +60,16 @@ def optimizer_of(group: ScalingGroup, base: str) -> EquivalentClassOptimizer:
 
 
 def train_whole(base: str) -> dict[str, Any]:
-    """The weights after each step, and the gradients, in one process."""
+    """The weights at the end, and the gradients of each step, in one process."""
     module, group = build()
-    optimizer, found = optimizer_of(group, base), {"weights": [], "gradients": []}
+    optimizer, found = optimizer_of(group, base), {"gradients": []}
     for step in range(STEPS):
         optimizer.zero_grad()
         flat_output(module(*inputs(step))).square().mean().backward()
         found["gradients"].append({n: p.grad.clone() for n, p in group.parameters.items() if p.grad is not None})
         optimizer.step()
-        found["weights"].append({name: p.detach().clone() for name, p in group.parameters.items()})
-    return found | {"imbalance": group.imbalance()}
+    weights = {name: p.detach().clone() for name, p in group.parameters.items()}
+    return found | {"weights": weights, "imbalance": group.imbalance()}
 
 
 def placed(tensor: Tensor, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> DTensor:
@@ -98,16 +98,16 @@ def train(layout: str, base: str, gradients: list[dict[str, Tensor]], mesh: Devi
         whole = module.get_parameter(name).detach()
         module.get_submodule(owner)._parameters[own] = nn.Parameter(placed(whole, mesh, how[name]))
     group = group.of(module)
-    optimizer, found = optimizer_of(group, base), {"weights": [], "collectives": []}
+    optimizer, found = optimizer_of(group, base), {"collectives": []}
     for of_step in gradients:
         for name, gradient in of_step.items():
             group.parameters[name].grad = placed(gradient, mesh, how[name])
         with CommDebugMode() as counter:
             optimizer.step()
         found["collectives"].append({str(op): n for op, n in counter.get_comm_counts().items()})
-        found["weights"].append({name: p.full_tensor().detach().clone() for name, p in group.parameters.items()})
-    cut = [local(p) for p in group.parameters.values()]
-    return found | {"imbalance": group.imbalance(), "held": sum(p.numel() for p in cut)}
+    weights = {name: p.full_tensor().detach().clone() for name, p in group.parameters.items()}
+    held = sum(local(p).numel() for p in group.parameters.values())
+    return found | {"weights": weights, "imbalance": group.imbalance(), "held": held}
 
 
 def counted(mesh: DeviceMesh) -> dict[str, Any]:
@@ -187,7 +187,5 @@ def main(rank: int, size: int, folder: Path, whole: dict[str, list[dict[str, Ten
 if __name__ == "__main__":
     torch.set_num_threads(1)  # what is computed before a fork must leave no threads behind
     once = {base: train_whole(base)["gradients"] for base in BASES}
-    for processes in map(int, sys.argv[2:]):
-        multiprocessing.start_processes(
-            main, args=(processes, Path(sys.argv[1]), once), nprocs=processes, start_method="fork"
-        )
+    count = int(sys.argv[2])
+    multiprocessing.start_processes(main, args=(count, Path(sys.argv[1]), once), nprocs=count, start_method="fork")
