@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, multiprocessing, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
-from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -46,7 +45,6 @@ BASES: dict[str, Callable[[Iterable[Tensor]], Optimizer]] = {
 HOOKS: dict[str, Callable[[DistributedDataParallel], object]] = {
     "DDP": lambda module: None,
     "DDP, fp16": lambda module: module.register_comm_hook(None, fp16_compress_hook),
-    "DDP, PowerSGD": lambda module: module.register_comm_hook(PowerSGDState(None, 1, 2), powerSGD_hook),
 }
 STRATEGIES = (*HOOKS, "FSDP2")
 PAGE = """# Bytes that ranks exchange

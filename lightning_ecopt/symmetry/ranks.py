@@ -27,7 +27,7 @@ class RanksOf:
     @classmethod
     def calling(cls, module: nn.Module) -> RanksOf | None:
         """Return the ranks whose call of ``module``, or of what wraps it, runs now; ``None`` if there are none."""
-        active = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
+        active = DistributedDataParallel._get_active_ddp_module()
         called = module if isinstance(module, DistributedDataParallel) else active
         return None if called is None or all(part is not module for part in called.modules()) else cls(called)
 
