@@ -20,6 +20,7 @@ from lightning_ecopt.optim.bases import momentum_to_mean, step_kinds
 from lightning_ecopt.optim.binding import NO_FREEDOMS, Binding, Network, Source, parameters_of, trainable_parameters
 from lightning_ecopt.optim.calls import states_in
 from lightning_ecopt.optim.gradient_check import GradientCheck
+from lightning_ecopt.optim.layer_statistics import Layers
 from lightning_ecopt.optim.options import Options, interval_is_over
 from lightning_ecopt.optim.rates import mistaken_rate
 from lightning_ecopt.optim.stages import Idle, Ready, Resting, Running, Stage, Waiting
@@ -80,6 +81,7 @@ class Session:
         may_have_copies: whether nobody has looked yet for copies of the weights that are trained, too.
         gradient_check: looks for units that may not be rescaled.
         watching: knows which steps behind refreshes are looked at.
+        layers: measures single steps layer by layer.
     """
 
     def __init__(self, base: Optimizer, options: Options, source: Source, followers: Given | None = None) -> None:
@@ -98,6 +100,7 @@ class Session:
         self.writers = Writers()
         self.steps, self.is_resting, self.passed, self.has_told = 0, False, set[str](), False
         self.watching = Watching()
+        self.layers = Layers()
         self._given, self.may_have_copies = followers or {}, True
         self.gradient_check = GradientCheck(trainable_parameters(base))
         self.binding = Binding(base, source, self._given)

@@ -224,6 +224,9 @@ class PathRule:
         low, high = (float(value) for value in self._coordinates.beta[:-1][active].aminmax())
         return PathStatistics(low, high, int(self._guarded), dormant)
 
+    def clipped_rows(self) -> None:
+        """Gradients are not clipped."""
+
     def state_dict(self, entries: StateEntries) -> dict[str, Any]:
         """The skeleton, beta ``[H + 1]``, and the base's state in coordinates, under the key ``moments``."""
         return {

@@ -251,5 +251,8 @@ class Rule(Protocol):
     def statistics(self, dormant: int) -> PathStatistics | UnitStatistics:
         """Whether all is well. Waits for the device."""
 
+    def clipped_rows(self) -> Tensor | None:
+        """The rows whose gradients were clipped in the last step, ``bool[R]``; ``None`` if the rule clips none."""
+
     def state_dict(self, entries: StateEntries) -> dict[str, Any]:
         """What :meth:`resume` needs, with copies of ``entries`` if they are not those of weights."""
