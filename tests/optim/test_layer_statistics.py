@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +16,7 @@ from torch.optim import SGD, AdamW
 from lightning_ecopt import EquivalentClassOptimizer, ScalingGroup, scaling_group
 from tests.lightning_integration.modules import batches, mlp
 from tests.networks import mlp as plain_mlp
-from tests.selection import few
+from tests.selection import few, full
 
 X, Y = batches(1)[0]
 
@@ -168,3 +171,10 @@ def test_a_frozen_layer_is_left_out() -> None:
     optimizer.layers.measure_next()
     optimizer.step()
     assert list(optimizer.layers.statistics()) == ["2", "4"]
+
+
+@full
+def test_ranks_that_share_the_parameters_find_the_same(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.optim.layers_script", str(tmp_path / "meeting")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
