@@ -47,11 +47,11 @@ class MetricOfModels(Metric):
             figure, ax = metric.plot(values)
         """
         pyplot()
-        _, ax = self._plot(val, ax)
+        drawn: Any = self._plot(val, ax)[1]
         if self.plots_logarithms:
-            ax.set_ylim(bottom=0.8 * self.plot_lower_bound, auto=None)
-            ax.set_yscale("log")
-        return ax.figure, ax
+            drawn.set_ylim(bottom=0.8 * (self.plot_lower_bound or 1.0), auto=None)
+            drawn.set_yscale("log")
+        return drawn.figure, drawn
 
 
 class MeanOverUpdates(MetricOfModels):
