@@ -84,6 +84,8 @@ class EquivalentClassOptimization(Callback):
         log: log whether all is well with the logger, as ``ecopt/...``, every ``log_every_n_steps``: the number of
             dormant units, the largest violation of invariance that was found in units that are held fixed since, and
             the share of clipped gradients (unit) or the extremes of beta and the number of guarded paths (path).
+            ``"layers"`` also logs, for each layer, the relative length of the step, the share of clipped gradients and
+            the largest imbalance of its units; in steps that are logged this needs a copy of the weights.
         refresh: an old name of ``refresh_interval``, which goes in version 0.2.
 
     Attributes:
@@ -114,7 +116,7 @@ class EquivalentClassOptimization(Callback):
         implementation: Implementation = "auto",
         followers: Mapping[str, str] | None = None,
         verbose: bool | Literal["table"] = True,
-        log: bool = True,
+        log: bool | Literal["layers"] = True,
         refresh: Literal["epoch", ""] | int | None = "",
     ) -> None:
         if refresh != "":
@@ -138,6 +140,8 @@ class EquivalentClassOptimization(Callback):
             raise ValueError(f"{type(self).__name__}: verbose must be True, False or 'table', not {verbose!r}")
         self._given = followers
         self._verbose = verbose
+        if log not in (True, False, "layers"):
+            raise ValueError(f"log must be True, False or 'layers', got {log!r}")
         self._logs = log  # Lightning puts its own function at `log`
         self._saved: Mapping[str, Any] = {}  # the state that a checkpoint has brought
         self._place: int | None = None  # among the Trainer's callbacks, until it was moved to the front
@@ -237,8 +241,19 @@ class EquivalentClassOptimization(Callback):
             if statistics is not None:
                 values = {f"{prefix}/{name}": float(value) for name, value in vars(statistics).items()}
                 values[f"{prefix}/violation"] = optimizer.violation
+                values |= self._of_layers(optimizer, prefix) if self._logs == "layers" else {}
                 # The batch may be an iterator, whose size Lightning could not tell; for a step it does not matter.
                 pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
+
+    @staticmethod
+    def _of_layers(optimizer: EquivalentClassOptimizer, prefix: str) -> dict[str, float]:
+        """What the last step has done to each layer, if it was measured."""
+        return {
+            f"{prefix}/{name}/{layer}": value
+            for layer, statistics in optimizer.layers.statistics().items()
+            for name, value in vars(statistics).items()
+            if value is not None
+        }
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so if weights move although no step is taken in the equivalent-class space."""
@@ -280,8 +295,15 @@ class EquivalentClassOptimization(Callback):
         self._saved = {}
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Balance before the first gradients are clipped; the first training step has been watched by then."""
-        if trainer.gradient_clip_val is not None and isinstance(optimizer, EquivalentClassOptimizer):
+        """Balance before the first gradients are clipped; the first training step has been watched by then.
+
+        And have the step measured layer by layer if that is to be logged.
+        """
+        if not isinstance(optimizer, EquivalentClassOptimizer):
+            return
+        if self._logs == "layers" and trainer._logger_connector.should_update_logs:
+            optimizer.layers.measure_next()
+        if trainer.gradient_clip_val is not None:
             optimizer.start()
 
     def _report(self) -> None:

@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File, Files
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+from notebooks import converted
+
 ROOT = Path(__file__).parents[2]
-BENCHMARKS = "examples/benchmarks"
+BENCHMARKS, TUTORIALS = "examples/benchmarks", "examples/tutorials"
 #: Files of the repository, and the pages that they become.
 PAGES = {
     "CHANGELOG.md": "changelog.md",
@@ -23,6 +28,7 @@ PAGES = {
         for name in ("RESULTS", "SETTINGS", "AUTHORS", "STEP_OVERHEAD", "TRACING", "GRADIENT_CHECK", "COMMUNICATION")
     },
     **{f"{BENCHMARKS}/{path.name}": f"evidence/{path.name}" for path in sorted((ROOT / BENCHMARKS).glob("*.png"))},
+    **{f"{TUTORIALS}/{path.name}": f"tutorials/{path.stem}.md" for path in sorted((ROOT / TUTORIALS).glob("*.ipynb"))},
 }
 SOURCES = {page: source for source, page in PAGES.items()}
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)\s#]+)")
@@ -31,7 +37,13 @@ LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)\s#]+)")
 def on_files(files: Files, config: Any) -> Files:
     """Add the pages."""
     for source, page in PAGES.items():
-        files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
+        if not source.endswith(".ipynb"):
+            files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
+            continue
+        text, pictures = converted(ROOT / source)
+        files.append(File.generated(config, page, content=text))
+        for name, picture in pictures.items():
+            files.append(File.generated(config, f"tutorials/{name}", content=picture))
     return files
 
 

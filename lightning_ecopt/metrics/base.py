@@ -2,20 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torchmetrics import Metric
 
+from lightning_ecopt.common.plotting import pyplot
+
+if TYPE_CHECKING:
+    from lightning_ecopt.common.plotting import Axes, Picture
+
 #: Of the states. A metric may be moved to any device of the machine, and MPS has no float64.
 DTYPE = torch.float32 if torch.backends.mps.is_available() else torch.float64
 
 
-class MeanOverUpdates(Metric):
+class MetricOfModels(Metric):
+    """A metric of a model, whose values can be drawn."""
+
+    is_differentiable = False
+    full_state_update = False
+    #: Whether the picture has a logarithmic axis: for values that differ by factors.
+    plots_logarithms = False
+
+    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Axes | None = None) -> Picture:
+        """Draw one value as a point, or several, as those of all epochs, as a curve; this needs Matplotlib.
+
+        Args:
+            val: what ``compute`` or ``forward`` has returned, or a list of that; by default ``compute()`` is called.
+            ax: where to draw; by default in a figure of its own.
+
+        Returns:
+            The figure and the axes.
+
+        Raises:
+            ModuleNotFoundError: if Matplotlib is not installed.
+
+        Example::
+
+            values = [metric(group) for group in groups]
+            figure, ax = metric.plot(values)
+        """
+        pyplot()
+        drawn: Any = self._plot(val, ax)[1]
+        if self.plots_logarithms:
+            drawn.set_ylim(bottom=0.8 * (self.plot_lower_bound or 1.0), auto=None)
+            drawn.set_yscale("log")
+        return drawn.figure, drawn
+
+
+class MeanOverUpdates(MetricOfModels):
     """Computes the mean of the numbers that its updates add.
 
     Args:
@@ -25,8 +64,6 @@ class MeanOverUpdates(Metric):
         **kwargs: keyword arguments of :class:`torchmetrics.Metric`.
     """
 
-    is_differentiable = False
-    full_state_update = False
     count: Tensor
 
     def __init__(self, name: str, **kwargs: Any) -> None:

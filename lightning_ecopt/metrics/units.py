@@ -46,6 +46,8 @@ class UnitImbalance(MeanOverUpdates):
     """
 
     higher_is_better = False
+    plot_lower_bound = 1.0
+    plots_logarithms = True
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__("unit_imbalance", **kwargs)
@@ -92,6 +94,7 @@ class EquivalentClassDistance(MeanOverUpdates):
     """
 
     higher_is_better = None
+    plot_lower_bound = 0.0
 
     def __init__(self, relative: bool = True, **kwargs: Any) -> None:
         super().__init__(f"{'relative_' if relative else ''}class_distance", **kwargs)

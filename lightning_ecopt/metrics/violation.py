@@ -6,14 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
-from lightning_ecopt.metrics.base import DTYPE, unobserved
+from lightning_ecopt.metrics.base import DTYPE, MetricOfModels, unobserved
 from lightning_ecopt.symmetry import ScalingGroup
 from lightning_ecopt.symmetry.invariance import told_by
 
 
-class InvarianceViolation(Metric):
+class InvarianceViolation(MetricOfModels):
     """Measures how far a loss is from staying the same when units are rescaled: the largest violation of all updates.
 
     The violation of a unit is ``|Q| / A``: of all that its weights could change the loss by, the share that rescaling
@@ -35,8 +34,7 @@ class InvarianceViolation(Metric):
     """
 
     higher_is_better = False
-    is_differentiable = False
-    full_state_update = False
+    plot_lower_bound = 0.0
     largest_violation: Tensor
 
     def __init__(self, roundoff: float | None = None, **kwargs: Any) -> None:

@@ -28,6 +28,7 @@ from lightning_ecopt.optim.between import (
 from lightning_ecopt.optim.binding import Source, find_by_module_calls, trainable_parameters
 from lightning_ecopt.optim.calls import HOOKS, StepCall, or_else
 from lightning_ecopt.optim.following import follow
+from lightning_ecopt.optim.layer_statistics import Layers
 from lightning_ecopt.optim.options import (
     Check,
     Option,
@@ -219,7 +220,8 @@ class EquivalentClassOptimizer(Optimizer):
         if not isinstance(stage, Running) or all(p.grad is None for p in session.trained):
             return call.step()
         w, g = session.weights(stage.network), session.gradients(stage.network)
-        return stage.stepper.take(w, g, lambda: session.entries_if_averaged(stage.network), call)
+        with session.layers.measured(stage, w):
+            return stage.stepper.take(w, g, lambda: session.entries_if_averaged(stage.network), call)
 
     def _refreshed(self) -> Idle | Running:
         """The stage in which the next step is taken, after a refresh if one is due."""
@@ -336,6 +338,11 @@ class EquivalentClassOptimizer(Optimizer):
     def statistics(self) -> PathStatistics | UnitStatistics | None:
         """Whether all is well; ``None`` before the first step. Waits for the device."""
         return self._session.statistics()
+
+    @property
+    def layers(self) -> Layers:
+        """Measures single steps layer by layer: relative length, clipped gradients, imbalance."""
+        return self._session.layers
 
     # Checkpoints ------------------------------------------------------------------------------------------------------
 

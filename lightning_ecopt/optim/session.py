@@ -28,6 +28,7 @@ from lightning_ecopt.optim.binding import (
 )
 from lightning_ecopt.optim.calls import states_in
 from lightning_ecopt.optim.gradient_check import GradientCheck
+from lightning_ecopt.optim.layer_statistics import Layers
 from lightning_ecopt.optim.options import Options, interval_is_over
 from lightning_ecopt.optim.rates import mistaken_rate
 from lightning_ecopt.optim.stages import Idle, Ready, Resting, Running, Stage, Waiting
@@ -88,6 +89,7 @@ class Session:
         may_have_copies: whether nobody has looked yet for copies of the weights that are trained, too.
         gradient_check: looks for units that may not be rescaled.
         watching: knows which steps behind refreshes are looked at.
+        layers: measures single steps layer by layer.
     """
 
     def __init__(self, base: Optimizer, options: Options, source: Source, followers: Given | None = None) -> None:
@@ -106,6 +108,7 @@ class Session:
         self.writers = Writers()
         self.steps, self.is_resting, self.passed, self.has_told = 0, False, set[str](), False
         self.watching = Watching()
+        self.layers = Layers()
         self._given, self.may_have_copies = followers or {}, True
         self.gradient_check = GradientCheck(trainable_parameters(base))
         self.binding = Binding(base, source, self._given)

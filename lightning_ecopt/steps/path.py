@@ -45,7 +45,7 @@ class PathRule:
     """
 
     name = "path"
-    needs_paths = True
+    needs_paths, is_measured = True, False
 
     @ordinary_tensors()
     def __init__(
@@ -223,6 +223,9 @@ class PathRule:
         active = self._coordinates.skeleton.active.to(self._guarded.device)
         low, high = (float(value) for value in self._coordinates.beta[:-1][active].aminmax())
         return PathStatistics(low, high, int(self._guarded), dormant)
+
+    def clipped_rows(self) -> None:
+        """Gradients are not clipped."""
 
     def state_dict(self, entries: StateEntries) -> dict[str, Any]:
         """The skeleton, beta ``[H + 1]``, and the base's state in coordinates, under the key ``moments``."""

@@ -151,10 +151,12 @@ class Rule(Protocol):
         needs_paths: whether units without paths, in products or powers, are left in weight space; for the report.
         rows: the rows that the rule's vectors run over.
         kernels: make the passes over weights and gradients.
+        is_measured: whether a step keeps what :meth:`clipped_rows` tells.
     """
 
     name: str
     needs_paths: bool
+    is_measured: bool
     rows: Rows
     kernels: Kernels
 
@@ -250,6 +252,13 @@ class Rule(Protocol):
 
     def statistics(self, dormant: int) -> PathStatistics | UnitStatistics:
         """Whether all is well. Waits for the device."""
+
+    def clipped_rows(self) -> Tensor | None:
+        """The rows whose gradients were clipped in the last step, ``bool[R]``, if that was measured.
+
+        Returns:
+            ``None`` if it was not, or the rule clips none.
+        """
 
     def state_dict(self, entries: StateEntries) -> dict[str, Any]:
         """What :meth:`resume` needs, with copies of ``entries`` if they are not those of weights."""

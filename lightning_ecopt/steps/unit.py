@@ -161,9 +161,10 @@ class UnitRule:
             squares, squares if typical is None else self._sums_and_squares(typical)[1]
         )
         self._own = None if self._all_linear else self._own_scale()
-        self._next = (self._second, self._weight, self._clipped)  # taken over when the step succeeds
+        self._factors: Tensor | None = None  # of gradients in the last step, if it is measured
+        self._next = (self._second, self._weight, self._clipped, self._second)  # taken over when the step succeeds
 
-    name, needs_paths = "unit", False
+    name, needs_paths, is_measured = "unit", False, False
 
     @staticmethod
     def usable_units(group: ScalingGroup) -> Tensor:
@@ -291,7 +292,7 @@ class UnitRule:
         found = self.kernels.clipping(
             RowGradients(sums, squares, self._second, self._weight, self._clipped_rows, present, rho)
         )
-        self._next = (found.second, found.weight, self._clipped + found.num_clipped)
+        self._next = (found.second, found.weight, self._clipped + found.num_clipped, found.scale)
         return Reparametrization(self._scale(found.relative, to_step), found.scale, found.shift)
 
     def _scale(self, relative: Tensor | None, to_step: Coefficient) -> Tensor:
@@ -359,7 +360,8 @@ class UnitRule:
 
     def commit(self) -> None:
         """Take over the running second moments of the last step."""
-        self._second, self._weight, self._clipped = self._next
+        self._second, self._weight, self._clipped, factors = self._next
+        self._factors = factors if self.is_measured else None
         self._steps += 1
 
     def to_weight_entries_(self, entries: StateEntries, weights: Tensors) -> None:
@@ -372,6 +374,10 @@ class UnitRule:
     def statistics(self, dormant: int) -> UnitStatistics:
         """The share of gradients that were clipped since the start."""
         return UnitStatistics(int(self._clipped) / max(1, self._steps * len(self._size)), dormant)
+
+    def clipped_rows(self) -> Tensor | None:
+        """The rows whose gradients were clipped in the last step, ``bool[R]``, if that was measured."""
+        return None if self._factors is None else self._factors < 1
 
     def state_dict(self, entries: StateEntries) -> dict[str, Any]:
         """``rho``, ``second``, ``weight`` and, if any are, ``whole``, ``[R]`` all; ``reference`` is rho or |W_1|."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Literal
 
 from lightning_ecopt.symmetry.rules.registry import RULES
+from lightning_ecopt.symmetry.scales import Operation
 
 #: Activations that bend at a point of their own, for which others stand that bend at zero.
 ACTIVATIONS = {
@@ -76,3 +78,38 @@ def is_possible(todo: str) -> bool:
 
 def _is_loss(name: str) -> bool:
     return any(word in name for word in ("loss", "nll", "cross_entropy"))
+
+
+#: Why scales are fixed, in a few words.
+Reason = Literal[
+    "an end: input, output, loss",
+    "a norm: its epsilon does not scale",
+    "an activation that does not bend at zero",
+    "softmax, exp, log or a loss",
+    "what must scale alike, as in sums",
+    "an operation without a rule",
+    "on request, or by a check",
+]
+#: What is held because somebody asked for it, or because training has shown something.
+LATER = {"gradient", "somebody else writes to the weights", "left out by the user", "an unfrozen copy"}
+
+
+def reason(operation: Operation) -> Reason:
+    """Say what kind of operation it is that fixes scales.
+
+    Example::
+
+        reason(Operation("gelu", "blocks.0.act"))  # "an activation that does not bend at zero"
+    """
+    name = operation.name
+    if name in LATER:
+        return "on request, or by a check"
+    if name in {*ENDS, "step", "copies of weights"} or re.split(r"[\[.]", name)[0] in PARTS:
+        return "an end: input, output, loss"
+    if name in NORMS:
+        return "a norm: its epsilon does not scale"
+    if name in ACTIVATIONS:
+        return "an activation that does not bend at zero"
+    if name in SOFT or _is_loss(name):
+        return "softmax, exp, log or a loss"
+    return "what must scale alike, as in sums" if name in RULES else "an operation without a rule"

@@ -110,6 +110,25 @@ def sums_of_squares(squares: Sequence[SquaredWeights], monomials: Monomials, ran
     return here.incoming, here.outgoing
 
 
+def imbalances_of(
+    squares: Sequence[SquaredWeights], monomials: Monomials, alive: Tensor, invariant: Tensor, ranks: Ranks
+) -> Tensor:
+    """Compare the norm of what grows with each unit with that of what shrinks, ``[H]``: 1 at the balanced member.
+
+    Args:
+        squares: of all regions, on this rank.
+        monomials: the scales that the squares refer to.
+        alive: ``bool[H]``; the other units have no balance, and count as balanced.
+        invariant: ``bool[H]``, units of which nothing shrinks: their mean square is compared with 1.
+        ranks: the ranks that hold parts of the weights.
+    """
+    incoming, outgoing = sums_of_squares(squares, monomials, ranks)
+    ratio = torch.where(invariant.to(incoming.device), mean_square(squares, monomials, ranks), incoming / outgoing)
+    ratio = torch.where(alive, ratio, 1.0)
+    undefined = ranks.any_(torch.tensor(not all(are_finite(squares)), device=ratio.device))
+    return torch.where(undefined, torch.nan, torch.maximum(ratio, 1 / ratio)).sqrt()
+
+
 # The minimum ----------------------------------------------------------------------------------------------------------
 
 

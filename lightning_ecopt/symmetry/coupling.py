@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -13,6 +14,8 @@ from typing_extensions import Self
 from lightning_ecopt.common.parts import Part, lengths
 from lightning_ecopt.common.sharding import parts
 from lightning_ecopt.common.tensors import padded, region_of
+from lightning_ecopt.symmetry.labels import compress
+from lightning_ecopt.symmetry.monomials import Monomials
 
 #: Stands in a coupling for "no unit": these elements are not multiplied. As an index it picks the last entry, see
 #: :func:`~lightning_ecopt.common.tensors.padded`.
@@ -133,3 +136,50 @@ def couplings_here(couplings: Iterable[Coupling], parameters: Mapping[str, Tenso
         parameters: by name, sharded or not.
     """
     return [box for coupling in couplings for box in coupling.here(parameters[coupling.parameter])]
+
+
+def fingerprint(couplings: Iterable[Coupling], monomials: Monomials, unseen: Sequence[str]) -> str:
+    """Return a hash that is equal for couplings that rescale parameters of the same names in the same way."""
+    arrays = [monomials.products, monomials.units, monomials.exponents]
+    uses = []
+    for coupling in couplings:
+        uses.append((coupling.parameter, str(coupling.region), coupling.additive))
+        # A side on which nothing changes may be written out or not, whichever way it was found.
+        arrays += [torch.from_numpy(compress(side.cpu().numpy())) for side in (coupling.incoming, coupling.outgoing)]
+    shapes = [tuple(array.shape) for array in arrays]
+    digest = hashlib.sha256(repr((monomials.num_units, uses, shapes, unseen)).encode())
+    for array in arrays:
+        digest.update(array.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def scales_of_parameters(couplings: Iterable[Coupling]) -> dict[str, int]:
+    """Count the scales that multiply or divide elements of each parameter; those without any are left out."""
+    numbers: dict[str, list[Tensor]] = {}
+    for coupling in couplings:
+        numbers.setdefault(coupling.parameter, []).extend([coupling.incoming, coupling.outgoing])
+    counts = {
+        name: int((torch.cat([side.reshape(-1) for side in sides]).unique() != NO_UNIT).sum())
+        for name, sides in numbers.items()
+    }
+    return {name: count for name, count in counts.items() if count}
+
+
+def scale_invariant_units(couplings: Iterable[Coupling], monomials: Monomials) -> Tensor:
+    """Find the units of weights whose length does not matter, ``bool[H]``: they divide nothing, and scale alone."""
+    alone = torch.zeros(monomials.num_scales, dtype=torch.bool, device="cpu")  # scales that some element has alone
+    others = torch.zeros_like(alone)  # scales that divide, or multiply together with another
+    for coupling in couplings:
+        incoming, outgoing = coupling.incoming, coupling.outgoing
+        alone[incoming[(incoming != NO_UNIT) & _any_beside(outgoing == NO_UNIT, incoming)]] = True
+        others[incoming[(incoming != NO_UNIT) & _any_beside(outgoing != NO_UNIT, incoming)]] = True
+        others[outgoing[outgoing != NO_UNIT]] = True
+    return alone[: monomials.num_units] & ~monomials.in_(others) & monomials.simple
+
+
+def _any_beside(marks: Tensor, numbers: Tensor) -> Tensor:
+    """Return for each of the ``numbers`` whether one of the marks that broadcasting pairs it with is set."""
+    for axis, size in enumerate(numbers.shape):
+        if size == 1:
+            marks = marks.any(axis, keepdim=True)
+    return marks.expand_as(numbers)

@@ -122,7 +122,13 @@ def describe_unit(
         couplings: of the group.
         monomials: that the couplings refer to.
         shapes: of the parameters, by name.
+
+    Raises:
+        IndexError: if there is no such unit.
     """
+    if not 0 <= unit < monomials.num_units:
+        numbers = f"units 0 to {monomials.num_units - 1}" if monomials.num_units else "no units"
+        raise IndexError(f"there is no unit {unit}: the group has {numbers}")
     exponents = _exponents(monomials)[:, [unit]].toarray().ravel()  # the last one, for NO_UNIT, is zero
     found: dict[float, list[str]] = defaultdict(list)
     for coupling in couplings:

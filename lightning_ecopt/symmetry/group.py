@@ -17,10 +17,9 @@ usable           ``optimizer.usable_units()``            active; for the rule ``
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -30,19 +29,30 @@ from torch import Tensor, nn
 from lightning_ecopt.common.sharding import Ranks, gathering_modules, local, release
 from lightning_ecopt.common.signals import uninterrupted
 from lightning_ecopt.common.tensors import padded, widest
-from lightning_ecopt.symmetry.balance import alive_units, balancing_scale, mean_square, resolution_of, sums_of_squares
-from lightning_ecopt.symmetry.coupling import NO_UNIT, Coupling, LocalCoupling, couplings_here, sharing_memory
+from lightning_ecopt.symmetry.balance import alive_units, balancing_scale, imbalances_of, mean_square, resolution_of
+from lightning_ecopt.symmetry.coupling import (
+    Coupling,
+    LocalCoupling,
+    couplings_here,
+    fingerprint,
+    scale_invariant_units,
+    scales_of_parameters,
+    sharing_memory,
+)
 from lightning_ecopt.symmetry.derivatives import Derivatives, DerivativeSums, roundoff_of
 from lightning_ecopt.symmetry.describe import UnitSet, describe_unit, sort_units
-from lightning_ecopt.symmetry.labels import compress
+from lightning_ecopt.symmetry.layers import Held, held_also, layers_of, lines_of
 from lightning_ecopt.symmetry.monomials import Monomials
-from lightning_ecopt.symmetry.report import Overview, print_report
+from lightning_ecopt.symmetry.plot import plot_layers
+from lightning_ecopt.symmetry.report import Overview, html_report, print_report
 from lightning_ecopt.symmetry.scales import Operation
 from lightning_ecopt.symmetry.solve import Solution
-from lightning_ecopt.symmetry.squares import SquaredWeights, are_finite, multiply_
+from lightning_ecopt.symmetry.squares import SquaredWeights, multiply_
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from lightning_ecopt.common.plotting import Axes, Picture
 
 
 #: What the report says of units that :meth:`ScalingGroup.without` has left out.
@@ -64,6 +74,7 @@ class ScalingGroup:
         costs: for each operation that fixed scales, how many of them would otherwise have been free.
         unseen: names of parameters that no traced call has used, and no coupling has.
         gathering: modules that gather sharded parameters for their calls.
+        held: for each parameter how many of the values that it leads into each operation holds fixed.
 
     Example::
 
@@ -77,6 +88,7 @@ class ScalingGroup:
     costs: Mapping[Operation, int]
     unseen: tuple[str, ...] = ()
     gathering: Sequence[nn.Module] = ()
+    held: Held = field(default_factory=dict)
 
     @classmethod
     def from_solution(
@@ -84,7 +96,7 @@ class ScalingGroup:
     ) -> ScalingGroup:
         """Make the group of ``parameters`` from the solution of a trace."""
         couplings = sharing_memory(solution.couplings)
-        return cls(parameters, couplings, solution.monomials, Counter(solution.costs), unseen)
+        return cls(parameters, couplings, solution.monomials, Counter(solution.costs), unseen, held=solution.held)
 
     @property
     def num_units(self) -> int:
@@ -157,26 +169,15 @@ class ScalingGroup:
             for each in self.couplings
         )
         costs = Counter(self.costs) + Counter({why: int(units.sum())})
-        return replace(self, couplings=couplings, monomials=monomials, costs=costs)
+        held = held_also(self.held, self.couplings, number, why)
+        return replace(self, couplings=couplings, monomials=monomials, costs=costs, held=held)
 
     def fingerprint(self) -> str:
         """Return a hash that is equal for groups that rescale parameters of the same names in the same way.
 
         Two ranks can compare what they have found, and a checkpoint and the network that it is loaded into.
         """
-        arrays = [self.monomials.products, self.monomials.units, self.monomials.exponents]
-        uses = []
-        for coupling in self.couplings:
-            uses.append((coupling.parameter, str(coupling.region), coupling.additive))
-            # A side on which nothing changes may be written out or not, whichever way it was found.
-            arrays += [
-                torch.from_numpy(compress(side.cpu().numpy())) for side in (coupling.incoming, coupling.outgoing)
-            ]
-        shapes = [tuple(array.shape) for array in arrays]
-        digest = hashlib.sha256(repr((self.num_units, uses, shapes, self.unseen)).encode())
-        for array in arrays:
-            digest.update(array.cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        return fingerprint(self.couplings, self.monomials, self.unseen)
 
     def unit_sets(self) -> list[UnitSet]:
         """Sort the units into sets that couple the same parameters in the same way."""
@@ -189,14 +190,7 @@ class ScalingGroup:
 
     def scales_of_parameters(self) -> dict[str, int]:
         """How many scales multiply or divide elements of each parameter; those without any are left out."""
-        numbers: dict[str, list[Tensor]] = {}
-        for coupling in self.couplings:
-            numbers.setdefault(coupling.parameter, []).extend([coupling.incoming, coupling.outgoing])
-        counts = {
-            name: int((torch.cat([side.reshape(-1) for side in sides]).unique() != NO_UNIT).sum())
-            for name, sides in numbers.items()
-        }
-        return {name: count for name, count in counts.items() if count}
+        return scales_of_parameters(self.couplings)
 
     def summary(self, console: Console | None = None) -> None:
         """Print what the freedoms are: the units, set by set, the dimensions, and which operations cost freedoms.
@@ -218,16 +212,38 @@ class ScalingGroup:
         simple, sets = self.monomials.simple.cpu(), self.unit_sets()
         return Overview(self.num_parameters, sets, self.costs, self.unseen, simple, used, needs_paths, followers)
 
+    def _repr_html_(self) -> str:
+        """The report, in a notebook."""
+        return html_report(self.overview())
+
+    def plot(self, ax: Axes | None = None) -> Picture:
+        """Draw a map of the units through the layers: a bar for each layer, a line for each set of units.
+
+        A bar says how many of the values that a layer leads into are free, and what holds the others fixed. A line
+        joins the layers that its units scale, with their number beside it. Layers have the order of the module.
+
+        Args:
+            ax: where to draw; by default in a figure of its own, as large as the network needs.
+
+        Raises:
+            ModuleNotFoundError: if Matplotlib is not installed.
+
+        Example::
+
+            figure, ax = scaling_group(model, x).plot()
+            figure.savefig("freedoms.png", bbox_inches="tight")
+        """
+        layers = layers_of(self.parameters, self.couplings, self.held)
+        title = f"H = {self.num_units:,} freedoms of m = {self.num_parameters:,} parameters"
+        return plot_layers(layers, lines_of(self.unit_sets(), layers), title, ax)
+
     def describe(self, unit: int) -> str:
-        """Describe one unit in words: the elements that it multiplies, as index expressions, and the power of ``c``.
+        """Describe one unit in words: ``Unit 5: c multiplies conv.weight[5], conv.bias[5]; 1/c multiplies ...``.
 
         If an element is named twice, in a row and in a column of one weight, both factors apply.
 
         Args:
             unit: its number, from 0 to H - 1.
-
-        Returns:
-            One line, such as ``Unit 5: c multiplies conv.weight[5], conv.bias[5]; 1/c multiplies head.weight[:, 5]``.
 
         Raises:
             IndexError: if there is no such unit; negative numbers do not count from the end.
@@ -236,9 +252,6 @@ class ScalingGroup:
 
             print(scaling_group(model, x).describe(5))
         """
-        if not 0 <= unit < self.num_units:
-            numbers = f"units 0 to {self.num_units - 1}" if self.num_units else "no units"
-            raise IndexError(f"there is no unit {unit}: the group has {numbers}")
         shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
         return describe_unit(unit, self.couplings, self.monomials, shapes)
 
@@ -302,16 +315,7 @@ class ScalingGroup:
         Such a unit divides nothing, and nothing else scales its weights: with one side only, it has no balance.
         Balancing gives its rows a mean sum of squares of one.
         """
-        alone = torch.zeros(
-            self.monomials.num_scales, dtype=torch.bool, device="cpu"
-        )  # scales that some element has alone
-        others = torch.zeros_like(alone)  # scales that divide, or multiply together with another
-        for coupling in self.couplings:
-            incoming, outgoing = coupling.incoming, coupling.outgoing
-            alone[incoming[(incoming != NO_UNIT) & _any_beside(outgoing == NO_UNIT, incoming)]] = True
-            others[incoming[(incoming != NO_UNIT) & _any_beside(outgoing != NO_UNIT, incoming)]] = True
-            others[outgoing[outgoing != NO_UNIT]] = True
-        return alone[: self.num_units] & ~self.monomials.in_(others) & self.monomials.simple
+        return scale_invariant_units(self.couplings, self.monomials)
 
     @torch.no_grad()
     def alive(self) -> Tensor:
@@ -362,21 +366,22 @@ class ScalingGroup:
         return log_scale
 
     @torch.no_grad()
-    def imbalance(self) -> Tensor:
-        """Measure how far the parameters are from the balanced member: a scalar, 1 there.
+    def imbalances(self) -> Tensor:
+        """Measure how far each unit is from the balanced member, ``[H]``: 1 there, NaN if a weight is not finite.
 
         The formula is that of :class:`lightning_ecopt.UnitImbalance`. If parameters are sharded, call it on all ranks.
         """
         ranks = Ranks(self.parameters)
         squares = self.squares(ranks)
         if not squares:
-            return torch.ones((), dtype=torch.double, device="cpu")
-        incoming, outgoing = sums_of_squares(squares, self.monomials, ranks)
-        invariant = self.scale_invariant.to(incoming.device)
-        ratio = torch.where(invariant, mean_square(squares, self.monomials, ranks), incoming / outgoing)
-        ratio = torch.where(self._alive(squares, ranks), ratio, 1.0)
-        undefined = ranks.any_(torch.tensor(not all(are_finite(squares)), device=ratio.device))
-        return torch.where(undefined, torch.nan, torch.maximum(ratio, 1 / ratio).amax().sqrt())
+            return torch.ones(self.num_units, dtype=torch.double, device="cpu")
+        alive, invariant = self._alive(squares, ranks), self.scale_invariant
+        return imbalances_of(squares, self.monomials, alive, invariant, ranks)
+
+    def imbalance(self) -> Tensor:
+        """The largest of the :meth:`imbalances`, a scalar; 1 if there are no units."""
+        each = self.imbalances()
+        return each.amax() if len(each) else each.new_ones(())
 
     @torch.no_grad()
     def derivatives(
@@ -429,11 +434,3 @@ class ScalingGroup:
             device = local(next(iter(self.parameters.values()))).device
             squares.append(SquaredWeights.nothing(widest(device), device))
         return squares
-
-
-def _any_beside(marks: Tensor, numbers: Tensor) -> Tensor:
-    """Return for each of the ``numbers`` whether one of the marks that broadcasting pairs it with is set."""
-    for axis, size in enumerate(numbers.shape):
-        if size == 1:
-            marks = marks.any(axis, keepdim=True)
-    return marks.expand_as(numbers)

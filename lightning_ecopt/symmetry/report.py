@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import TYPE_CHECKING
 
 import torch
@@ -136,6 +137,30 @@ def print_report(overview: Overview, console: Console | None = None) -> None:
     from rich import console as rich_console
 
     (console or rich_console.Console()).print(rich_console.Group(*_parts(overview)))
+
+
+def html_report(overview: Overview) -> str:
+    """Return the same parts as HTML: what a notebook shows of a group."""
+    from rich.table import Table
+    from rich.text import Text
+
+    parts = []
+    for part in _parts(overview):
+        if isinstance(part, Table):
+            parts.append(_html_table(part))
+        elif isinstance(part, Text):
+            parts.append(f"<p>{escape(part.plain)}</p>")
+    return f"<div>{''.join(parts)}</div>"
+
+
+def _html_table(table: Table) -> str:
+    columns = [[str(cell) for cell in column.cells] for column in table.columns]
+    rows = [[str(column.header) for column in table.columns], *zip(*columns, strict=True)]
+    cells = (
+        "".join(f"<{kind} style='text-align: left'>{escape(cell).replace(chr(10), '<br>')}</{kind}>" for cell in row)
+        for kind, row in zip(["th", *["td"] * len(rows)], rows, strict=False)
+    )
+    return f"<table><caption>{escape(str(table.title))}</caption>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
 
 
 def _parts(overview: Overview) -> list[RenderableType]:

@@ -7,7 +7,7 @@ products, are solved by elimination, exactly. The unknowns that remain free are 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -34,11 +34,13 @@ class Solution:
         monomials: the scales that the couplings refer to.
         costs: for each operation that fixed scales the number of freedoms lost to it. If two operations fix the same
             scale, the first is charged.
+        held: for each parameter that leads into values that are held fixed how many of them each operation holds.
     """
 
     couplings: list[Coupling]
     monomials: Monomials
     costs: Counter[Operation]
+    held: dict[str, Counter[Operation]]
 
 
 def solve(equations: Equations, trained: Collection[str] | None = None) -> Solution:
@@ -59,7 +61,7 @@ def solve(equations: Equations, trained: Collection[str] | None = None) -> Solut
     uses, agreements = _used_regions(equations, names)
     agreements += _frozen_sides(equations, names)
     _merge_equalities(unknowns, [*equations.equalities, *agreements])
-    costs = _charge_fixings(unknowns, equations)
+    costs, charged = _charge_fixings(unknowns, equations)
     of_name: dict[str, list[Use]] = {name: [] for name in names}
     for name, use in uses:
         of_name[name].append(use)
@@ -68,6 +70,7 @@ def solve(equations: Equations, trained: Collection[str] | None = None) -> Solut
         for name, own in of_name.items()
         for use in [*own, *_left_out(own, equations.shapes[name], unknowns)]
     ]
+    held = _held(uses, unknowns.number, charged, list(costs))
     labels = [np.where(ids == ZERO, FIXED, ids) for _, use in uses for ids in (use.incoming, use.outgoing)]
     visible = np.unique(np.concatenate([ids.ravel() for ids in labels])) if labels else np.empty(0, np.int64)
     powers = _eliminate_products(unknowns, equations, visible)
@@ -80,7 +83,7 @@ def solve(equations: Equations, trained: Collection[str] | None = None) -> Solut
         Coupling(name, use.region, _unit_numbers(number[incoming]), _unit_numbers(number[outgoing]), use.additive)
         for (name, use), incoming, outgoing in zip(uses, codes[::2], codes[1::2], strict=True)
     ]
-    return Solution(couplings, monomials, costs)
+    return Solution(couplings, monomials, costs, held)
 
 
 # From scales to unknowns ----------------------------------------------------------------------------------------------
@@ -124,16 +127,46 @@ def _one_of(ids: IntArray, other: IntArray) -> IntArray:
     return ids.max(axis=tuple(axis for axis, size in enumerate(other.shape) if size == 1), keepdims=True)
 
 
-def _charge_fixings(unknowns: Unknowns, equations: Equations) -> Counter[Operation]:
-    """Fix what operations hold fixed, in the order of the call, and count for each what was still free before."""
+def _charge_fixings(unknowns: Unknowns, equations: Equations) -> tuple[Counter[Operation], IntArray]:
+    """Fix what operations hold fixed, in the order of the call.
+
+    Returns:
+        For each operation the number of unknowns that were still free before; and for each unknown the number of the
+        operation among them, -1 if there is none, ``int[N]``.
+    """
     costs: Counter[Operation] = Counter()
+    charged = np.full(len(unknowns.fixed), -1)
     for operation, ids in equations.fixings:
         lost = np.unique(unknowns.number[ids[ids > FIXED]])
         lost = lost[~unknowns.fixed[lost]]
         unknowns.fixed[lost] = True
         if len(lost):
             costs[operation] += len(lost)
-    return costs
+            charged[lost] = list(costs).index(operation)
+    return costs, charged
+
+
+def _held(
+    uses: Iterable[tuple[str, Use]], number: IntArray, charged: IntArray, operations: Sequence[Operation]
+) -> dict[str, Counter[Operation]]:
+    """Count for each parameter the values that it leads into and that an operation holds fixed, by operation.
+
+    Args:
+        uses: of the parameters.
+        number: by scale, its unknown.
+        charged: by unknown, the number of the operation that has fixed it, or -1.
+        operations: by that number.
+    """
+    into: dict[str, list[IntArray]] = {}
+    for name, use in uses:
+        into.setdefault(name, []).append(number[use.incoming[use.incoming > FIXED]])
+    held = {}
+    for name, unknowns in into.items():
+        by = charged[np.unique(np.concatenate(unknowns))]
+        found = np.unique(by[by >= 0], return_counts=True)
+        if len(found[0]):
+            held[name] = Counter({operations[at]: int(count) for at, count in zip(*found, strict=True)})
+    return held
 
 
 def _eliminate_products(unknowns: Unknowns, equations: Equations, visible: IntArray) -> dict[int, Powers]:

@@ -1,0 +1,76 @@
+"""The notebooks run as they stand, and what is kept of them can be read on a page."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.selection import full
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "examples" / "tutorials").glob("*.ipynb"))
+#: What a notebook needs beyond the extras for tests.
+NEEDS = {"3_gpt_hugging_face": ("transformers", "accelerate")}
+MOST_BYTES = 200_000
+EACH = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def cells(path: Path) -> list[dict[str, Any]]:
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    assert notebook["nbformat"] == 4
+    return notebook["cells"]
+
+
+def test_there_are_five() -> None:
+    assert len(NOTEBOOKS) == 5
+
+
+@EACH
+def test_a_notebook_is_kept_with_its_output(path: Path) -> None:
+    assert path.stat().st_size < MOST_BYTES
+    code = [cell for cell in cells(path) if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert not [output for output in outputs if output["output_type"] == "error" or output.get("name") == "stderr"]
+    assert [output for output in outputs if "image/png" in output.get("data", {})]
+    assert str(ROOT) not in path.read_text(encoding="utf-8")
+
+
+@EACH
+def test_the_words_of_a_notebook(path: Path) -> None:
+    words = ["".join(cell["source"]) for cell in cells(path) if cell["cell_type"] == "markdown"]
+    assert words[0].startswith("# ")
+    assert "downloads nothing" in words[0]
+    assert words[-1].startswith(("## Where to read on", "## What it means")) or "## Where to read on" in words[-1]
+    for target in re.findall(r"\]\(((?:\.\.?/)[^)#\s]+)", "\n".join(words)):
+        assert (path.parent / target).resolve().exists(), target
+
+
+def test_all_notebooks_are_listed() -> None:
+    names = {path.stem for path in NOTEBOOKS}
+    page, navigation = ((ROOT / name).read_text() for name in ("docs/tutorials.md", "mkdocs.yml"))
+    assert set(re.findall(r"examples/tutorials/(\w+)\.ipynb", page)) >= names
+    assert set(re.findall(r"tutorials/(\w+)\.md", navigation)) >= names
+    assert "docs/tutorials.md" in (ROOT / "README.md").read_text()
+
+
+@full
+@EACH
+def test_a_notebook_runs(path: Path, tmp_path: Path) -> None:
+    for module in NEEDS.get(path.stem, ()):
+        pytest.importorskip(module)
+    code = ["".join(cell["source"]) for cell in cells(path) if cell["cell_type"] == "code"]
+    (tmp_path / "notebook.py").write_text("\n\n".join(code))
+    environment = os.environ | {"MPLBACKEND": "Agg", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    done = subprocess.run(
+        [sys.executable, "notebook.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
