@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -59,6 +60,20 @@ def test_all_notebooks_are_listed() -> None:
     assert set(re.findall(r"examples/tutorials/(\w+)\.ipynb", page)) >= names
     assert set(re.findall(r"tutorials/(\w+)\.md", navigation)) >= names
     assert "docs/tutorials.md" in (ROOT / "README.md").read_text()
+
+
+@EACH
+def test_a_page_has_what_the_notebook_has(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "docs" / "hooks")
+    text, pictures = importlib.import_module("notebooks").converted(path)
+    outputs = [output for cell in cells(path) for output in cell.get("outputs", [])]
+    assert len(pictures) == sum("image/png" in output.get("data", {}) for output in outputs)
+    assert all(picture.startswith(b"\x89PNG") for picture in pictures.values())
+    assert re.findall(r"^!\[picture\]\((.+)\)$", text, flags=re.MULTILINE) == list(pictures)
+    for cell in cells(path):
+        assert "".join(cell["source"]) in text
+    for output in outputs:
+        assert "".join(output.get("text", "")).strip() in text
 
 
 @full
