@@ -30,16 +30,18 @@ def rotated(x: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Knows the width of a head but not how many of them a rank has."""
+    """Knows the width of a head; how many of them a rank has only if somebody sets ``heads``."""
 
     def __init__(self, bias: bool, rotary: bool) -> None:
         super().__init__()
         self.q, self.v, self.o = (nn.Linear(WIDTH, WIDTH, bias=bias) for _ in range(3))
         self.k = nn.Linear(WIDTH, WIDTH, bias=False)  # a bias would have no gradient but rounding
-        self.rotary = rotary
+        self.rotary, self.heads = rotary, -1
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (of(x).view(*x.shape[:2], -1, WIDTH // HEADS).transpose(1, 2) for of in (self.q, self.k, self.v))
+        q, k, v = (
+            of(x).view(*x.shape[:2], self.heads, WIDTH // HEADS).transpose(1, 2) for of in (self.q, self.k, self.v)
+        )
         if self.rotary:
             q, k = rotated(q), rotated(k)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)

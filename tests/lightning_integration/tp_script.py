@@ -23,12 +23,13 @@ from torch.distributed.tensor.parallel import loss_parallel
 from torch.nn import functional as F
 from torch.optim import SGD, AdamW
 
-from lightning_ecopt import EquivalentClassOptimizer, ec_adamw, ec_sgd
-from tests.lightning_integration.decoders import LENGTH, WORDS, Decoder, split_
+from lightning_ecopt import EquivalentClassOptimizer, ec_adamw, ec_sgd, scaling_group
+from lightning_ecopt.common.sharding import local
+from tests.lightning_integration.decoders import HEADS, LENGTH, WORDS, Decoder, split_
 from tests.lightning_integration.fsdp_script import whole
 from tests.lightning_integration.modules import quiet, trainer
 
-STEPS = 5
+STEPS = 4
 MESHES = {"tensors": (1, 2), "both": (2, 2)}  # data parallel, tensor parallel
 DIMENSIONS = ("data_parallel", "tensor_parallel")
 
@@ -75,6 +76,7 @@ CASES = {
     "EC-AdamW": Case(lambda net: ec_adamw(net, lr=0.01, refresh_interval=2), rotary=False, clip=0.3),
     "without a module": Case(lambda net: EquivalentClassOptimizer(base_sgd(net), refresh_interval=2), rotary=False),
     "after plain steps": Case(lambda net: EquivalentClassOptimizer(base_sgd(net), refresh_interval=2), plain=2),
+    "wrapped": Case(lambda net: ec_adamw(net, lr=0.01, refresh_interval=2, implementation="wrapped")),
     "plain norms": Case(lambda net: ec_adamw(net, lr=0.01, refresh_interval=2), how={"sequence": False}),
     "loss in parallel": Case(
         lambda net: ec_sgd(net, lr=0.03, momentum=0.9, refresh_interval=2), False, {"by_width": True, "losses": True}
@@ -82,29 +84,67 @@ CASES = {
 }
 
 
-def trained(name: str, mesh: DeviceMesh | None = None) -> dict[str, Any]:
-    """Train a case, in one process or in several, and count what these exchange in a step."""
-    case, net = CASES[name], decoder(CASES[name].rotary)
-    place = (0, 1)
+#: Of these with four processes.
+IN_FOUR = ("EC-SGD", "EC-AdamW", "plain norms")
+
+
+def take_steps(net: Decoder, optimizer: Any, case: Case, mesh: DeviceMesh | None) -> list[dict[str, int]]:
+    """Train, and count what processes exchange in each step of the optimizer."""
+    place, found = (0, 1), []
     if mesh is not None:
-        split_(net, mesh, **case.how)
         place = mesh["data_parallel"].get_local_rank(), mesh["data_parallel"].size()
-    optimizer = case.make(net)
-    found: dict[str, Any] = {"collectives": []}
     for step in range(STEPS):
         words, following = sentences(step, *place)
         optimizer.zero_grad()
         with loss_parallel():
             F.cross_entropy(net(words).flatten(0, 1), following.flatten()).backward()
-        stepper = optimizer.optimizer if step < case.plain else optimizer
         if case.clip is not None:
             optimizer.start()
             torch.nn.utils.clip_grad_norm_(net.parameters(), case.clip)
         with CommDebugMode() as counter:
-            stepper.step()
-        found["collectives"].append({str(op): n for op, n in counter.get_comm_counts().items()})
-    held = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in net.parameters())
-    return found | {"weights": whole(dict(net.named_parameters())), "units": optimizer.group.num_units, "held": held}
+            (optimizer.optimizer if step < case.plain else optimizer).step()
+        found.append({str(op): n for op, n in counter.get_comm_counts().items()})
+    return found
+
+
+def trained(name: str, mesh: DeviceMesh | None = None) -> dict[str, Any]:
+    """Train a case, in one process or in several."""
+    case = CASES[name]
+    net = decoder(case.rotary)
+    if mesh is not None:
+        split_(net, mesh, **case.how)
+    optimizer = case.make(net)
+    found = {"collectives": take_steps(net, optimizer, case, mesh), "units": optimizer.group.num_units}
+    return found | {
+        "weights": whole(dict(net.named_parameters())),
+        "held": sum(local(p).numel() for p in net.parameters()),
+    }
+
+
+def counted_heads(how: str, mesh: DeviceMesh | None = None) -> dict[str, Any]:
+    """Train a decoder that is told how many heads a rank has.
+
+    Args:
+        how: ``"before"`` takes a group that was traced before the decoder was split, ``"after"`` finds it by calls, and
+            ``"plain"`` takes none.
+        mesh: the mesh, if there is one.
+    """
+    net = decoder(rotary=False)
+    for block in net.blocks:
+        block.attention.heads = HEADS
+    group = scaling_group(net, sentences(0)[0])
+    if mesh is not None:
+        split_(net, mesh)
+        for block in net.blocks:
+            block.attention.heads //= mesh["tensor_parallel"].size()
+    optimizer: Any = base_sgd(net)
+    if how != "plain":
+        optimizer = EquivalentClassOptimizer(optimizer, group.of(net) if how == "before" else None, refresh_interval=2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        take_steps(net, optimizer, Case(base_sgd), mesh)
+    said = [str(warning.message) for warning in caught]
+    return {"weights": whole(dict(net.named_parameters())), "said": [text for text in said if "held fixed" in text]}
 
 
 def without_sequence_clipped(mesh: DeviceMesh) -> list[str]:
@@ -254,26 +294,35 @@ def in_four(name: str, folder: Path) -> dict[str, Any]:
     return fit(name, (2, 2), 3, folder / "moving" / "epoch=1.ckpt", folder / "moving", whole_file=True, seed=9)
 
 
-def main(rank: int, size: int, folder: Path, few: bool) -> None:
+def run_part(part: str, size: int, folder: Path) -> dict[str, Any]:
+    """The results of ``"few"`` or ``"loops"``, or of a run of a Trainer."""
+    if part in RUNS:
+        return (in_two if size == 2 else in_four)(part, folder)
+    shape = next(shape for shape in MESHES.values() if shape[0] * shape[1] == size)
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=DIMENSIONS)
+    if part == "few":
+        return {"EC-SGD": trained("EC-SGD", mesh)}
+    found: dict[str, Any] = {name: trained(name, mesh) for name in (CASES if size == 2 else IN_FOUR)}
+    if size == 2:
+        found["heads"] = {how: counted_heads(how, mesh) for how in ("before", "after", "plain")}
+        found["clipped"] = without_sequence_clipped(mesh)
+    return found
+
+
+def main(rank: int, size: int, folder: Path, part: str) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     distributed.init_process_group(
         "gloo", timeout=timedelta(seconds=120), init_method=f"file://{folder}/{size}", rank=rank, world_size=size
     )
-    shape = next(shape for shape in MESHES.values() if shape[0] * shape[1] == size)
-    mesh = init_device_mesh("cpu", shape, mesh_dim_names=DIMENSIONS)
-    found: dict[str, Any] = {"trained": {name: trained(name, mesh) for name in (["EC-SGD"] if few else CASES)}}
-    if not few:
-        os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": str(size)}
-        found["fits"] = {name: (in_two if size == 2 else in_four)(name, folder / name) for name in RUNS}
-        found["clipped"] = without_sequence_clipped(mesh) if size == 2 else []
-    torch.save(found, folder / f"{size}-{rank}.pt")
+    os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": str(size)}
+    torch.save(run_part(part, size, folder), folder / f"{size}-{rank}.pt")
     distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    only = len(sys.argv) > 2
-    for processes in (2,) if only else (2, 4):
+    where, what = sys.argv[1:]
+    for processes in (2,) if what == "few" else (2, 4):
         multiprocessing.start_processes(
-            main, args=(processes, Path(sys.argv[1]), only), nprocs=processes, start_method="fork"
+            main, args=(processes, Path(where), what), nprocs=processes, start_method="fork"
         )
