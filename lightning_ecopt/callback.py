@@ -11,16 +11,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_ecopt._lightning import (
-    Callback,
     LightningModule,
     MisconfigurationException,
     Trainer,
     rank_zero_only,
 )
-from lightning_ecopt.common.sharding import is_sharded
 from lightning_ecopt.common.tensors import listing
 from lightning_ecopt.common.warn import warn
-from lightning_ecopt.configure import check_strategy, find_group, follow_trainer, followers_of
+from lightning_ecopt.configure import RuleStates, check_strategy, find_group, follow_trainer, followers_of
 from lightning_ecopt.kernels.choose import Implementation
 from lightning_ecopt.optim import EquivalentClassOptimizer
 from lightning_ecopt.optim.arguments import check_base
@@ -34,7 +32,7 @@ from lightning_ecopt.symmetry.followers import Given, check_given
 from lightning_ecopt.symmetry.report import in_brief, print_report
 
 
-class EquivalentClassOptimization(Callback):
+class EquivalentClassOptimization(RuleStates):
     """Train in the equivalent-class space: the optimizer of ``configure_optimizers`` becomes its equivalent-class form.
 
     Nothing else changes: optimizers keep all their options, parameter groups and schedulers, in whatever form
@@ -123,6 +121,7 @@ class EquivalentClassOptimization(Callback):
             message = "refresh is called refresh_interval now; the old name goes in version 0.2"
             warnings.warn(message, FutureWarning, stacklevel=2)
             refresh_interval = refresh
+        super().__init__()
         self._options = Options.of(
             type(self),
             rule=rule,
@@ -143,7 +142,6 @@ class EquivalentClassOptimization(Callback):
         if log not in (True, False, "layers"):
             raise ValueError(f"log must be True, False or 'layers', got {log!r}")
         self._logs = log  # Lightning puts its own function at `log`
-        self._saved: Mapping[str, Any] = {}  # the state that a checkpoint has brought
         self._place: int | None = None  # among the Trainer's callbacks, until it was moved to the front
         self._finder: _Finder | None = None
         self._optimizers: list[EquivalentClassOptimizer] = []
@@ -274,25 +272,18 @@ class EquivalentClassOptimization(Callback):
         """Leave everything as it was: Lightning calls no ``teardown`` after an exception."""
         self.teardown(trainer, pl_module, "fit")
 
-    def state_dict(self) -> dict[str, Any]:
-        """The states of the rules, if parameters are sharded; otherwise they are in the optimizers' states."""
-        if any(is_sharded(p) for optimizer in self._optimizers for p in parameters_of(optimizer)):
-            return {"rules": [optimizer.rule_state() for optimizer in self._optimizers]}
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the state of a checkpoint."""
-        self._saved = state_dict
+    def running(self) -> list[EquivalentClassOptimizer]:
+        """The optimizers of the fit that are run in the equivalent-class space."""
+        return self._optimizers
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give sharded optimizers their states back, which distributed checkpoints leave out; balance new ones."""
-        for optimizer, saved in zip(self._optimizers, self._saved.get("rules", ()), strict=False):
-            optimizer.load_rule_state(saved)
-        if self._saved.get("epoch") not in (None, trainer.current_epoch):  # of version 0.1
+        epoch = self._saved.get("epoch")
+        super().on_train_start(trainer, pl_module)
+        if epoch not in (None, trainer.current_epoch):  # of version 0.1
             for optimizer in self._optimizers:
                 if optimizer.refresh_interval in ("auto", "epoch"):
                     optimizer.refresh()
-        self._saved = {}
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Balance before the first gradients are clipped; the first training step has been watched by then.

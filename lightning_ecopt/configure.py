@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from typing_extensions import Unpack
 
-from lightning_ecopt._lightning import LightningModule, MisconfigurationException, Trainer
+from lightning_ecopt._lightning import Callback, LightningModule, MisconfigurationException, Trainer
 from lightning_ecopt.common.sharding import is_sharded
 from lightning_ecopt.common.warn import warn
 from lightning_ecopt.optim import ECSGD, ECAdamW, ECMuon, EquivalentClassOptimizer
@@ -147,6 +147,7 @@ def _bound(optimizer: _Optimizer, module: nn.Module, followers: Given | None) ->
     optimizer.bind(partial(find_group, module, followers=followers_of(module)), followers)
     if isinstance(module, LightningModule):
         follow_trainer(optimizer, module)
+        _carry_rules(module)
     return optimizer
 
 
@@ -166,6 +167,63 @@ def check_strategy(what: str, trainer: Trainer, otherwise: str) -> None:
             f"{what} does not work with {type(trainer.strategy).__name__}, whose parameters have lost their shapes: "
             f"use one device, strategy='ddp' or ModelParallelStrategy, or {otherwise}."
         )
+
+
+class RuleStates(Callback):
+    """Saves the states of the rules of sharded optimizers, and gives them back when training begins.
+
+    ``torch.distributed.checkpoint``, by which a Trainer saves sharded optimizers, takes the state of the base alone.
+
+    Args:
+        trainer: whose optimizers they are.
+    """
+
+    def __init__(self, trainer: Trainer | None = None) -> None:
+        self._trainer = trainer
+        self._saved: Mapping[str, Any] = {}  # the state that a checkpoint has brought
+
+    @property
+    def state_key(self) -> str:
+        """The name of the state in a checkpoint, the same for ``EquivalentClassOptimization`` and without it."""
+        return "EquivalentClassOptimization"
+
+    def running(self) -> list[EquivalentClassOptimizer]:
+        """The optimizers whose rules are saved."""
+        optimizers = [] if self._trainer is None else self._trainer.optimizers
+        return [optimizer for optimizer in optimizers if isinstance(optimizer, EquivalentClassOptimizer)]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget what was brought to a fit that has not begun."""
+        self._saved = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states of the rules, if parameters are sharded; otherwise they are in the optimizers' states."""
+        if any(is_sharded(p) for optimizer in self.running() for p in parameters_of(optimizer)):
+            return {"rules": [optimizer.rule_state() for optimizer in self.running()]}
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the state of a checkpoint."""
+        self._saved = state_dict
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give optimizers the states back that are not in their own."""
+        for optimizer, saved in zip(self.running(), self._saved.get("rules", ()), strict=False):
+            optimizer.load_rule_state(saved)
+        self._saved = {}
+
+
+def _carry_rules(module: LightningModule) -> None:
+    """Have the Trainer of a module save and restore what the rules of sharded optimizers need, if nobody does yet."""
+    trainer: Any = module._trainer
+    if trainer is None or any(isinstance(callback, RuleStates) for callback in trainer.callbacks):
+        return
+    carrier = RuleStates(trainer)
+    # Most strategies restore the states of callbacks before there are optimizers.
+    brought = trainer._checkpoint_connector._loaded_checkpoint.get("callbacks", {}).get(carrier.state_key, {})
+    if brought or any(map(is_sharded, module.parameters())):
+        carrier.load_state_dict(brought)
+        trainer.callbacks.append(carrier)
 
 
 def follow_trainer(optimizer: EquivalentClassOptimizer, module: LightningModule) -> None:

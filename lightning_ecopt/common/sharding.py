@@ -19,7 +19,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Mapping
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 from zlib import crc32
 
@@ -57,6 +57,22 @@ def local(tensor: Tensor) -> Tensor:
     sharded: Any = tensor
     with torch.no_grad():
         return sharded.to_local()
+
+
+def placed_like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """Return a tensor that is placed on the ranks as a parameter of its shape is: itself, or a redistributed copy.
+
+    Backward passes of tensor parallelism leave partial sums at replicated parameters (gains of sequence-parallel norms)
+    and whole gradients at sharded ones (embeddings that are split by words); SGD begins its momentum with a copy of
+    them. The optimizers of torch redistribute them, too, operation by operation.
+    """
+    if not is_sharded(tensor) or not is_sharded(parameter):
+        return tensor
+    sharded, like = cast(Any, tensor), cast(Any, parameter)
+    if sharded.placements == like.placements:
+        return tensor
+    with torch.no_grad():
+        return cast(Tensor, sharded.redistribute(like.device_mesh, like.placements))
 
 
 def parts(region: tuple[slice, ...], parameter: Tensor) -> list[Part]:

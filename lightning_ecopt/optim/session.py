@@ -30,6 +30,7 @@ from lightning_ecopt.optim.calls import states_in
 from lightning_ecopt.optim.gradient_check import GradientCheck
 from lightning_ecopt.optim.layer_statistics import Layers
 from lightning_ecopt.optim.options import Options, interval_is_over
+from lightning_ecopt.optim.placement import place_state_
 from lightning_ecopt.optim.rates import mistaken_rate
 from lightning_ecopt.optim.stages import Idle, Ready, Resting, Running, Stage, Waiting
 from lightning_ecopt.optim.stepper import Stepper
@@ -279,6 +280,10 @@ class Session:
         """What this rank holds of the weights of the group."""
         return {name: local(p.detach()) for name, p in network.group.parameters.items()}
 
+    def looked_at(self) -> list[Tensor]:
+        """The parameters whose gradients a step looks at: the optimizer's, and in checks all of the group."""
+        return parameters_of(self.base) + ([] if self.group is None else list(self.group.parameters.values()))
+
     def gradients(self, network: Network) -> dict[str, Tensor]:
         """What this rank holds of the dense gradients of the optimizer's own weights."""
         own = network.parameters.items()
@@ -286,6 +291,7 @@ class Session:
 
     def entries(self, network: Network) -> dict[str, StateEntry]:
         """The entries of the base's state that have one number for each weight."""
+        place_state_(self.base)
         entries: dict[str, StateEntry] = {}
         unknown: set[str] = set()
         for number, state in enumerate(states_in(self.base)):
