@@ -202,11 +202,11 @@ def test_an_optimizer_is_wrapped_once_only(example: Tensor | None) -> None:
 # Strategies and loops -------------------------------------------------------------------------------------------------
 
 
-class OwnFSDP(FSDPStrategy):
+class OwnDeepSpeed(DeepSpeedStrategy):
     """A strategy of the user's own is refused by what it is, not by its name."""
 
 
-@pytest.mark.parametrize("kind", [FSDPStrategy, DeepSpeedStrategy, OwnFSDP])
+@pytest.mark.parametrize("kind", [DeepSpeedStrategy, OwnDeepSpeed])
 def test_strategies_that_flatten_parameters_are_refused(kind: type) -> None:
     # Their constructors ask for devices and packages that are not everywhere.
     stub = SimpleNamespace(strategy=object.__new__(kind))
@@ -220,8 +220,9 @@ def test_strategies_that_flatten_parameters_are_refused(kind: type) -> None:
         quiet().setup(stub, module, stage)
 
 
-def test_a_strategy_that_keeps_the_shapes_of_parameters_is_not_refused() -> None:
-    stub = SimpleNamespace(strategy=object.__new__(ModelParallelStrategy), callbacks=[])
+@pytest.mark.parametrize("kind", [ModelParallelStrategy, FSDPStrategy])
+def test_a_strategy_whose_parameters_tell_their_shapes_is_not_refused(kind: type) -> None:
+    stub = SimpleNamespace(strategy=object.__new__(kind), callbacks=[])
     quiet().setup(stub, Classifier(mlp()), "fit")
 
 
