@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from typing_extensions import Unpack
 
 from lightning_ecopt._lightning import Callback, LightningModule, MisconfigurationException, Trainer
-from lightning_ecopt.common.sharding import is_sharded
+from lightning_ecopt.common.sharding import gathering_modules, is_sharded
 from lightning_ecopt.common.warn import warn
 from lightning_ecopt.optim import ECSGD, ECAdamW, ECMuon, EquivalentClassOptimizer
 from lightning_ecopt.optim.arguments import check_module
@@ -25,7 +25,7 @@ from lightning_ecopt.symmetry.followers import Followers, Given
 from lightning_ecopt.symmetry.ranks import gather_if_different
 from lightning_ecopt.symmetry.trace import select_parameters, trace_call
 
-UNSUPPORTED_STRATEGIES = ("FSDPStrategy", "DeepSpeedStrategy", "XLAFSDPStrategy")
+UNSUPPORTED_STRATEGIES = ("DeepSpeedStrategy", "XLAFSDPStrategy")
 
 _Optimizer = TypeVar("_Optimizer", ECSGD, ECAdamW, ECMuon)
 
@@ -288,7 +288,8 @@ def find_group(module: nn.Module, parameters: Iterable[Tensor], followers: Follo
 
 
 def _deferred(module: nn.Module, parameters: list[Tensor], followers: Followers) -> DeferredGroup:
-    are_sharded = any(map(is_sharded, module.parameters()))
+    gathering_modules(_outermost(module))  # FSDP1 tells no other way of what parameters are pieces
+    are_sharded = any(map(is_sharded, parameters)) or any(map(is_sharded, module.parameters()))
     if not isinstance(module, LightningModule):
         if are_sharded:
             return GroupFromModuleCalls(parameters, module=module)
@@ -298,6 +299,13 @@ def _deferred(module: nn.Module, parameters: list[Tensor], followers: Followers)
     if are_sharded:
         return GroupFromModuleCalls(parameters, gather, module, equations)
     return GroupFromNextCall(module, "training_step", parameters, gather, equations)
+
+
+def _outermost(module: nn.Module) -> nn.Module:
+    """What a strategy of Lightning has wrapped around a ``LightningModule``; another module itself."""
+    trainer = module._trainer if isinstance(module, LightningModule) else None
+    model = None if trainer is None else trainer.strategy.model
+    return model if isinstance(model, nn.Module) else module
 
 
 def _gather(module: LightningModule, group: ScalingGroup, equations: Equations) -> Sequence[Equations] | None:

@@ -134,7 +134,7 @@ def test_the_messages_are_those_of_the_package() -> None:
     texts += [part.value for part in parts if isinstance(part, ast.Constant) and isinstance(part.value, str)]
     quotes = re.findall(r"^> (.+)$", (DOCS / "faq.md").read_text(), flags=re.MULTILINE)
     quotes += re.findall(r"^\| `(.{40,}?)` \|", (DOCS / "devices.md").read_text(), flags=re.MULTILINE)
-    pieces = [piece.strip() for quote in quotes for piece in re.split(r"…|\.\.\. | \.\.\.|FSDPStrategy,", quote)]
+    pieces = [piece.strip() for quote in quotes for piece in re.split(r"…|\.\.\. | \.\.\.|DeepSpeedStrategy,", quote)]
     missing = [piece for piece in pieces if not any(piece in text for text in texts)]
     assert len(quotes) > 50
     assert missing == []

@@ -1,4 +1,4 @@
-"""Parameters of which each rank holds a part only, as ``fully_shard`` (FSDP2) and tensor parallelism leave them.
+"""Parameters of which each rank holds a part only, as FSDP2, FSDP1 and tensor parallelism leave them.
 
 Code that is written for whole tensors works for sharded ones after three changes. None of them costs anything where
 nothing is sharded.
@@ -10,6 +10,10 @@ nothing is sharded.
 - Call :meth:`Ranks.sum_` on all ranks in the same order, even on a rank that has nothing to add; otherwise the ranks
   wait for each other forever.
 
+FSDP2 (``fully_shard``) and tensor parallelism make ``DTensor``s, which tell how they are cut and have the shape of the
+whole. FSDP1 (``FullyShardedDataParallel``) leaves pieces with one axis in the parameters; :mod:`.flat` knows of what.
+Such a piece tells by what it *is*: ask about the parameter itself, not about what ``detach`` returns.
+
 ``torch.distributed.fsdp`` takes half a second to import, so that nothing here does it: a tensor can only be a
 ``DTensor``, and a module an ``FSDPModule``, if somebody else has.
 """
@@ -17,7 +21,11 @@ nothing is sharded.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from itertools import compress
+from math import prod
 from types import MethodType
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -26,6 +34,7 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
+from lightning_ecopt.common import flat
 from lightning_ecopt.common.parts import Cut, Grid, Layout, Part
 
 #: Prefixes of the modules whose hooks and wrapped methods gather parameters, or cut inputs as parameters are cut.
@@ -33,9 +42,13 @@ GATHERING = ("torch.distributed.fsdp._fully_shard", "torch.distributed.tensor")
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Return whether the tensor is a ``DTensor``, of which each rank holds a part, or a copy."""
-    if type(tensor) is Tensor or type(tensor) is nn.Parameter:  # nearly always so; the look-up below costs more
+    """Return whether each rank holds a part of the tensor, or a copy: a ``DTensor``, or a parameter under FSDP1."""
+    if type(tensor) is Tensor:  # nearly always so; the look-up below costs more
         return False
+    return flat.is_piece(tensor) or (type(tensor) is not nn.Parameter and _is_dtensor(tensor))
+
+
+def _is_dtensor(tensor: Tensor) -> bool:
     loaded = sys.modules.get("torch.distributed.tensor")
     return loaded is not None and isinstance(tensor, loaded.DTensor)
 
@@ -52,7 +65,7 @@ def can_be_rescaled(parameter: Tensor) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """Return what this rank holds of a tensor, in the same memory: all of it, if the tensor is not sharded."""
-    if type(tensor) is Tensor or not is_sharded(tensor):  # of each tensor in each step: one call less
+    if type(tensor) is Tensor or type(tensor) is nn.Parameter or not _is_dtensor(tensor):  # of each in each step
         return tensor
     sharded: Any = tensor
     with torch.no_grad():
@@ -95,10 +108,13 @@ def layout_of(tensor: Tensor) -> Layout | None:
     """Return which elements of a tensor this rank holds; ``None`` if it holds all of them.
 
     Raises:
-        ValueError: if the local tensor of a ``DTensor`` has another shape than its placements say.
+        ValueError: if the local tensor of a ``DTensor`` has another shape than its placements say, or nobody knows of
+            what a parameter under FSDP1 is a piece.
     """
     if not _is_cut(tensor):
         return None
+    if not _is_dtensor(tensor):
+        return flat.piece_of(tensor).layout
     sharded: Any = tensor
     place, sizes = sharded.device_mesh.get_coordinate(), sharded.device_mesh.shape
     cuts = [
@@ -118,8 +134,41 @@ def layout_of(tensor: Tensor) -> Layout | None:
 
 def whole_shape(tensor: Tensor) -> tuple[int, ...]:
     """Return the shape of a whole tensor, of which this rank may hold a part."""
-    layout = layout_of(tensor)
+    layout = None if type(tensor) is not nn.Parameter and _is_dtensor(tensor) else layout_of(tensor)
     return tuple(tensor.shape) if layout is None else layout.shape
+
+
+def num_elements(tensor: Tensor) -> int:
+    """Return how many elements a whole tensor has."""
+    return prod(whole_shape(tensor))
+
+
+@dataclass(frozen=True)
+class _Holders:
+    """The ranks that share a tensor.
+
+    Args:
+        numbers: their global numbers.
+        is_copy: whether an earlier one of them holds the same part of the tensor as this rank.
+        device: where they exchange; parameters may be offloaded to the CPU, where NCCL cannot reach them.
+        group: returns their process group.
+    """
+
+    numbers: Sequence[int]
+    is_copy: bool
+    device: torch.device
+    group: Callable[[], Any]
+
+
+def _holders(tensor: Any) -> _Holders:
+    """The ranks that share a sharded tensor."""
+    if not _is_dtensor(tensor):
+        piece = flat.piece_of(tensor)
+        return _Holders(piece.ranks, piece.is_copy, piece.device, lambda: piece.process_group)
+    mesh = tensor.device_mesh
+    places = zip(mesh.get_coordinate() or (), tensor.placements, strict=False)  # there is no place for other ranks
+    is_copy = any(place for place, placement in places if placement.is_replicate())
+    return _Holders(_numbers(mesh), is_copy, torch.device(mesh.device_type), partial(_group_of, mesh))
 
 
 class Ranks:
@@ -146,22 +195,20 @@ class Ranks:
     """
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
-        meshes: dict[str, Any] = {}
+        found: dict[str, _Holders] = {}
         for name, parameter in parameters.items():
             if is_sharded(parameter):
                 _check(name, parameter)
                 if _is_cut(parameter):
-                    sharded: Any = parameter
-                    meshes[name] = sharded.device_mesh
-        # The ranks of the largest one exchange what they find.
-        self._mesh: Any = max(meshes.values(), key=lambda mesh: mesh.size(), default=None)
-        self._numbers = [] if self._mesh is None else _numbers(self._mesh)
-        for name, mesh in meshes.items():
-            if not set(_numbers(mesh)) <= set(self._numbers):
-                other = next(name for name, mesh in meshes.items() if mesh is self._mesh)
+                    found[name] = _holders(parameter)
+        # The ranks of the largest mesh exchange what they find.
+        self._all = max(found.values(), key=lambda holders: len(holders.numbers), default=None)
+        for name, holders in found.items():
+            if self._all is not None and not set(holders.numbers) <= set(self._all.numbers):
+                other = next(name for name, holders in found.items() if holders is self._all)
                 raise ValueError(
-                    f"{name} is sharded over the ranks {_numbers(mesh)} and {other} over {self._numbers}: shard all "
-                    "parameters that are trained over one mesh, or over dimensions of one mesh."
+                    f"{name} is sharded over the ranks {[*holders.numbers]} and {other} over {[*self._all.numbers]}: "
+                    "shard all parameters that are trained over one mesh, or over dimensions of one mesh."
                 )
 
     def counts(self, tensor: Tensor) -> bool:
@@ -169,30 +216,26 @@ class Ranks:
 
         Of several ranks that hold the same part, or the whole tensor, it does so on the first one only.
         """
-        if self._mesh is None:
+        if self._all is None:
             return True
         if not _is_cut(tensor):
-            return torch.distributed.get_rank() == self._numbers[0]
-        sharded: Any = tensor
-        mesh = sharded.device_mesh
+            return torch.distributed.get_rank() == self._all.numbers[0]
+        holders = _holders(tensor)
         # A submesh is one of several, of which each holds the same; the first of them has the first rank.
-        places = zip(mesh.get_coordinate(), sharded.placements, strict=True)
-        copies = [place for place, placement in places if placement.is_replicate()]
-        return not any(copies) and (mesh is self._mesh or self._numbers[0] in _numbers(mesh))
+        return not holders.is_copy and self._all.numbers[0] in holders.numbers
 
     def sum_(self, values: Tensor) -> Tensor:
         """Add up ``values`` over the ranks, in place, to the same bits on all of them; returns ``values``."""
-        if self._mesh is not None:
-            # Parameters may be offloaded to the CPU, where NCCL cannot reach them.
-            there = values.to(torch.device(self._mesh.device_type))
-            torch.distributed.all_reduce(there, group=_group_of(self._mesh))
+        if self._all is not None:
+            there = values.to(self._all.device)
+            torch.distributed.all_reduce(there, group=self._all.group())
             if there is not values:
                 values.copy_(there)
         return values
 
     def any_(self, values: Tensor) -> Tensor:
         """Set each entry of a ``bool`` tensor that is set on one of the ranks, in place; returns ``values``."""
-        if self._mesh is not None:
+        if self._all is not None:
             values.copy_(self.sum_(values.to(torch.int32)) > 0)
         return values
 
@@ -209,23 +252,39 @@ def exchange_device(parameters: Iterable[Tensor]) -> torch.device:
     Sharded parameters may be offloaded to the CPU, where NCCL cannot reach them: they tell by their mesh.
     """
     own = list(parameters)
-    for parameter in own:
-        if is_sharded(parameter):
-            sharded: Any = parameter
-            return torch.device(sharded.device_mesh.device_type)
-    return own[0].device
+    return next((_holders(parameter).device for parameter in own if is_sharded(parameter)), own[0].device)
+
+
+def with_gradient(parameters: Sequence[Tensor]) -> set[int]:
+    """Return the ``id`` of the parameters that have a gradient here or, under FSDP1, on another rank.
+
+    FSDP1 gives no gradient to a rank that holds nothing of a parameter, whatever the others have. If it has flattened
+    any of the parameters, all ranks call this together.
+    """
+    marks = [parameter.grad is not None for parameter in parameters]
+    pieces = {str(k): p for k, p in enumerate(parameters) if flat.is_known(p)}
+    if pieces:
+        marks = Ranks(pieces).any_(torch.tensor(marks, device="cpu")).tolist()
+    return {id(parameter) for parameter in compress(parameters, marks)}
 
 
 def _is_cut(tensor: Tensor) -> bool:
     """Return whether this rank holds a part of a tensor, and others hold the rest."""
     if not is_sharded(tensor):
         return False
+    if not _is_dtensor(tensor):
+        return flat.piece_of(tensor).layout is not None
     sharded: Any = tensor
     return not all(placement.is_replicate() for placement in sharded.placements)
 
 
 def _check(name: str, parameter: Any) -> None:
-    """Raise if what this rank holds of a ``DTensor`` is no part of it."""
+    """Raise if what this rank holds of a sharded parameter is no part of it, or nobody can tell which."""
+    if not _is_dtensor(parameter):
+        problem = flat.piece_of(parameter).problem
+        if problem:
+            raise ValueError(f"{name} {problem}, or freeze it with requires_grad_(False).")
+        return
     from torch.distributed.tensor.placement_types import Replicate, Shard, _StridedShard
 
     if any(type(placement) not in (Replicate, Shard, _StridedShard) for placement in parameter.placements):
@@ -240,7 +299,8 @@ def _check(name: str, parameter: Any) -> None:
         )
 
 
-def _numbers(mesh: Any) -> list[int]:
+@lru_cache(maxsize=64)
+def _numbers(mesh: Any) -> Sequence[int]:
     """Return the global numbers of the ranks of a mesh."""
     numbers: list[int] = mesh.mesh.flatten().tolist()
     return numbers
@@ -263,23 +323,37 @@ def _group_of(mesh: Any) -> Any:
     return known[ranks]
 
 
+def named_parameters(module: nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters of a module by the names that they have without FSDP1, also while a call gathers them."""
+    held = flat.originals()
+    for name, parameter in module.named_parameters(remove_duplicate=remove_duplicate):
+        yield flat.plain_name(name), cast(nn.Parameter, held.get(id(parameter), parameter))
+
+
 def gathering_modules(module: nn.Module) -> list[Any]:
-    """Return the modules in ``module`` that gather sharded parameters before their calls (``FSDPModule``)."""
+    """Return the modules in ``module`` that gather sharded parameters before their calls.
+
+    They are ``FSDPModule``s and, with parameters of their own, ``FullyShardedDataParallel`` modules.
+    """
     loaded = sys.modules.get("torch.distributed.fsdp")
     if loaded is None:
         return []
-    return [part for part in module.modules() if isinstance(part, loaded.FSDPModule)]
+    return [part for part in module.modules() if isinstance(part, loaded.FSDPModule)] + flat.register(module)
 
 
 def release(modules: Iterable[Any]) -> None:
     """Make the sharded parameters those of the modules again, in place of gathered copies, which may be out of date."""
     for module in modules:
-        module.reshard()
+        if flat.has_flattened(module):
+            flat.reshard(module)
+        else:
+            module.reshard()
 
 
 def stop_gathering_(module: nn.Module) -> None:
     """Remove what calls of a module with sharded parameters add: hooks and wrapped methods. The caller puts it back."""
     for part in module.modules():
+        flat.pass_through_(part)
         for hooks in (part._forward_pre_hooks, part._forward_hooks):
             for number, hook in list(hooks.items()):
                 if str(getattr(hook, "__module__", "")).startswith(GATHERING):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_ecopt.common.flat import is_piece
 from lightning_ecopt.common.sharding import is_sharded
 from lightning_ecopt.common.tensors import listing, padded, widest
 from lightning_ecopt.metrics.base import MeanOverUpdates, unobserved
@@ -132,7 +133,16 @@ def _norm(tensors: Iterable[Tensor]) -> Tensor:
 
 
 def _whole(parameter: Tensor) -> Tensor:
-    """Return the values of a parameter, gathered from all ranks if it is sharded."""
+    """Return the values of a parameter, gathered from all ranks if it is sharded.
+
+    Raises:
+        ValueError: if FSDP1 has flattened it.
+    """
+    if is_piece(parameter):
+        raise ValueError(
+            "FullyShardedDataParallel leaves pieces of parameters, of which no distance is taken: compare the modules "
+            "that full state dicts are loaded into."
+        )
     whole: Any = parameter
     return (whole.full_tensor() if is_sharded(parameter) else parameter).detach()
 

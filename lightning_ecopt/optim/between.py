@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_ecopt.common.sharding import Ranks, can_be_rescaled, local
+from lightning_ecopt.common.sharding import Ranks, can_be_rescaled, local, with_gradient
 from lightning_ecopt.common.tensors import widest
 from lightning_ecopt.common.warn import warn
 from lightning_ecopt.optim import checkpoint
@@ -112,7 +112,7 @@ class _StepHook:
 
 def _stepped_directly(session: Session) -> None:
     moves = any(options.get("lr") != 0 for options in session.base.param_groups)
-    if session.is_resting or not moves or all(p.grad is None for p in parameters_of(session.base)):
+    if session.is_resting or not moves or not with_gradient(parameters_of(session.base)):
         return
     _leave(session)
     _tell(session, DIRECT)

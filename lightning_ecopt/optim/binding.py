@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_ecopt.common.flat import check_pieces
 from lightning_ecopt.kernels import check_implementation
 from lightning_ecopt.optim.options import Options
 from lightning_ecopt.steps import RULES
@@ -64,9 +65,11 @@ class Binding:
 
     Raises:
         ValueError: if a group is given that knows none of the optimizer's parameters, or followers that do not fit.
+        ValueError: if FSDP1 has flattened the optimizer's parameters into one.
     """
 
     def __init__(self, base: Optimizer, source: Source, followers: Given) -> None:
+        check_pieces(parameters_of(base))
         self._base = base
         self.source = source
         found = source if isinstance(source, ScalingGroup | DeferredGroup) else source(parameters_of(base))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from lightning_ecopt.common.sharding import whole_shape
 from lightning_ecopt.common.tensors import listing
 from lightning_ecopt.common.warn import warn
 from lightning_ecopt.optim.binding import WAY_OUT, Network, parameters_of
@@ -123,7 +124,7 @@ def load_rule(session: Session, state: Mapping[str, Any] | None) -> None:
 
 
 def _shapes(session: Session) -> list[list[int]]:
-    return [list(p.shape) for p in parameters_of(session.base)]
+    return [list(whole_shape(p)) for p in parameters_of(session.base)]
 
 
 def _network_of(session: Session, state: Mapping[str, Any]) -> Network | None:

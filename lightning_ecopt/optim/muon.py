@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import AdamW, Optimizer
 
+from lightning_ecopt.common.flat import is_piece
+
 AdjustLR = Literal["match_rms_adamw", "original"]
 #: Of the polynomial by which Muon makes singular values equal (Jordan, https://kellerjordan.github.io/posts/muon/).
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -157,7 +159,7 @@ def marked(params: Iterable[Any], choose: Choice) -> list[dict[str, Any]]:
 
     Raises:
         TypeError: if one tensor is given.
-        ValueError: if some groups say it and some do not.
+        ValueError: if some groups say it and some do not, or if FSDP1 has flattened the parameters.
     """
     if isinstance(params, Tensor):
         raise TypeError("params must be an iterable of parameters or of groups of them, got one Tensor.")
@@ -170,7 +172,13 @@ def marked(params: Iterable[Any], choose: Choice) -> list[dict[str, Any]]:
             "Some parameter groups say use_muon and some do not. Say it in all of them: use_muon=True for the matrices "
             "of hidden layers, use_muon=False for embeddings, the head, gains and biases."
         )
-    muons = choose([_tensor(p) for group in groups if "use_muon" not in group for p in group["params"]])
+    open_ = [_tensor(p) for group in groups if "use_muon" not in group for p in group["params"]]
+    if any(map(is_piece, open_)):  # none of which looks like a matrix
+        raise ValueError(
+            "Muon takes whole matrices, and FullyShardedDataParallel leaves pieces of them: use DDP, or another "
+            "optimizer."
+        )
+    muons = choose(open_)
     return [part for group in groups for part in _divided(group, lambda p: id(p) in muons)]
 
 

@@ -215,13 +215,14 @@ class EquivalentClassOptimizer(Optimizer):
         if not session.find_network():
             session.name_missing()
             return call.step()
+        session.note_gradients()
         begin_with_others(session)
         hold_written(session)
         session.expect_unused()
         stage = self._refreshed()
         session.steps_since_refresh += 1
         session.watching.note_step()
-        if not isinstance(stage, Running) or all(p.grad is None for p in session.trained):
+        if not isinstance(stage, Running) or session.heard.isdisjoint(map(id, session.trained)):
             return call.step()
         w, g = session.weights(stage.network), session.gradients(stage.network)
         with session.layers.measured(stage, w):

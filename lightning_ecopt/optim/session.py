@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_ecopt.common.sharding import Ranks, local
+from lightning_ecopt.common.flat import is_known, is_piece
+from lightning_ecopt.common.sharding import Ranks, local, whole_shape, with_gradient
 from lightning_ecopt.common.signals import uninterrupted
 from lightning_ecopt.common.tensors import in_shared_memory, listing
 from lightning_ecopt.common.warn import warn
@@ -88,6 +89,7 @@ class Session:
         passed: names of methods of the base that have moved weights since the last of them.
         has_told: whether a warning has said that steps pass by.
         may_have_copies: whether nobody has looked yet for copies of the weights that are trained, too.
+        heard: the ``id`` of the parameters that have a gradient in this step, on any rank.
         gradient_check: looks for units that may not be rescaled.
         watching: knows which steps behind refreshes are looked at.
         layers: measures single steps layer by layer.
@@ -106,6 +108,7 @@ class Session:
         self.last_epoch: int | None = None
         self._version = 0  # of the deferred group at the last look
         self.closure_comes_first = type(base).__module__.startswith("torch.optim.")
+        self.heard: set[int] = set()
         self.writers = Writers()
         self.steps, self.is_resting, self.passed, self.has_told = 0, False, set[str](), False
         self.watching = Watching()
@@ -243,13 +246,17 @@ class Session:
                 self._warn_once(verdict.message)
                 self.hold(verdict.units, verdict.why)
 
+    def note_gradients(self) -> None:
+        """Look which parameters have a gradient."""
+        self.heard = with_gradient(parameters_of(self.base))
+
     def expect_unused(self) -> None:
         """Have one more call traced if a parameter has a gradient that no traced call has used.
 
         A call costs several times its time while it is traced, and may miss the parameter again, as a layer that is
         skipped at random. So it is tried in the 1st, 2nd, 4th, 8th ... step that has such a gradient.
         """
-        if any(p.grad is not None for p in self.network.sought):
+        if any(id(p) in self.heard for p in self.network.sought):
             self.surprises += 1
             if self.surprises & (self.surprises - 1) == 0:
                 self.binding.deferred.look_again()
@@ -266,7 +273,7 @@ class Session:
         new = [p for p in network.unused if id(p) not in self._named]
         if new:
             self._named |= {id(p) for p in new}
-            known = [names.get(id(p), f"one of shape {list(p.shape)}") for p in new]
+            known = [names.get(id(p), f"one of shape {list(whole_shape(p))}") for p in new]
             self._warn_once(UNUSED.format(listing(known)))
 
     def _warn_once(self, message: str) -> None:
@@ -285,9 +292,15 @@ class Session:
         return parameters_of(self.base) + ([] if self.group is None else list(self.group.parameters.values()))
 
     def gradients(self, network: Network) -> dict[str, Tensor]:
-        """What this rank holds of the dense gradients of the optimizer's own weights."""
-        own = network.parameters.items()
-        return {name: local(g) for name, p in own if (g := p.grad) is not None and not g.is_sparse}
+        """What this rank holds of the dense gradients of the optimizer's own weights.
+
+        Where it holds nothing of a weight under FSDP1, and others have a gradient, that is an empty tensor.
+        """
+        found: dict[str, Tensor] = {}
+        for name, p in network.parameters.items():
+            if id(p) in self.heard and (p.grad is None or not p.grad.is_sparse):
+                found[name] = torch.zeros_like(p) if p.grad is None else local(p.grad)
+        return found
 
     def entries(self, network: Network) -> dict[str, StateEntry]:
         """The entries of the base's state that have one number for each weight."""
@@ -384,7 +397,7 @@ class Session:
         return Setting(
             group=network.group,
             weights=self.weights(network),
-            parameters={name: p.detach() for name, p in network.parameters.items()},
+            parameters=network.parameters,
             kernels=choose_kernels(self.options.implementation, list(network.group.parameters.values())),
             alive=alive,
             exclusive=network.exclusive,
@@ -453,6 +466,7 @@ class Session:
         groups = self.base.param_groups
         if any(options.get("lr") != 0 for options in groups) or any(states_in(self.base)):
             return False
-        own = {str(k): p for k, p in enumerate(p for options in groups for p in options["params"])}
+        own = {str(k): p for k, p in enumerate(parameters_of(self.base)) if not is_piece(p) or is_known(p)}
         moves = [local(p.grad).any() for p in own.values() if p.grad is not None]
-        return not bool(Ranks(own).any_(torch.stack(moves).any()) if moves else False)  # the same on all ranks
+        moves_any = torch.stack(moves).any() if moves else torch.zeros((), dtype=torch.bool, device="cpu")
+        return not bool(Ranks(own).any_(moves_any))  # the same on all ranks

@@ -120,7 +120,8 @@ class WrappedStep:
         before = {
             name: own[name].grad
             for name, g in gradients.items()
-            if updates_by_difference(g) or g.requires_grad or g.is_inference() or name in shared
+            if own[name].grad is not None  # not an empty one, which others have
+            and (updates_by_difference(g) or g.requires_grad or g.is_inference() or name in shared)
         }
         shown = dict(gradients)
         try:
@@ -170,13 +171,14 @@ class FusedStep:
             return None
         if not gradients.keys() <= self._able:
             return None
-        own = [self._parameters[name] for name in gradients]
+        moving = {name: gradient for name, gradient in gradients.items() if self._parameters[name].grad is not None}
+        own = [self._parameters[name] for name in moving]
         kinds, states = [p.dtype for p in own], [self._optimizer.state.get(p, {}) for p in own]
         # Lists are cheap, and there is one of them for each entry; networks have hundreds of parameters.
         values = [[state.get(entry) for state in states] for entry in names]
-        if any([getattr(value, "dtype", None) for value in of] != kinds for of in (gradients.values(), *values)):
+        if any([getattr(value, "dtype", None) for value in of] != kinds for of in (moving.values(), *values)):
             return None
-        return [dict(zip(gradients, map(local, of), strict=True)) for of in values]
+        return [dict(zip(moving, map(local, of), strict=True)) for of in values]
 
     def take(self, here: Reparametrization, weights: Tensors, gradients: Tensors, entries: Sequence[Tensors]) -> None:
         """Take one step.
@@ -238,7 +240,10 @@ class FusedStep:
 
     def _count_step(self, gradients: Tensors) -> Value:
         """Add one to the step counts of the parameters that move, and return the counts."""
+        gradients = {name: gradient for name, gradient in gradients.items() if self._parameters[name].grad is not None}
         counts = [self._optimizer.state[self._parameters[name]]["step"] for name in gradients]
+        if not counts:  # other ranks hold all that moves
+            return 1.0
         torch._foreach_add_(counts, 1)
         if counts[0].device.type == "cpu" and all(map(counts[0].equal, counts)):
             return float(counts[0])

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 
+from lightning_ecopt.common.flat import is_piece, plain_name, unwrapped
 from lightning_ecopt.common.nested import dictionary, elements, is_a
-from lightning_ecopt.common.sharding import local
+from lightning_ecopt.common.sharding import local, named_parameters, whole_shape
 from lightning_ecopt.symmetry.memory import storage_of
 
 _LISTS: Any = list | tuple | dict
@@ -35,8 +36,9 @@ class Form:
     @classmethod
     def of(cls, module: nn.Module) -> Form:
         """The form of a module."""
-        classes = {name: type(part).__name__.removeprefix("FSDP") for name, part in module.named_modules()}
-        return cls(classes, {name: tuple(tensor.shape) for name, tensor in tensors_of(module).items()})
+        parts = {plain_name(name): unwrapped(part) for name, part in module.named_modules()}
+        classes = {name: type(part).__name__.removeprefix("FSDP") for name, part in parts.items()}
+        return cls(classes, {name: whole_shape(tensor) for name, tensor in tensors_of(module).items()})
 
     def is_in(self, other: Form) -> bool:
         """Whether all that is here is there, too."""
@@ -62,6 +64,11 @@ class Candidate:
         """The form of a module."""
         return Form.of(self.held)
 
+    @property
+    def is_in_pieces(self) -> bool:
+        """Whether FSDP1 has cut matrices in it to pieces, which may be compared on no rank."""
+        return any(is_piece(tensor) and len(whole_shape(tensor)) > 1 for tensor in tensors_of(self.held).values())
+
 
 class Places:
     """A module, and what else may hold copies of its weights; names lead to them.
@@ -77,7 +84,7 @@ class Places:
     def names(self) -> list[str]:
         """Names of parts of the module and of its tensors, for messages."""
         assert self.module is not None
-        return [*(name for name, _ in self.module.named_children()), *tensors_of(self.module)]
+        return [*(name for name, _ in unwrapped(self.module).named_children()), *tensors_of(self.module)]
 
     def find(self, name: str) -> Any:
         """What a name means: a module, a tensor, a container, or with ``_`` at its end all tensors that begin so."""
@@ -114,6 +121,7 @@ class _Search:
 
     def in_module(self, name: str, module: nn.Module, averages: bool) -> None:
         """Look at a module, at its parts and at their attributes."""
+        module = unwrapped(module)
         if id(module) in self._seen:
             return
         self._seen.add(id(module))
@@ -152,6 +160,7 @@ def _walk(held: Any, parts: list[str]) -> Any:
     """Follow a name from an object to what it holds; ``None`` if there is no such thing."""
     for number, part in enumerate(parts):
         if is_a(held, nn.Module):
+            held = unwrapped(held)
             named = (held._modules, held._parameters, held._buffers, dictionary(held))
             held = next((own[part] for own in named if own.get(part) is not None), None)
         elif is_a(held, dict):
@@ -173,8 +182,8 @@ def tensors_of(held: Any) -> dict[str, Tensor]:
     if isinstance(held, AveragedModel):
         held = held.module
     if isinstance(held, nn.Module):
-        own = held.named_parameters(remove_duplicate=False), held.named_buffers(remove_duplicate=False)
-        return {name: tensor for pairs in own for name, tensor in pairs if not is_lazy(tensor)}
+        own = named_parameters(held, remove_duplicate=False), held.named_buffers(remove_duplicate=False)
+        return {plain_name(name): tensor for pairs in own for name, tensor in pairs if not is_lazy(tensor)}
     pairs = held.items() if isinstance(held, Mapping) else enumerate(held)
     return {str(name): tensor for name, tensor in pairs if isinstance(tensor, Tensor)}
 
@@ -192,7 +201,12 @@ def is_sibling(name: str, other: str) -> bool:
 
 
 def key(tensor: Tensor) -> tuple[int, int, int]:
-    """The memory of a tensor: its storage, and where in it the tensor is."""
+    """The memory of a tensor: its storage, and where in it the tensor is.
+
+    Under FSDP1 many parameters share a storage, and those of which this rank holds nothing have none of their own.
+    """
+    if is_piece(tensor):
+        return id(tensor), 0, 0
     tensor = local(tensor)
     storage = storage_of(tensor)
     return (id(tensor), 0, 0) if storage is None else (storage._cdata, int(tensor.storage_offset()), tensor.numel())

@@ -18,13 +18,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_ecopt.common.sharding import Ranks, gathering_modules, release
+from lightning_ecopt.common.flat import plain_name, unwrapped
+from lightning_ecopt.common.sharding import (
+    Ranks,
+    gathering_modules,
+    named_parameters,
+    num_elements,
+    release,
+    whole_shape,
+)
 from lightning_ecopt.common.tensors import listing
 from lightning_ecopt.common.warn import warn
 from lightning_ecopt.symmetry.copies import Candidate, Places, averages_in, is_sibling, key, named, tensors_of
 from lightning_ecopt.symmetry.group import ScalingGroup
 from lightning_ecopt.symmetry.nearness import are_near
 
+HIDDEN = (
+    "{copy} has the form of {leader}, and nobody can see whether it follows that: FullyShardedDataParallel has put "
+    "them on different ranks. Say so with followers={{{copy!r}: ...}}, or wrap both alike, layer by layer."
+)
 #: A name in the module, or a module, tensor, or sequence or mapping of tensors itself.
 Side = Any
 #: By what follows, what it follows.
@@ -82,6 +94,7 @@ class Followers:
         self._places = Places(module, beside)
         self._trained = trained
         self._pairs: dict[Any, _Pair] = {}
+        self._named: set[str] = set()  # copies that a warning has named
         self.are_new = False  # whether some have been found since a call was traced
         self._doubted: set[Any] = set()  # pairs that a warning was about
         self.add({} if given is None else given)
@@ -246,6 +259,11 @@ class Followers:
                 mark[1] = one.averages or near is True
         finally:  # even if this rank has failed
             ranks.any_(marks)
+        unknown = {one.name: part.name for (one, part), mark in zip(pairs, marks, strict=True) if not mark.any()}
+        hidden = {one.name for one, _ in pairs if one.name in unknown and one.is_in_pieces} - self._named
+        self._named |= hidden
+        for name in sorted(name for name in hidden if not _has_parent(name, hidden)):
+            warn(HIDDEN.format(copy=name, leader=unknown[name] or "the module"))
         return [tells and not differs for differs, tells in marks.tolist()]
 
     def seen_by_trace(self, parameters: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
@@ -269,7 +287,7 @@ class Followers:
         found: dict[Any, tuple[str, Tensor]] = {}
         for follower, leader in self._all():
             place, name = key(follower), names.get(id(_root(leader, leader_of)))
-            if name is not None and place[0] not in trained and parameters[name].shape == follower.shape:
+            if name is not None and place[0] not in trained and whole_shape(parameters[name]) == whole_shape(follower):
                 found.setdefault(place, (name, follower))
         return list(found.values())
 
@@ -360,8 +378,9 @@ def _pair_key(follower: Side) -> Any:
 
 def trained_parts(module: nn.Module, leaders: set[int]) -> list[Candidate]:
     """The parts of a module that are trained."""
-    parts = module.named_modules(remove_duplicate=False)
-    return [Candidate(name, part) for name, part in parts if any(id(p) in leaders for p in part.parameters())]
+    parts = {plain_name(name): unwrapped(part) for name, part in module.named_modules(remove_duplicate=False)}
+    found = [Candidate(name, part) for name, part in parts.items()]
+    return [part for part in found if any(id(p) in leaders for p in tensors_of(part.held).values())]
 
 
 def may_follow(one: Candidate, part: Candidate) -> bool:
@@ -416,8 +435,9 @@ def _match(follower: Side, leader: Side) -> dict[str, tuple[Tensor, Tensor]]:
             raise ValueError(f"{listing(missing)} is not among {listing(list(second), 9)}")
         second = _in_order(first, second, leader)
     for name, tensor in first.items():
-        if name in second and second[name].shape != tensor.shape:
-            raise ValueError(f"{name or 'it'} has shape {list(tensor.shape)}, and not {list(second[name].shape)}")
+        shape, other = whole_shape(tensor), whole_shape(second[name]) if name in second else None
+        if other is not None and other != shape:
+            raise ValueError(f"{name or 'it'} has shape {list(shape)}, and not {list(other)}")
     return {name: (tensor, second[name]) for name, tensor in first.items() if name in second}
 
 
@@ -438,16 +458,16 @@ def _in_order(first: Mapping[str, Tensor], second: Mapping[str, Tensor], leader:
     """
     spelt = {_plain(name): tensor for name, tensor in second.items()}
     if any(_plain(name) in spelt for name in first):
-        odd = [name for name, tensor in first.items() if _plain(name) not in spelt and tensor.numel() > 1]
+        odd = [name for name, tensor in first.items() if _plain(name) not in spelt and num_elements(tensor) > 1]
         if odd:
             raise ValueError(f"{listing(odd)} is not among {listing(list(second), 9)}")
         return {name: spelt[_plain(name)] for name in first if _plain(name) in spelt}
     orders: list[list[Tensor]] = [list(second.values())]
     if isinstance(leader, nn.Module):
-        own = list(leader.parameters())
+        own = [parameter for _, parameter in named_parameters(leader)]
         orders = [[*own], [p for p in own if p.requires_grad], *orders]
     for order in orders:
-        if [tensor.shape for tensor in order] == [tensor.shape for tensor in first.values()]:
+        if [*map(whole_shape, order)] == [*map(whole_shape, first.values())]:
             return dict(zip(first, order, strict=True))
-    shapes = [str(list(tensor.shape)) for tensor in first.values()]
+    shapes = [str(list(whole_shape(tensor))) for tensor in first.values()]
     raise ValueError(f"its {len(first)} tensors of shapes {listing(shapes)} are not {listing(list(second), 9)}")

@@ -26,7 +26,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from lightning_ecopt.common.sharding import Ranks, gathering_modules, local, release
+from lightning_ecopt.common.sharding import (
+    Ranks,
+    gathering_modules,
+    local,
+    named_parameters,
+    num_elements,
+    release,
+    whole_shape,
+)
 from lightning_ecopt.common.signals import uninterrupted
 from lightning_ecopt.common.tensors import padded, widest
 from lightning_ecopt.symmetry.balance import alive_units, balancing_scale, imbalances_of, mean_square, resolution_of
@@ -106,7 +114,7 @@ class ScalingGroup:
     @property
     def num_parameters(self) -> int:
         """Number of scalar parameters m."""
-        return sum(parameter.numel() for parameter in self.parameters.values())
+        return sum(num_elements(parameter) for parameter in self.parameters.values())
 
     @property
     def dimension(self) -> int:
@@ -134,12 +142,13 @@ class ScalingGroup:
         """
         gathering = gathering_modules(module)
         release(gathering)
-        own = dict(module.named_parameters(remove_duplicate=False))
+        own = dict(named_parameters(module, remove_duplicate=False))
         for name, parameter in self.parameters.items():
-            if name not in own or own[name].shape != parameter.shape:
-                found = f"one of shape {list(own[name].shape)}" if name in own else "no such parameter"
+            shape = whole_shape(parameter)
+            if name not in own or whole_shape(own[name]) != shape:
+                found = f"one of shape {list(whole_shape(own[name]))}" if name in own else "no such parameter"
                 raise ValueError(
-                    f"The group was traced from a module with a parameter {name} of shape {list(parameter.shape)}, and "
+                    f"The group was traced from a module with a parameter {name} of shape {list(shape)}, and "
                     f"{type(module).__name__} has {found}: trace it with scaling_group."
                 )
         parameters = {name: own[name] for name in self.parameters}
@@ -252,7 +261,7 @@ class ScalingGroup:
 
             print(scaling_group(model, x).describe(5))
         """
-        shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
+        shapes = {name: whole_shape(parameter) for name, parameter in self.parameters.items()}
         return describe_unit(unit, self.couplings, self.monomials, shapes)
 
     @torch.no_grad()
@@ -409,8 +418,7 @@ class ScalingGroup:
         if gradients is None:
             gradients = {name: p.grad for name, p in self.parameters.items()}
         roundoff = roundoff_of(self.parameters) if roundoff is None else roundoff
-        weights = {name: p.detach() for name, p in self.parameters.items()}
-        return self._derivative_sums(weights, gradients, Ranks(self.parameters), roundoff, silent)
+        return self._derivative_sums(self.parameters, gradients, Ranks(self.parameters), roundoff, silent)
 
     @cached_property
     def _derivative_sums(self) -> DerivativeSums:

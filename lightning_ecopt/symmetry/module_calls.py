@@ -16,7 +16,14 @@ from torch._guards import detect_fake_mode
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_ecopt.common.nested import tensors_in
-from lightning_ecopt.common.sharding import can_be_rescaled, gathering_modules, is_sharded, release
+from lightning_ecopt.common.sharding import (
+    can_be_rescaled,
+    gathering_modules,
+    is_sharded,
+    named_parameters,
+    release,
+    whole_shape,
+)
 from lightning_ecopt.common.warn import warn
 from lightning_ecopt.symmetry.equations import Equations
 from lightning_ecopt.symmetry.group import ScalingGroup
@@ -84,7 +91,7 @@ class GroupFromModuleCalls(GroupFromCalls):
         while isinstance(module, DistributedDataParallel):
             module = module.module
         release(self._gatherers)
-        names = {id(parameter): name.replace("_orig_mod.", "") for name, parameter in module.named_parameters()}
+        names = {id(parameter): name.replace("_orig_mod.", "") for name, parameter in named_parameters(module)}
         numbered = enumerate(self._own.items())
         return {names.get(key, f"parameter {number}"): own for number, (key, own) in numbered}
 
@@ -153,7 +160,7 @@ class GroupFromModuleCalls(GroupFromCalls):
 
     def _adopt(self, equations: Equations) -> bool:
         """Whether equations are those of the same parameters, which may have no names before the first call."""
-        own = [tuple(p.shape) or (1,) for p in self._own.values()]
+        own = [whole_shape(p) or (1,) for p in self._own.values()]
         if not self._named and own == list(equations.shapes.values()):
             self._named = dict(zip(equations.shapes, self._own.values(), strict=True))
         return super()._adopt(equations)
@@ -185,6 +192,8 @@ class GroupFromModuleCalls(GroupFromCalls):
         in_backward = torch._C._current_graph_task_id() != _NO_TASK  # a checkpoint computes again what has been seen
         if in_backward or not torch.is_grad_enabled() or detect_fake_mode() is not None:
             return False
+        if self._are_sharded:
+            self._know_gatherers(module)
         # Lightning's strategies call a whole training step by the `forward` of what wraps the module: not one call of
         # it, but backward passes and optimizer steps, too.
         redirected = None if self._module is None else vars(self._module).get("forward")
@@ -192,7 +201,11 @@ class GroupFromModuleCalls(GroupFromCalls):
             return False
         if self._are_sharded:
             release(gathering_modules(module))  # a call may have left whole parameters in place of the sharded ones
-        return any(id(parameter) in self._own for parameter in module.parameters())
+        return any(id(parameter) in self._own for _, parameter in named_parameters(module))
+
+    def _know_gatherers(self, module: nn.Module) -> None:
+        known = {id(part) for part in self._gatherers}
+        self._gatherers += [part for part in gathering_modules(module) if id(part) not in known]
 
     def watch(self, closure: Callable[[], Any]) -> Any:
         """Return what a closure returns; the first one is traced as a whole, with the calls of modules in it."""
@@ -259,14 +272,12 @@ class GroupFromModuleCalls(GroupFromCalls):
 
     def _trace_fake(self, module: nn.Module, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Trace a call with fake tensors, then make it."""
-        known = {id(part) for part in self._gatherers}
-        self._gatherers += [part for part in gathering_modules(module) if id(part) not in known]
         self._named = self._named or self._names(module)
         self.note_trained()
         try:
             equations = trace_call(module, module, self._named, self.copies(), args, kwargs)
         except Exception as error:
-            own = set(map(id, module.parameters()))
+            own = {id(parameter) for _, parameter in named_parameters(module)}
             warn(f"All of {type(module).__name__} is held fixed, so that it trains as it would by itself: {error}")
             equations = all_fixed(self._named, [name for name, p in self._named.items() if id(p) in own])
         before = self.equations()

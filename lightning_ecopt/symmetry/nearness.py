@@ -8,7 +8,8 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from lightning_ecopt.common.sharding import is_sharded, local, parts
+from lightning_ecopt.common.flat import is_piece
+from lightning_ecopt.common.sharding import is_sharded, layout_of, local, parts, whole_shape
 from lightning_ecopt.common.tensors import widest
 
 #: A copy is at most so far from what it follows, relative to its length. Networks that have nothing to do with each
@@ -59,10 +60,17 @@ def _fit(pairs: Pairs) -> bool:
 
 def _here(follower: Tensor, leader: Tensor) -> Pairs:
     """What this rank holds of a tensor and of what may follow it; a whole follower is cut as its leader is."""
-    if is_sharded(follower) or not is_sharded(leader) or follower.shape != leader.shape or follower.ndim == 0:
+    shape = whole_shape(leader)
+    if not is_sharded(leader) or whole_shape(follower) != shape or not shape:
         return [(local(follower), local(leader))]
-    whole = tuple(slice(0, size, 1) for size in leader.shape)
-    return [(follower[part.places], part.view(local(leader))) for part in parts(whole, leader)]
+    if is_sharded(follower) and not (is_piece(follower) and is_piece(leader)):
+        return [(local(follower), local(leader))]
+    own = parts(tuple(slice(0, size, 1) for size in shape), leader)
+    if not is_sharded(follower):
+        return [(follower[part.places], part.view(local(leader))) for part in own]
+    # Pieces under FSDP1 have one axis, and no shape that tells. Those of other elements cannot be compared here.
+    alike = layout_of(follower) == layout_of(leader)
+    return [(part.view(local(follower)), part.view(local(leader))) for part in own] if alike else []
 
 
 @torch.no_grad()

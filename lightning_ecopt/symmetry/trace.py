@@ -16,14 +16,17 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
+from lightning_ecopt.common.flat import originals
 from lightning_ecopt.common.nested import named_tensors_in, tensors_in
 from lightning_ecopt.common.sharding import (
     Ranks,
     can_be_rescaled,
     gathering_modules,
     is_sharded,
+    named_parameters,
     release,
     stop_gathering_,
+    whole_shape,
 )
 from lightning_ecopt.common.warn import warn
 from lightning_ecopt.symmetry.equations import Equations
@@ -99,7 +102,7 @@ def scaling_group(
         )
     given = None if parameters is None else list(parameters)
     chosen = select_parameters(module, given)
-    foreign = {id(p) for p in given or ()} - {id(p) for p in module.parameters()}
+    foreign = {id(p) for p in given or ()} - {id(p) for _, p in named_parameters(module)}
     if foreign:
         raise ValueError(
             f"{len(foreign)} of the given parameters are not parameters of {type(module).__name__}: "
@@ -134,7 +137,7 @@ def select_parameters(module: nn.Module, parameters: Iterable[Tensor] | None = N
     wanted = None if parameters is None else {id(p) for p in parameters}
     own = {
         name: parameter
-        for name, parameter in module.named_parameters()
+        for name, parameter in named_parameters(module)
         if can_be_rescaled(parameter) and (wanted is None or id(parameter) in wanted)
     }
     # Raises if they are sharded in a way that is not supported; those are to be frozen.
@@ -213,7 +216,7 @@ def trace_call(
 ) -> Equations:
     """Trace ``call(*args, **kwargs)``, which calls the module, in view of copies that are rescaled with parameters."""
     traced = _Call(module, call, parameters, copies, args, kwargs)
-    if any(map(is_sharded, module.parameters())):
+    if any(is_sharded(parameter) for _, parameter in named_parameters(module)):
         try:
             return _trace_fake(traced)
         except Exception as error:
@@ -239,7 +242,7 @@ def trace_call(
 
 def all_fixed(parameters: Mapping[str, nn.Parameter], held: Collection[str] | None = None) -> Equations:
     """The equations under which none of the parameters, or none of those that are named, can be rescaled."""
-    shapes = {name: tuple(parameter.shape) or (1,) for name, parameter in parameters.items()}
+    shapes = {name: whole_shape(parameter) or (1,) for name, parameter in parameters.items()}
     equations = Equations(shapes)
     equations.operation = Operation("call", "")
     for name in shapes if held is None else held:
@@ -252,8 +255,11 @@ def _trace_fake(call: _Call) -> Equations:
     module = call.module
     with inputs_kept((call.args, call.kwargs)), fake_tensors() as fake_mode:
         fake = partial(_fake, fake_mode)
-        own = [*module.parameters(), *module.buffers(), *call.parameters.values(), *(copy for _, copy in call.copies)]
+        own: list[Tensor] = [parameter for _, parameter in named_parameters(module)]
+        own += [*module.buffers(), *call.parameters.values(), *(copy for _, copy in call.copies)]
         state = {id(tensor): fake(tensor) for tensor in own}
+        # A call that runs may have whole tensors in the places of parameters.
+        state |= {key: state[id(parameter)] for key, parameter in originals().items() if id(parameter) in state}
         args, kwargs = tree_map_only(Tensor, fake, (call.args, call.kwargs))
         mode = TraceMode(module, {name: state[id(parameter)] for name, parameter in call.parameters.items()})
         mode.add_copies((name, state[id(copy)]) for name, copy in call.copies)
@@ -268,7 +274,10 @@ def _fake(fake_mode: FakeTensorMode, tensor: Tensor) -> Tensor:
     """A fake tensor of the same shape; of a sharded one a fake tensor of the whole."""
     if not is_sharded(tensor):
         return fake_mode.from_tensor(tensor)
-    whole = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    shape = whole_shape(tensor)
+    whole = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
+    if tensor.shape == shape:  # otherwise a piece under FSDP1, which is contiguous as a whole
+        whole = torch.empty_strided(shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
     return nn.Parameter(whole, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else whole
 
 
@@ -314,5 +323,6 @@ def _kept(module: nn.Module) -> list[Tensor]:
             for hook in part._forward_pre_hooks.values()
             if type(hook).__module__.startswith("torch.nn.utils.")
         }
+        computed |= part._parameters.keys()  # whole ones, while a call under FSDP1 runs
         found += tensors_in({name: value for name, value in vars(part).items() if name not in computed})
     return found

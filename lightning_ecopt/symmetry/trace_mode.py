@@ -29,6 +29,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lightning_ecopt.common.flat import plain_name
 from lightning_ecopt.common.nested import tensors_in
 from lightning_ecopt.common.warn import warn
 from lightning_ecopt.symmetry.aten import base_name, changed_tensors, named_arguments, tensor_by_tensor, written_to
@@ -86,7 +87,7 @@ class TraceMode(TorchDispatchMode):
 
     def name_modules(self, module: nn.Module) -> None:
         """Call modules as this one does, of which they are parts."""
-        self._names = {id(part): name for name, part in module.named_modules()}
+        self._names = {id(part): plain_name(name) for name, part in module.named_modules()}
         self._home = type(module)
 
     @contextmanager

@@ -61,7 +61,7 @@ class Simulated:
             patch.setattr(Ranks, "__init__", lambda ranks, parameters: None)
             patch.setattr(Ranks, "counts", counts)
             patch.setattr(Ranks, "sum_", lambda ranks, values: self._add_up(values))
-            patch.setattr(Ranks, "_mesh", "simulated", raising=False)
+            patch.setattr(Ranks, "_all", "simulated", raising=False)
             yield
 
     def run(self, function: Callable[[int], T]) -> list[T]:
