@@ -157,7 +157,8 @@ class DerivativeSums:
         self._by_name: dict[str, list[int]] = {}
         for number, coupling in enumerate(couplings):
             self._by_name.setdefault(coupling.parameter, []).append(number)
-        self._joins = [bool(torch.isin(c.incoming[c.incoming != NO_UNIT], c.outgoing).any()) for c in couplings]
+        sides = [(c.incoming[c.incoming != NO_UNIT], c.outgoing.reshape(-1)) for c in couplings]
+        self._joins = [bool(torch.isin(incoming, outgoing).any()) for incoming, outgoing in sides]
         self._entries = [coupling.incoming.numel() + coupling.outgoing.numel() for coupling in couplings]
         self._on: dict[torch.device, list[LocalCoupling]] = {}
         self._few: dict[torch.device, SegmentSum] = {}
