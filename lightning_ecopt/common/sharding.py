@@ -41,6 +41,11 @@ from lightning_ecopt.common.parts import Cut, Grid, Layout, Part
 GATHERING = ("torch.distributed.fsdp._fully_shard", "torch.distributed.tensor")
 
 
+def may_be_sharded() -> bool:
+    """Return whether anything can be sharded in this process, which asks less than each tensor."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Return whether each rank holds a part of the tensor, or a copy: a ``DTensor``, or a parameter under FSDP1."""
     if type(tensor) is Tensor:  # nearly always so; the look-up below costs more
@@ -262,7 +267,7 @@ def with_gradient(parameters: Sequence[Tensor]) -> set[int]:
     any of the parameters, all ranks call this together.
     """
     marks = [parameter.grad is not None for parameter in parameters]
-    pieces = {str(k): p for k, p in enumerate(parameters) if flat.is_known(p)}
+    pieces = {str(k): p for k, p in enumerate(parameters) if flat.is_known(p)} if may_be_sharded() else {}
     if pieces:
         marks = Ranks(pieces).any_(torch.tensor(marks, device="cpu")).tolist()
     return {id(parameter) for parameter in compress(parameters, marks)}
