@@ -259,12 +259,13 @@ class Followers:
                 mark[1] = one.averages or near is True
         finally:  # even if this rank has failed
             ranks.any_(marks)
-        unknown = {one.name: part.name for (one, part), mark in zip(pairs, marks, strict=True) if not mark.any()}
+        found = marks.tolist()
+        unknown = {one.name: part.name for (one, part), of in zip(pairs, found, strict=True) if not any(of)}
         hidden = {one.name for one, _ in pairs if one.name in unknown and one.is_in_pieces} - self._named
         self._named |= hidden
         for name in sorted(name for name in hidden if not _has_parent(name, hidden)):
             warn(HIDDEN.format(copy=name, leader=unknown[name] or "the module"))
-        return [tells and not differs for differs, tells in marks.tolist()]
+        return [tells and not differs for differs, tells in found]
 
     def seen_by_trace(self, parameters: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
         """What follows some parameters at the start of a traced call, which shows all uses of it."""

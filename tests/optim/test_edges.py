@@ -26,6 +26,7 @@ from lightning_ecopt import (
 from lightning_ecopt.common.signals import uninterrupted
 from lightning_ecopt.kernels.choose import Implementation
 from lightning_ecopt.optim import stepper
+from lightning_ecopt.symmetry.report import print_report
 from tests.networks import mlp
 from tests.optim.training import RULES, loss_of, train
 from tests.selection import everything, few
@@ -102,7 +103,7 @@ def test_parameters_without_elements_disturb_no_others(kind: str, name: str, rul
     train(module, optimizer, x, y, range(2))
     for unit in range(group.num_units):
         group.describe(unit)
-    group.summary(usable=optimizer.usable_units())
+    print_report(group.overview(optimizer.usable_units()))
     imbalance, distance, norm = UnitImbalance(), EquivalentClassDistance(), PathNorm()
     imbalance.update(group)
     distance.update(module, start, group)
