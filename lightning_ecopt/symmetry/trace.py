@@ -323,6 +323,6 @@ def _kept(module: nn.Module) -> list[Tensor]:
             for hook in part._forward_pre_hooks.values()
             if type(hook).__module__.startswith("torch.nn.utils.")
         }
-        computed |= part._parameters.keys()  # whole ones, while a call under FSDP1 runs
+        computed.update(part._parameters.keys())  # whole ones, while a call under FSDP1 runs
         found += tensors_in({name: value for name, value in vars(part).items() if name not in computed})
     return found
