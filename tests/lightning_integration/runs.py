@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 def launch(script: str, *arguments: object) -> str:
     """Run a script of this folder with one thread in each process; what it prints.
 
-    Fails after five minutes with the stacks of all its processes.
+    Fails after ten minutes with the stacks of all its processes.
     """
     # What another launcher has left would make the script one of its ranks.
     environment = {name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "MASTER_PORT")}
@@ -35,7 +35,7 @@ def launch(script: str, *arguments: object) -> str:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, cwd=ROOT, env=environment, text=True, start_new_session=True, **pipes) as process:
         try:
-            printed, errors = process.communicate(timeout=300)
+            printed, errors = process.communicate(timeout=600)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGABRT)
             printed, errors = process.communicate()
