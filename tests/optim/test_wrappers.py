@@ -83,6 +83,7 @@ METHODS: dict[str, Method] = {
     "follow_epochs": lambda o, module, x: o.follow_epochs(lambda: 3),
     "follow_precision": lambda o, module, x: o.follow_precision(lambda: "bf16-mixed"),
     "violation": lambda o, module, x: o.violation,
+    "layers": lambda o, module, x: (o.layers.measure_next(), dict(o.layers.statistics()))[-1],
     "rest": lambda o, module, x: o.rest(),
     "param_groups": lambda o, module, x: [{**group, "params": len(group["params"])} for group in o.param_groups],
     "state": lambda o, module, x: len(o.state),
