@@ -28,6 +28,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, distributed
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.rendezvous import dynamic_rendezvous
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -206,7 +207,7 @@ def work(name: str, place: Place) -> None:
 # Nodes ----------------------------------------------------------------------------------------------------------------
 
 
-def run_agent(number: int, port: int, *arguments: Any) -> None:
+def run_agent(number: int, port: int, name: str, place: Place) -> None:
     """What the agent of a node does."""
     dynamic_rendezvous.get_method_name = lambda *_: ""  # for logs; it reads all modules, which outlasts a heartbeat
     # If nodes share the first store, those that meet again do not tell a new one where it is, which waits for that.
@@ -223,8 +224,9 @@ def run_agent(number: int, port: int, *arguments: Any) -> None:
         monitor_interval=0.1,
         start_method="fork",
         local_addr="127.0.0.1",
+        logs_specs=DefaultLogsSpecs(log_dir=str(place.folder / "logs")),
     )
-    elastic_launch(config, work)(*arguments)
+    elastic_launch(config, work)(name, place)
 
 
 class Node:
@@ -233,11 +235,12 @@ class Node:
     Args:
         number: of the node.
         port: of the store in which the nodes meet.
-        arguments: of the workers.
+        name: of the run.
+        place: of the run.
     """
 
-    def __init__(self, number: int, port: int, *arguments: Any) -> None:
-        self.agent = get_context("fork").Process(target=run_agent, args=(number, port, *arguments))
+    def __init__(self, number: int, port: int, name: str, place: Place) -> None:
+        self.agent = get_context("fork").Process(target=run_agent, args=(number, port, name, place))
         self.agent.start()
 
     def kill(self) -> None:
