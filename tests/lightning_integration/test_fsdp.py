@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.optim import SGD
 
 from lightning_ecopt import EquivalentClassOptimizer, ec_sgd, scaling_group
-from lightning_ecopt.common.sharding import Ranks, exchange_device, whole_shape
+from lightning_ecopt.common.sharding import Ranks, exchange_device, layout_of
 from tests.lightning_integration import fsdp_script as script
 from tests.lightning_integration.runs import launch
 from tests.networks import ResidualMLP, mlp, norm_cnn
@@ -425,7 +425,7 @@ def test_a_local_tensor_that_does_not_fit_its_placements_is_refused(mesh: Any) -
     with pytest.raises(
         ValueError, match=r"shape \[4, 2\] .* local tensor of shape \[3, 2\], where \[4, 2\] is expected"
     ):
-        whole_shape(wrong)
+        layout_of(wrong)
 
 
 def test_only_the_given_parameters_are_rescaled(mesh: Any) -> None:

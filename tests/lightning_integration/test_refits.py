@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import warnings
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,6 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,6 +22,7 @@ from lightning_ecopt import (
     ec_sgd,
     scaling_group,
 )
+from lightning_ecopt.symmetry.report import Overview
 from tests.lightning_integration.modules import (
     EXAMPLE,
     EXAMPLES,
@@ -151,13 +150,13 @@ def test_options_that_an_optimizer_has_of_its_own_are_named() -> None:
 
 def test_the_report_describes_the_rule_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     needs_paths = []
-    summary = ScalingGroup.summary
+    overview = ScalingGroup.overview
 
-    def spy(group: ScalingGroup, console: Console | None = None, **options: Any) -> None:
-        needs_paths.append(options["needs_paths"])
-        summary(group, Console(file=io.StringIO()), **options)
+    def spy(group: ScalingGroup, usable: Any, needs: bool, followers: Any) -> Overview:
+        needs_paths.append(needs)
+        return overview(group, usable, needs, followers)
 
-    monkeypatch.setattr(ScalingGroup, "summary", spy)
+    monkeypatch.setattr(ScalingGroup, "overview", spy)
     for rule in ("path", "unit"):
         make = partial(ECSGD, lr=0.1, rule=rule)
         fit(Classifier(mlp(), lambda m, make=make: make(m.parameters())), EquivalentClassOptimization())
