@@ -355,11 +355,11 @@ def refused(name: str) -> str:
 
 
 def without_callback(folder: Path) -> list[dict[str, Any]]:
-    """What the optimizer of ``configure_optimizers`` has after an epoch, and when it has been taken up from its end."""
+    """What the optimizer of ``configure_optimizers`` has at the end, and when it was taken up after an epoch."""
     found = []
     saving = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
     for options in ({}, {"seed": 9, "ckpt": folder / "epoch=0.ckpt"}):
-        module, run = fit(*([] if options else [saving]), configure=own_optimizer, processes=2, max_epochs=1, **options)
+        module, run = fit(*([] if options else [saving]), configure=own_optimizer, processes=2, **options)
         optimizer = run.optimizers[0]
         moments = {name: optimizer.state[p]["momentum_buffer"] for name, p in module.named_parameters()}
         weights = whole(dict(module.named_parameters()))
