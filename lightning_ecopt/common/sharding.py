@@ -143,6 +143,11 @@ def whole_shape(tensor: Tensor) -> tuple[int, ...]:
     return tuple(tensor.shape) if layout is None else layout.shape
 
 
+def shapes_of(parameters: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of whole parameters by name, with one axis for those that have none."""
+    return {name: whole_shape(parameter) or (1,) for name, parameter in parameters.items()}
+
+
 def num_elements(tensor: Tensor) -> int:
     """Return how many elements a whole tensor has."""
     return prod(whole_shape(tensor))

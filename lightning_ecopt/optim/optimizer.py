@@ -38,7 +38,6 @@ from lightning_ecopt.optim.options import (
     RuleName,
     SkeletonChoice,
 )
-from lightning_ecopt.optim.placement import place_gradients_
 from lightning_ecopt.optim.session import Session
 from lightning_ecopt.optim.stages import Idle, Ready, Running, Waiting
 from lightning_ecopt.optim.undo import undone_if_refused
@@ -198,7 +197,7 @@ class EquivalentClassOptimizer(Optimizer):
         count_step(session)
         call = StepCall(session.base, args, kwargs, compare=not session.closure_comes_first)
         call.run_closure(session.binding.deferred.watch)
-        place_gradients_(session.looked_at())
+        session.place_gradients()
         with torch.no_grad(), undone_if_refused(session, call):
             result = self._take_step(call)
             note_weights(session)
@@ -258,7 +257,7 @@ class EquivalentClassOptimizer(Optimizer):
         class alone.
         """
         session = self._session
-        place_gradients_(session.looked_at())
+        session.place_gradients()
         is_known = not session.is_in_first_call() and session.find_network()
         if is_known and session.refresh_due and not getattr(session.stage, "saved", None):
             session.refresh(session.network)

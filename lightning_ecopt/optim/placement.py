@@ -7,14 +7,12 @@ from collections.abc import Iterable, MutableMapping
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_ecopt.common.sharding import is_sharded, may_be_sharded, placed_like
+from lightning_ecopt.common.sharding import is_sharded, placed_like
 from lightning_ecopt.optim.calls import states_in
 
 
 def place_gradients_(parameters: Iterable[Tensor]) -> None:
     """Place gradients on the ranks as their parameters are; nothing is done where nothing is sharded."""
-    if not may_be_sharded():
-        return
     for parameter in parameters:
         if is_sharded(parameter) and parameter.grad is not None:
             parameter.grad = placed_like(parameter.grad, parameter)

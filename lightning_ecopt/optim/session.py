@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_ecopt.common.flat import is_known, is_piece
-from lightning_ecopt.common.sharding import Ranks, local, whole_shape, with_gradient
+from lightning_ecopt.common.sharding import Ranks, local, may_be_sharded, whole_shape, with_gradient
 from lightning_ecopt.common.signals import uninterrupted
 from lightning_ecopt.common.tensors import in_shared_memory, listing
 from lightning_ecopt.common.warn import warn
@@ -31,7 +31,7 @@ from lightning_ecopt.optim.calls import states_in
 from lightning_ecopt.optim.gradient_check import GradientCheck
 from lightning_ecopt.optim.layer_statistics import Layers
 from lightning_ecopt.optim.options import Options, interval_is_over
-from lightning_ecopt.optim.placement import place_state_
+from lightning_ecopt.optim.placement import place_gradients_, place_state_
 from lightning_ecopt.optim.rates import mistaken_rate
 from lightning_ecopt.optim.stages import Idle, Ready, Resting, Running, Stage, Waiting
 from lightning_ecopt.optim.stepper import Stepper
@@ -287,9 +287,11 @@ class Session:
         """What this rank holds of the weights of the group."""
         return {name: local(p.detach()) for name, p in network.group.parameters.items()}
 
-    def looked_at(self) -> list[Tensor]:
-        """The parameters whose gradients a step looks at: the optimizer's, and in checks all of the group."""
-        return parameters_of(self.base) + ([] if self.group is None else list(self.group.parameters.values()))
+    def place_gradients(self) -> None:
+        """Place the gradients that a step looks at as their parameters are: the optimizer's, and all of the group."""
+        if may_be_sharded():
+            place_gradients_(parameters_of(self.base))
+            place_gradients_(() if self.group is None else self.group.parameters.values())
 
     def gradients(self, network: Network) -> dict[str, Tensor]:
         """What this rank holds of the dense gradients of the optimizer's own weights.

@@ -25,6 +25,7 @@ from lightning_ecopt.common.sharding import (
     is_sharded,
     named_parameters,
     release,
+    shapes_of,
     stop_gathering_,
     whole_shape,
 )
@@ -242,7 +243,7 @@ def trace_call(
 
 def all_fixed(parameters: Mapping[str, nn.Parameter], held: Collection[str] | None = None) -> Equations:
     """The equations under which none of the parameters, or none of those that are named, can be rescaled."""
-    shapes = {name: whole_shape(parameter) or (1,) for name, parameter in parameters.items()}
+    shapes = shapes_of(parameters)
     equations = Equations(shapes)
     equations.operation = Operation("call", "")
     for name in shapes if held is None else held:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_ecopt.common.nested import tensors_in
-from lightning_ecopt.common.sharding import exchange_device, whole_shape
+from lightning_ecopt.common.sharding import exchange_device, shapes_of
 from lightning_ecopt.common.tensors import listing
 from lightning_ecopt.common.warn import warn
 from lightning_ecopt.symmetry.deferred import DeferredGroup
@@ -146,7 +146,7 @@ class GroupFromCalls(DeferredGroup):
         return self._calls[0] if self._calls else None
 
     def _joined(self, parts: Iterable[Equations]) -> Equations:
-        joined = Equations({name: whole_shape(parameter) or (1,) for name, parameter in self.parameters.items()})
+        joined = Equations(shapes_of(self.parameters))
         for part in parts:
             joined.absorb(part)
         return joined
@@ -300,7 +300,7 @@ class GroupFromCalls(DeferredGroup):
 
     def _adopt(self, equations: Equations) -> bool:
         """Whether equations are those of the same parameters."""
-        return equations.shapes == {name: whole_shape(p) or (1,) for name, p in self.parameters.items()}
+        return equations.shapes == shapes_of(self.parameters)
 
     def _confirm_resumed(self, resumed: Equations) -> None:
         """Forget what a call has used that the resumed run had not by then, if that is all that it has told.
