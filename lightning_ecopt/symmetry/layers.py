@@ -81,6 +81,9 @@ def lines_of(sets: Iterable[UnitSet], layers: Sequence[Layer]) -> list[Line]:
     found: list[tuple[int, frozenset[int], frozenset[int]]] = []
     for each in sets:
         sides = [frozenset(row[layer_of(name)] for name, power in each.powers if power * sign > 0) for sign in (1, -1)]
+        # c and 1/c are the same unit, and equations that tie units together may turn one round.
+        if all(layers[number].free for number in sides[1]) and not all(layers[number].free for number in sides[0]):
+            sides.reverse()
         if sides[0] or sides[1]:
             found.append((len(each.units), sides[0], sides[1]))
     lanes: list[list[range]] = []
