@@ -192,7 +192,6 @@ def adamw(module: Any) -> AdamW:
 RUNS: dict[str, Fit | Loop] = {
     "DDP, SGD, unit": Fit(sgd, "unit"),
     "DDP, AdamW, path": Fit(adamw, "path"),
-    "FSDP2, SGD, unit": Fit(sgd, "unit", is_sharded=True),
     "FSDP2, AdamW, unit": Fit(adamw, "unit", is_sharded=True),
     "loop, ec_sgd, unit": Loop(lambda m: ec_sgd(m, lr=0.1, momentum=0.9, refresh_interval=4)),
 }

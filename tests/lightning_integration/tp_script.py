@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import loss_parallel
 from torch.nn import functional as F
-from torch.optim import SGD, AdamW
+from torch.optim import SGD
 
 from lightning_ecopt import EquivalentClassOptimizer, ec_adamw, ec_sgd, scaling_group
 from lightning_ecopt.common.sharding import local
@@ -228,9 +228,7 @@ class Run:
 
 RUNS = {
     "SGD": Run(lambda m: SGD(m.parameters(), lr=0.03, momentum=0.9)),
-    "AdamW, example": Run(lambda m: AdamW(m.parameters(), lr=0.01), rotary=False, example=True),
-    "ec_sgd": Run(lambda m: ec_sgd(m, lr=0.03, momentum=0.9), rotary=False, callback=False),
-    "ec_adamw, example": Run(lambda m: ec_adamw(m, lr=0.01), callback=False, example=True),
+    "ec_adamw, example": Run(lambda m: ec_adamw(m, lr=0.01), rotary=False, callback=False, example=True),
 }
 
 

@@ -192,7 +192,7 @@ WHOLE: dict[tuple[str, str], Run] = {}
 
 
 @pytest.mark.parametrize("implementation", few(["eager", "auto", "wrapped"], ["auto"]))
-@examples(40, phases=[Phase.explicit, Phase.generate])  # a smaller case would take minutes to find
+@examples(20, phases=[Phase.explicit, Phase.generate])  # a smaller case would take minutes to find
 @given(data=st.data())
 def test_parts_are_trained_as_the_whole(implementation: str, data: st.DataObject) -> None:
     name, base = data.draw(st.sampled_from(list(NETWORKS))), data.draw(st.sampled_from(list(BASES)))
