@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -476,6 +476,15 @@ def test_a_step_that_fails_anywhere_on_the_way_into_coordinates_leaves_weights(
     assert number > 1
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt, as in a terminal: a shell lets what it runs in the background ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("form", ["wrapped", "eager"])
 @RULES
 def test_ctrl_c_waits_for_the_end_of_a_step(rule: str, form: Implementation) -> None:
@@ -496,6 +505,7 @@ def test_ctrl_c_waits_for_the_end_of_a_step(rule: str, form: Implementation) -> 
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_ctrl_c_does_not_wait() -> None:
     reached = []
 
