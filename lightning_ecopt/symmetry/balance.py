@@ -19,7 +19,8 @@ Letters: H units; S scales, that is monomials, of which the first H are the unit
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ from lightning_ecopt.common.segment_sum import SegmentSum
 from lightning_ecopt.common.sharding import Ranks
 from lightning_ecopt.common.tensors import padded
 from lightning_ecopt.symmetry.monomials import Monomials
-from lightning_ecopt.symmetry.squares import SquaredWeights, are_finite, in_batches, joined
+from lightning_ecopt.symmetry.squares import SquaredWeights, in_batches, joined, ranges
 
 #: Most steps of each kind; they end when the balance is good enough, which takes far fewer.
 COARSE_SWEEPS = 40
@@ -36,6 +37,10 @@ NEWTON_STEPS = 50
 CONJUGATE_GRADIENT_STEPS = 1000
 #: Coarse sweeps end when no log-scale moves by more: there Newton's method converges quadratically.
 NEAR = 0.1
+#: Sums of squares up to here, and their products with factors, do not overflow in single precision.
+SINGLE = 1e30
+#: So many steps in single precision may fail to halve the imbalance before all are in double precision.
+DOUBTS = 3
 
 
 # Which units can be balanced ------------------------------------------------------------------------------------------
@@ -51,7 +56,7 @@ def alive_units(squares: Sequence[SquaredWeights], monomials: Monomials, ranks: 
     device = squares[0].roots.device if squares else torch.device("cpu")
     monomials = monomials.to(device)
     broken = torch.zeros(monomials.num_scales + 1, dtype=torch.bool, device=device)
-    squares = _without_undefined(joined(squares, monomials.num_scales), broken)
+    squares = _examined(joined(squares, monomials.num_scales), broken)
     ranks.any_(broken)
     sound = ~monomials.in_(broken[:-1])
     above, below = torch.zeros_like(sound), torch.zeros_like(sound)
@@ -61,10 +66,10 @@ def alive_units(squares: Sequence[SquaredWeights], monomials: Monomials, ranks: 
     while before < found < most:
         caps, floors = (padded(side, True) for side in monomials.bounded(above, below))
         for each in squares:
-            open_ = each.into(caps[each.outgoing].to(each.dtype)) > 0
+            open_ = each.joins_into(caps[each.outgoing])
             _set(caps, each.incoming, open_ & ~broken[each.incoming])
         for each in reversed(squares):
-            open_ = each.out_of(floors[each.incoming].to(each.dtype)) > 0
+            open_ = each.joins_out_of(floors[each.incoming])
             _set(floors, each.outgoing, open_ & ~broken[each.outgoing])
         caps, floors = ranks.any_(torch.stack([caps, floors]))
         monomials.bound_units(above, below, caps[:-1], floors[:-1])
@@ -74,15 +79,23 @@ def alive_units(squares: Sequence[SquaredWeights], monomials: Monomials, ranks: 
     return above & below
 
 
-def _without_undefined(squares: list[SquaredWeights], broken: Tensor) -> list[SquaredWeights]:
-    """Set squares that are not finite to zero, and mark their scales in ``broken``, ``bool[S + 1]``."""
-    for number, finite in enumerate(are_finite(squares)):
-        if not finite:
-            undefined = squares[number].undefined()
-            broken[squares[number].incoming[undefined.any(2)]] = True
-            broken[squares[number].outgoing[undefined.any(1)]] = True
-            squares[number] = squares[number].without(undefined)
-    return squares
+def _examined(squares: list[SquaredWeights], broken: Tensor) -> list[SquaredWeights]:
+    """Find out which squares are full, and set those that are not finite to zero.
+
+    Args:
+        squares: of all regions.
+        broken: ``bool[S + 1]``, in which the scales of squares that are not finite are marked.
+    """
+    found = []
+    for each, (smallest, total) in zip(squares, ranges(squares), strict=True):
+        if isfinite(total):
+            found.append(replace(each, is_full=smallest > 0))
+        else:
+            undefined = each.undefined()
+            broken[each.incoming[undefined.any(2)]] = True
+            broken[each.outgoing[undefined.any(1)]] = True
+            found.append(each.without(undefined))
+    return found
 
 
 def _set(marks: Tensor, places: Tensor, chosen: Tensor) -> None:
@@ -125,7 +138,7 @@ def imbalances_of(
     incoming, outgoing = sums_of_squares(squares, monomials, ranks)
     ratio = torch.where(invariant.to(incoming.device), mean_square(squares, monomials, ranks), incoming / outgoing)
     ratio = torch.where(alive, ratio, 1.0)
-    undefined = ranks.any_(torch.tensor(not all(are_finite(squares)), device=ratio.device))
+    undefined = ranks.any_(torch.tensor(not all(isfinite(total) for _, total in ranges(squares)), device=ratio.device))
     return torch.where(undefined, torch.nan, torch.maximum(ratio, 1 / ratio)).sqrt()
 
 
@@ -176,13 +189,21 @@ def _coarse(problem: _Problem, here: _Point) -> _Point:
 
 
 def _newton(problem: _Problem, here: _Point, tolerance: float) -> _Point:
-    """Take Newton steps, halved until F does not rise, to a relative imbalance below ``tolerance``."""
+    """Take Newton steps, halved until F does not rise, to a relative imbalance below ``tolerance``.
+
+    The gradient, which says when the balance is good, is always exact. The Hessian is taken in single precision, which
+    serves as well unless it hardly differs from a singular one: where that has not halved the imbalance, the next step
+    is exact.
+    """
+    is_rough, failed, before = True, 0, torch.inf
     for _ in range(NEWTON_STEPS):
         imbalance = (here.incoming - here.outgoing) / (here.incoming + here.outgoing)
         error = float(torch.where(problem.active, imbalance, 0.0).abs().max())
         if error < tolerance:
             break
-        step = problem.newton_step(here, min(0.1, max(error, 1e-4)))
+        failed += is_rough and error > before / 2
+        is_rough, before = failed < DOUBTS and not (is_rough and error > before / 2), error
+        step = problem.newton_step(here, min(0.1, max(error, 1e-4)), is_rough)
         step /= max(1.0, float(step.abs().max()))
         there = problem.at(here.scale + step)
         while float(there.value) > float(here.value) * (1 + tolerance):
@@ -223,23 +244,29 @@ class _Problem:
     def __init__(self, squares: Sequence[SquaredWeights], monomials: Monomials, active: Tensor, ranks: Ranks) -> None:
         device, fixed = squares[0].roots.device, monomials.num_scales
         self.monomials, self.active, self.ranks = monomials.to(device), active.to(device), ranks
-        self.squares = self._prepared(joined(squares, fixed), fixed)
+        self.squares, self.rough = self._prepared(joined(squares, fixed), fixed)
         self.above = torch.cat([each.incoming.reshape(-1) for each in self.squares])  # [I]
         self.below = torch.cat([each.outgoing.reshape(-1) for each in self.squares])  # [O]
         self._incoming, self._outgoing = SegmentSum(self.above, fixed), SegmentSum(self.below, fixed)
 
     @staticmethod
-    def _prepared(squares: list[SquaredWeights], fixed: int) -> list[SquaredWeights]:
-        """Leave out elements that are not finite, and those with one scale on both sides, which never change."""
-        finite = are_finite(squares)
+    def _prepared(squares: list[SquaredWeights], fixed: int) -> tuple[list[SquaredWeights], list[SquaredWeights]]:
+        """Leave out elements that are not finite, and those with one scale on both sides, which never change.
+
+        Returns:
+            The squares, and the same ones in single precision where that fits them.
+        """
+        totals = [total for _, total in ranges(squares)]
         shared = [torch.isin(each.incoming.where(each.incoming != fixed, -1), each.outgoing).any() for each in squares]
         for number, joins in enumerate(torch.stack(shared).tolist()):
-            if not finite[number]:
+            if not isfinite(totals[number]):
                 squares[number] = squares[number].without(squares[number].undefined())
             if joins:
                 same = squares[number].incoming[:, :, None] == squares[number].outgoing[:, None]
                 squares[number] = squares[number].without(same)
-        return in_batches(squares)
+        squares = in_batches(squares)
+        fits = all(total < SINGLE for total in totals)
+        return squares, [replace(each, dtype=torch.float32) if fits and not each.is_kept else each for each in squares]
 
     def start(self) -> _Point:
         """Evaluate F at the weights as they are."""
@@ -254,34 +281,39 @@ class _Problem:
         value = self.ranks.sum_(into.sum())
         return _Point(scale, value, rises, falls, into, out, *self.monomials.collect_parts(*self._collect(into, out)))
 
-    def _sums(self, right: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
+    def _sums(self, right: Tensor, left: Tensor, is_rough: bool = False) -> tuple[Tensor, Tensor]:
         """Multiply the squares by ``right [O]`` from the right, giving ``[I]``, and by ``left [I]``, giving ``[O]``."""
-        rights = right.split([each.outgoing.numel() for each in self.squares])
-        lefts = left.split([each.incoming.numel() for each in self.squares])
-        into, out = zip(
-            *(
-                each.both_ways(values.view_as(each.outgoing), others.view_as(each.incoming))
-                for each, values, others in zip(self.squares, rights, lefts, strict=True)
-            ),
-            strict=True,
-        )
-        return torch.cat([sums.reshape(-1) for sums in into]), torch.cat([sums.reshape(-1) for sums in out])
+        squares = self.rough if is_rough else self.squares
+        rights = right.split([each.outgoing.numel() for each in squares])
+        lefts = left.split([each.incoming.numel() for each in squares])
+        into: list[Tensor] = []
+        out: list[Tensor] = []
+        for each, values, others in zip(squares, rights, lefts, strict=True):
+            sides = values.view_as(each.outgoing), others.view_as(each.incoming)
+            for sums, side in zip((into, out), each.both_ways(*(side.to(each.dtype) for side in sides)), strict=True):
+                sums.append(side.reshape(-1).to(right.dtype))
+        return torch.cat(into), torch.cat(out)
 
     def _collect(self, into: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
         """Add up ``into [I]`` and ``out [O]`` for each scale, over all ranks: ``[S]`` both."""
         rising, falling = self.ranks.sum_(torch.stack([self._incoming(into), self._outgoing(out)]))
         return rising, falling
 
-    def newton_step(self, here: _Point, accuracy: float) -> Tensor:
+    def newton_step(self, here: _Point, accuracy: float, is_rough: bool) -> Tensor:
         """Solve ``(D - A) z = (out - in) / 2``, where D - A is a quarter of the Hessian and D its diagonal.
 
         By conjugate gradients, until the error is ``accuracy`` of what it was.
+
+        Args:
+            here: where F is expanded.
+            accuracy: of the solution.
+            is_rough: whether products with A are taken in single precision.
         """
 
         def apply(z: Tensor) -> Tensor:
             scales = padded(self.monomials.of(z), 0)  # [S + 1]
             above, below = scales[self.above], scales[self.below]
-            into, out = self._sums(here.falls * below, here.rises * above)
+            into, out = self._sums(here.falls * below, here.rises * above, is_rough)
             rising, falling = self._collect(above * here.into - here.rises * into, here.falls * out - below * here.out)
             return torch.where(self.active, self.monomials.collect(rising - falling), 0.0)
 
@@ -294,7 +326,10 @@ class _Problem:
         target = accuracy**2 * float(product)
         for _ in range(CONJUGATE_GRADIENT_STEPS):
             image = apply(direction)
-            length = product / (direction @ image)
+            curvature = direction @ image
+            if not float(curvature) > 0:  # rounding is all that is left
+                break
+            length = product / curvature
             z += length * direction
             residual -= length * image
             conditioned = residual / diagonal

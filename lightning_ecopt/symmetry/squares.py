@@ -38,6 +38,7 @@ class SquaredWeights:
         dtype: the type in which squares are taken and added up.
         rows: how many rows of the weight belong to each entry of ``incoming``; fractions of rows count as such.
         is_kept: whether all squares stay in memory once they have been taken.
+        is_full: whether none of the sums is known to be zero.
 
     Example: a weight ``[64, 32, 3, 3]`` of a convolution between units has ``roots [1, 64, 32]``; with 8 groups, a
     weight ``[64, 4, 3, 3]`` has ``roots [64, 1, 4]``, since its output and its inputs change along one axis.
@@ -49,6 +50,7 @@ class SquaredWeights:
     dtype: torch.dtype
     rows: float = 0.0
     is_kept: bool = False
+    is_full: bool = False
 
     @classmethod
     def of(cls, coupling: LocalCoupling, tensor: Tensor, dtype: torch.dtype) -> SquaredWeights:
@@ -114,6 +116,34 @@ class SquaredWeights:
     def total(self) -> Tensor:
         """Sum the squares for each incoming scale: ``[G, A]``."""
         return self.into(torch.ones_like(self.outgoing, dtype=self.dtype))
+
+    def joins_into(self, marked: Tensor) -> Tensor:
+        """Find the incoming scales that a square above zero joins to a marked outgoing one: ``bool[G, A]``.
+
+        Args:
+            marked: ``bool[G, B]``.
+        """
+        if self.is_full:
+            return marked.any(1, keepdim=True).expand_as(self.incoming)
+        return self.into(marked.to(self.dtype)) > 0
+
+    def joins_out_of(self, marked: Tensor) -> Tensor:
+        """Find the outgoing scales that a square above zero joins to a marked incoming one: ``bool[G, B]``.
+
+        Args:
+            marked: ``bool[G, A]``.
+        """
+        if self.is_full:
+            return marked.any(1, keepdim=True).expand_as(self.outgoing)
+        return self.out_of(marked.to(self.dtype)) > 0
+
+    def range(self) -> Tensor:
+        """The smallest of the squares and the sum of all, ``[2]``; zeros if there are none."""
+        if self.roots.numel() == 0:
+            return torch.zeros(2, dtype=self.dtype, device=self.roots.device)
+        found = [torch.stack([squares.amin(), squares.sum()]) for _, squares in self._squares()]
+        smallest, sums = torch.stack(found).unbind(1)
+        return torch.stack([smallest.amin(), sums.sum()])
 
     @cached_property
     def _kept(self) -> Tensor | None:
@@ -206,7 +236,7 @@ def in_batches(squares: Sequence[SquaredWeights]) -> list[SquaredWeights]:
     ]
 
 
-def are_finite(squares: Sequence[SquaredWeights]) -> list[bool]:
-    """Return for each region whether its squares and their sum are finite; waits for the device once."""
-    sums = [each.total().sum() for each in squares]
-    return torch.stack(sums).isfinite().tolist() if sums else []
+def ranges(squares: Sequence[SquaredWeights]) -> list[tuple[float, float]]:
+    """Return for each region the smallest of its squares and the sum of all; waits for the device once."""
+    found = [each.range() for each in squares]
+    return [(smallest, total) for smallest, total in torch.stack(found).tolist()] if found else []
