@@ -35,7 +35,7 @@ from tests.lightning_integration.modules import (
     weights,
 )
 from tests.optim.bases import BASES
-from tests.selection import few
+from tests.selection import few, pairwise
 
 STEPS_PER_EPOCH = 5
 EPOCHS = 4
@@ -101,10 +101,10 @@ WHEN = {
 }
 
 
-@RULES
-@EXAMPLES
-@pytest.mark.parametrize("refresh", few(["epoch", 7, None], [7]), ids=str)
-@pytest.mark.parametrize("when", few(WHEN, ["epoch end", "every 3 steps"]))
+@pytest.mark.parametrize(
+    ("when", "refresh", "example", "rule"),
+    few(pairwise(WHEN, ["epoch", 7, None], [None, EXAMPLE], ["unit", "path"]), 8),
+)
 def test_a_resumed_run_is_bit_identical(
     tmp_path: Path, when: str, refresh: Any, example: Tensor | None, rule: str
 ) -> None:

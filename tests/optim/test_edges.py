@@ -29,7 +29,7 @@ from lightning_ecopt.optim import stepper
 from lightning_ecopt.symmetry.report import print_report
 from tests.networks import mlp
 from tests.optim.training import RULES, loss_of, train
-from tests.selection import everything, few
+from tests.selection import everything, few, pairwise
 
 Make = Callable[[list[nn.Parameter]], Optimizer]
 MAKE: dict[str, Make] = {
@@ -80,10 +80,10 @@ EMPTY: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("form", few(["wrapped", "eager", "compiled"], ["wrapped", "eager"]))
-@RULES
-@BASES
-@pytest.mark.parametrize("kind", few(EMPTY, ["table"]))
+@pytest.mark.parametrize(
+    ("kind", "name", "rule", "form"),
+    few(pairwise(EMPTY, MAKE, ["unit", "path"], ["wrapped", "eager", "compiled"]), 8),
+)
 @pytest.mark.filterwarnings("ignore:.*no scaling freedoms", "ignore:Initializing zero-element")
 def test_parameters_without_elements_disturb_no_others(kind: str, name: str, rule: str, form: Implementation) -> None:
     torch.manual_seed(0)
@@ -288,10 +288,10 @@ def test_large_and_small_gradients_of_float16_take_steps_of_float32(size: float,
 WITHIN = [{"group"}, {"first step"}, {"refresh"}, {"gradients"}, {"load"}, {"group", "first step", "refresh", "load"}]
 
 
-@pytest.mark.parametrize("within", few(WITHIN, 2))
-@FORMS
-@RULES
-@pytest.mark.parametrize("name", few(["sgd", "momentum", "adamw", "rmsprop"], ["sgd"]))
+@pytest.mark.parametrize(
+    ("name", "rule", "form", "within"),
+    few(pairwise(["sgd", "momentum", "adamw", "rmsprop"], ["unit", "path"], ["wrapped", "eager"], WITHIN), 8),
+)
 def test_inference_mode_leaves_no_tensors_that_cannot_change(
     name: str, rule: str, form: Implementation, within: set[str]
 ) -> None:
