@@ -23,12 +23,12 @@ than one of the base. Both are shares of the memory of the parameters. *Launches
 form, are all events of the device, such as kernels and copies; on the CPU the outermost ATen operations, among which
 those in C do not count. The *first step* balances, compiles (on a GPU, without what was compiled before) and makes the
 state of the base optimizer; a *refresh* is what a step takes longer than others if all units were rescaled by exp(N(0,
-0.1)) before it. It is compared with 500 training steps of the base at the batch that is given. *Steps*, beside the
-measured ratio of whole training steps, which also varies with everything else in them, is the difference of the steps
-alone as a share of a training step of the base; *bf16* is autocast to bfloat16. The *host time* of a step on an
-accelerator ends when the call returns, ten in a row; *waits* counts operations in ten steps, none a refresh or just
-behind one, for which the host waits until the GPU is done. The *pause* at the start of a fit is from a new optimizer to
-the end of its first step, the trace included, where nothing is compiled any more.
+0.1)) before it, the median of three. It is compared with 500 training steps of the base at the batch that is given.
+*Steps*, beside the measured ratio of whole training steps, which also varies with everything else in them, is the
+difference of the steps alone as a share of a training step of the base; *bf16* is autocast to bfloat16. The *host time*
+of a step on an accelerator ends when the call returns, ten in a row; *waits* counts operations in ten steps, none a
+refresh or just behind one, for which the host waits until the GPU is done. The *pause* at the start of a fit is from a
+new optimizer to the end of its first step, the trace included, where nothing is compiled any more.
 
 What has a target is *met* or *missed*.
 """
