@@ -142,9 +142,10 @@ def equivalent(
 
 
 def seconds_of_refreshes(ec: EquivalentClassOptimizer, device: torch.device) -> list[float]:
-    """Of some steps before which all units were rescaled."""
+    """Of some steps before which all units were rescaled, with others between: not every step is one of those."""
     found = []
     for _ in range(REFRESHES):
+        timed(ec.step, device, WARM_UP)
         assert ec.group is not None
         ec.group.act_(SPREAD * torch.randn(ec.group.num_units, device=device))
         ec.refresh()
