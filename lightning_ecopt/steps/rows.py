@@ -37,7 +37,6 @@ class Rows:
     Attributes:
         dtype: of vectors over the rows.
         sizes: numbers of elements, ``[R]``, on all ranks.
-        single: whether a row is one element, as those of biases and gains are, ``bool[R]``.
         names: names of the N parameters that have rows; those without elements have none.
         covered: names of the parameters all of whose elements belong to rows.
 
@@ -60,7 +59,6 @@ class Rows:
         self._counted = {name for name in self.names if self._ranks.counts(parameters[name])}
 
         self.sizes = _cat([own.sizes for own in all_rows], device).to(self.dtype)
-        self.single = self.sizes == 1
         self._owners = _cat(
             [torch.tensor([self.names.index(own.coupling.parameter)], device="cpu") for own in all_rows], device
         )
@@ -70,6 +68,11 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.sizes)
+
+    @property
+    def single(self) -> Tensor:
+        """Whether a row is one element, as those of biases and gains are, ``bool[R]``. Found anew at each call."""
+        return self.sizes == 1
 
     def fit(self, tensors: Tensors) -> bool:
         """Whether the parameters, given by name, still have the types and devices that they had."""

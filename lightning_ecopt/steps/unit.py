@@ -162,7 +162,8 @@ class UnitRule:
         )
         self._own = None if self._all_linear else self._own_scale()
         self._factors: Tensor | None = None  # of gradients in the last step, if it is measured
-        self._next = (self._second, self._weight, self._clipped, self._second)  # taken over when the step succeeds
+        # Taken over when the step succeeds.
+        self._next: tuple[Tensor, Tensor, Tensor, Tensor | None] = (self._second, self._weight, self._clipped, None)
 
     name, needs_paths, is_measured = "unit", False, False
 
@@ -236,6 +237,8 @@ class UnitRule:
     def _of_kind(self, kinds: Mapping[str, StepKind], kind: StepKind) -> Tensor | None:
         """Rows of parameters in which the base's steps are of a kind, ``bool[R]``; ``None`` if there are none."""
         chosen = [kinds[name] == kind for name in self.rows.names]
+        if all(chosen):
+            return torch.tensor(any(chosen), device=self.rows.sizes.device).expand(len(self.rows))  # in no memory
         return self.rows.spread(torch.tensor(chosen, device=self.rows.sizes.device)) if any(chosen) else None
 
     def _sums_and_squares(self, tensors: Tensors) -> Tensor:
@@ -292,7 +295,8 @@ class UnitRule:
         found = self.kernels.clipping(
             RowGradients(sums, squares, self._second, self._weight, self._clipped_rows, present, rho)
         )
-        self._next = (found.second, found.weight, self._clipped + found.num_clipped, found.scale)
+        factors = found.scale if self.is_measured else None
+        self._next = (found.second, found.weight, self._clipped + found.num_clipped, factors)
         return Reparametrization(self._scale(found.relative, to_step), found.scale, found.shift)
 
     def _scale(self, relative: Tensor | None, to_step: Coefficient) -> Tensor:
@@ -360,8 +364,7 @@ class UnitRule:
 
     def commit(self) -> None:
         """Take over the running second moments of the last step."""
-        self._second, self._weight, self._clipped, factors = self._next
-        self._factors = factors if self.is_measured else None
+        self._second, self._weight, self._clipped, self._factors = self._next
         self._steps += 1
 
     def to_weight_entries_(self, entries: StateEntries, weights: Tensors) -> None:

@@ -61,6 +61,11 @@ class OnCPU(FSDPStrategy):
             yield
 
 
+def stay_on_the_cpu() -> None:
+    """Let Lightning's whole checkpoints be made where there is no GPU."""
+    strategies.fsdp._get_full_state_dict_context = whole_states
+
+
 def whole_states(module: nn.Module, world_size: int, rank0_only: bool = True) -> Any:
     """As Lightning's, but that it offloads nothing to the CPU: FSDP frees what it has "moved" there from the CPU."""
     of_weights = FullStateDictConfig(offload_to_cpu=False, rank0_only=False)
@@ -177,7 +182,7 @@ def main(rank: int, size: int, folder: Path, names: list[str]) -> None:
         "gloo", timeout=timedelta(seconds=60), init_method=f"file://{folder}/{size}", rank=rank, world_size=size
     )
     os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": "2"}
-    strategies.fsdp._get_full_state_dict_context = whole_states
+    stay_on_the_cpu()
     found = {
         "fitted": {name: fitted(name, size) for name in FITS if name in names},
         "saved": {run: saved(*run, folder / " ".join(map(str, run))) for run in SAVED if run[0] in names},

@@ -16,8 +16,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import distributed, multiprocessing
+from torch import distributed, multiprocessing, nn
 
+from tests.lightning_integration import fsdp1_lightning_script as fsdp1
+from tests.lightning_integration.fsdp1_script import weights
 from tests.lightning_integration.fsdp_script import NO_CALLS, whole
 from tests.lightning_integration.fsdp_training_script import adamw, fit, scheduled
 from tests.lightning_integration.modules import quiet
@@ -32,13 +34,14 @@ class Run:
     """A run in some number of processes.
 
     Args:
-        is_sharded: whether parameters are (FSDP2), or each process has them all (DDP).
+        strategy: ``"DDP"``, ``"FSDP1"`` or ``"FSDP2"``.
         rule: of the callback.
         base: a name in ``BASES``.
-        whole_file: whether a checkpoint is one file, as with DDP, which one process without a strategy can read.
+        whole_file: whether a checkpoint is one file. One process without a strategy can read those of DDP and of FSDP2;
+            FSDP1 has its own names for the state of the base optimizer.
     """
 
-    is_sharded: bool
+    strategy: str
     rule: str
     base: str
     whole_file: bool = True
@@ -46,17 +49,20 @@ class Run:
     @property
     def sizes(self) -> tuple[int, ...]:
         """How many processes can go on."""
-        return NEXT if self.whole_file else NEXT[:1]
+        return NEXT if self.whole_file and self.strategy != "FSDP1" else NEXT[:1]
 
     def train(self, size: int, folder: Path) -> dict[str, Any]:
         """Train for two epochs and leave checkpoints, or from the one after the first epoch if others have."""
         first, options = size == FIRST, {}
-        if self.is_sharded:
-            options |= {"processes": size, "whole_file": self.whole_file}
-        elif size > 1:
-            options |= {"strategy": "ddp", "devices": size}
+        fitting = fsdp1.fit if self.strategy == "FSDP1" else fit
+        if self.strategy == "DDP":
+            options = {"strategy": "ddp", "devices": size} if size > 1 else {}
+        elif self.strategy == "FSDP1":
+            options = {"processes": size, "full": self.whole_file, "strategy": {"auto_wrap_policy": {nn.Linear}}}
+        else:
+            options = {"processes": size, "whole_file": self.whole_file}
         saves = [ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)]
-        module, run = fit(
+        module, run = fitting(
             quiet(rule=self.rule),
             *(saves if first else []),
             configure=BASES[self.base],
@@ -64,15 +70,20 @@ class Run:
             ckpt=None if first else folder / "epoch=0.ckpt",
             **options,
         )
-        return {"weights": whole(dict(module.named_parameters())), "steps": run.global_step}
+        of = weights(run.strategy.model) if self.strategy == "FSDP1" else whole(dict(module.named_parameters()))
+        return {"weights": of, "steps": run.global_step}
 
 
 RUNS = {
-    **{f"DDP, {base}, {rule}": Run(False, rule, base) for base in BASES for rule in ("unit", "path")},
-    **{f"FSDP2, {base}, folder": Run(True, "unit", base, whole_file=False) for base in BASES},
-    **{f"FSDP2, {base}, file": Run(True, "unit", base) for base in BASES},
+    **{f"DDP, {base}, {rule}": Run("DDP", rule, base) for base in BASES for rule in ("unit", "path")},
+    **{
+        f"{strategy}, {base}, {kind}": Run(strategy, "unit", base, whole_file=kind == "file")
+        for strategy in ("FSDP1", "FSDP2")
+        for base in BASES
+        for kind in ("folder", "file")
+    },
 }
-CHOSEN = {name: run for name, run in RUNS.items() if not (NO_CALLS and run.is_sharded)}
+CHOSEN = {name: run for name, run in RUNS.items() if not (NO_CALLS and run.strategy == "FSDP2")}
 
 
 def main(rank: int, size: int, folder: Path) -> None:
@@ -83,6 +94,7 @@ def main(rank: int, size: int, folder: Path) -> None:
         distributed.init_process_group(
             "gloo", timeout=timedelta(seconds=120), init_method=f"file://{folder}/{size}", rank=rank, world_size=size
         )
+    fsdp1.stay_on_the_cpu()
     chosen = {name: run for name, run in CHOSEN.items() if size in (FIRST, *run.sizes)}
     found = {name: run.train(size, folder / name) for name, run in chosen.items()}
     if rank == 0:
