@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.precision import FSDPPrecision
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, distributed, multiprocessing, nn
-from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
+from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, MixedPrecision, StateDictType
 from torch.distributed.fsdp.api import FullOptimStateDictConfig
 from torch.distributed.fsdp.wrap import enable_wrap, wrap
 
@@ -48,7 +48,8 @@ class OnCPU(FSDPStrategy):
     """Lightning refuses its own class where there is no GPU, and tells FSDP the number of one."""
 
     def _options(self) -> dict[str, Any]:
-        return {"sharding_strategy": self.sharding_strategy, "device_id": torch.device("cpu"), **self.kwargs}
+        own = {"sharding_strategy": self.sharding_strategy, "mixed_precision": self.mixed_precision}
+        return {**own, "device_id": torch.device("cpu"), **self.kwargs}
 
     def _setup_model(self, model: nn.Module) -> nn.Module:
         if any(isinstance(part, FullyShardedDataParallel) for part in model.modules()):
@@ -118,6 +119,7 @@ FITS: dict[str, dict[str, Any]] = {
     "ec_sgd": {"configure": own_optimizer, "strategy": {"sharding_strategy": "SHARD_GRAD_OP"}},
     "replicas": {"configure": scheduled, "strategy": {"sharding_strategy": "NO_SHARD"}},
     "by hand": {"configure": scheduled, "by_hand": True},
+    "16 bits": {"configure": scheduled, "strategy": {"mixed_precision": MixedPrecision(param_dtype=torch.bfloat16)}},
     "no example": {"configure": scheduled, "example": None, **CLIPPED},
     "no example, AdamW": {
         "configure": adamw,
@@ -126,7 +128,7 @@ FITS: dict[str, dict[str, Any]] = {
     },
 }
 #: With checkpoints in one file and in a folder.
-SAVED = [(name, full) for name in ("SGD", "AdamW", "no example", "by hand") for full in (True, False)]
+SAVED = [(name, full) for name in ("SGD", "AdamW", "16 bits", "no example", "by hand") for full in (True, False)]
 
 
 def ended(module: Module, run: Trainer, callback: Any) -> dict[str, Any]:
