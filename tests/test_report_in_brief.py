@@ -116,9 +116,12 @@ def test_nothing_is_said_that_nobody_could_act_on() -> None:
 
 
 def test_without_freedoms_the_line_says_where_the_reasons_are() -> None:
-    assert brief(nn.Linear(4, 2)) == ["no freedoms, group.summary() says why"]
+    assert brief(nn.Linear(4, 2)) == ["no freedoms, steps stay plain; group.summary() says why"]
     net = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 2))
-    assert brief(net) == ["no freedoms, group.summary() says why", f"1: gelu holds 8 scales fixed {TODO}"]
+    assert brief(net) == [
+        "no freedoms, steps stay plain; group.summary() says why",
+        f"1: gelu holds 8 scales fixed {TODO}",
+    ]
 
 
 def test_all_that_holds_scales_fixed_without_being_an_operation_has_its_own_advice() -> None:
@@ -175,7 +178,7 @@ def test_without_freedoms_nothing_is_said_of_the_rate(verbose: Any, capsys: pyte
     said = "\n".join(printed(capsys))
     assert "lr = " not in said
     if verbose is True:
-        assert said == 'no freedoms, verbose="table" or callback.group.summary() says why'
+        assert said == 'no freedoms, steps stay plain; verbose="table" or callback.group.summary() says why'
 
 
 def test_the_table_is_printed_if_it_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:

@@ -69,7 +69,7 @@ def test_a_page_has_what_the_notebook_has(path: Path, monkeypatch: pytest.Monkey
     outputs = [output for cell in cells(path) for output in cell.get("outputs", [])]
     assert len(pictures) == sum("image/png" in output.get("data", {}) for output in outputs)
     assert all(picture.startswith(b"\x89PNG") for picture in pictures.values())
-    assert re.findall(r"^!\[picture\]\((.+)\)$", text, flags=re.MULTILINE) == list(pictures)
+    assert re.findall(r"^\[!\[.+\]\((.+)\)\]\(\1\)$", text, flags=re.MULTILINE) == list(pictures)
     for cell in cells(path):
         assert "".join(cell["source"]) in text
     for output in outputs:

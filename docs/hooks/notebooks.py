@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
+import re
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +18,37 @@ def converted(path: Path) -> tuple[str, dict[str, bytes]]:
     """
     parts: list[str] = []
     pictures: dict[str, bytes] = {}
+    heading = ""
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
             parts.append(source)
+            heading = (re.findall(r"^#+ (.+)$", source, flags=re.MULTILINE) or [heading])[-1]
             continue
         parts.append(f"```python\n{source}\n```")
-        for output in cell["outputs"]:
+        for output in _joined(cell["outputs"]):
             text = _text(output)
             data = output.get("data", {})
             if "image/png" in data:
                 name = f"{path.stem}_{len(pictures) + 1}.png"
                 pictures[name] = base64.b64decode(data["image/png"])
-                parts.append(f"![picture]({name})")
+                parts.append(f"[![{heading}]({name})]({name})")
             elif "text/html" in data:
                 parts.append("".join(data["text/html"]))
             elif text:
-                parts.append(f"```text\n{text.rstrip()}\n```")
+                parts.append(f"```{{.text .output}}\n{text.rstrip()}\n```")
     return "\n\n".join(parts) + "\n", pictures
+
+
+def _joined(outputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The outputs, with what was printed in a row as one."""
+    found: list[dict[str, Any]] = []
+    for is_printed, group in groupby(outputs, lambda output: output["output_type"] == "stream"):
+        if is_printed:
+            found.append({"output_type": "stream", "text": [_text(output) for output in group]})
+        else:
+            found += group
+    return found
 
 
 def _text(output: dict[str, Any]) -> str:

@@ -50,6 +50,8 @@ def on_files(files: Files, config: Any) -> Files:
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
     """Turn links between files of the repository into links between pages."""
     here = page.file.src_uri
+    if here.startswith("evidence/"):
+        page.meta.setdefault("hide", ["toc"])  # tables of many columns
     folder = os.path.dirname(SOURCES.get(here, f"docs/{here}"))
 
     def link(found: re.Match[str]) -> str:

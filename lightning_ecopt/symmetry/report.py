@@ -85,7 +85,10 @@ def in_brief(overview: Overview, how_to_see_all: str) -> list[str]:
         #  "net.3: gelu holds 16 scales fixed (another activation: ReLU, LeakyReLU, PReLU)"]
     """
     if not overview.num_units:
-        return [f"no freedoms, {how_to_see_all} says why", *_losses(overview.costs, how_to_see_all)]
+        return [
+            f"no freedoms, steps stay plain; {how_to_see_all} says why",
+            *_losses(overview.costs, how_to_see_all),
+        ]
     sizes = [f"{len(units.units):,}" for units in overview.sets]
     count = " + ".join(sizes) if len(sizes) <= MAX_SIZES else f"{overview.num_units:,}"
     layers = {_layer(name) for units in overview.sets for name, _ in units.powers}
