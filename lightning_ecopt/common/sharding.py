@@ -221,6 +221,11 @@ class Ranks:
                     "shard all parameters that are trained over one mesh, or over dimensions of one mesh."
                 )
 
+    @property
+    def process_group(self) -> Any:
+        """The ranks that exchange what they find, as ``torch.distributed`` knows them; ``None`` if none do."""
+        return None if self._all is None else self._all.group()
+
     def counts(self, tensor: Tensor) -> bool:
         """Return whether this rank's part of a tensor enters sums.
 

@@ -27,7 +27,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import TensorWeakRef
 
 from lightning_ecopt.common.tensors import listing
 from lightning_ecopt.symmetry import DeferredGroup, ScalingGroup
@@ -39,6 +38,8 @@ from lightning_ecopt.symmetry.scales import Operation
 LOOKS = 4
 #: Standard deviations of rounding from which on a unit is held fixed if another of its layer is.
 PEERS = 2.0
+#: The mark of a gradient that a step has used.
+USED = "_was_used_by_lightning_ecopt"
 BROKEN = (
     "The loss changes when units of {names} are rescaled, by {ratio:.3g} % of their gradient (rounding explains "
     "{bound:.1g} %): {count} of {all} units are held fixed from now on. That is right for a penalty or a loss on "
@@ -52,15 +53,16 @@ BROKEN = (
 class LastStep:
     """What a step has left behind, of the optimizer's first parameter with a gradient.
 
+    The gradient that was used gets a mark. A weak reference to it, or to the parameter, would keep ``module.to`` from
+    moving sharded parameters: ``torch.utils.swap_tensors`` refuses what has one.
+
     Args:
         parameter: the parameter.
         version: how often it had been written to.
-        gradient: the gradient that was used; ``None`` if there was none.
     """
 
-    parameter: TensorWeakRef
+    parameter: Tensor
     version: int
-    gradient: TensorWeakRef | None
 
     @classmethod
     def of(cls, parameters: Sequence[Tensor]) -> LastStep | None:
@@ -68,15 +70,15 @@ class LastStep:
         p = next((p for p in parameters if p.grad is not None), next(iter(parameters), None))
         if p is None:
             return None
-        return cls(TensorWeakRef(p), _version(p), None if p.grad is None else TensorWeakRef(p.grad))
+        if p.grad is not None:
+            setattr(p.grad, USED, True)
+        return cls(p, _version(p))
 
     def is_over(self, has_zeroed: bool) -> bool:
         """Whether there are other gradients, at the weights that the step has left."""
-        parameter = self.parameter()
-        if parameter is None or _version(parameter) != self.version:
+        if _version(self.parameter) != self.version:
             return False
-        gradient = None if self.gradient is None else self.gradient()
-        return has_zeroed or gradient is None or gradient is not parameter.grad
+        return has_zeroed or not hasattr(self.parameter.grad, USED)
 
 
 def _version(parameter: Tensor) -> int:

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_ecopt.common.nested import tensors_in
 from lightning_ecopt.common.sharding import (
+    Ranks,
     can_be_rescaled,
     gathering_modules,
     is_sharded,
@@ -28,6 +29,7 @@ from lightning_ecopt.common.warn import warn
 from lightning_ecopt.symmetry.equations import Equations
 from lightning_ecopt.symmetry.group import ScalingGroup
 from lightning_ecopt.symmetry.isolation import wait_for_calls
+from lightning_ecopt.symmetry.ranks import RanksOfShards
 from lightning_ecopt.symmetry.threads import is_traced_by
 from lightning_ecopt.symmetry.trace import all_fixed, trace_call
 from lightning_ecopt.symmetry.trace_mode import TraceMode
@@ -99,6 +101,8 @@ class GroupFromModuleCalls(GroupFromCalls):
         equations = self.equations()
         left_out: dict[str, Any] = {"_mode": None, "_running": [], "_lock": None, "_stop_waiting": None, "_own": None}
         left_out |= {"_closure": None, "_outermost": None}
+        if isinstance(self.gather, RanksOfShards):
+            left_out["gather"] = None
         waits = self._stop_waiting is not None
         return {**vars(self), **left_out, "_calls": [equations] if equations else [], "waits": waits}
 
@@ -143,6 +147,9 @@ class GroupFromModuleCalls(GroupFromCalls):
 
     def settle(self) -> ScalingGroup | None:
         """The group of what is trained now, or has been; what ranks that train together have found is joined."""
+        if self._are_sharded and self.gather is None and self.parameters:
+            process_group = Ranks(self.parameters).process_group
+            self.gather = None if process_group is None else RanksOfShards(process_group)
         group = super().settle()
         if group is not None and self.has_ranks:  # ranks that wait longer could wait for each other in different steps
             self.cancel()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -58,6 +59,21 @@ class RanksOf:
         """Gather the equations of all ranks by :func:`gather_if_different`; ``None`` if some may not answer."""
         if self.may_have_joined:
             return None
+        return gather_if_different(group, equations, process_group=self.process_group)
+
+
+@dataclass(frozen=True)
+class RanksOfShards:
+    """The ranks that share parameters, from which equations are gathered. All of them make the same calls.
+
+    Args:
+        process_group: the ranks, as ``torch.distributed`` knows them.
+    """
+
+    process_group: Any
+
+    def __call__(self, group: ScalingGroup, equations: Equations) -> Sequence[Equations] | None:
+        """Gather the equations of all ranks by :func:`gather_if_different`."""
         return gather_if_different(group, equations, process_group=self.process_group)
 
 

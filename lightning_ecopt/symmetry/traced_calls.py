@@ -132,9 +132,10 @@ class GroupFromCalls(DeferredGroup):
     def skips(self, module: nn.Module, inputs: Any) -> bool:
         """Whether not to trace a call that shows little: of a batch without rows, of modules that are lazy yet.
 
-        Perhaps all calls have an input without elements, so that this has an end.
+        Perhaps all calls have an input without elements, so that this has an end. Of several processes one may have
+        such a batch while the others wait for what it has found; theirs show what its own does not.
         """
-        is_empty = any(tensor.numel() == 0 for tensor in tensors_in(inputs))
+        is_empty = not _are_several() and any(tensor.numel() == 0 for tensor in tensors_in(inputs))
         shows_little = is_empty or any(map(is_lazy, module.parameters()))
         self._skipped += shows_little
         return shows_little and self._skipped <= MOST_SKIPPED
@@ -211,7 +212,7 @@ class GroupFromCalls(DeferredGroup):
         """Units that are marked on one of the ranks that train together."""
         if self.ranks_answer:
             marks = units.to(exchange_device(self.parameters.values()), torch.int32)
-            process_group = None if self._ranks is None else self._ranks.process_group
+            process_group = getattr(self.gather, "process_group", None)
             torch.distributed.all_reduce(marks, torch.distributed.ReduceOp.MAX, process_group)
             units = (marks > 0).to(units.device)
         return units
@@ -331,6 +332,12 @@ class GroupFromCalls(DeferredGroup):
     def covers(self, parameters: Iterable[Tensor]) -> bool:
         """Whether these are among the parameters that it was offered."""
         return {id(p) for p in self._offered}.issuperset(map(id, parameters))
+
+
+def _are_several() -> bool:
+    """Whether other processes may train with this one."""
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def _tell_lost(before: ScalingGroup, group: ScalingGroup) -> None:

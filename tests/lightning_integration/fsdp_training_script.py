@@ -213,6 +213,35 @@ def refusal(mesh: DeviceMesh) -> str:
     return ""
 
 
+class Branched(nn.Module):
+    """Takes a tanh more for long sequences, so that its units of the first layer are free for short ones alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(3, 5), nn.Linear(5, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.first(x))
+        h = torch.tanh(h) if x.shape[1] > 4 else h
+        return self.head(F.relu(self.second(h))).mean(1)
+
+
+def in_a_loop(mesh: DeviceMesh) -> dict[str, Any]:
+    """A plain loop in which ranks see other branches, and then the module is moved."""
+    torch.manual_seed(1)
+    net = Branched().double()
+    fully_shard(net, mesh=mesh)
+    optimizer = ec_sgd(net, lr=0.03, momentum=0.9, refresh_interval=REFRESH)
+    lengths = (3, 6)[distributed.get_rank() % 2]
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        net(torch.ones(4, lengths, 3, dtype=torch.float64)).square().mean().backward()
+        optimizer.step()
+    net.to("cpu")  # as a strategy does before each fit and test
+    assert optimizer.group is not None
+    return {"weights": whole(dict(net.named_parameters())), "units": optimizer.group.num_units}
+
+
 # Lightning ------------------------------------------------------------------------------------------------------------
 
 
@@ -386,6 +415,7 @@ def main(rank: int, size: int, folder: Path) -> None:
     mesh = init_device_mesh("cpu", (size,))
     runs = RUNS if size == 2 else FEW
     found: dict[str, Any] = {"trained": {run: trained(*run, mesh) for run in runs}, "refusal": refusal(mesh)}
+    found["in a loop"] = in_a_loop(mesh)
     if size == 2:
         found |= run_lightning(rank, folder)
     torch.save(found, folder / f"{size}-{rank}.pt")

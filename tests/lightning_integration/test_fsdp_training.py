@@ -101,6 +101,15 @@ def test_a_run_that_is_taken_up_from_the_state_of_the_optimizer_has_the_same_bit
 
 
 @pytest.mark.parametrize("size", SIZES)
+def test_ranks_of_a_plain_loop_settle_on_what_all_of_them_leave_free(found: Any, size: int) -> None:
+    first, *others = (rank["in a loop"] for rank in found[size])
+    assert first["units"] == 6
+    for other in others:
+        assert other["units"] == 6
+        assert equal(other["weights"], first["weights"])
+
+
+@pytest.mark.parametrize("size", SIZES)
 def test_paths_are_refused_and_the_way_out_is_named(found: Any, size: int) -> None:
     for rank in found[size]:
         assert "needs parameters that are not sharded: use rule='unit'" in rank["refusal"]

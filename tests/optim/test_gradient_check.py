@@ -522,3 +522,17 @@ def test_a_copy_decides_alike() -> None:
             warnings.simplefilter("ignore")
             train(one, own, 3, hidden)
         assert own.group.num_units == 20
+
+
+def test_a_module_can_be_moved_by_swapping_its_parameters() -> None:
+    """As sharded ones are moved; a weak reference to one of them, or to its gradient, would forbid it."""
+    module, x = mlp(4, 8, 2), torch.randn(3, 4)
+    optimizer = EquivalentClassOptimizer(SGD(module.parameters(), lr=0.03), scaling_group(module, x))
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        for _ in range(2):
+            module(x).square().sum().backward()
+            optimizer.step()
+            module.to("cpu")
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)

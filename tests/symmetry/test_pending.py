@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_ecopt import ec_adamw, scaling_group
+from lightning_ecopt import ec_adamw, ec_sgd, scaling_group
 from lightning_ecopt.symmetry import GroupFromNextCall
 
 
@@ -139,3 +139,14 @@ def test_the_call_of_a_compiled_model_is_watched(inner: bool) -> None:
         torch.compile(model, backend="eager")(X)
     assert pending.group is not None
     assert pending.group.num_units == scaling_group(Tagger(), X).num_units
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_another_optimizer_of_the_same_module_takes_nothing_away(inner: bool) -> None:
+    """As when a cell of a notebook runs twice, or there is one of a part of the module already."""
+    model = Tagger()
+    ec_sgd(model.net if inner else model, lr=0.03)
+    optimizer = ec_sgd(model, lr=0.03)
+    model(X).square().sum().backward()
+    optimizer.step()
+    assert optimizer.group.num_units == 8
