@@ -38,7 +38,7 @@ class SquaredWeights:
         dtype: the type in which squares are taken and added up.
         rows: how many rows of the weight belong to each entry of ``incoming``; fractions of rows count as such.
         is_kept: whether all squares stay in memory once they have been taken.
-        is_full: whether none of the sums is known to be zero.
+        is_full: whether all of the sums are known to be above zero.
 
     Example: a weight ``[64, 32, 3, 3]`` of a convolution between units has ``roots [1, 64, 32]``; with 8 groups, a
     weight ``[64, 4, 3, 3]`` has ``roots [64, 1, 4]``, since its output and its inputs change along one axis.
@@ -163,7 +163,7 @@ class SquaredWeights:
 
     def without(self, elements: Tensor) -> SquaredWeights:
         """Return the same squares with zeros for the marked ``elements``, ``bool[G, A, B]``."""
-        return replace(self, roots=self.roots.masked_fill(elements, 0.0))
+        return replace(self, roots=self.roots.masked_fill(elements, 0.0), is_full=False)
 
 
 def _times(matrices: Tensor, vectors: Tensor) -> Tensor:
