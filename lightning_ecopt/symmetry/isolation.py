@@ -231,7 +231,10 @@ def _run_module(original: Callable[..., Any], module: nn.Module, /, *args: Any, 
 def fake_tensors() -> Iterator[FakeTensorMode]:
     """Compute shapes only, no values, on this thread."""
     with _NO_CUDNN(), _LIFTING(), _QUIET(), FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.enable_grad():
-        yield mode
+        try:
+            yield mode
+        finally:  # weak references would keep module.to from swapping sharded parameters, until they are collected
+            mode.fake_tensor_converter.meta_converter.describer.lookup_tensor.clear()
 
 
 # What the module and the inputs hold ----------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 
 from lightning_ecopt.symmetry.equations import Equations
-from lightning_ecopt.symmetry.threads import here
+from lightning_ecopt.symmetry.threads import traces_here
 from lightning_ecopt.symmetry.trace import select_parameters
 from lightning_ecopt.symmetry.trace_mode import TraceMode
 from lightning_ecopt.symmetry.traced_calls import Gather, GroupFromCalls, ended
@@ -129,8 +129,9 @@ class GroupFromNextCall(GroupFromCalls):
         return self._traced(closure)
 
     def _may_trace(self) -> bool:
-        if here.entries:  # another trace, as of another optimizer's, goes on: this call is a part of its own
-            return False
+        own = set(map(id, self._parameters.values()))
+        if any(id(p) in own for entry in traces_here() for p in entry.trace.traced):
+            return False  # by another optimizer; there is one trace of a parameter at a time
         return self._waits and self._mode is None and detect_fake_mode() is None  # what computes nothing is not real
 
     def _traced(self, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes, _pop_mode, _push_mode
 
 
@@ -16,6 +16,7 @@ class Trace(Protocol):
     """What takes down the operations of a call; a :class:`~.trace_mode.TraceMode`."""
 
     is_fake: bool
+    traced: list[Tensor]  # parameters
 
     def entered(self) -> AbstractContextManager[None]:
         """Take down what this thread does."""

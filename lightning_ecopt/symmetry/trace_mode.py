@@ -77,7 +77,7 @@ class TraceMode(TorchDispatchMode):
         self.num_backward_passes = 0
         self.is_fake = any(isinstance(tensor, FakeTensor) for tensor in parameters.values())
         self.name_modules(module)
-        self._parameters = list(parameters.values())
+        self.traced = list(parameters.values())
         self._copied: set[str] = set()  # names of parameters that copies follow
         self._copies: dict[int, str] = {}  # by `id` of the copies, which live as long as the call
         self._lock = threading.RLock()  # the call may have threads of its own
@@ -246,7 +246,7 @@ class TraceMode(TorchDispatchMode):
     def find_parameters_again(self) -> None:
         """Take note of parameters that have other memory since a step."""
         with self._taking_down(Operation("step", "")):
-            for name, parameter in zip(self.equations.shapes, self._parameters, strict=True):
+            for name, parameter in zip(self.equations.shapes, self.traced, strict=True):
                 if is_ordinary(parameter) and id(parameter) not in self._copies:
                     self.memory.add_again(name, parameter)
 
@@ -258,7 +258,7 @@ class TraceMode(TorchDispatchMode):
             self.add_copies(copies)
             return
         with self._taking_down(self._operation("data")):
-            names = [name for name, own in zip(self.equations.shapes, self._parameters, strict=True) if own is tensor]
+            names = [name for name, own in zip(self.equations.shapes, self.traced, strict=True) if own is tensor]
             for name in names if not in_method_of_optimizer() else ():
                 whole, value = ParameterView.whole(name, self.equations.shapes[name]), self._read(tensor)
                 if not isinstance(value, ParameterView) or not whole.shows_same(value):  # as a cast does
@@ -267,7 +267,7 @@ class TraceMode(TorchDispatchMode):
 
     def _hold_sources_fixed(self, node: Any) -> None:
         """Hold fixed the parameters that something was computed from, on another thread for instance."""
-        own = {id(parameter): parameter for parameter in self._parameters}
+        own = {id(parameter): parameter for parameter in self.traced}
         waiting, seen = [node], set()
         while waiting:
             node = waiting.pop()
@@ -358,7 +358,7 @@ class TraceMode(TorchDispatchMode):
 
     def hold_all_fixed(self, name: str) -> None:
         """Demand that no parameter changes."""
-        self.hold_fixed(self._parameters, name)
+        self.hold_fixed(self.traced, name)
 
     def hold_new_fixed(self, tensors: Iterable[Tensor], name: str) -> None:
         """Demand that tensors stay as they are if the call has made them."""

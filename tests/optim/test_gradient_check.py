@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -527,12 +528,14 @@ def test_a_copy_decides_alike() -> None:
 def test_a_module_can_be_moved_by_swapping_its_parameters() -> None:
     """As sharded ones are moved; a weak reference to one of them, or to its gradient, would forbid it."""
     module, x = mlp(4, 8, 2), torch.randn(3, 4)
-    optimizer = EquivalentClassOptimizer(SGD(module.parameters(), lr=0.03), scaling_group(module, x))
     torch.__future__.set_swap_module_params_on_conversion(True)
+    gc.disable()  # which ends some weak references, at any time
     try:
+        optimizer = EquivalentClassOptimizer(SGD(module.parameters(), lr=0.03), scaling_group(module, x))
         for _ in range(2):
             module(x).square().sum().backward()
             optimizer.step()
             module.to("cpu")
     finally:
+        gc.enable()
         torch.__future__.set_swap_module_params_on_conversion(False)
