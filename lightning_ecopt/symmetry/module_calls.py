@@ -155,6 +155,11 @@ class GroupFromModuleCalls(GroupFromCalls):
             self.cancel()
         return group
 
+    def agreed(self, units: Tensor) -> Tensor:
+        """Units that are marked on one of the ranks that train together."""
+        # Ranks that share parameters add up what they judge by, and mark the same units.
+        return units if isinstance(self.gather, RanksOfShards) else super().agreed(units)
+
     def replace(self, equations: Equations | None) -> None:
         """Use these equations in place of those of the calls so far, which a new mode adds to."""
         super().replace(equations)

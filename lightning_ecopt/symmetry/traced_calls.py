@@ -212,7 +212,7 @@ class GroupFromCalls(DeferredGroup):
         """Units that are marked on one of the ranks that train together."""
         if self.ranks_answer:
             marks = units.to(exchange_device(self.parameters.values()), torch.int32)
-            process_group = getattr(self.gather, "process_group", None)
+            process_group = None if self._ranks is None else self._ranks.process_group
             torch.distributed.all_reduce(marks, torch.distributed.ReduceOp.MAX, process_group)
             units = (marks > 0).to(units.device)
         return units
