@@ -129,10 +129,11 @@ class GroupFromNextCall(GroupFromCalls):
         return self._traced(closure)
 
     def _may_trace(self) -> bool:
+        if not self._waits or self._mode is not None or detect_fake_mode() is not None:
+            return False  # what computes nothing is not real
         own = set(map(id, self._parameters.values()))
-        if any(id(p) in own for entry in traces_here() for p in entry.trace.traced):
-            return False  # by another optimizer; there is one trace of a parameter at a time
-        return self._waits and self._mode is None and detect_fake_mode() is None  # what computes nothing is not real
+        # There is one trace of a parameter at a time: another optimizer's may go on.
+        return not any(id(p) in own for entry in traces_here() for p in entry.trace.traced)
 
     def _traced(self, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         self.note_trained()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_ecopt.common.nested import tensors_in
-from lightning_ecopt.common.sharding import exchange_device, shapes_of
+from lightning_ecopt.common.sharding import exchange_device, may_be_sharded, shapes_of
 from lightning_ecopt.common.tensors import listing
 from lightning_ecopt.common.warn import warn
 from lightning_ecopt.symmetry.deferred import DeferredGroup
@@ -135,7 +135,8 @@ class GroupFromCalls(DeferredGroup):
         Perhaps all calls have an input without elements, so that this has an end. Of several processes one may have
         such a batch while the others wait for what it has found; theirs show what its own does not.
         """
-        is_empty = not _are_several() and any(tensor.numel() == 0 for tensor in tensors_in(inputs))
+        are_several = may_be_sharded() and torch.distributed.get_world_size() > 1
+        is_empty = not are_several and any(tensor.numel() == 0 for tensor in tensors_in(inputs))
         shows_little = is_empty or any(map(is_lazy, module.parameters()))
         self._skipped += shows_little
         return shows_little and self._skipped <= MOST_SKIPPED
@@ -332,12 +333,6 @@ class GroupFromCalls(DeferredGroup):
     def covers(self, parameters: Iterable[Tensor]) -> bool:
         """Whether these are among the parameters that it was offered."""
         return {id(p) for p in self._offered}.issuperset(map(id, parameters))
-
-
-def _are_several() -> bool:
-    """Whether other processes may train with this one."""
-    distributed = torch.distributed
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def _tell_lost(before: ScalingGroup, group: ScalingGroup) -> None:
