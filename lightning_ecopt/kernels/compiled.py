@@ -87,7 +87,8 @@ class CompiledKernels(LineKernels[_Plan]):
     def _make_plan(self, lists: Sequence[Views], shapes: Shapes, count: int) -> _Plan:
         return _Plan(lists, shapes)
 
-    def _add(self, plan: _Plan, lists: Sequence[Views], count: int, dtype: torch.dtype) -> Tensor:
+    def add(self, plan: _Plan, lists: Sequence[Views], count: int, dtype: torch.dtype) -> Tensor:
+        """See :class:`~lightning_ecopt.kernels.lines.LineKernels`."""
         asked, dtype = dtype, torch.float64 if torch.float64 in plan.groups else dtype
         found = torch.empty(count, plan.num_places, dtype=dtype, device="cpu")
         for kind, group in plan.groups.items():

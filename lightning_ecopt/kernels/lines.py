@@ -184,7 +184,7 @@ class LineKernels(EagerKernels, ABC, Generic[PlanT]):
         """Plan a pass that finds ``count`` sums for each place; 0 for passes that change tensors."""
 
     @abstractmethod
-    def _add(self, plan: PlanT, lists: Sequence[Views], count: int, dtype: torch.dtype) -> Tensor:
+    def add(self, plan: PlanT, lists: Sequence[Views], count: int, dtype: torch.dtype) -> Tensor:
         """Find ``count`` sums for each place, ``[count, P]``; those of other blocks are not looked at."""
 
     @abstractmethod
@@ -202,8 +202,8 @@ class LineKernels(EagerKernels, ABC, Generic[PlanT]):
     def _sums(
         self, eager: Callable[..., Tensor], count: int, lists: Sequence[Views], shapes: Shapes, dtype: torch.dtype
     ) -> Tensor:
-        plan = self._plan(lists, shapes, count)
-        found = self._add(plan, lists, count, dtype)
+        plan = self.plan(lists, shapes, count)
+        found = self.add(plan, lists, count, dtype)
         for k, places in plan.rest:
             found[:, places] = eager(*([views[k]] for views in lists), [shapes[k]], dtype)
         return found
@@ -213,15 +213,26 @@ class LineKernels(EagerKernels, ABC, Generic[PlanT]):
     ) -> Iterable[tuple[int, slice]]:
         """See :class:`~lightning_ecopt.kernels.EagerKernels`."""
         own = [views for views in lists if views is not None]
-        plan = self._plan(own, shapes, 0)
-        # A momentum buffer does not stay as it is if its coefficient is left out.
-        self._change_(plan, own, {"fade": 0.0, **coefficients})
-        for number, views in enumerate(lists):
-            if views is not None and number != GRADIENTS:
-                torch.autograd.graph.increment_version(views)  # autograd does not see what these kernels write
+        plan = self.plan(own, shapes, 0)
+        self.change_(plan, own, coefficients)
         return plan.rest
 
-    def _plan(self, lists: Sequence[Views], shapes: Shapes, count: int) -> PlanT:
+    def change_(self, plan: PlanT, lists: Sequence[Views], coefficients: Mapping[str, Coefficient]) -> None:
+        """Change the blocks of a plan that are made of lines; the second list has gradients, which stay as they are."""
+        # A momentum buffer does not stay as it is if its coefficient is left out.
+        self._change_(plan, lists, {"fade": 0.0, **coefficients})
+        for number, views in enumerate(lists):
+            if number != GRADIENTS:
+                torch.autograd.graph.increment_version(views)  # autograd does not see what these kernels write
+
+    def plan(self, lists: Sequence[Views], shapes: Shapes, count: int) -> PlanT:
+        """Plan a pass over views of given types, shapes and strides, or look up the plan that was made before.
+
+        Args:
+            lists: of the blocks, in each tensor of the pass.
+            shapes: of the places.
+            count: how many sums are found for each place; 0 in passes that change tensors.
+        """
         # Sizes of all: a state that does not fit its weight must not be addressed.
         kinds = [lists[0][0].device, *[(view.dtype, view.shape, view.stride()) for views in lists for view in views]]
         last = self._last.get((count, len(lists)))

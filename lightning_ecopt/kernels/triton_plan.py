@@ -158,7 +158,8 @@ class TritonKernels(LineKernels[_Plan]):
     def _make_plan(self, lists: Sequence[Views], shapes: Shapes, count: int) -> _Plan:
         return _Plan(lists, shapes, count)
 
-    def _add(self, plan: _Plan, lists: Sequence[Views], count: int, dtype: torch.dtype) -> Tensor:
+    def add(self, plan: _Plan, lists: Sequence[Views], count: int, dtype: torch.dtype) -> Tensor:
+        """See :class:`~lightning_ecopt.kernels.lines.LineKernels`."""
         sums = torch.empty(plan.num_sums, dtype=dtype, device=lists[0][0].device)
         with torch.cuda.device_of(sums):
             for group in plan.groups:

@@ -37,6 +37,9 @@ class LayerStatistics:
 class Layers:
     """Measures single steps of an optimizer, layer by layer.
 
+    Attributes:
+        is_wanted: whether the next step is to be measured.
+
     Example::
 
         optimizer.layers.measure_next()
@@ -45,12 +48,12 @@ class Layers:
     """
 
     def __init__(self) -> None:
-        self._is_wanted = False
+        self.is_wanted = False
         self._last: dict[str, LayerStatistics] = {}
 
     def measure_next(self) -> None:
         """Measure the next step, and forget the last one that was measured."""
-        self._is_wanted, self._last = True, {}
+        self.is_wanted, self._last = True, {}
 
     def statistics(self) -> Mapping[str, LayerStatistics]:
         """Return what the measured step has done, by layer; empty if it was a step of the base optimizer's own."""
@@ -59,10 +62,10 @@ class Layers:
     @contextmanager
     def measured(self, stage: Running, weights: Tensors) -> Iterator[None]:
         """While entered, a step moves the weights; it is measured if somebody asked for it."""
-        if not self._is_wanted:
+        if not self.is_wanted:
             yield
             return
-        self._is_wanted = False
+        self.is_wanted = False
         moved = {name: weights[name].clone() for name in stage.rule.rows.names}
         stage.rule.is_measured = True
         try:

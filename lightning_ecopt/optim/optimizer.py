@@ -223,6 +223,8 @@ class EquivalentClassOptimizer(Optimizer):
         session.watching.note_step()
         if not isinstance(stage, Running) or session.heard.isdisjoint(map(id, session.trained)):
             return call.step()
+        if not session.layers.is_wanted and stage.stepper.take_alike(call):
+            return None
         w, g = session.weights(stage.network), session.gradients(stage.network)
         with session.layers.measured(stage, w):
             return stage.stepper.take(w, g, lambda: session.entries_if_averaged(stage.network), call)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -16,8 +16,12 @@ from lightning_ecopt.common.tensors import Tensors, in_shared_memory, to_device,
 from lightning_ecopt.kernels import Coefficient, EagerKernels
 from lightning_ecopt.optim.bases import BASES, Base, Value, has_own_step, momentum_to_step
 from lightning_ecopt.optim.calls import StepCall
-from lightning_ecopt.steps.rule import Reparametrization, Rule
+from lightning_ecopt.optim.prepared import PreparedStep
+from lightning_ecopt.steps.rule import ReadsSums, Reparametrization, Rule
 from lightning_ecopt.steps.state import StateEntries
+
+#: Of a host's counts each addition of a number would make a tensor of its own.
+_ONE = torch.ones((), device="cpu")
 
 
 class Stepper:
@@ -36,6 +40,13 @@ class Stepper:
         self._rule = rule
         self._fused = FusedStep(base, rule, parameters, may_fuse)
         self._wrapped = WrappedStep(rule, parameters)
+
+    def take_alike(self, call: StepCall) -> bool:
+        """Take one step as the last one, if all tensors but the gradients are the same; returns whether they are."""
+        if call.has_more:
+            return False
+        with uninterrupted():
+            return self._fused.take_alike()
 
     def take(self, weights: Tensors, gradients: Tensors, entries: Callable[[], StateEntries], call: StepCall) -> Any:
         """Take one step: w and g to coordinates, the base's step, and back to weights.
@@ -145,12 +156,14 @@ class FusedStep:
         may_fuse: whether a step may be fused at all.
     """
 
-    def __init__(self, base: Optimizer, rule: Rule, parameters: Tensors, may_fuse: bool) -> None:
+    def __init__(self, base: Optimizer, rule: Rule, parameters: Mapping[str, nn.Parameter], may_fuse: bool) -> None:
         self._optimizer, self._rule, self._parameters = base, rule, parameters
         self._base: Base | None = BASES.get(type(base)) if may_fuse else None
         self._able = {name for name in rule.rows.covered if not updates_by_difference(parameters[name])}
         self._order: list[list[int]] = []  # the parameter groups that `_group_of` was made for
         self._group_of: list[int] = []  # by name of a parameter that has rows, ``[N]``
+        self._prepared: PreparedStep | None = None
+        self._times = 0  # so often a step was not prepared
 
     @property
     def to_step(self) -> Coefficient:
@@ -205,22 +218,50 @@ class FusedStep:
             return moved
 
         back = rule.allocate(here, weights, gradients, entries, advance)
-        own = {name: _over(value, rows.spread, here.weight_scale) for name, value in rates.items()}
-        coefficients = base.coefficients(here.weight_scale, here.grad_scale, here.grad_shift, back.to_weights, **own)
+        coefficients = self._coefficients(base, here, back.to_weights, rates)
         moving = {name: weights[name] for name in gradients}
         try:
             rows.apply_(rule.kernels, base.kernel, moving, gradients, *entries, *rest, **coefficients)
         finally:
             back.finish_()  # the pass has left no weights where it puts some right
         self._optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers look for it; the base's step sets it
+        self._prepare(gradients)
 
-    def _rates(self, base: Base, gradients: Tensors) -> dict[str, Value]:
-        """The options of all parameters, as this step takes them."""
+    def _prepare(self, gradients: Tensors) -> None:
+        """Prepare the next step, unless that has failed often: in the 1st, 2nd, 4th, 8th ... step that was not."""
+        self._times += 1
+        if self._base is not None and isinstance(self._rule, ReadsSums) and self._times & (self._times - 1) == 0:
+            names = self._base.entry_names(self._optimizer.param_groups) or ()
+            rule = self._rule
+            self._prepared = PreparedStep.of(
+                self._optimizer, rule.kernels, rule.rows, self._parameters, gradients, names
+            )
+
+    def take_alike(self) -> bool:
+        """Take one step as the last one, if all tensors but the gradients are the same; returns whether they are."""
+        prepared, base, rule = self._prepared, self._base, self._rule
+        gradients = None if prepared is None else prepared.gradients()
+        if prepared is None or gradients is None or base is None or not isinstance(rule, ReadsSums):
+            self._prepared = None
+            return False
+        here = rule.from_sums(prepared.sums_and_squares(gradients, rule.rows.dtype), self.to_step)
+        prepared.change_(gradients, self._coefficients(base, here, None, self._rates(base, rule.rows.names)))
+        rule.commit()
+        return True
+
+    def _coefficients(
+        self, base: Base, here: Reparametrization, to_weights: Tensor | None, rates: Mapping[str, Value]
+    ) -> Mapping[str, Coefficient | None]:
+        own = {name: _over(value, self._rule.rows.spread, here.weight_scale) for name, value in rates.items()}
+        return base.coefficients(here.weight_scale, here.grad_scale, here.grad_shift, to_weights, **own)
+
+    def _rates(self, base: Base, names: Iterable[str]) -> dict[str, Value]:
+        """The options of all parameters, as this step takes them; ``names`` are those of parameters with a gradient."""
         each = [base.options(options) for options in self._optimizer.param_groups]
         options: dict[str, Value] = dict(each[0])
         if len(each) > 1 or any(isinstance(value, Tensor) for value in options.values()):
             options = {name: self._of_parameters([of[name] for of in each]) for name in options}
-        return base.rates(options, lambda: self._count_step(gradients))
+        return base.rates(options, lambda: self._count_step(names))
 
     def _of_parameters(self, of_groups: Sequence[Value]) -> Value:
         """What each parameter group has: one number if it is the same, else one for each parameter, ``[N]``."""
@@ -238,17 +279,20 @@ class FusedStep:
             self._group_of
         ]
 
-    def _count_step(self, gradients: Tensors) -> Value:
+    def _count_step(self, names: Iterable[str]) -> Value:
         """Add one to the step counts of the parameters that move, and return the counts."""
-        gradients = {name: gradient for name, gradient in gradients.items() if self._parameters[name].grad is not None}
-        counts = [self._optimizer.state[self._parameters[name]]["step"] for name in gradients]
+        own = {name: self._parameters[name] for name in names}
+        counts = {name: self._optimizer.state[p]["step"] for name, p in own.items() if p.grad is not None}
         if not counts:  # other ranks hold all that moves
             return 1.0
-        torch._foreach_add_(counts, 1)
-        if counts[0].device.type == "cpu" and all(map(counts[0].equal, counts)):
-            return float(counts[0])
-        of = dict(zip(gradients, counts, strict=True))
-        return torch.stack([of.get(name, counts[0]) for name in self._rule.rows.names]).to(torch.float64)
+        first, *others = values = list(counts.values())
+        if first.device.type != "cpu":
+            torch._foreach_add_(values, 1)
+        else:
+            torch._foreach_add_(values, _ONE)
+            if all(count.item() == first.item() for count in others):
+                return float(first)
+        return torch.stack([counts.get(name, first) for name in self._rule.rows.names]).to(torch.float64)
 
 
 def _over(value: Value, spread: Callable[[Tensor], Tensor], like: Tensor) -> Coefficient:

@@ -107,6 +107,15 @@ class Rows:
         """What each parameter has, ``[N]``, for each of its rows: ``[R]``."""
         return values[self._owners].repeat_interleave(self._lengths, output_size=len(self))
 
+    def whole_parameters(self) -> tuple[list[str], Shapes]:
+        """Names of the parameters whose places are the rows, one after another, and the shapes of these places.
+
+        There are none if rows are made of several places, a parameter is cut into several boxes, or ranks add up.
+        """
+        blocks = self._blocks
+        is_so = blocks.row is None and self._ranks.process_group is None and blocks.whole is not None
+        return (blocks.whole or [], blocks.shapes) if is_so else ([], ())
+
     def reduced(self, kernels: Kernels, name: str, *tensors: Tensors) -> Tensor:
         """Sums over rows; zero where a tensor is missing.
 
@@ -278,7 +287,7 @@ class _Blocks:
         return tuple(box.shape for box in self.boxes)
 
     @cached_property
-    def _whole(self) -> list[str] | None:
+    def whole(self) -> list[str] | None:
         """Names of the parameters, if all boxes are whole ones."""
         return [box.parameter for box in self.boxes] if all(box.part is None for box in self.boxes) else None
 
@@ -292,8 +301,8 @@ class _Blocks:
         self, complete: list[bool], tensors: Sequence[Tensors | None]
     ) -> tuple[list[list[Tensor] | None], Shapes]:
         """The boxes in each of the tensors, and the shapes of their places."""
-        if all(complete) and self._whole is not None:
-            return [None if of is None else [of[name] for name in self._whole] for of in tensors], self.shapes
+        if all(complete) and self.whole is not None:
+            return [None if of is None else [of[name] for name in self.whole] for of in tensors], self.shapes
         boxes = self.boxes if all(complete) else list(compress(self.boxes, complete))
         lists = [None if of is None else [box.view(of[box.parameter]) for box in boxes] for of in tensors]
         return lists, self.shapes if boxes is self.boxes else [box.shape for box in boxes]

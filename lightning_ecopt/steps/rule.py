@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -262,3 +262,17 @@ class Rule(Protocol):
 
     def state_dict(self, entries: StateEntries) -> dict[str, Any]:
         """What :meth:`resume` needs, with copies of ``entries`` if they are not those of weights."""
+
+
+@runtime_checkable
+class ReadsSums(Protocol):
+    """A rule whose coordinates follow from sums over rows of gradients, and not from single elements."""
+
+    def from_sums(self, found: Tensor, to_step: Coefficient, present: Tensor | None = None) -> Reparametrization:
+        """Return what :meth:`Rule.reparametrization` does.
+
+        Args:
+            found: sums of the gradients of each row, and sums of their squares, ``[2, R]``.
+            to_step: as there.
+            present: rows that have a gradient, ``bool[R]``; ``None`` if all have one.
+        """

@@ -290,14 +290,18 @@ class UnitRule:
         present = self.rows.present(gradients)
         if present is not None:
             present = self.rows.spread(present)
-        sums, squares = self._sums_and_squares(gradients)
+        return self.from_sums(self._sums_and_squares(gradients), to_step, present)
+
+    def from_sums(self, found: Tensor, to_step: Coefficient, present: Tensor | None = None) -> Reparametrization:
+        """See :class:`~lightning_ecopt.steps.rule.ReadsSums`."""
+        sums, squares = found
         rho = None if self._linear is None else self._rho
-        found = self.kernels.clipping(
+        clipped = self.kernels.clipping(
             RowGradients(sums, squares, self._second, self._weight, self._clipped_rows, present, rho)
         )
-        factors = found.scale if self.is_measured else None
-        self._next = (found.second, found.weight, self._clipped + found.num_clipped, factors)
-        return Reparametrization(self._scale(found.relative, to_step), found.scale, found.shift)
+        factors = clipped.scale if self.is_measured else None
+        self._next = (clipped.second, clipped.weight, self._clipped + clipped.num_clipped, factors)
+        return Reparametrization(self._scale(clipped.relative, to_step), clipped.scale, clipped.shift)
 
     def _scale(self, relative: Tensor | None, to_step: Coefficient) -> Tensor:
         """s_k, ``[R]``; ``relative`` is rho_k / sqrt(q_k), or ``None`` if no step is linear."""
