@@ -54,7 +54,10 @@ class RowGradients(NamedTuple):
         weight: the sum of the weights in the running mean.
         rows: what does not change from step to step.
         present: rows that have a gradient; ``None`` if all have one.
-        rho: rho_k; ``None`` if steps are not relative to gradients.
+        rho: rho_k; ``None`` if no step is relative to gradients.
+        to_step: factor of steps that are: a number, or one for each row.
+        own: s_k of rows whose steps are not; ``None`` if there are none.
+        linear: rows whose steps are relative to gradients; looked at only if there are others.
     """
 
     sums: Tensor
@@ -64,17 +67,20 @@ class RowGradients(NamedTuple):
     rows: ClippedRows
     present: Tensor | None
     rho: Tensor | None
+    to_step: Tensor | float
+    own: Tensor | None
+    linear: Tensor | None
 
 
 class Clipping(NamedTuple):
-    """How gradients are centred and clipped in one step, g_v = scale g + shift.
+    """How gradients are centred and clipped in one step, g_v = scale g + shift, and how long the step is.
 
     Args:
         second: the running mean of mean(c**2) times ``weight``, with this step in it.
         weight: the sum of the weights in the running mean, which tends to 1.
         scale: factor of the gradients.
         shift: what is added to them.
-        relative: rho_k / sqrt(q_k); ``None`` if steps are not relative to gradients.
+        step: s_k: ``to_step`` rho_k / sqrt(q_k), or what is known of the row.
         num_clipped: how many rows were clipped.
     """
 
@@ -82,7 +88,7 @@ class Clipping(NamedTuple):
     weight: Tensor
     scale: Tensor
     shift: Tensor
-    relative: Tensor | None
+    step: Tensor
     num_clipped: Tensor | int
 
 
@@ -91,7 +97,7 @@ def clipping(gradients: RowGradients) -> Clipping:
 
     q_k includes the gradient at hand: at most a factor of 10 is cut, and an outlier shortens the next hundred steps.
     """
-    sums, squares, second, weight, rows, present, rho = gradients
+    sums, squares, second, weight, rows, present, rho, to_step, own, linear = gradients
     mean = sums / rows.size
     # Without another pass over the gradients.
     centred_square = torch.addcmul(squares / rows.size, mean * mean, rows.shift, value=2 - CENTRING).clamp(min=0)
@@ -103,9 +109,13 @@ def clipping(gradients: RowGradients) -> Clipping:
     # The first gradient equals its own mean, but for rounding. Where the root is NaN, nothing is clipped.
     scale = torch.fmin((centred_square / (rows.slack * q)).rsqrt(), rows.one)
     shift = (mean * rows.shift).nan_to_num(0, 0, 0) * scale
-    relative = None
-    if rho is not None:
-        deviation = q.sqrt()
-        faint = torch.linalg.vector_norm(rho * deviation) * (FAINT / len(rho) ** 0.5) / rho
-        relative = rho / torch.maximum(deviation, faint).clamp(min=rows.tiny)
-    return Clipping(second, weight, scale, shift, relative, (scale < 1).sum())
+    if rho is None:
+        assert own is not None
+        return Clipping(second, weight, scale, shift, own, (scale < 1).sum())
+    deviation = q.sqrt()
+    faint = torch.linalg.vector_norm(rho * deviation) * (FAINT / len(rho) ** 0.5) / rho
+    step = to_step * (rho / torch.maximum(deviation, faint).clamp(min=rows.tiny))
+    if own is not None:
+        assert linear is not None
+        step = torch.where(linear, step, own)
+    return Clipping(second, weight, scale, shift, step, (scale < 1).sum())

@@ -5,21 +5,27 @@ from __future__ import annotations
 import os
 from array import array
 from collections.abc import Callable, Mapping, Sequence
+from operator import is_
+from struct import Struct
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_ecopt.kernels.clipping import CENTRING, FAINT, MEMORY, Clipping, RowGradients
-from lightning_ecopt.kernels.eager import EagerKernels
+from lightning_ecopt.kernels.eager import GRADIENTS, EagerKernels
 from lightning_ecopt.kernels.library import load
-from lightning_ecopt.kernels.lines import COLUMNS, DTYPES, LineKernels, Lines, Words, lines_and_rest
-from lightning_ecopt.kernels.passes import Coefficient, Elements, Shapes, Views
+from lightning_ecopt.kernels.lines import COLUMNS, DTYPES, LineKernels, Lines, Words, count_changes, lines_and_rest
+from lightning_ecopt.kernels.passes import Coefficient, Elements, Product, Shapes, Views
 
 #: An item has a 64th of all elements, but no fewer and no more than so many, unless lines are longer: few enough for
 #: many threads, and enough for reading ahead. In columns it has so many lines.
 LEAST, MOST, LINES = 1 << 14, 1 << 17, 1024
 #: How many elements a thread must have to be worth its start.
 FOR_A_THREAD = 1 << 16
+#: The vectors of a step over no more rows than these are kept from one step to the next.
+KEPT_ROWS = 1 << 12
+_NUMBERS, _INTEGERS = Struct("5d"), Struct("5q")
 
 
 class _Plan:
@@ -80,6 +86,8 @@ class CompiledKernels(LineKernels[_Plan]):
     def __init__(self) -> None:
         super().__init__()
         self._library = load()
+        self._known = _Known(array("q"), [], ())
+        self._kept: tuple[Tensor, Sequence[Tensor]] = torch.empty(5, 0, device="cpu"), ()
 
     def __reduce__(self) -> tuple[Callable[[], EagerKernels], tuple[()]]:
         return _compiled_or_eager, ()
@@ -104,11 +112,11 @@ class CompiledKernels(LineKernels[_Plan]):
             )
         return found.to(asked)
 
-    def _change_(self, plan: _Plan, lists: Sequence[Views], coefficients: Mapping[str, Coefficient]) -> None:
+    def _change_(self, plan: _Plan, lists: Sequence[Views], coefficients: Mapping[str, Coefficient | Product]) -> None:
         for kind, group in plan.groups.items():
             addresses = group.addresses(lists)
             words = Words.of(coefficients, kind, lists[0][0].device)
-            given = array("q", words.kinds + words.words)
+            given = words.table()
             self._library.update[kind](
                 *group.tables,
                 addresses.buffer_info()[0],
@@ -153,23 +161,130 @@ class CompiledKernels(LineKernels[_Plan]):
 
     def clipping(self, gradients: RowGradients) -> Clipping:
         """See :class:`~lightning_ecopt.kernels.Kernels`."""
-        sums, squares, second, weight, rows, present, rho = gradients
-        present = None if present is None else present.to(sums)
-        given = [sums, squares, second, weight, rows.size, rows.shift, present, rho]
-        given = [None if vector is None else vector.contiguous() for vector in given]
-        kept, found = torch.empty_like(sums.expand(2, -1)), torch.empty_like(sums.expand(3, -1))
-        new_second, new_weight, scale, shift, relative = of = *kept.unbind(), *found.unbind()
+        sums, squares = gradients.sums.contiguous(), gradients.squares.contiguous()
+        known = _Known.of(gradients)
+        of = sums.new_empty(2, len(sums)).unbind() + sums.new_empty(3, len(sums)).unbind()  # the first two are kept
         count = self._library.clipping[sums.dtype](
-            len(sums),
-            *(None if vector is None else vector.data_ptr() for vector in given),
-            *(MEMORY, 2 - CENTRING, rows.slack, rows.tiny, FAINT),
+            known.address,
+            _factor(gradients),
+            sums.data_ptr(),
+            squares.data_ptr(),
             *(vector.data_ptr() for vector in of),
         )
-        return Clipping(new_second, new_weight, scale, shift, None if rho is None else relative, count)
+        return _clipping(gradients, of, count)
+
+    def step_(
+        self,
+        sums: _Plan,
+        update: _Plan,
+        lists: Sequence[Views],
+        rows: Callable[[Tensor, Tensor], RowGradients],
+        coefficients: Callable[[Clipping], Mapping[str, Coefficient | Product]],
+        dtype: torch.dtype,
+    ) -> Clipping:
+        """See :class:`~lightning_ecopt.kernels.lines.LineKernels`: here it is one call, and moments stay in place."""
+        found, (of_gradients, squares, *of_step) = self._scratch(update.num_places, dtype)
+        gradients = rows(of_gradients, squares)
+        if not self._known.holds(gradients):
+            self._known = _Known.of(gradients)
+        if list(update.groups) != [dtype] or not self._known.is_in_place:
+            return super().step_(sums, update, lists, rows, coefficients, dtype)
+        group = update.groups[dtype]
+        clipped = _clipping(gradients, [gradients.second, gradients.weight, *of_step], 0)
+        words = Words.of({"fade": 0.0, **coefficients(clipped)}, dtype, found.device)
+        given, addresses = words.table(), group.addresses(lists)
+        addresses_of_gradients = group.addresses(lists[GRADIENTS : GRADIENTS + 1])
+        count = self._library.step[dtype](
+            *group.tables,
+            addresses_of_gradients.buffer_info()[0],
+            addresses.buffer_info()[0],
+            len(lists),
+            given.buffer_info()[0],
+            self._known.address,
+            _factor(gradients),
+            found.data_ptr(),
+            self._threads(group),
+        )
+        count_changes(lists)
+        return clipped._replace(num_clipped=count)
+
+    def _scratch(self, count: int, dtype: torch.dtype) -> tuple[Tensor, Sequence[Tensor]]:
+        """Five vectors for a step, as one tensor and one by one; small ones are kept, as making them takes longer."""
+        if self._kept[0].shape[1] == count and self._kept[0].dtype == dtype:
+            return self._kept
+        found = torch.empty(5, count, dtype=dtype, device="cpu")
+        made = found, found.unbind()
+        if count <= KEPT_ROWS:
+            self._kept = made
+        return made
 
     def _threads(self, group: _Group) -> int:
         """The threads of a forked process are those of its parent, and do not answer."""
         return group.threads if os.getpid() == self._library.process else 1
+
+
+class _Known(NamedTuple):
+    """What ``passes.c`` calls Rows.
+
+    Args:
+        table: numbers, and addresses of vectors.
+        kept: the vectors.
+        like: what a step knew of the rows, from ``second`` on.
+    """
+
+    table: array[int]
+    kept: list[Tensor | None]
+    like: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, gradients: RowGradients) -> _Known:
+        """Without the sums, and without a factor that is the same for all rows."""
+        _, _, second, weight, rows, present, rho, to_step, own, linear = gradients
+        has_others = rho is not None and own is not None
+        vectors = [
+            *(second, weight, rows.size, rows.shift),
+            None if present is None else present.to(second),
+            rho,
+            to_step.to(second) if isinstance(to_step, Tensor) else None,
+            own if has_others else None,
+            linear if has_others else None,
+        ]
+        kept = [None if vector is None else vector.contiguous() for vector in vectors]
+        words = [0 if vector is None else vector.data_ptr() for vector in kept]
+        numbers = _INTEGERS.unpack(_NUMBERS.pack(MEMORY, 2 - CENTRING, rows.slack, rows.tiny, FAINT))
+        return cls(array("q", [len(second), *words, *numbers]), kept, _compared(gradients))
+
+    def holds(self, gradients: RowGradients) -> bool:
+        """Whether it is true of other gradients, too."""
+        return len(self.like) > 0 and all(map(is_, self.like, _compared(gradients)))
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the table has the addresses of the moments themselves, and not of copies."""
+        return self.kept[0] is self.like[0] and self.kept[1] is self.like[1]
+
+    @property
+    def address(self) -> int:
+        """Where the table is."""
+        return self.table.buffer_info()[0]
+
+
+def _compared(gradients: RowGradients) -> tuple[Any, ...]:
+    to_step = gradients.to_step
+    return (*gradients[2:7], to_step if isinstance(to_step, Tensor) else None, *gradients[8:])
+
+
+def _factor(gradients: RowGradients) -> float:
+    """The factor of relative steps, if it is the same for all rows; else 1, as it is a vector."""
+    return 1.0 if isinstance(gradients.to_step, Tensor) else gradients.to_step
+
+
+def _clipping(gradients: RowGradients, of: Sequence[Tensor], count: int) -> Clipping:
+    second, weight, scale, shift, step = of
+    if gradients.rho is None:
+        assert gradients.own is not None
+        step = gradients.own
+    return Clipping(second, weight, scale, shift, step, count)
 
 
 def _are_plain(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import TypeGuard
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_ecopt.common.tensors import piece_length, pieces
 from lightning_ecopt.kernels.clipping import Clipping, RowGradients, clipping
-from lightning_ecopt.kernels.passes import Coefficient, Elements, Shapes, Views
+from lightning_ecopt.kernels.passes import Coefficient, Elements, Given, Product, Shapes, Views
 
 #: Changes one tensor of each list in place, by coefficients that broadcast to them.
 Update = Callable[..., None]
@@ -61,7 +61,7 @@ class EagerKernels:
         momenta: Views | None,
         *,
         shapes: Shapes,
-        **coefficients: Coefficient | None,
+        **coefficients: Given,
     ) -> None:
         """See :class:`~lightning_ecopt.kernels.Kernels`."""
         self._in_place(_sgd_, [weights, gradients, momenta], shapes, coefficients)
@@ -75,7 +75,7 @@ class EagerKernels:
         maxima: Views | None,
         *,
         shapes: Shapes,
-        **coefficients: Coefficient | None,
+        **coefficients: Given,
     ) -> None:
         """See :class:`~lightning_ecopt.kernels.Kernels`."""
         self._in_place(_adam_, [weights, gradients, means, squares, maxima], shapes, coefficients)
@@ -109,7 +109,7 @@ class EagerKernels:
         update: Update,
         lists: Sequence[Views | None],
         shapes: Shapes,
-        coefficients: Mapping[str, Coefficient | None],
+        coefficients: Mapping[str, Given],
     ) -> None:
         """Make one in-place pass: ``affine_``, ``sgd_`` and ``adam_`` come down to this, however they are run.
 
@@ -127,15 +127,16 @@ class EagerKernels:
         present = {name: value for name, value in coefficients.items() if value is not None}
         left = self._launch_(lists, shapes, present)
         if left is None:
-            self._operate_(update, lists, shapes, present)
+            self._operate_(update, lists, shapes, values_of(present))
             return
+        of_all = values_of(present) if left else {}
         for k, places in left:
-            own = {name: value[places] if _is_vector(value) else value for name, value in present.items()}
+            own = {name: value[places] if _is_vector(value) else value for name, value in of_all.items()}
             self._operate_(update, [views and [views[k]] for views in lists], [shapes[k]], own)
 
     def _launch_(
-        self, lists: Sequence[Views | None], shapes: Shapes, coefficients: Mapping[str, Coefficient]
-    ) -> Iterable[tuple[int, slice]] | None:
+        self, lists: Sequence[Views | None], shapes: Shapes, coefficients: Mapping[str, Coefficient | Product]
+    ) -> Sequence[tuple[int, slice]] | None:
         """Change the blocks that there are kernels for.
 
         Returns:
@@ -163,6 +164,11 @@ class EagerKernels:
             rest = [views and views[few:] for views in lists]
             # The others make no tensors beside those that they change.
             _update_each_(update, rest, shapes[few:], vectors, numbers, in_pieces=update is _adam_)
+
+
+def values_of(coefficients: Mapping[str, Coefficient | Product]) -> dict[str, Coefficient]:
+    """Coefficients, with the values of those that are products."""
+    return {name: value.value() if isinstance(value, Product) else value for name, value in coefficients.items()}
 
 
 def _take_back_(

@@ -37,6 +37,7 @@ class Library(NamedTuple):
     sums: Mapping[torch.dtype, Callable[..., None]]
     copy_elements: Mapping[torch.dtype, Callable[..., int]]
     clipping: Mapping[torch.dtype, Callable[..., int]]
+    step: Mapping[torch.dtype, Callable[..., int]]
     process: int
 
 
@@ -118,7 +119,7 @@ def _compile(path: Path, command: Sequence[str], flags: Sequence[str]) -> Path:
 
 def _functions(path: Path) -> Library:
     library = ctypes.CDLL(str(path))
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    pointer, number, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
     tables = [pointer, pointer, number, pointer, number]  # blocks, items, how many, addresses, tensors of each block
 
     def of(name: str, arguments: Sequence[Any], result: Any = None) -> Mapping[torch.dtype, Callable[..., Any]]:
@@ -134,6 +135,7 @@ def _functions(path: Path) -> Library:
         of("update", [*tables, pointer, number]),
         of("sums", [*tables, pointer, number, number, number]),
         of("copy_elements", [number, *[pointer] * 5, number, pointer, number], number),
-        of("clipping", [number, *[pointer] * 8, *[ctypes.c_double] * 5, *[pointer] * 5], number),
+        of("clipping", [pointer, real, *[pointer] * 7], number),
+        of("step", [*tables[:3], pointer, pointer, number, pointer, pointer, real, pointer, number], number),
         os.getpid(),
     )

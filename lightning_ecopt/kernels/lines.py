@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from math import prod
@@ -18,8 +19,9 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from lightning_ecopt.kernels.clipping import Clipping, RowGradients
 from lightning_ecopt.kernels.eager import GRADIENTS, EagerKernels
-from lightning_ecopt.kernels.passes import Coefficient, Shapes, Views
+from lightning_ecopt.kernels.passes import Coefficient, Product, Shapes, Views
 
 #: The kinds of blocks; :mod:`~lightning_ecopt.kernels.triton` has pictures of them. In ``passes.c`` the first two are
 #: one.
@@ -39,6 +41,8 @@ MOST_PLANS = 64
 NAMES = ("fade", "gain", "shift", "decay", "keep", "move", "pull", "push", "first", "second", "root", "eps")
 #: The affine pass is part of that of SGD, with these coefficients.
 SAME = {"times": "keep", "plus": "push"}
+_NUMBERS = {name: NAMES.index(SAME.get(name, name)) for name in (*NAMES, *SAME)}
+_NUMBER, _INTEGER = struct.Struct("d"), struct.Struct("q")
 #: What a coefficient is, if it is not left out: a number itself, the address of one, or that of a vector over places.
 NUMBER, SCALAR, VECTOR = 1, 2, 3
 
@@ -121,28 +125,46 @@ class Words(NamedTuple):
     Args:
         kinds: of each of ``NAMES``: 0 if it is left out, or NUMBER, SCALAR or VECTOR.
         words: the bits of a number in 64 bits, or an address.
+        times: the addresses of the two vectors by which each is multiplied, or 0.
+        over: the address of the vector by which each is divided, or 0.
         kept: the tensors at these addresses.
     """
 
     kinds: list[int]
     words: list[int]
+    times: list[int]
+    over: list[int]
     kept: list[Tensor]
 
     @classmethod
-    def of(cls, coefficients: Mapping[str, Coefficient], dtype: torch.dtype, device: torch.device) -> Words:
+    def of(cls, coefficients: Mapping[str, Coefficient | Product], dtype: torch.dtype, device: torch.device) -> Words:
         """For blocks of a type on a device."""
-        found = cls([0] * len(NAMES), [0] * len(NAMES), [])
+        names = len(NAMES)
+        found = cls([0] * names, [0] * names, [0] * (2 * names), [0] * names, [])
         for name, value in coefficients.items():
-            number = NAMES.index(SAME.get(name, name))
+            number = _NUMBERS[name]
+            if isinstance(value, Product):
+                for k, vector in enumerate(value.times):
+                    found.times[2 * number + k] = found._address(vector, dtype)
+                if value.over is not None:
+                    found.over[number] = found._address(value.over, dtype)
+                value = value.factor
             if isinstance(value, Tensor) and (value.ndim or value.device == device):
-                value = value.to(dtype).contiguous()
-                found.kept.append(value)
-                found.words[number] = value.data_ptr()
+                found.words[number] = found._address(value, dtype)
                 found.kinds[number] = VECTOR if value.ndim else SCALAR
             else:  # a number, or a tensor of the CPU, which does not wait for the device either
-                (found.words[number],) = struct.unpack("q", struct.pack("d", value))
+                (found.words[number],) = _INTEGER.unpack(_NUMBER.pack(value))
                 found.kinds[number] = NUMBER
         return found
+
+    def table(self) -> array[int]:
+        """All but the tensors, as ``passes.c`` has it; it is good as long as these are kept."""
+        return array("q", self.kinds + self.words + self.times + self.over)
+
+    def _address(self, value: Tensor, dtype: torch.dtype) -> int:
+        value = (value if value.dtype == dtype else value.to(dtype)).contiguous()
+        self.kept.append(value)
+        return value.data_ptr()
 
 
 class Plan(Protocol):
@@ -169,6 +191,13 @@ def lines_and_rest(
     return blocks, starts, [(k, slice(*starts[k : k + 2])) for k in range(len(shapes)) if k not in blocks]
 
 
+def count_changes(lists: Sequence[Views]) -> None:
+    """Tell autograd, which does not see what these kernels write, that all lists but the gradients have changed."""
+    for number, views in enumerate(lists):
+        if number != GRADIENTS:
+            torch.autograd.graph.increment_version(views)
+
+
 class LineKernels(EagerKernels, ABC, Generic[PlanT]):
     """Runs the passes over blocks that are made of lines; blocks that are not are left to tensor operations."""
 
@@ -188,7 +217,7 @@ class LineKernels(EagerKernels, ABC, Generic[PlanT]):
         """Find ``count`` sums for each place, ``[count, P]``; those of other blocks are not looked at."""
 
     @abstractmethod
-    def _change_(self, plan: PlanT, lists: Sequence[Views], coefficients: Mapping[str, Coefficient]) -> None:
+    def _change_(self, plan: PlanT, lists: Sequence[Views], coefficients: Mapping[str, Coefficient | Product]) -> None:
         """Change the blocks of all lists but the gradients."""
 
     def sums_and_squares(self, views: Views, shapes: Shapes, dtype: torch.dtype) -> Tensor:
@@ -209,21 +238,42 @@ class LineKernels(EagerKernels, ABC, Generic[PlanT]):
         return found
 
     def _launch_(
-        self, lists: Sequence[Views | None], shapes: Shapes, coefficients: Mapping[str, Coefficient]
-    ) -> Iterable[tuple[int, slice]]:
+        self, lists: Sequence[Views | None], shapes: Shapes, coefficients: Mapping[str, Coefficient | Product]
+    ) -> Sequence[tuple[int, slice]]:
         """See :class:`~lightning_ecopt.kernels.EagerKernels`."""
         own = [views for views in lists if views is not None]
         plan = self.plan(own, shapes, 0)
         self.change_(plan, own, coefficients)
         return plan.rest
 
-    def change_(self, plan: PlanT, lists: Sequence[Views], coefficients: Mapping[str, Coefficient]) -> None:
+    def change_(self, plan: PlanT, lists: Sequence[Views], coefficients: Mapping[str, Coefficient | Product]) -> None:
         """Change the blocks of a plan that are made of lines; the second list has gradients, which stay as they are."""
         # A momentum buffer does not stay as it is if its coefficient is left out.
         self._change_(plan, lists, {"fade": 0.0, **coefficients})
-        for number, views in enumerate(lists):
-            if number != GRADIENTS:
-                torch.autograd.graph.increment_version(views)  # autograd does not see what these kernels write
+        count_changes(lists)
+
+    def step_(
+        self,
+        sums: PlanT,
+        update: PlanT,
+        lists: Sequence[Views],
+        rows: Callable[[Tensor, Tensor], RowGradients],
+        coefficients: Callable[[Clipping], Mapping[str, Coefficient | Product]],
+        dtype: torch.dtype,
+    ) -> Clipping:
+        """Take a step of blocks whose places are rows, one after another: sums, clipping, and the pass of the base.
+
+        Args:
+            sums: the plan of the sums over gradients.
+            update: that of the pass.
+            lists: weights, gradients and state.
+            rows: what is known of the rows, given sums of gradients and sums of their squares.
+            coefficients: of the pass. Its vectors may not be looked at before this returns.
+            dtype: of the sums.
+        """
+        clipped = self.clipping(rows(*self.add(sums, lists[GRADIENTS : GRADIENTS + 1], 2, dtype).unbind()))
+        self.change_(update, lists, coefficients(clipped))
+        return clipped
 
     def plan(self, lists: Sequence[Views], shapes: Shapes, count: int) -> PlanT:
         """Plan a pass over views of given types, shapes and strides, or look up the plan that was made before.

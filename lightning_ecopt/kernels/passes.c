@@ -35,14 +35,18 @@ typedef union {
     const void *address;
 } Word;
 
+/* A coefficient is word * times[0] * times[1] / over at a place; the vectors may be null. */
 typedef struct {
     int64_t kind[NUM_NAMES];
     Word word[NUM_NAMES];
+    const void *times[NUM_NAMES][2], *over[NUM_NAMES];
 } Coefficients;
 
 #define ROOT_OF(TYPE, x) (sizeof(TYPE) == 4 ? sqrtf(x) : sqrt(x))
 #define MOST(TYPE) (sizeof(TYPE) == 4 ? FLT_MAX : DBL_MAX)
 #define INLINE static inline __attribute__((always_inline))
+/* Compiled once, so that a step has the same bits whether it is one call or three. */
+#define ONCE __attribute__((noinline))
 #define REAL float
 #define OF(name) name##_float
 #include "passes.c"
@@ -54,14 +58,20 @@ typedef struct {
 
 #else
 
+#define AT(vector, place) ((const REAL *)(vector))[place]
+
 /* A coefficient at a place; one that is left out is 1 if it is `keep`, else 0. */
 INLINE REAL OF(coefficient)(const Coefficients *given, int name, int64_t place) {
+    const void *const *times = given->times[name], *over = given->over[name];
+    REAL value = name == KEEP;
     switch (given->kind[name]) {
-    case NUMBER: return (REAL)given->word[name].number;
-    case SCALAR: return *(const REAL *)given->word[name].address;
-    case VECTOR: return ((const REAL *)given->word[name].address)[place];
-    default: return name == KEEP;
+    case NUMBER: value = (REAL)given->word[name].number; break;
+    case SCALAR: value = AT(given->word[name].address, 0); break;
+    case VECTOR: value = AT(given->word[name].address, place); break;
     }
+    if (times[0]) value *= AT(times[0], place);
+    if (times[1]) value *= AT(times[1], place);
+    return over ? value / AT(over, place) : value;
 }
 
 /* All coefficients at `count` lines, from `line` on: c[name * count], c[name * count + 1], ... */
@@ -131,10 +141,10 @@ INLINE void OF(change_item)(const Block *block, const Item *item, REAL *const *x
         OF(fill)(c, given, block, item->first, 1);
         int varying[NUM_NAMES], count = 0; /* the coefficients that differ from line to line */
         for (int name = 0; name < NUM_NAMES; name++)
-            if (given->kind[name] == VECTOR) varying[count++] = name;
+            if (given->kind[name] == VECTOR || given->times[name][0] || given->over[name]) varying[count++] = name;
         for (int64_t line = item->first; line < item->end; line++) {
             for (int k = 0; k < count; k++)
-                c[varying[k]] = ((const REAL *)given->word[varying[k]].address)[block->first_place + line];
+                c[varying[k]] = OF(coefficient)(given, varying[k], block->first_place + line);
             if (given->kind[SECOND] == VECTOR) c[STAYS] = 1 - c[SECOND];
             OF(change)(x, line * block->stride, block->depth, tensors, given, c, 1, 0);
         }
@@ -142,7 +152,7 @@ INLINE void OF(change_item)(const Block *block, const Item *item, REAL *const *x
 }
 
 /* Change one tensor by the affine pass, two or three by that of SGD, four or five by that of Adam. */
-void OF(update)(const Block *blocks, const Item *items, int64_t num_items, REAL *const *addresses, int64_t tensors,
+ONCE void OF(update)(const Block *blocks, const Item *items, int64_t num_items, REAL *const *addresses, int64_t tensors,
                 const Coefficients *given, int64_t threads) {
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
     for (int64_t i = 0; i < num_items; i++) {
@@ -242,7 +252,7 @@ INLINE void OF(add_item)(const Block *block, const Item *item, REAL *const *x, i
 }
 
 /* Find the sums over the elements at each place and, of one tensor, of their squares. */
-void OF(sums)(const Block *blocks, const Item *items, int64_t num_items, REAL *const *addresses, int64_t tensors,
+ONCE void OF(sums)(const Block *blocks, const Item *items, int64_t num_items, REAL *const *addresses, int64_t tensors,
               void *out, int64_t wide, int64_t places, int64_t threads) {
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
     for (int64_t i = 0; i < num_items; i++) {
@@ -279,49 +289,74 @@ int64_t OF(copy_elements)(int64_t tensors, REAL *const *x, const int64_t *sizes,
     return outside;
 }
 
-/* How gradients are centred and clipped; clipping.py has the same in Python, and says what the vectors are. `present`
-   has ones and zeros; it and `rho` may be null. Returns how many rows were clipped. */
-int64_t OF(clipping)(int64_t rows, const REAL *sums, const REAL *squares, const REAL *second, const REAL *weight,
-                     const REAL *size, const REAL *centre, const REAL *present, const REAL *rho, double memory,
-                     double lifted, double slack, double tiny, double faint, REAL *new_second, REAL *new_weight,
-                     REAL *scale, REAL *shift, REAL *relative) {
-    const REAL newest = (REAL)(1 - memory), *magnitude = rho ? rho : size;
+/* What is known of the rows; clipping.py says what the vectors are. `present` has ones and zeros. All behind `centre`
+   may be null. */
+typedef struct {
+    int64_t rows;
+    const REAL *second, *weight, *size, *centre, *present, *rho, *to_steps, *own;
+    const uint8_t *linear;
+    double memory, lifted, slack, tiny, faint;
+} OF(Rows);
+
+/* How gradients are centred and clipped, and how long steps are; clipping.py has the same in Python. Returns how many
+   rows were clipped. */
+ONCE int64_t OF(clipping)(const OF(Rows) *of, double factor, const REAL *sums, const REAL *squares, REAL *new_second,
+                     REAL *new_weight, REAL *scale, REAL *shift, REAL *step) {
+    const REAL *second = of->second, *weight = of->weight, *size = of->size, *centre = of->centre;
+    const REAL *present = of->present, *rho = of->rho, *magnitude = rho ? rho : size;
+    const REAL newest = (REAL)(1 - of->memory), lifted = (REAL)of->lifted, slack = (REAL)of->slack;
     REAL count_of_part, total_of_part;
     int64_t count = 0;
     double total = 0;
-    for (int64_t first = 0; first < rows; first += PART) {
-        const int64_t end = first + PART < rows ? first + PART : rows;
+    for (int64_t first = 0; first < of->rows; first += PART) {
+        const int64_t end = first + PART < of->rows ? first + PART : of->rows;
         count_of_part = total_of_part = 0;
 #pragma omp simd reduction(+ : count_of_part, total_of_part)
         for (int64_t k = first; k < end; k++) {
             const REAL mean = sums[k] / size[k], moved = mean * centre[k];
-            REAL square = squares[k] / size[k] + mean * moved * (REAL)lifted;
+            REAL square = squares[k] / size[k] + mean * moved * lifted;
             square = square < 0 ? 0 : square;
             /* Nothing changes where a gradient is not finite, or where there is none. */
             const REAL share = square <= MOST(REAL) ? newest * (present ? present[k] : 1) : 0;
             new_second[k] = second[k] + (share > 0 ? share * (square - second[k]) : 0);
             new_weight[k] = weight[k] + share * (1 - weight[k]);
             const REAL q = new_second[k] / (new_weight[k] < newest ? newest : new_weight[k]);
-            const REAL ratio = ROOT_OF(REAL, (REAL)slack * q / square);
+            const REAL ratio = ROOT_OF(REAL, slack * q / square);
             scale[k] = (square <= MOST(REAL)) & (ratio < 1) ? ratio : 1; /* 1 if it is not a number */
             shift[k] = (moved <= MOST(REAL)) & (moved >= -MOST(REAL)) ? moved * scale[k] : 0;
             count_of_part += scale[k] < 1 ? 1 : 0;
-            relative[k] = ROOT_OF(REAL, q);
+            step[k] = ROOT_OF(REAL, q);
             total_of_part += magnitude[k] * magnitude[k] * q;
         }
         count += (int64_t)count_of_part;
         total += total_of_part;
     }
     if (rho) {
-        const REAL typical = (REAL)(sqrt(total / rows) * faint);
+        const REAL typical = (REAL)(sqrt(total / of->rows) * of->faint), tiny = (REAL)of->tiny;
 #pragma omp simd
-        for (int64_t k = 0; k < rows; k++) {
+        for (int64_t k = 0; k < of->rows; k++) {
             const REAL least = typical / rho[k];
-            REAL deviation = least > relative[k] || least != least ? least : relative[k];
-            deviation = deviation < (REAL)tiny ? (REAL)tiny : deviation;
-            relative[k] = rho[k] / deviation;
+            REAL deviation = least > step[k] || least != least ? least : step[k];
+            deviation = deviation < tiny ? tiny : deviation;
+            step[k] = (of->to_steps ? of->to_steps[k] : (REAL)factor) * (rho[k] / deviation);
         }
+        if (of->own)
+            for (int64_t k = 0; k < of->rows; k++) step[k] = of->linear[k] ? step[k] : of->own[k];
     }
+    return count;
+}
+
+/* A whole step: the sums of gradients, what they say of the rows, and the pass of the base. Places are rows. The second
+   moments and their weights change in place. For each row `found` has room for the sum, the sum of squares, scale, shift
+   and step. */
+int64_t OF(step)(const Block *blocks, const Item *items, int64_t num_items, REAL *const *gradients,
+                 REAL *const *addresses, int64_t tensors, const Coefficients *given, const OF(Rows) *of, double factor,
+                 REAL *found, int64_t threads) {
+    const int64_t n = of->rows;
+    OF(sums)(blocks, items, num_items, gradients, 1, found, sizeof(REAL) == sizeof(double), n, threads);
+    const int64_t count = OF(clipping)(of, factor, found, found + n, (REAL *)of->second, (REAL *)of->weight,
+                                       found + 2 * n, found + 3 * n, found + 4 * n);
+    OF(update)(blocks, items, num_items, addresses, tensors, given, threads);
     return count;
 }
 

@@ -8,7 +8,8 @@ once. It takes
 - lists of B tensors, one list for the weights, one for their gradients, and so on: the views of the blocks in them;
 - the B shapes of the places of these blocks;
 - coefficients: vectors ``[P]`` over the places of all blocks, one block after the other, or numbers, or tensors without
-  axes. In the formulas a coefficient multiplies, element by element, the view that follows it.
+  axes; in the steps also products of such. In the formulas a coefficient multiplies, element by element, the view that
+  follows it.
 
 Two passes return sums over the elements at each place:
 
@@ -62,7 +63,7 @@ Those without a value in the last column must be given to the passes that use th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -76,6 +77,36 @@ Views = Sequence[Tensor]
 Shapes = Sequence[tuple[int, ...]]
 #: A vector over all places ``[P]``, a tensor without axes, or a number.
 Coefficient = Tensor | float
+
+
+class Product(NamedTuple):
+    """A coefficient ``factor * times[0] * times[1] / over``, of which kernels may make no vector of its own.
+
+    Args:
+        factor: a number, or a vector over all places.
+        times: at most two vectors over all places.
+        over: such a vector, if there is one.
+    """
+
+    factor: Coefficient
+    times: tuple[Tensor, ...] = ()
+    over: Tensor | None = None
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Product:
+        """The product of other vectors."""
+        factor = change(self.factor) if isinstance(self.factor, Tensor) and self.factor.ndim else self.factor
+        return Product(factor, tuple(map(change, self.times)), None if self.over is None else change(self.over))
+
+    def value(self) -> Coefficient:
+        """What it comes to."""
+        found = self.factor
+        for vector in self.times:
+            found = vector if not isinstance(found, Tensor) and found == 1 else found * vector
+        return found if self.over is None else found / self.over
+
+
+#: What a pass takes for one of its names.
+Given = Coefficient | Product | None
 
 
 class Elements(NamedTuple):
@@ -113,7 +144,7 @@ class Kernels(Protocol):
         momenta: Views | None,
         *,
         shapes: Shapes,
-        **coefficients: Coefficient | None,
+        **coefficients: Given,
     ) -> None:
         """Take a step of SGD, without momentum if ``momenta`` is ``None``. Gradients are only read."""
 
@@ -126,7 +157,7 @@ class Kernels(Protocol):
         maxima: Views | None,
         *,
         shapes: Shapes,
-        **coefficients: Coefficient | None,
+        **coefficients: Given,
     ) -> None:
         """Take a step of Adam, with AMSGrad if there are ``maxima`` of mean squares. Gradients are only read."""
 

@@ -16,8 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_ecopt.kernels import triton as device_code
+from lightning_ecopt.kernels.eager import values_of
 from lightning_ecopt.kernels.lines import NAMES, LineKernels, Lines, Words, lines_and_rest
-from lightning_ecopt.kernels.passes import Coefficient, Shapes, Views
+from lightning_ecopt.kernels.passes import Coefficient, Product, Shapes, Views
 from lightning_ecopt.kernels.triton import PARTS_WIDTH, SIZES, WIDTHS
 
 DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
@@ -171,10 +172,11 @@ class TritonKernels(LineKernels[_Plan]):
                 device_code.sums_of_parts[(plan.split.count, count)](plan.split.owner, plan.split.blocks, sums)
         return sums[: count * plan.num_places].view(count, plan.num_places)
 
-    def _change_(self, plan: _Plan, lists: Sequence[Views], coefficients: Mapping[str, Coefficient]) -> None:
+    def _change_(self, plan: _Plan, lists: Sequence[Views], coefficients: Mapping[str, Coefficient | Product]) -> None:
+        values = values_of(coefficients)
         with torch.cuda.device_of(lists[0][0]):
             for group in plan.groups:
-                words = Words.of(coefficients, group.dtype, lists[0][0].device)
+                words = Words.of(values, group.dtype, lists[0][0].device)
                 given = sum(kind * 4**number for number, kind in enumerate(words.kinds))
                 items, table = group.items, group.table(words.words, lists)
                 device_code.update[(items.count,)](

@@ -16,19 +16,69 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.optim import ASGD, SGD, Adam, AdamW, Optimizer
 
-from lightning_ecopt.kernels import Coefficient
+from lightning_ecopt.kernels.passes import Product
 from lightning_ecopt.optim.calls import optimizers_in
 from lightning_ecopt.steps.rule import StepKind
 
 ParamGroups = Sequence[Mapping[str, Any]]
 #: An option: one number for all parameters, or one for each, ``[N]`` in float64.
 Value = float | Tensor
-Coefficients = dict[str, Coefficient | None]
+
+
+class Term(NamedTuple):
+    """A coefficient of the pass: a value of the options, times what the coordinates are.
+
+    Args:
+        value: of the options.
+        of: what it is multiplied by: one of those in :func:`products`.
+    """
+
+    value: Value
+    of: str = "one"
+
+
+def products(
+    terms: Mapping[str, Term],
+    weight_scale: Tensor,
+    grad_scale: Tensor,
+    grad_shift: Tensor | None,
+    to_weights: Tensor | None,
+    spread: Callable[[Tensor], Tensor],
+) -> dict[str, Product]:
+    """The coefficients of a pass over rows, without those that change nothing: no decay, no shift, a weight that stays.
+
+    Args:
+        terms: by name of the coefficient.
+        weight_scale: of the coordinates, ``[R]``, with the next two.
+        grad_scale: ``[R]``.
+        grad_shift: ``[R]``; ``None`` stands for zero.
+        to_weights: ``[R]``; ``None`` if it is ``weight_scale``.
+        spread: makes values over rows, ``[R]``, of those of parameters, ``[N]``.
+    """
+    end = weight_scale if to_weights is None else to_weights
+    vectors: dict[str, tuple[tuple[Tensor, ...], Tensor | None]] = {
+        "one": ((), None),
+        "end": ((end,), None),
+        "scale": ((grad_scale,), None),
+        "end scale": ((end, grad_scale), None),
+        "per weight": ((), weight_scale),
+        "keep": ((), None) if to_weights is None else ((to_weights,), weight_scale),
+    }
+    if grad_shift is not None:
+        vectors |= {"shift": ((grad_shift,), None), "end shift": ((end, grad_shift), None)}
+    found: dict[str, Product] = {}
+    for name, (value, of) in terms.items():
+        is_left_out = (of == "per weight" and _is(value, 0)) or (of == "keep" and to_weights is None and _is(value, 1))
+        if of in vectors and not is_left_out:
+            factor = spread(value) if isinstance(value, Tensor) and value.ndim else value
+            found[name] = Product(factor, *vectors[of])
+    return found
+
 
 #: Optimizers whose steps are linear in the gradients.
 LINEAR = (SGD, ASGD)
@@ -71,9 +121,8 @@ class Base:
     """What a fused step needs to know of an optimizer class.
 
     A step asks in this order: which state, ``entry_names(groups)``; which numbers, ``options(group)``, as lr and beta1
-    of Adam; what follows from them at step t, ``rates(options, count)``, as lr / (1 - beta1**t); and the coefficients
-    of the pass, ``coefficients(weight_scale, grad_scale, grad_shift, to_weights, **rates)``, which
-    :mod:`lightning_ecopt.kernels.passes` lists.
+    of Adam; what follows from them at step t, ``rates(options, count)``, as lr / (1 - beta1**t); and the terms,
+    ``terms(**rates)``, of the coefficients that :mod:`lightning_ecopt.kernels.passes` lists.
 
     Args:
         kernel: name of the pass, a method of :class:`~lightning_ecopt.kernels.Kernels`.
@@ -81,7 +130,7 @@ class Base:
         entry_names: the state entries that parameter groups need; ``None`` if one pass cannot serve all groups.
         options: the numbers that a step takes from one parameter group.
         rates: what the coefficients depend on, from the options and a function that counts the step.
-        coefficients: of the pass, each over rows, ``[R]``, or a number.
+        terms: of the coefficients of the pass.
     """
 
     kernel: str
@@ -89,7 +138,7 @@ class Base:
     entry_names: Callable[[ParamGroups], tuple[str, ...] | None]
     options: Callable[[Mapping[str, Any]], Mapping[str, Any]]
     rates: Callable[[dict[str, Value], Callable[[], Value]], dict[str, Value]]
-    coefficients: Callable[..., Coefficients]
+    terms: Callable[..., dict[str, Term]]
 
 
 def momentum_to_mean(options: Mapping[str, Any]) -> float:
@@ -142,37 +191,20 @@ def _sgd_options(options: Mapping[str, Any]) -> Mapping[str, Any]:
     }
 
 
-def _sgd(
-    weight_scale: Tensor,
-    grad_scale: Tensor,
-    grad_shift: Tensor | None,
-    to_weights: Tensor | None,
-    *,
-    lr: Coefficient,
-    sign: Coefficient,
-    decay: Coefficient,
-    momentum: Coefficient,
-    damped: Coefficient,
-    nesterov: float,
-) -> Coefficients:
-    # d = sign g_v + decay w / weight_scale
+def _sgd(*, lr: Value, sign: Value, decay: Value, momentum: Value, damped: Value, nesterov: float) -> dict[str, Term]:
+    # d = sign g_v + decay v
     # m = momentum m + damped d;    v' = v - lr (m or, with nesterov, d + momentum m);    w' = to_weights v'
-    gain, shift, pulled = _scaled(grad_scale, sign), _times(sign, grad_shift), _over(decay, weight_scale)
-    end = -lr * (weight_scale if to_weights is None else to_weights)
-    keep = None if to_weights is None else to_weights / weight_scale
-    directly: Coefficients = {"pull": end * gain, "push": _times(end, shift)}
-    if pulled is not None and (nesterov or _is(momentum, 0)):
-        keep = (1.0 if keep is None else keep) + end * pulled
-    if _is(momentum, 0):
-        return {"keep": keep, **directly}
-    into_momentum: Coefficients = {
-        "fade": momentum,
-        "gain": _scaled(gain, damped),
-        "shift": _times(damped, shift),
-        "decay": _times(damped, pulled),
-        "move": _times(momentum, end) if nesterov else end,
-    }
-    return {"keep": keep, **into_momentum, **(directly if nesterov else {})}
+    has_momentum = not _is(momentum, 0)
+    terms: dict[str, Term] = {}
+    if has_momentum:
+        into = damped * sign
+        terms |= {"fade": Term(momentum), "gain": Term(into, "scale"), "shift": Term(into, "shift")}
+        terms |= {"decay": Term(damped * decay, "per weight"), "move": Term(-lr * momentum if nesterov else -lr, "end")}
+    directly = bool(nesterov) or not has_momentum
+    if directly:
+        terms |= {"pull": Term(-lr * sign, "end scale"), "push": Term(-lr * sign, "end shift")}
+    terms["keep"] = Term(1 - lr * decay if directly else 1.0, "keep")
+    return terms
 
 
 def _adam_entry_names(groups: ParamGroups) -> tuple[str, ...] | None:
@@ -208,54 +240,32 @@ def _adam_rates(options: dict[str, Value], count: Callable[[], Value]) -> dict[s
 
 
 def _adam(
-    weight_scale: Tensor,
-    grad_scale: Tensor,
-    grad_shift: Tensor | None,
-    to_weights: Tensor | None,
     *,
-    lr: Coefficient,
-    sign: Coefficient,
-    decay: Coefficient,
-    shrink: Coefficient,
-    rate: Coefficient,
-    first: Coefficient,
-    second: Coefficient,
-    root: Coefficient,
-    eps: Coefficient,
-) -> Coefficients:
-    # Decoupled decay shrinks coordinates, and so weights, by 1 - lr shrink.
-    kept = None if _is(shrink, 0) else 1 - lr * shrink
-    keep = kept if to_weights is None else (1.0 if kept is None else kept) * to_weights / weight_scale
+    lr: Value,
+    sign: Value,
+    decay: Value,
+    shrink: Value,
+    rate: Value,
+    first: Value,
+    second: Value,
+    root: Value,
+    eps: Value,
+) -> dict[str, Term]:
     return {
-        "gain": _scaled(grad_scale, sign),
-        "shift": _times(sign, grad_shift),
-        "decay": _over(decay, weight_scale),
-        "first": first,
-        "second": second,
-        "keep": keep,
-        "move": -rate * (weight_scale if to_weights is None else to_weights),
-        "root": root,
-        "eps": eps,
+        "gain": Term(sign, "scale"),
+        "shift": Term(sign, "shift"),
+        "decay": Term(decay, "per weight"),
+        "first": Term(first),
+        "second": Term(second),
+        "keep": Term(1 - lr * shrink, "keep"),  # decoupled decay shrinks coordinates, and so weights
+        "move": Term(-rate, "end"),
+        "root": Term(root),
+        "eps": Term(eps),
     }
 
 
-def _is(value: Coefficient, number: float) -> bool:
+def _is(value: Value, number: float) -> bool:
     return not isinstance(value, Tensor) and value == number
-
-
-def _times(value: Coefficient | None, other: Tensor | None) -> Tensor | None:
-    """The product; ``None``, which kernels leave out, if a factor is zero or ``None``."""
-    return None if value is None or other is None or _is(value, 0) else _scaled(other, value)
-
-
-def _over(value: Coefficient, other: Tensor) -> Tensor | None:
-    """The quotient; ``None`` if it is zero."""
-    return None if _is(value, 0) else value / other
-
-
-def _scaled(values: Tensor, factor: Coefficient) -> Tensor:
-    """The product, for which nothing is computed if the factor is one, as most options are."""
-    return values if _is(factor, 1) else factor * values
 
 
 def _adamw_options(options: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -6,7 +6,7 @@ gradients and perhaps new rates; weights and state stay where they are, and type
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,9 @@ from torch.optim import Optimizer
 
 from lightning_ecopt.common.tensors import Tensors
 from lightning_ecopt.kernels import Coefficient, Shapes
+from lightning_ecopt.kernels.clipping import Clipping, RowGradients
 from lightning_ecopt.kernels.lines import LineKernels
+from lightning_ecopt.kernels.passes import Product
 from lightning_ecopt.steps.rows import Rows
 
 
@@ -57,6 +59,7 @@ class PreparedStep:
         shapes: Shapes,
     ) -> None:
         self._optimizer, self._kernels, self._signs = optimizer, kernels, _signs(optimizer)
+        self._entry_names = entry_names
         states = [[optimizer.state[p][name] for p in parameters] for name in entry_names]
         self._parameters, self._states = parameters, states
         self._own = [
@@ -99,29 +102,36 @@ class PreparedStep:
         prepared = cls(optimizer, kernels, list(own.values()), [gradients[name] for name in names], entry_names, shapes)
         return None if prepared._sums.rest or prepared._update.rest else prepared
 
-    def gradients(self) -> list[Tensor] | None:
-        """The gradients of the next step; ``None`` if anything else is not as it was."""
-        if _signs(self._optimizer) != self._signs:
+    def gradients(self, entry_names: Sequence[str] | None) -> list[Tensor] | None:
+        """The gradients of the next step; ``None`` if anything else is not as it was.
+
+        Args:
+            entry_names: of the state that the next step changes.
+        """
+        if entry_names != self._entry_names or _signs(self._optimizer) != self._signs:
             return None
         states, found = self._optimizer.state, []
         for p, at, kind, entries in self._own:
             gradient = _gradient(p)
             if gradient is None or (gradient.dtype, gradient.shape, gradient.stride()) != kind or p.data_ptr() != at:
                 return None
-            state = states.get(p, {}) if entries else {}
-            if any(state.get(name) is not entry or entry.data_ptr() != place for name, entry, place in entries):
-                return None
             found.append(gradient)
+            state = states.get(p, {}) if entries else {}
+            for name, entry, place in entries:
+                if state.get(name) is not entry or entry.data_ptr() != place:
+                    return None
         return found
 
-    def sums_and_squares(self, gradients: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        """Sums of the gradients of each row, and sums of their squares, ``[2, R]``."""
-        return self._kernels.add(self._sums, [gradients], 2, dtype)
-
-    def change_(self, gradients: Sequence[Tensor], coefficients: Mapping[str, Coefficient | None]) -> None:
-        """Change weights and state by the coefficients of a pass; those that are ``None`` are left out."""
-        given = {name: value for name, value in coefficients.items() if value is not None}
-        self._kernels.change_(self._update, [self._parameters, gradients, *self._states], given)
+    def take(
+        self,
+        gradients: Sequence[Tensor],
+        rows: Callable[[Tensor, Tensor], RowGradients],
+        coefficients: Callable[[Clipping], Mapping[str, Coefficient | Product]],
+        dtype: torch.dtype,
+    ) -> Clipping:
+        """Take the step; see :meth:`~lightning_ecopt.kernels.lines.LineKernels.step_`."""
+        lists = [self._parameters, gradients, *self._states]
+        return self._kernels.step_(self._sums, self._update, lists, rows, coefficients, dtype)
 
 
 def _gradient(parameter: Tensor) -> Tensor | None:

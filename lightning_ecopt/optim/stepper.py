@@ -12,9 +12,10 @@ from torch.optim import Optimizer
 
 from lightning_ecopt.common.sharding import is_sharded, local
 from lightning_ecopt.common.signals import uninterrupted
-from lightning_ecopt.common.tensors import Tensors, in_shared_memory, to_device, updates_by_difference
+from lightning_ecopt.common.tensors import Tensors, in_shared_memory, ordinary_tensors, to_device, updates_by_difference
 from lightning_ecopt.kernels import Coefficient, EagerKernels
-from lightning_ecopt.optim.bases import BASES, Base, Value, has_own_step, momentum_to_step
+from lightning_ecopt.kernels.passes import Product
+from lightning_ecopt.optim.bases import BASES, Base, Term, Value, has_own_step, momentum_to_step, products
 from lightning_ecopt.optim.calls import StepCall
 from lightning_ecopt.optim.prepared import PreparedStep
 from lightning_ecopt.steps.rule import ReadsSums, Reparametrization, Rule
@@ -162,14 +163,19 @@ class FusedStep:
         self._able = {name for name in rule.rows.covered if not updates_by_difference(parameters[name])}
         self._order: list[list[int]] = []  # the parameter groups that `_group_of` was made for
         self._group_of: list[int] = []  # by name of a parameter that has rows, ``[N]``
+        self._reader = rule if isinstance(rule, ReadsSums) else None
         self._prepared: PreparedStep | None = None
         self._times = 0  # so often a step was not prepared
+
+    def __getstate__(self) -> dict[str, Any]:  # a copy has other tensors, perhaps in another process
+        return {**vars(self), "_prepared": None}
 
     @property
     def to_step(self) -> Coefficient:
         """The factor that gives the base's momentum the size of one gradient: a number, or one for each row."""
-        value = self._of_parameters([momentum_to_step(options) for options in self._optimizer.param_groups])
-        return _over(value, self._rule.rows.spread, self._rule.rows.sizes)
+        rows, groups = self._rule.rows, self._optimizer.param_groups
+        value = self._of_parameters([momentum_to_step(options) for options in groups])
+        return _onto(rows.spread, rows.sizes)(value) if isinstance(value, Tensor) and value.ndim else value
 
     def entries(self, gradients: Tensors) -> list[dict[str, Tensor]] | None:
         """The state that the pass takes, by parameter name; ``None`` if this step has to be wrapped.
@@ -204,21 +210,20 @@ class FusedStep:
         """
         assert self._base is not None  # otherwise there are no entries
         base, rule, rows = self._base, self._rule, self._rule.rows
-        rates = self._rates(base, gradients)
+        terms = base.terms(**self._rates(base, gradients))
         rest = [None] * (base.num_entries - len(entries))  # the pass takes all entries that there may be
 
         def advance(
             values: Tensor, gradient: Tensor, state: Sequence[Tensor], of_units: Callable[[Tensor], Tensor]
         ) -> Tensor:
             moved, ones = values.clone(), torch.ones_like(values)
-            own = {name: _over(value, of_units, ones) for name, value in rates.items()}
-            coefficients = base.coefficients(ones, ones, None, None, **own)
             lists = [[moved], [gradient], *([of] for of in state), *rest]
+            coefficients = products(terms, ones, ones, None, None, _onto(of_units, ones))
             getattr(EagerKernels(), base.kernel)(*lists, shapes=[tuple(moved.shape)], **coefficients)
             return moved
 
         back = rule.allocate(here, weights, gradients, entries, advance)
-        coefficients = self._coefficients(base, here, back.to_weights, rates)
+        coefficients = self._coefficients(terms, here, back.to_weights)
         moving = {name: weights[name] for name in gradients}
         try:
             rows.apply_(rule.kernels, base.kernel, moving, gradients, *entries, *rest, **coefficients)
@@ -230,30 +235,40 @@ class FusedStep:
     def _prepare(self, gradients: Tensors) -> None:
         """Prepare the next step, unless that has failed often: in the 1st, 2nd, 4th, 8th ... step that was not."""
         self._times += 1
-        if self._base is not None and isinstance(self._rule, ReadsSums) and self._times & (self._times - 1) == 0:
+        if self._base is not None and self._reader is not None and self._times & (self._times - 1) == 0:
             names = self._base.entry_names(self._optimizer.param_groups) or ()
             rule = self._rule
             self._prepared = PreparedStep.of(
                 self._optimizer, rule.kernels, rule.rows, self._parameters, gradients, names
             )
 
+    @ordinary_tensors()
     def take_alike(self) -> bool:
         """Take one step as the last one, if all tensors but the gradients are the same; returns whether they are."""
-        prepared, base, rule = self._prepared, self._base, self._rule
-        gradients = None if prepared is None else prepared.gradients()
-        if prepared is None or gradients is None or base is None or not isinstance(rule, ReadsSums):
+        prepared, base, rule, rows = self._prepared, self._base, self._reader, self._rule.rows
+        if prepared is None or base is None or rule is None:
+            return False
+        gradients = prepared.gradients(base.entry_names(self._optimizer.param_groups))
+        if gradients is None:
             self._prepared = None
             return False
-        here = rule.from_sums(prepared.sums_and_squares(gradients, rule.rows.dtype), self.to_step)
-        prepared.change_(gradients, self._coefficients(base, here, None, self._rates(base, rule.rows.names)))
-        rule.commit()
+        terms = base.terms(**self._rates(base, rows.names))
+        to_step = self.to_step
+        clipped = prepared.take(
+            gradients,
+            lambda sums, squares: rule.row_gradients(sums, squares, to_step),
+            lambda clipped: self._coefficients(terms, Reparametrization(clipped.step, clipped.scale, clipped.shift)),
+            rows.dtype,
+        )
+        rule.note(clipped)
+        self._rule.commit()
         return True
 
     def _coefficients(
-        self, base: Base, here: Reparametrization, to_weights: Tensor | None, rates: Mapping[str, Value]
-    ) -> Mapping[str, Coefficient | None]:
-        own = {name: _over(value, self._rule.rows.spread, here.weight_scale) for name, value in rates.items()}
-        return base.coefficients(here.weight_scale, here.grad_scale, here.grad_shift, to_weights, **own)
+        self, terms: Mapping[str, Term], here: Reparametrization, to_weights: Tensor | None = None
+    ) -> dict[str, Product]:
+        spread = _onto(self._rule.rows.spread, here.weight_scale)
+        return products(terms, here.weight_scale, here.grad_scale, here.grad_shift, to_weights, spread)
 
     def _rates(self, base: Base, names: Iterable[str]) -> dict[str, Value]:
         """The options of all parameters, as this step takes them; ``names`` are those of parameters with a gradient."""
@@ -295,8 +310,6 @@ class FusedStep:
         return torch.stack([counts.get(name, first) for name in self._rule.rows.names]).to(torch.float64)
 
 
-def _over(value: Value, spread: Callable[[Tensor], Tensor], like: Tensor) -> Coefficient:
-    """What the parameters have, ``[N]``, spread over a vector ``like``; a number stays one."""
-    if isinstance(value, Tensor) and value.ndim > 0:
-        return spread(to_device(value.to(like.dtype), like.device))
-    return value
+def _onto(spread: Callable[[Tensor], Tensor], like: Tensor) -> Callable[[Tensor], Tensor]:
+    """Spread what the parameters have, ``[N]``, over a vector ``like``, in its type and on its device."""
+    return lambda value: spread(to_device(value.to(like.dtype), like.device))

@@ -15,7 +15,8 @@ from lightning_ecopt.common.parts import Part, lengths
 from lightning_ecopt.common.segment_sum import SegmentSum
 from lightning_ecopt.common.sharding import Ranks, local, parts
 from lightning_ecopt.common.tensors import Tensors, to_device
-from lightning_ecopt.kernels import Coefficient, Kernels, Shapes
+from lightning_ecopt.kernels import Kernels, Shapes
+from lightning_ecopt.kernels.passes import Given, Product
 from lightning_ecopt.symmetry.coupling import NO_UNIT, Coupling
 
 
@@ -143,27 +144,30 @@ class Rows:
                 target.copy_(part)
         return self._ranks.sum_(self._blocks.to_rows(found))
 
-    def apply_(self, kernels: Kernels, name: str, *tensors: Tensors | None, **vectors: Coefficient | None) -> None:
+    def apply_(self, kernels: Kernels, name: str, *tensors: Tensors | None, **coefficients: Given) -> None:
         """Change the first tensors in place, where none of the tensors is missing.
 
         Args:
             kernels: make the pass.
             name: ``"affine_"``, ``"sgd_"`` or ``"adam_"``.
             *tensors: by parameter name; ``None`` is handed on.
-            **vectors: coefficients: over the rows, ``[R]``, or numbers; ``None`` is left out.
+            **coefficients: vectors over the rows, ``[R]``, numbers, or products; ``None`` is left out.
         """
         complete = self._blocks.complete([of for of in tensors if of is not None], self._all_names)
         if not any(complete):
             return
         lists, shapes = self._blocks.views(complete, tensors)
-        given = {}
-        for key, value in vectors.items():
-            if isinstance(value, Tensor) and value.ndim == 1:
-                value = self._blocks.to_places(value)
-                if not all(complete):
-                    value = torch.cat(list(compress(value.split(self._blocks.num_places), complete)))
-            if value is not None:
-                given[key] = value
+
+        def at_places(value: Tensor) -> Tensor:
+            value = self._blocks.to_places(value)
+            return value if all(complete) else torch.cat([*compress(value.split(self._blocks.num_places), complete)])
+
+        given: dict[str, Given] = {}
+        for key, value in coefficients.items():
+            if isinstance(value, Product):
+                given[key] = value.each(at_places)
+            elif value is not None:
+                given[key] = at_places(value) if isinstance(value, Tensor) and value.ndim == 1 else value
         getattr(kernels, name)(*lists, shapes=shapes, **given)
 
 

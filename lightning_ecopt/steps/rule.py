@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lightning_ecopt.common.tensors import Tensors
 from lightning_ecopt.kernels import Coefficient, Kernels
+from lightning_ecopt.kernels.clipping import Clipping, RowGradients
 from lightning_ecopt.steps.coordinates import FreeWeights
 from lightning_ecopt.steps.rows import Rows
 from lightning_ecopt.steps.state import StateEntries
@@ -266,13 +267,19 @@ class Rule(Protocol):
 
 @runtime_checkable
 class ReadsSums(Protocol):
-    """A rule whose coordinates follow from sums over rows of gradients, and not from single elements."""
+    """A rule whose coordinates follow from sums over rows of gradients, by kernels' ``clipping``, and from no more."""
 
-    def from_sums(self, found: Tensor, to_step: Coefficient, present: Tensor | None = None) -> Reparametrization:
-        """Return what :meth:`Rule.reparametrization` does.
+    def row_gradients(
+        self, sums: Tensor, squares: Tensor, to_step: Coefficient, present: Tensor | None = None
+    ) -> RowGradients:
+        """What the kernels need to know to find how gradients are centred and clipped.
 
         Args:
-            found: sums of the gradients of each row, and sums of their squares, ``[2, R]``.
-            to_step: as there.
+            sums: of the gradients of each row, ``[R]``.
+            squares: sums of their squares.
+            to_step: that of :meth:`Rule.reparametrization`.
             present: rows that have a gradient, ``bool[R]``; ``None`` if all have one.
         """
+
+    def note(self, clipped: Clipping) -> None:
+        """Take note of what they have found, for :meth:`Rule.commit`."""

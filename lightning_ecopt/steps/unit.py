@@ -72,7 +72,7 @@ from lightning_ecopt.common.segment_sum import SegmentSum
 from lightning_ecopt.common.sharding import local
 from lightning_ecopt.common.tensors import Tensors, ordinary_tensors, updates_by_difference
 from lightning_ecopt.kernels import Coefficient, Kernels
-from lightning_ecopt.kernels.clipping import MEMORY, ClippedRows, RowGradients
+from lightning_ecopt.kernels.clipping import MEMORY, ClippedRows, Clipping, RowGradients
 from lightning_ecopt.steps.rows import Rows
 from lightning_ecopt.steps.rule import (
     Advance,
@@ -145,7 +145,7 @@ class UnitRule:
         self._linear, self._whole = self._of_kind(kinds, "linear"), self._of_kind(kinds, "whole")
         self._all_linear = self._linear is not None and bool(self._linear.all())
         self._size = self.rows.sizes
-        self._clipped = torch.zeros((), dtype=torch.int64, device=self._size.device)
+        self._clipped: Tensor | int = 0
         self._steps = 0
         self._moving: set[str] = set()  # names of the parameters that have a gradient in this step
         # Momentum keeps its type when somebody gives the parameters another one.
@@ -163,7 +163,12 @@ class UnitRule:
         self._own = None if self._all_linear else self._own_scale()
         self._factors: Tensor | None = None  # of gradients in the last step, if it is measured
         # Taken over when the step succeeds.
-        self._next: tuple[Tensor, Tensor, Tensor, Tensor | None] = (self._second, self._weight, self._clipped, None)
+        self._next: tuple[Tensor, Tensor, Tensor | int, Tensor | None] = (
+            self._second,
+            self._weight,
+            self._clipped,
+            None,
+        )
 
     name, needs_paths, is_measured = "unit", False, False
 
@@ -290,27 +295,32 @@ class UnitRule:
         present = self.rows.present(gradients)
         if present is not None:
             present = self.rows.spread(present)
-        return self.from_sums(self._sums_and_squares(gradients), to_step, present)
+        sums, squares = self._sums_and_squares(gradients).unbind()
+        clipped = self.kernels.clipping(self.row_gradients(sums, squares, to_step, present))
+        self.note(clipped)
+        return Reparametrization(clipped.step, clipped.scale, clipped.shift)
 
-    def from_sums(self, found: Tensor, to_step: Coefficient, present: Tensor | None = None) -> Reparametrization:
+    def row_gradients(
+        self, sums: Tensor, squares: Tensor, to_step: Coefficient, present: Tensor | None = None
+    ) -> RowGradients:
         """See :class:`~lightning_ecopt.steps.rule.ReadsSums`."""
-        sums, squares = found
-        rho = None if self._linear is None else self._rho
-        clipped = self.kernels.clipping(
-            RowGradients(sums, squares, self._second, self._weight, self._clipped_rows, present, rho)
+        return RowGradients(
+            sums,
+            squares,
+            self._second,
+            self._weight,
+            self._clipped_rows,
+            present,
+            None if self._linear is None else self._rho,
+            to_step,
+            self._own,
+            self._linear,
         )
+
+    def note(self, clipped: Clipping) -> None:
+        """See :class:`~lightning_ecopt.steps.rule.ReadsSums`."""
         factors = clipped.scale if self.is_measured else None
         self._next = (clipped.second, clipped.weight, self._clipped + clipped.num_clipped, factors)
-        return Reparametrization(self._scale(clipped.relative, to_step), clipped.scale, clipped.shift)
-
-    def _scale(self, relative: Tensor | None, to_step: Coefficient) -> Tensor:
-        """s_k, ``[R]``; ``relative`` is rho_k / sqrt(q_k), or ``None`` if no step is linear."""
-        if self._own is None or self._linear is None:  # all steps are linear, or none is
-            scale = self._own if relative is None else to_step * relative
-            assert scale is not None
-            return scale
-        assert relative is not None
-        return torch.where(self._linear, to_step * relative, self._own)
 
     def transform_gradients_(self, here: Reparametrization, gradients: Tensors) -> Callable[[], None]:
         """Centre and clip gradients in place; returns the way back."""

@@ -241,11 +241,12 @@ def test_what_is_not_a_number_goes_where_tensor_operations_take_it() -> None:
     has_rho=st.booleans(),
     has_present=st.booleans(),
     is_first=st.booleans(),
+    to_step=st.sampled_from(["number", "vector"]),
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
 @settings(max_examples=100, deadline=None)
 def test_clipping_in_c_is_that_of_tensor_operations(
-    seed: int, broken: float | None, has_rho: bool, has_present: bool, is_first: bool, dtype: torch.dtype
+    seed: int, broken: float | None, has_rho: bool, has_present: bool, is_first: bool, to_step: str, dtype: torch.dtype
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
 
@@ -260,17 +261,19 @@ def test_clipping_in_c_is_that_of_tensor_operations(
     rows = ClippedRows.of(size, torch.arange(9) % 4 == 0, whole if seed % 2 else None, 1e-20)
     second, weight = (torch.zeros(9, dtype=dtype) if is_first else 0.3 * random() for _ in range(2))
     present = torch.arange(9) % 3 > 0 if has_present else None
-    rho = random() if has_rho else None
+    rho, factor = random() if has_rho else None, random() if to_step == "vector" else 0.3
+    own = random() if seed % 3 or not has_rho else None
+    linear = torch.arange(9) % 2 == 0
     expected, found = (
-        kernels.clipping(RowGradients(sums, squares, second, weight, rows, present, rho))
+        kernels.clipping(RowGradients(sums, squares, second, weight, rows, present, rho, factor, own, linear))
         for kernels in (EagerKernels(), CompiledKernels())
     )
     tolerance = 1e-5 if dtype == torch.float32 else 1e-13
     torch.testing.assert_close(found[:4], expected[:4], rtol=tolerance, atol=tolerance)
     assert found.num_clipped == int(expected.num_clipped)
-    if has_rho:
-        torch.testing.assert_close(found.relative, expected.relative, rtol=tolerance, atol=0)
-    assert (found.relative is None) == (not has_rho)
+    torch.testing.assert_close(found.step, expected.step, rtol=tolerance, atol=0)
+    if rho is None:
+        assert found.step is own
 
 
 @pytest.mark.compiler

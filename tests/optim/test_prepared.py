@@ -1,0 +1,197 @@
+"""A prepared step is taken where all tensors but the gradients are those of the step before, and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+
+from lightning_ecopt import EquivalentClassOptimizer, scaling_group
+from lightning_ecopt.kernels.compiled import CompiledKernels
+from lightning_ecopt.optim.prepared import PreparedStep
+from lightning_ecopt.optim.stages import Running
+from lightning_ecopt.optim.stepper import Stepper
+from tests.networks import mlp
+from tests.optim.training import weights_of
+from tests.selection import few
+
+pytestmark = pytest.mark.compiler
+
+STEPS, CHANGE_AT = 10, 6
+X, Y = torch.randn(32, 6, generator=torch.Generator().manual_seed(0)).double(), torch.arange(32) % 3
+MAKE: dict[str, Callable[[Any], Optimizer]] = {
+    "sgd": lambda params: SGD(params, lr=0.02, momentum=0.9, weight_decay=0.01),
+    "adamw": lambda params: AdamW(params, lr=0.01, amsgrad=True),
+}
+
+
+class Run:
+    """Trains a network by one implementation, and is changed on the way."""
+
+    def __init__(
+        self, make: Callable[[Any], Optimizer], implementation: str, dtype: torch.dtype = torch.float64
+    ) -> None:
+        torch.manual_seed(1)
+        self.net, self._x = mlp(6, 9, 8, 3).to(dtype), X.to(dtype)
+        self.base = make(self.net.parameters())
+        group = scaling_group(self.net, self._x[:2])
+        self.optimizer = EquivalentClassOptimizer(self.base, group, implementation=implementation, check=None)  # type: ignore[arg-type]
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The second matrix."""
+        return next(p for p in list(self.net.parameters())[1:] if p.ndim == 2)
+
+    def step(self, before: Callable[[Run], object] | None = None) -> None:
+        """One step, with a change between its gradients and itself."""
+        self.optimizer.zero_grad()
+        nn.functional.cross_entropy(self.net(self._x), Y).backward()
+        if before is not None:
+            before(self)
+        self.optimizer.step()
+
+
+def gradient(run: Run, change: Callable[[Tensor], Tensor | None]) -> None:
+    grad = run.weight.grad
+    assert grad is not None
+    run.weight.grad = change(grad)
+
+
+def move(run: Run) -> None:
+    run.weight.data = run.weight.data.clone()
+
+
+def transposed_memory(run: Run) -> None:
+    run.weight.data = run.weight.data.t().contiguous().t()
+
+
+def entries(run: Run) -> None:
+    """The state of one parameter is a copy from now on."""
+    state = run.base.state[run.weight]
+    run.base.state[run.weight] = {name: entry.clone() for name, entry in state.items()}
+
+
+def load(run: Run) -> None:
+    run.optimizer.load_state_dict(run.optimizer.state_dict())
+
+
+def scale_state(run: Run) -> None:
+    """Other numbers in the same memory are no other step."""
+    for entry in run.base.state[run.weight].values():
+        entry.mul_(0.5)
+
+
+def option(name: str, value: Any) -> Callable[[Run], None]:
+    def change(run: Run) -> None:
+        for options in run.base.param_groups:
+            if name in options:
+                options[name] = value
+
+    return change
+
+
+def frozen_group(run: Run) -> None:
+    """Another parameter, with a gradient, that the scaling group does not know."""
+    extra = nn.Parameter(torch.ones(3, dtype=torch.float64), requires_grad=False)
+    extra.grad = torch.ones(3, dtype=torch.float64)
+    run.base.add_param_group({"params": [extra]})
+    run.net.extra = extra  # type: ignore[assignment]  # so that it counts as one of the weights
+
+
+def own_step(run: Run) -> None:
+    """A step of the user's, which halves the gradients."""
+    step = run.base.step
+
+    def halved(*args: Any) -> Any:
+        for p in run.net.parameters():
+            if p.grad is not None:
+                p.grad.mul_(0.5)
+        return step(*args)
+
+    run.base.step = halved  # type: ignore[method-assign]
+
+
+#: What happens just before one of the steps, and whether that step may be a prepared one.
+CHANGES: dict[str, tuple[Callable[[Run], object], bool]] = {
+    "no gradient": (lambda run: gradient(run, lambda g: None), False),
+    "other strides": (lambda run: gradient(run, lambda g: g.t().contiguous().t()), False),
+    "expanded": (lambda run: gradient(run, lambda g: g.mean().expand_as(g)), False),
+    "a graph": (lambda run: gradient(run, lambda g: g.requires_grad_()), True),
+    "zeros": (lambda run: gradient(run, torch.zeros_like), True),
+    "infinite": (lambda run: gradient(run, lambda g: g.fill_(torch.inf)), True),
+    "moved weight": (move, False),
+    "transposed weight": (transposed_memory, False),
+    "new state": (entries, False),
+    "loaded": (load, False),
+    "scaled state": (scale_state, True),
+    "rate": (option("lr", 0.003), True),
+    "rate as a tensor": (option("lr", torch.tensor(0.003, dtype=torch.float64)), True),
+    "no rate": (option("lr", 0.0), True),
+    "no momentum": (option("momentum", 0.0), False),
+    "nesterov": (option("nesterov", True), True),
+    "no amsgrad": (option("amsgrad", False), False),
+    "decay": (option("weight_decay", 0.3), True),
+    "frozen group": (frozen_group, False),
+    "own step": (own_step, False),
+    "refresh": (lambda run: run.optimizer.refresh(), False),
+}
+
+
+@pytest.mark.parametrize("name", few(MAKE, ["sgd"]))
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_between_two_steps(name: str, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+    step_ = CompiledKernels.step_
+
+    def counted(self: CompiledKernels, *args: Any) -> Any:
+        taken.append(step)
+        return step_(self, *args)
+
+    monkeypatch.setattr(CompiledKernels, "step_", counted)
+    happens, may_be_prepared = CHANGES[change]
+    option_name = {"no momentum": "momentum", "nesterov": "nesterov", "no amsgrad": "amsgrad"}.get(change)
+    runs = [Run(MAKE[name], implementation) for implementation in ("wrapped", "compiled")]
+    has_option = option_name is None or option_name in runs[0].base.param_groups[0]
+    for run in runs:
+        for step in range(STEPS):
+            run.step(happens if step == CHANGE_AT else None)
+    expected, found = (weights_of(run.net) for run in runs)
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-13, equal_nan=True)
+    assert set(range(2, CHANGE_AT)) <= set(taken)  # the first step makes the state, the second prepares
+    if has_option:
+        assert (CHANGE_AT in taken) == may_be_prepared
+
+
+def forget(run: Run) -> None:
+    """Nothing is prepared for the next step."""
+    stage = run.optimizer._session.stage
+    if isinstance(stage, Running):
+        parameters = stage.network.group.parameters
+        run.optimizer._session.stage = replace(stage, stepper=Stepper(run.base, stage.rule, parameters))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", MAKE)
+def test_a_prepared_step_changes_the_same_bits(name: str, dtype: torch.dtype) -> None:
+    """So that a run that is resumed, whose first step is not prepared, ends as the one that went on."""
+    one, other = (Run(MAKE[name], "compiled", dtype) for _ in range(2))
+    for step in range(STEPS):
+        one.step()
+        other.step(forget if step % 2 else None)
+    assert all(map(torch.equal, one.net.parameters(), other.net.parameters()))
+
+
+def test_few_gradients_are_prepared_once_in_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where another gradient is missing at each step, preparing each of them would cost more than it saves."""
+    tries = []
+    of = PreparedStep.of
+    monkeypatch.setattr(PreparedStep, "of", lambda *args: (tries.append(1), of(*args))[1])
+    run = Run(MAKE["sgd"], "compiled")
+    for _ in range(40):
+        run.step(lambda run: gradient(run, lambda g: None))
+    assert len(tries) == 6  # in the 1st, 2nd, 4th, 8th, 16th and 32nd step that is fused
