@@ -86,7 +86,7 @@ class CompiledKernels(LineKernels[_Plan]):
     def __init__(self) -> None:
         super().__init__()
         self._library = load()
-        self._known = _Known(array("q"), [], ())
+        self._known = _NOTHING
         self._kept: tuple[Tensor, Sequence[Tensor]] = torch.empty(5, 0, device="cpu"), ()
 
     def __reduce__(self) -> tuple[Callable[[], EagerKernels], tuple[()]]:
@@ -162,7 +162,7 @@ class CompiledKernels(LineKernels[_Plan]):
     def clipping(self, gradients: RowGradients) -> Clipping:
         """See :class:`~lightning_ecopt.kernels.Kernels`."""
         sums, squares = gradients.sums.contiguous(), gradients.squares.contiguous()
-        known = _Known.of(gradients)
+        known, self._known = _Known.of(gradients), _NOTHING  # moments are others from now on
         of = sums.new_empty(2, len(sums)).unbind() + sums.new_empty(3, len(sums)).unbind()  # the first two are kept
         count = self._library.clipping[sums.dtype](
             known.address,
@@ -267,6 +267,9 @@ class _Known(NamedTuple):
     def address(self) -> int:
         """Where the table is."""
         return self.table.buffer_info()[0]
+
+
+_NOTHING = _Known(array("q"), [], ())
 
 
 def _compared(gradients: RowGradients) -> tuple[Any, ...]:
