@@ -345,6 +345,23 @@ def named_parameters(module: nn.Module, *, remove_duplicate: bool = True) -> Ite
         yield flat.plain_name(name), cast(nn.Parameter, held.get(id(parameter), parameter))
 
 
+def plainly_named(
+    module: nn.Module, named: Callable[[nn.Module], Iterable[tuple[str, nn.Parameter]]] = named_parameters
+) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters of a module by the names that they have without DDP and ``torch.compile``.
+
+    By these names checkpoints know them, which may go on with or without what wraps the module now.
+
+    Args:
+        module: the module.
+        named: how its parameters are asked for.
+    """
+    while isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        module = module.module
+    for name, parameter in named(module):
+        yield name.replace("_orig_mod.", ""), parameter
+
+
 def gathering_modules(module: nn.Module) -> list[Any]:
     """Return the modules in ``module`` that gather sharded parameters before their calls.
 

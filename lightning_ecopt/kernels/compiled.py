@@ -7,7 +7,7 @@ from array import array
 from collections.abc import Callable, Mapping, Sequence
 from operator import is_
 from struct import Struct
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -175,21 +175,21 @@ class CompiledKernels(LineKernels[_Plan]):
 
     def step_(
         self,
-        sums: _Plan,
-        update: _Plan,
+        plan: _Plan,
         lists: Sequence[Views],
+        shapes: Shapes,
         rows: Callable[[Tensor, Tensor], RowGradients],
         coefficients: Callable[[Clipping], Mapping[str, Coefficient | Product]],
         dtype: torch.dtype,
     ) -> Clipping:
         """See :class:`~lightning_ecopt.kernels.lines.LineKernels`: here it is one call, and moments stay in place."""
-        found, (of_gradients, squares, *of_step) = self._scratch(update.num_places, dtype)
+        group = plan.groups.get(dtype)
+        found, (of_gradients, squares, *of_step) = self._scratch(plan.num_places, dtype)
         gradients = rows(of_gradients, squares)
         if not self._known.holds(gradients):
             self._known = _Known.of(gradients)
-        if list(update.groups) != [dtype] or not self._known.is_in_place:
-            return super().step_(sums, update, lists, rows, coefficients, dtype)
-        group = update.groups[dtype]
+        if group is None or len(plan.groups) > 1 or not self._known.is_in_place:
+            return super().step_(plan, lists, shapes, rows, coefficients, dtype)
         clipped = _clipping(gradients, [gradients.second, gradients.weight, *of_step], 0)
         words = Words.of({"fade": 0.0, **coefficients(clipped)}, dtype, found.device)
         given, addresses = words.table(), group.addresses(lists)
@@ -245,7 +245,7 @@ class _Known(NamedTuple):
             *(second, weight, rows.size, rows.shift),
             None if present is None else present.to(second),
             rho,
-            to_step.to(second) if isinstance(to_step, Tensor) else None,
+            to_step.to(second) if _is_vector(to_step) else None,
             own if has_others else None,
             linear if has_others else None,
         ]
@@ -273,13 +273,16 @@ _NOTHING = _Known(array("q"), [], ())
 
 
 def _compared(gradients: RowGradients) -> tuple[Any, ...]:
-    to_step = gradients.to_step
-    return (*gradients[2:7], to_step if isinstance(to_step, Tensor) else None, *gradients[8:])
+    return (*gradients[2:7], gradients.to_step if _is_vector(gradients.to_step) else None, *gradients[8:])
 
 
 def _factor(gradients: RowGradients) -> float:
     """The factor of relative steps, if it is the same for all rows; else 1, as it is a vector."""
-    return 1.0 if isinstance(gradients.to_step, Tensor) else gradients.to_step
+    return 1.0 if _is_vector(gradients.to_step) else float(gradients.to_step)
+
+
+def _is_vector(value: Tensor | float) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and value.ndim > 0
 
 
 def _clipping(gradients: RowGradients, of: Sequence[Tensor], count: int) -> Clipping:

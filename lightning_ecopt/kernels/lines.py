@@ -81,7 +81,7 @@ class Lines:
         axes = [axis for axis, size in enumerate(view.shape) if size > 1]
         if view.dtype not in DTYPES or len({(tensor.dtype, tensor.shape) for tensor in views}) > 1:
             return None
-        if len({tuple(map(tensor.stride, axes)) for tensor in views}) > 1:
+        if len({tuple(map(tensor.stride, axes)) for tensor in views}) > 1 or any(map(_is_lazy, views)):
             return None
         if len(shape) != view.ndim or any(
             places not in (1, size) for places, size in zip(shape, view.shape, strict=True)
@@ -191,6 +191,11 @@ def lines_and_rest(
     return blocks, starts, [(k, slice(*starts[k : k + 2])) for k in range(len(shapes)) if k not in blocks]
 
 
+def _is_lazy(view: Tensor) -> bool:
+    """Whether memory does not have the elements as they are, but their negatives, or nothing, as all are zero."""
+    return view.is_neg() or view._is_zerotensor()
+
+
 def count_changes(lists: Sequence[Views]) -> None:
     """Tell autograd, which does not see what these kernels write, that all lists but the gradients have changed."""
     for number, views in enumerate(lists):
@@ -254,9 +259,9 @@ class LineKernels(EagerKernels, ABC, Generic[PlanT]):
 
     def step_(
         self,
-        sums: PlanT,
-        update: PlanT,
+        plan: PlanT,
         lists: Sequence[Views],
+        shapes: Shapes,
         rows: Callable[[Tensor, Tensor], RowGradients],
         coefficients: Callable[[Clipping], Mapping[str, Coefficient | Product]],
         dtype: torch.dtype,
@@ -264,15 +269,17 @@ class LineKernels(EagerKernels, ABC, Generic[PlanT]):
         """Take a step of blocks whose places are rows, one after another: sums, clipping, and the pass of the base.
 
         Args:
-            sums: the plan of the sums over gradients.
-            update: that of the pass.
+            plan: of the pass of the base; nothing is left to PyTorch.
             lists: weights, gradients and state.
+            shapes: of the places.
             rows: what is known of the rows, given sums of gradients and sums of their squares.
             coefficients: of the pass. Its vectors may not be looked at before this returns.
             dtype: of the sums.
         """
-        clipped = self.clipping(rows(*self.add(sums, lists[GRADIENTS : GRADIENTS + 1], 2, dtype).unbind()))
-        self.change_(update, lists, coefficients(clipped))
+        gradients = lists[GRADIENTS : GRADIENTS + 1]
+        found = self.add(self.plan(gradients, shapes, 2), gradients, 2, dtype)
+        clipped = self.clipping(rows(*found.unbind()))
+        self.change_(plan, lists, coefficients(clipped))
         return clipped
 
     def plan(self, lists: Sequence[Views], shapes: Shapes, count: int) -> PlanT:
@@ -284,7 +291,10 @@ class LineKernels(EagerKernels, ABC, Generic[PlanT]):
             count: how many sums are found for each place; 0 in passes that change tensors.
         """
         # Sizes of all: a state that does not fit its weight must not be addressed.
-        kinds = [lists[0][0].device, *[(view.dtype, view.shape, view.stride()) for views in lists for view in views]]
+        kinds = [
+            lists[0][0].device,
+            *[(view.dtype, view.shape, view.stride(), _is_lazy(view)) for views in lists for view in views],
+        ]
         last = self._last.get((count, len(lists)))
         if last is not None and last[0] is shapes and last[1] == kinds:  # which takes less time than to hash them
             return last[2]

@@ -223,7 +223,7 @@ class EquivalentClassOptimizer(Optimizer):
         session.watching.note_step()
         if not isinstance(stage, Running) or session.heard.isdisjoint(map(id, session.trained)):
             return call.step()
-        if not session.layers.is_wanted and stage.stepper.take_alike(call):
+        if not session.layers.is_wanted and stage.stepper.take_prepared(call):
             return None
         w, g = session.weights(stage.network), session.gradients(stage.network)
         with session.layers.measured(stage, w):

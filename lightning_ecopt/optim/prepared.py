@@ -1,13 +1,13 @@
-"""A fused step of which all is known but the numbers: the next one looks only whether its tensors are the same.
+"""A fused step of which the way is known: from the tensors of the parameters straight to the kernels.
 
 In a small network a step takes longer to find what it works on than to work. From one step to the next there are new
-gradients and perhaps new rates; weights and state stay where they are, and types, shapes and strides what they were.
+gradients and perhaps new rates, but which tensors belong together, and what kernels do with them, stays what it was.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,24 +17,8 @@ from lightning_ecopt.common.tensors import Tensors
 from lightning_ecopt.kernels import Coefficient, Shapes
 from lightning_ecopt.kernels.clipping import Clipping, RowGradients
 from lightning_ecopt.kernels.lines import LineKernels
-from lightning_ecopt.kernels.passes import Product
+from lightning_ecopt.kernels.passes import Product, Views
 from lightning_ecopt.steps.rows import Rows
-
-
-class _Own(NamedTuple):
-    """What a step knows of one parameter.
-
-    Args:
-        parameter: as the optimizer has it.
-        at: the address of its elements.
-        kind: type, shape and strides of its gradient.
-        entries: of its state, by name, with their addresses.
-    """
-
-    parameter: nn.Parameter
-    at: int
-    kind: tuple[torch.dtype, torch.Size, tuple[int, ...]]
-    entries: list[tuple[str, Tensor, int]]
 
 
 class PreparedStep:
@@ -44,8 +28,7 @@ class PreparedStep:
         optimizer: the base.
         kernels: address memory.
         parameters: of the base, in the order of their rows.
-        gradients: of a step that has been taken.
-        entry_names: of the state that it has changed.
+        entry_names: of the state that the step changes.
         shapes: of the places.
     """
 
@@ -54,23 +37,11 @@ class PreparedStep:
         optimizer: Optimizer,
         kernels: LineKernels[Any],
         parameters: Sequence[nn.Parameter],
-        gradients: Sequence[Tensor],
         entry_names: Sequence[str],
         shapes: Shapes,
     ) -> None:
-        self._optimizer, self._kernels, self._signs = optimizer, kernels, _signs(optimizer)
-        self._entry_names = entry_names
-        states = [[optimizer.state[p][name] for p in parameters] for name in entry_names]
-        self._parameters, self._states = parameters, states
-        self._own = [
-            _Own(p, p.data_ptr(), (g.dtype, g.shape, g.stride()), [])
-            for p, g in zip(parameters, gradients, strict=True)
-        ]
-        for name, state in zip(entry_names, states, strict=True):
-            for own, entry in zip(self._own, state, strict=True):
-                own.entries.append((name, entry, entry.data_ptr()))
-        self._sums = kernels.plan([gradients], shapes, 2)
-        self._update = kernels.plan([parameters, gradients, *states], shapes, 0)
+        self._optimizer, self._kernels, self._parameters = optimizer, kernels, parameters
+        self._entry_names, self._shapes, self._signs = entry_names, shapes, _signs(optimizer)
 
     @classmethod
     def of(
@@ -82,7 +53,7 @@ class PreparedStep:
         gradients: Tensors,
         entry_names: Sequence[str],
     ) -> PreparedStep | None:
-        """Prepare the passes of a step that has just been taken; ``None`` if they are of another kind.
+        """Prepare the next step by one that has just been taken; ``None`` if its passes are of another kind.
 
         Args:
             optimizer: the base.
@@ -93,51 +64,51 @@ class PreparedStep:
             entry_names: of the state that it has changed.
         """
         names, shapes = rows.whole_parameters()
-        own = {name: parameters[name] for name in names}
+        own = [parameters[name] for name in names]
         all_of_base = {id(p) for options in optimizer.param_groups for p in options["params"]}
-        if gradients.keys() != own.keys() or all_of_base != set(map(id, own.values())):
+        if not isinstance(kernels, LineKernels) or gradients.keys() != set(names) or all_of_base != set(map(id, own)):
             return None
-        if not isinstance(kernels, LineKernels) or any(_gradient(p) is not gradients[name] for name, p in own.items()):
-            return None
-        prepared = cls(optimizer, kernels, list(own.values()), [gradients[name] for name in names], entry_names, shapes)
-        return None if prepared._sums.rest or prepared._update.rest else prepared
+        prepared = cls(optimizer, kernels, own, entry_names, shapes)
+        return None if prepared.tensors(entry_names) is None else prepared
 
-    def gradients(self, entry_names: Sequence[str] | None) -> list[Tensor] | None:
-        """The gradients of the next step; ``None`` if anything else is not as it was.
+    def fits(self) -> bool:
+        """Whether the optimizer has the parameters, and the step, that it had."""
+        return _signs(self._optimizer) == self._signs
+
+    def tensors(self, entry_names: Sequence[str] | None) -> list[Views] | None:
+        """Weights, gradients and state of the next step; ``None`` if it needs more than the passes.
 
         Args:
-            entry_names: of the state that the next step changes.
+            entry_names: of the state that it changes.
         """
-        if entry_names != self._entry_names or _signs(self._optimizer) != self._signs:
+        if entry_names != self._entry_names:
             return None
-        states, found = self._optimizer.state, []
-        for p, at, kind, entries in self._own:
-            gradient = _gradient(p)
-            if gradient is None or (gradient.dtype, gradient.shape, gradient.stride()) != kind or p.data_ptr() != at:
+        gradients = []
+        for p in self._parameters:
+            gradient = p.grad
+            if type(gradient) is not Tensor or gradient.layout is not torch.strided or gradient.dtype != p.dtype:
                 return None
-            found.append(gradient)
-            state = states.get(p, {}) if entries else {}
-            for name, entry, place in entries:
-                if state.get(name) is not entry or entry.data_ptr() != place:
-                    return None
-        return found
+            gradients.append(gradient)
+        lists: list[Views] = [self._parameters, gradients]
+        if entry_names:
+            state = self._optimizer.state
+            states = [state.get(p, {}) for p in self._parameters]
+            lists += [[of.get(name) for of in states] for name in entry_names]
+            if any(type(entry) is not Tensor for entries in lists[2:] for entry in entries):
+                return None
+        # It compares types, shapes and strides with those of the step before.
+        self._update = self._kernels.plan(lists, self._shapes, 0)
+        return None if self._update.rest else lists
 
     def take(
         self,
-        gradients: Sequence[Tensor],
+        lists: Sequence[Views],
         rows: Callable[[Tensor, Tensor], RowGradients],
         coefficients: Callable[[Clipping], Mapping[str, Coefficient | Product]],
         dtype: torch.dtype,
     ) -> Clipping:
-        """Take the step; see :meth:`~lightning_ecopt.kernels.lines.LineKernels.step_`."""
-        lists = [self._parameters, gradients, *self._states]
-        return self._kernels.step_(self._sums, self._update, lists, rows, coefficients, dtype)
-
-
-def _gradient(parameter: Tensor) -> Tensor | None:
-    """The gradient of a parameter, if it is an ordinary tensor with strides."""
-    gradient = parameter.grad
-    return gradient if type(gradient) is Tensor and gradient.layout is torch.strided else None
+        """Take the step with these tensors; see :meth:`~lightning_ecopt.kernels.lines.LineKernels.step_`."""
+        return self._kernels.step_(self._update, lists, self._shapes, rows, coefficients, dtype)
 
 
 def _signs(optimizer: Optimizer) -> tuple[Any, ...]:

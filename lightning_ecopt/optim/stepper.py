@@ -42,12 +42,12 @@ class Stepper:
         self._fused = FusedStep(base, rule, parameters, may_fuse)
         self._wrapped = WrappedStep(rule, parameters)
 
-    def take_alike(self, call: StepCall) -> bool:
-        """Take one step as the last one, if all tensors but the gradients are the same; returns whether they are."""
+    def take_prepared(self, call: StepCall) -> bool:
+        """Take one step in the way that an earlier one has prepared, if it is still the way; returns whether it is."""
         if call.has_more:
             return False
         with uninterrupted():
-            return self._fused.take_alike()
+            return self._fused.take_prepared()
 
     def take(self, weights: Tensors, gradients: Tensors, entries: Callable[[], StateEntries], call: StepCall) -> Any:
         """Take one step: w and g to coordinates, the base's step, and back to weights.
@@ -233,29 +233,28 @@ class FusedStep:
         self._prepare(gradients)
 
     def _prepare(self, gradients: Tensors) -> None:
-        """Prepare the next step, unless that has failed often: in the 1st, 2nd, 4th, 8th ... step that was not."""
+        """Prepare the next step, if none is prepared: in the 1st, 2nd, 4th, 8th ... step that was not itself."""
         self._times += 1
-        if self._base is not None and self._reader is not None and self._times & (self._times - 1) == 0:
-            names = self._base.entry_names(self._optimizer.param_groups) or ()
-            rule = self._rule
-            self._prepared = PreparedStep.of(
-                self._optimizer, rule.kernels, rule.rows, self._parameters, gradients, names
-            )
+        if self._base is None or self._reader is None or self._prepared is not None or self._times & (self._times - 1):
+            return
+        rule, names = self._rule, self._base.entry_names(self._optimizer.param_groups) or ()
+        self._prepared = PreparedStep.of(self._optimizer, rule.kernels, rule.rows, self._parameters, gradients, names)
 
     @ordinary_tensors()
-    def take_alike(self) -> bool:
-        """Take one step as the last one, if all tensors but the gradients are the same; returns whether they are."""
+    def take_prepared(self) -> bool:
+        """Take one step in the way that an earlier one has prepared, if it is still the way; returns whether it is."""
         prepared, base, rule, rows = self._prepared, self._base, self._reader, self._rule.rows
         if prepared is None or base is None or rule is None:
             return False
-        gradients = prepared.gradients(base.entry_names(self._optimizer.param_groups))
-        if gradients is None:
+        if not prepared.fits():
             self._prepared = None
             return False
-        terms = base.terms(**self._rates(base, rows.names))
-        to_step = self.to_step
+        lists = prepared.tensors(base.entry_names(self._optimizer.param_groups))
+        if lists is None:
+            return False
+        terms, to_step = base.terms(**self._rates(base, rows.names)), self.to_step
         clipped = prepared.take(
-            gradients,
+            lists,
             lambda sums, squares: rule.row_gradients(sums, squares, to_step),
             lambda clipped: self._coefficients(terms, Reparametrization(clipped.step, clipped.scale, clipped.shift)),
             rows.dtype,

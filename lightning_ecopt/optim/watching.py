@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-#: The first refreshes are, and others if so many steps have been taken since the last one that was: a look costs as
-#: much as some steps of a small network, and epochs may be short.
-FIRST, EVERY = 3, 100
+#: The first refreshes are, and others if so many steps have been taken since the last one that was: what is looked at
+#: behind a refresh costs as much as some tens of steps of a small network, and epochs may be short.
+FIRST, EVERY = 3, 500
 
 
 class Watching:

@@ -13,7 +13,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode
-from torch.nn.parallel import DistributedDataParallel
 
 from lightning_ecopt.common.nested import tensors_in
 from lightning_ecopt.common.sharding import (
@@ -22,6 +21,7 @@ from lightning_ecopt.common.sharding import (
     gathering_modules,
     is_sharded,
     named_parameters,
+    plainly_named,
     release,
     whole_shape,
 )
@@ -90,10 +90,8 @@ class GroupFromModuleCalls(GroupFromCalls):
             self.look_again()
 
     def _names(self, module: nn.Module) -> dict[str, nn.Parameter]:
-        while isinstance(module, DistributedDataParallel):
-            module = module.module
         release(self._gatherers)
-        names = {id(parameter): name.replace("_orig_mod.", "") for name, parameter in named_parameters(module)}
+        names = {id(parameter): name for name, parameter in plainly_named(module)}
         numbered = enumerate(self._own.items())
         return {names.get(key, f"parameter {number}"): own for number, (key, own) in numbered}
 

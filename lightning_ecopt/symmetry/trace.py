@@ -24,6 +24,7 @@ from lightning_ecopt.common.sharding import (
     gathering_modules,
     is_sharded,
     named_parameters,
+    plainly_named,
     release,
     shapes_of,
     stop_gathering_,
@@ -138,7 +139,7 @@ def select_parameters(module: nn.Module, parameters: Iterable[Tensor] | None = N
     wanted = None if parameters is None else {id(p) for p in parameters}
     own = {
         name: parameter
-        for name, parameter in named_parameters(module)
+        for name, parameter in plainly_named(module)
         if can_be_rescaled(parameter) and (wanted is None or id(parameter) in wanted)
     }
     # Raises if they are sharded in a way that is not supported; those are to be frozen.

@@ -1,9 +1,11 @@
-"""A prepared step is taken where all tensors but the gradients are those of the step before, and nowhere else."""
+"""A prepared step is taken where tensors are such as those of the step before, and nowhere else."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -37,7 +39,8 @@ class Run:
         self, make: Callable[[Any], Optimizer], implementation: str, dtype: torch.dtype = torch.float64
     ) -> None:
         torch.manual_seed(1)
-        self.net, self._x = mlp(6, 9, 8, 3).to(dtype), X.to(dtype)
+        self.net, self._x = mlp(6, 8, 8, 3).to(dtype), X.to(dtype)
+        self.wide = torch.zeros(1, 12)  # what is beside a weight in its memory
         self.base = make(self.net.parameters())
         group = scaling_group(self.net, self._x[:2])
         self.optimizer = EquivalentClassOptimizer(self.base, group, implementation=implementation, check=None)  # type: ignore[arg-type]
@@ -68,6 +71,22 @@ def move(run: Run) -> None:
 
 def transposed_memory(run: Run) -> None:
     run.weight.data = run.weight.data.t().contiguous().t()
+
+
+def turn(run: Run) -> None:
+    """The square weight has other strides at the same address."""
+    run.weight.data = run.weight.data.t()
+
+
+def turn_state(run: Run) -> None:
+    for entry in run.base.state[run.weight].values():
+        entry.data = entry.data.t() if entry.ndim else entry.data
+
+
+def wider_memory(run: Run) -> None:
+    """The weight is part of a wider matrix, whose other columns belong to nobody."""
+    run.wide = torch.nn.functional.pad(run.weight.data, (0, 4))
+    run.weight.data = run.wide[:, : run.weight.shape[1]]
 
 
 def entries(run: Run) -> None:
@@ -124,9 +143,13 @@ CHANGES: dict[str, tuple[Callable[[Run], object], bool]] = {
     "a graph": (lambda run: gradient(run, lambda g: g.requires_grad_()), True),
     "zeros": (lambda run: gradient(run, torch.zeros_like), True),
     "infinite": (lambda run: gradient(run, lambda g: g.fill_(torch.inf)), True),
-    "moved weight": (move, False),
+    "negative": (lambda run: gradient(run, torch._neg_view), False),
+    "moved weight": (move, True),
+    "wider memory": (wider_memory, False),
+    "turned": (turn, False),
+    "turned state": (turn_state, False),
     "transposed weight": (transposed_memory, False),
-    "new state": (entries, False),
+    "new state": (entries, True),
     "loaded": (load, False),
     "scaled state": (scale_state, True),
     "rate": (option("lr", 0.003), True),
@@ -161,6 +184,7 @@ def test_a_change_between_two_steps(name: str, change: str, monkeypatch: pytest.
         for step in range(STEPS):
             run.step(happens if step == CHANGE_AT else None)
     expected, found = (weights_of(run.net) for run in runs)
+    assert all(not run.wide[:, 8:].any() for run in runs)
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-13, equal_nan=True)
     assert set(range(2, CHANGE_AT)) <= set(taken)  # the first step makes the state, the second prepares
     if has_option:
@@ -195,3 +219,44 @@ def test_few_gradients_are_prepared_once_in_a_while(monkeypatch: pytest.MonkeyPa
     for _ in range(40):
         run.step(lambda run: gradient(run, lambda g: None))
     assert len(tries) == 6  # in the 1st, 2nd, 4th, 8th, 16th and 32nd step that is fused
+
+
+def test_a_network_that_is_disturbed_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A missing gradient now and then costs one step that is not prepared each time."""
+    taken = []
+    step_ = CompiledKernels.step_
+    monkeypatch.setattr(CompiledKernels, "step_", lambda *args: (taken.append(step), step_(*args))[1])
+    run = Run(MAKE["sgd"], "compiled")
+    for step in range(60):
+        run.step((lambda run: gradient(run, lambda g: None)) if step % 10 == 9 else None)
+    assert taken == [step for step in range(2, 60) if step % 10 != 9]
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_state_that_was_cleared_is_released(name: str) -> None:
+    run = Run(MAKE[name], "compiled")
+    for _ in range(4):
+        run.step()
+    released = [weakref.ref(entry) for state in run.base.state.values() for entry in state.values()]
+    run.base.state.clear()
+    assert not any(entry() is not None for entry in released)
+
+
+def test_a_gradient_without_memory() -> None:
+    """Derivatives of functions that are constant have none, where ``"wrapped"`` raises."""
+    one, other = (Run(MAKE["sgd"], "compiled") for _ in range(2))
+    for step in range(STEPS):
+        for run, zeros in ((one, torch.zeros), (other, torch._efficientzerotensor)):
+            run.step(partial(gradient, change=lambda g: zeros(g.shape, dtype=g.dtype)) if step == CHANGE_AT else None)  # noqa: B023
+    assert all(map(torch.equal, one.net.parameters(), other.net.parameters()))
+
+
+@pytest.mark.parametrize("options", [{"momentum": 0.9, "dampening": 0.3}, {"momentum": 0.5, "dampening": 0.9}])
+def test_options_that_are_tensors(options: dict[str, float]) -> None:
+    of_tensors = {name: torch.tensor(value, dtype=torch.float64) for name, value in options.items()}
+    expected = Run(partial(SGD, lr=0.02, **options), "wrapped")
+    found = Run(partial(SGD, lr=0.02, **of_tensors), "compiled")
+    for _ in range(STEPS):
+        expected.step()
+        found.step()
+    torch.testing.assert_close(weights_of(found.net), weights_of(expected.net), rtol=1e-11, atol=1e-13)

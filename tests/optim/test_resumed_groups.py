@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torch.optim import SGD
 
@@ -195,3 +197,45 @@ def test_an_empty_first_batch_costs_no_freedom() -> None:
         optimizer.step()
     assert optimizer.group is not None
     assert optimizer.group.num_units == 6
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    """The only process of its kind."""
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+WRAPPERS: dict[str, Callable[[nn.Module], Any]] = {
+    "nothing": lambda net: net,
+    "ddp": nn.parallel.DistributedDataParallel,
+    "compile": lambda net: torch.compile(net, backend="eager"),
+}
+
+
+@pytest.mark.parametrize("before", WRAPPERS)
+@pytest.mark.parametrize("behind", WRAPPERS)
+@pytest.mark.usefixtures("one_process")
+def test_a_run_goes_on_whatever_wraps_its_module(before: str, behind: str) -> None:
+    """Parameters have the names that they have without DDP and ``torch.compile``."""
+    x, y = torch.randn(16, 6), torch.arange(16) % 3
+    ends = []
+    for stop in (None, 4):
+        torch.manual_seed(0)
+        net = mlp(6, 9, 8, 3)
+        wrapped = WRAPPERS[before](net)
+        optimizer = ec_sgd(wrapped, lr=0.02, momentum=0.9)
+        for step in range(8):
+            if step == stop:
+                state, net = optimizer.state_dict(), copy.deepcopy(net)
+                wrapped = WRAPPERS[behind](net)
+                optimizer = ec_sgd(wrapped, lr=0.02, momentum=0.9)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("error")
+                    optimizer.load_state_dict(state)
+            optimizer.zero_grad()
+            F.cross_entropy(wrapped(x), y).backward()
+            optimizer.step()
+        ends.append([p.detach() for p in net.parameters()])
+    torch.testing.assert_close(ends[1], ends[0])

@@ -363,6 +363,7 @@ def test_where_refreshes_follow_each_other_fast_not_all_are_followed_by_looks(
     interval: int, noted: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A look costs as much as some steps of a small network."""
+    monkeypatch.setattr(watching, "EVERY", 100)
     run, notes, looks = Run(nothing, 1e-9, refresh_interval=interval), [], []
     squares, derivatives = writers._Region.squares, ScalingGroup.derivatives
     monkeypatch.setattr(writers._Region, "squares", lambda self: notes.append(run.steps) or squares(self))
