@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     )
     from lightning_ecopt.symmetry import ScalingGroup, check_invariance, scaling_group
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 __all__ = [
     "ECSGD",

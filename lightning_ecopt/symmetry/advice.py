@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Literal
 
+from lightning_ecopt.symmetry.aten import EXITS
 from lightning_ecopt.symmetry.rules.registry import RULES
 from lightning_ecopt.symmetry.scales import Operation
 
@@ -68,6 +69,8 @@ def advice(name: str, places: Sequence[str] = ()) -> str:
         return "nothing: no factor leaves it"
     if name in RULES:
         return "nothing: its inputs must scale alike"
+    if name in EXITS:  # no operations, of which there could be stand-ins
+        return "wrap it by torch.library.custom_op, with a stand-in"
     return "perhaps a stand-in: help(lightning_ecopt.symmetry.stand_in)"
 
 

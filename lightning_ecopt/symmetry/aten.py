@@ -11,6 +11,11 @@ from torch import Tensor
 
 from lightning_ecopt.common.nested import tensors_in
 
+#: Methods by which values leave torch. No operation shows what becomes of them.
+EXITS = frozenset(
+    {"numpy", "tolist", "__array__", "__dlpack__", "data_ptr", "__reduce_ex__", "storage", "untyped_storage"}
+)
+
 
 def base_name(func: Any) -> str:
     """The name under which an operation has its rule: ``relu`` for ``aten.relu.default`` and ``aten.relu_.default``.

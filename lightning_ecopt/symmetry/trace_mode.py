@@ -32,7 +32,14 @@ from torch.utils._pytree import tree_leaves
 from lightning_ecopt.common.flat import plain_name
 from lightning_ecopt.common.nested import tensors_in
 from lightning_ecopt.common.warn import warn
-from lightning_ecopt.symmetry.aten import base_name, changed_tensors, named_arguments, tensor_by_tensor, written_to
+from lightning_ecopt.symmetry.aten import (
+    EXITS,
+    base_name,
+    changed_tensors,
+    named_arguments,
+    tensor_by_tensor,
+    written_to,
+)
 from lightning_ecopt.symmetry.constants import Constants
 from lightning_ecopt.symmetry.equations import Equations
 from lightning_ecopt.symmetry.isolation import traced
@@ -416,10 +423,6 @@ class _Escapes(TorchFunctionMode):
     It sees gradients that are read and ``p.data = ...``, too, which are no operations either.
     """
 
-    EXITS = frozenset(
-        {"numpy", "tolist", "__array__", "__dlpack__", "data_ptr", "__reduce_ex__", "storage", "untyped_storage"}
-    )
-
     def __init__(self, mode: TraceMode) -> None:
         super().__init__()
         self.mode = mode
@@ -436,7 +439,7 @@ class _Escapes(TorchFunctionMode):
             if isinstance(gradient, Tensor):
                 self.mode.note_gradient(args[0], gradient)
             return gradient
-        if name in self.EXITS and args and isinstance(args[0], Tensor):
+        if name in EXITS and args and isinstance(args[0], Tensor):
             if name in ("data_ptr", "__dlpack__") and isinstance(args[0], FakeTensor):
                 raise RuntimeError("A fake tensor has no memory.")  # the module is called with real ones then
             self.mode.hold_escaped_fixed(args[0], name)

@@ -262,6 +262,8 @@ def test_freedoms_that_cannot_be_counted_are_no_freedoms_that_were() -> None:
         ("add", "must scale alike"),
         ("left out by the user", "nothing: "),
         ("an unfrozen copy", "freeze it"),
+        ("numpy", "torch.library.custom_op"),
+        ("data_ptr", "torch.library.custom_op"),
         ("mylib::fused", "help(lightning_ecopt.symmetry.stand_in)"),
         ("hypot", "help(lightning_ecopt.symmetry.stand_in)"),
     ],
