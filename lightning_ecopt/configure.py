@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from typing_extensions import Unpack
 
 from lightning_ecopt._lightning import Callback, LightningModule, MisconfigurationException, Trainer
-from lightning_ecopt.common.sharding import gathering_modules, is_sharded
+from lightning_ecopt.common.sharding import gathering_modules, is_sharded, plainly_named
 from lightning_ecopt.common.warn import warn
 from lightning_ecopt.optim import ECSGD, ECAdamW, ECMuon, EquivalentClassOptimizer
 from lightning_ecopt.optim.arguments import check_module
@@ -336,7 +336,7 @@ def _traced_example(module: LightningModule, parameters: Iterable[Tensor], follo
     kwargs: Mapping[str, Any] = {}
     if isinstance(example, Mapping):
         args, kwargs = (), example
-    chosen = select_parameters(module, parameters)
+    chosen = select_parameters(module, parameters, plainly_named)
     copies = followers.seen_by_trace(chosen)
     with context:
         try:

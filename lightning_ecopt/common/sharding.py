@@ -345,20 +345,14 @@ def named_parameters(module: nn.Module, *, remove_duplicate: bool = True) -> Ite
         yield flat.plain_name(name), cast(nn.Parameter, held.get(id(parameter), parameter))
 
 
-def plainly_named(
-    module: nn.Module, named: Callable[[nn.Module], Iterable[tuple[str, nn.Parameter]]] = named_parameters
-) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield the parameters of a module by the names that they have without DDP and ``torch.compile``.
+def plainly_named(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters of a module by the names that they have without FSDP1, DDP and ``torch.compile``.
 
-    By these names checkpoints know them, which may go on with or without what wraps the module now.
-
-    Args:
-        module: the module.
-        named: how its parameters are asked for.
+    By these names checkpoints of optimizers know them, which may go on with or without what wraps the module now.
     """
     while isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
         module = module.module
-    for name, parameter in named(module):
+    for name, parameter in named_parameters(module):
         yield name.replace("_orig_mod.", ""), parameter
 
 

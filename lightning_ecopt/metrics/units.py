@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ecopt.common.flat import is_piece
-from lightning_ecopt.common.sharding import is_sharded, plainly_named
+from lightning_ecopt.common.sharding import is_sharded
 from lightning_ecopt.common.tensors import listing, padded, widest
 from lightning_ecopt.metrics.base import MeanOverUpdates, unobserved
 from lightning_ecopt.symmetry import Monomials, ScalingGroup
@@ -114,8 +114,8 @@ class EquivalentClassDistance(MeanOverUpdates):
             RuntimeError: If parameters have no values, as on the meta device.
         """
         with unobserved():
-            weights = {name: _whole(p) for name, p in plainly_named(model, nn.Module.named_parameters)}
-            others = {name: _whole(p) for name, p in plainly_named(reference, nn.Module.named_parameters)}
+            weights = {name: _whole(p) for name, p in model.named_parameters()}
+            others = {name: _whole(p) for name, p in reference.named_parameters()}
             _check_match(weights, others, group)
             sound = all(bool(tensor.isfinite().all()) for tensor in (*weights.values(), *others.values()))
             one, two = _representative(weights, group), _representative(others, group)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 
+from lightning_ecopt.common.sharding import plainly_named
 from lightning_ecopt.symmetry.equations import Equations
 from lightning_ecopt.symmetry.threads import traces_here
 from lightning_ecopt.symmetry.trace import select_parameters
@@ -60,7 +61,7 @@ class GroupFromNextCall(GroupFromCalls):
         super().__init__(module.parameters() if parameters is None else parameters, gather, equations)
         self.module = module
         self.method = method
-        self._parameters = select_parameters(module, self._offered)
+        self._parameters = select_parameters(module, self._offered, plainly_named)
         self._waits = False
         self._mode: TraceMode | None = None  # while a call is traced
         self._has_begun = False  # whether the method has been called while that was awaited

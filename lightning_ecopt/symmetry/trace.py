@@ -24,7 +24,6 @@ from lightning_ecopt.common.sharding import (
     gathering_modules,
     is_sharded,
     named_parameters,
-    plainly_named,
     release,
     shapes_of,
     stop_gathering_,
@@ -124,12 +123,17 @@ def _counted(module: nn.Module, outputs: Callable[[Any], Any], /, *args: Any, **
     return counted
 
 
-def select_parameters(module: nn.Module, parameters: Iterable[Tensor] | None = None) -> dict[str, nn.Parameter]:
+def select_parameters(
+    module: nn.Module,
+    parameters: Iterable[Tensor] | None = None,
+    named: Callable[[nn.Module], Iterable[tuple[str, nn.Parameter]]] = named_parameters,
+) -> dict[str, nn.Parameter]:
     """The parameters of ``module`` that may be rescaled, by name and in the module's order.
 
     Args:
         module: the module.
         parameters: leaves out all but these; by default none is.
+        named: how they are called, by default as the module calls them; for an optimizer ``plainly_named``.
 
     Raises:
         ValueError: if one is sharded in a way that is not supported.
@@ -139,7 +143,7 @@ def select_parameters(module: nn.Module, parameters: Iterable[Tensor] | None = N
     wanted = None if parameters is None else {id(p) for p in parameters}
     own = {
         name: parameter
-        for name, parameter in plainly_named(module)
+        for name, parameter in named(module)
         if can_be_rescaled(parameter) and (wanted is None or id(parameter) in wanted)
     }
     # Raises if they are sharded in a way that is not supported; those are to be frozen.
