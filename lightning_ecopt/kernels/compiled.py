@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from operator import is_
-from struct import Struct
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
 
+from lightning_ecopt.kernels.allocation import Allocated, Paths
 from lightning_ecopt.kernels.clipping import CENTRING, FAINT, MEMORY, Clipping, RowGradients
 from lightning_ecopt.kernels.eager import GRADIENTS, EagerKernels
 from lightning_ecopt.kernels.library import load
-from lightning_ecopt.kernels.lines import COLUMNS, DTYPES, LineKernels, Lines, Words, count_changes, lines_and_rest
-from lightning_ecopt.kernels.passes import Coefficient, Elements, Product, Shapes, Views
+from lightning_ecopt.kernels.lines import (
+    COLUMNS,
+    DTYPES,
+    LineKernels,
+    Lines,
+    OfPass,
+    Step,
+    Words,
+    count_changes,
+    is_lazy,
+    lines_and_rest,
+)
+from lightning_ecopt.kernels.passes import Elements, Shapes, Views
 
 #: An item has a 64th of all elements, but no fewer and no more than so many, unless lines are longer: few enough for
 #: many threads, and enough for reading ahead. In columns it has so many lines.
@@ -25,7 +36,6 @@ LEAST, MOST, LINES = 1 << 14, 1 << 17, 1024
 FOR_A_THREAD = 1 << 16
 #: The vectors of a step over no more rows than these are kept from one step to the next.
 KEPT_ROWS = 1 << 12
-_NUMBERS, _INTEGERS = Struct("5d"), Struct("5q")
 
 
 class _Plan:
@@ -41,6 +51,13 @@ class _Plan:
             for dtype, numbers in chosen.items()
             if numbers
         }
+        # For single elements of the tensors.
+        self.is_contiguous = all(view.is_contiguous() for views in lists for view in views)
+        self.sizes = array("q", [view.numel() for view in lists[0]])
+
+    def only_group(self, dtype: torch.dtype) -> _Group | None:
+        """All blocks, if all are of one type."""
+        return self.groups.get(dtype) if len(self.groups) == 1 and not self.rest else None
 
 
 class _Group:
@@ -112,7 +129,7 @@ class CompiledKernels(LineKernels[_Plan]):
             )
         return found.to(asked)
 
-    def _change_(self, plan: _Plan, lists: Sequence[Views], coefficients: Mapping[str, Coefficient | Product]) -> None:
+    def _change_(self, plan: _Plan, lists: Sequence[Views], coefficients: OfPass) -> None:
         for kind, group in plan.groups.items():
             addresses = group.addresses(lists)
             words = Words.of(coefficients, kind, lists[0][0].device)
@@ -143,18 +160,11 @@ class CompiledKernels(LineKernels[_Plan]):
 
     def _copy_elements(self, tensors: Sequence[Tensor | None], elements: Elements, vector: Tensor, write: bool) -> None:
         addresses = array("q", [0 if tensor is None else tensor.data_ptr() for tensor in tensors])
-        counts = array("q", elements.counts)
         sizes = array("q", [0 if tensor is None else tensor.numel() for tensor in tensors])
+        counts = array("q", elements.counts)
+        table = _elements_table(elements, sizes, counts)
         outside = self._library.copy_elements[vector.dtype](
-            len(tensors),
-            addresses.buffer_info()[0],
-            sizes.buffer_info()[0],
-            counts.buffer_info()[0],
-            elements.at.data_ptr(),
-            elements.slots.data_ptr(),
-            elements.at.dtype == torch.int64,
-            vector.data_ptr(),
-            write,
+            table.buffer_info()[0], addresses.buffer_info()[0], 1, vector.data_ptr(), write
         )
         if outside:
             raise IndexError(f"{outside} of the elements are not in their tensors, whose sizes have changed")
@@ -175,38 +185,99 @@ class CompiledKernels(LineKernels[_Plan]):
 
     def step_(
         self,
-        plan: _Plan,
-        lists: Sequence[Views],
-        shapes: Shapes,
+        step: Step,
         rows: Callable[[Tensor, Tensor], RowGradients],
-        coefficients: Callable[[Clipping], Mapping[str, Coefficient | Product]],
-        dtype: torch.dtype,
+        coefficients: Callable[[Clipping], OfPass],
     ) -> Clipping:
         """See :class:`~lightning_ecopt.kernels.lines.LineKernels`: here it is one call, and moments stay in place."""
-        group = plan.groups.get(dtype)
+        plan, dtype = step.plan, step.dtype
         found, (of_gradients, squares, *of_step) = self._scratch(plan.num_places, dtype)
         gradients = rows(of_gradients, squares)
         if not self._known.holds(gradients):
             self._known = _Known.of(gradients)
-        if group is None or len(plan.groups) > 1 or not self._known.is_in_place:
-            return super().step_(plan, lists, shapes, rows, coefficients, dtype)
+        group = plan.only_group(dtype)
+        if group is None or not self._known.is_in_place:
+            return super().step_(step, rows, coefficients)
         clipped = _clipping(gradients, [gradients.second, gradients.weight, *of_step], 0)
         words = Words.of({"fade": 0.0, **coefficients(clipped)}, dtype, found.device)
-        given, addresses = words.table(), group.addresses(lists)
-        addresses_of_gradients = group.addresses(lists[GRADIENTS : GRADIENTS + 1])
+        given, addresses = words.table(), group.addresses(step.lists)
+        addresses_of_gradients = group.addresses(step.lists[GRADIENTS : GRADIENTS + 1])
         count = self._library.step[dtype](
             *group.tables,
             addresses_of_gradients.buffer_info()[0],
             addresses.buffer_info()[0],
-            len(lists),
+            len(step.lists),
             given.buffer_info()[0],
             self._known.address,
             _factor(gradients),
             found.data_ptr(),
             self._threads(group),
         )
-        count_changes(lists)
+        count_changes(step.lists)
         return clipped._replace(num_clipped=count)
+
+    def path_step_(
+        self,
+        step: Step,
+        paths: Paths,
+        skeleton: Elements,
+        coefficients: Callable[[Tensor, Tensor], OfPass],
+        of_free: OfPass,
+        max_ratio: float | None,
+    ) -> Tensor | int:
+        """See :class:`~lightning_ecopt.kernels.lines.LineKernels`: here it is one call."""
+        plan, lists, dtype = step.plan, step.lists, step.dtype
+        group = plan.only_group(dtype)
+        if group is None or not plan.is_contiguous or paths.beta.dtype != dtype:
+            return super().path_step_(step, paths, skeleton, coefficients, of_free, max_ratio)
+        rows, units = len(paths.units), len(paths.root)
+        found = torch.empty(2 * rows + (2 * len(lists) + 3) * units + 1, dtype=dtype, device="cpu")
+        at_root = torch.empty(units + 1, dtype=torch.float64, device="cpu")
+        to_weights, scale = found[: 2 * rows].view(2, rows).unbind()
+        words = [
+            Words.of({"fade": 0.0, **given}, dtype, found.device)
+            for given in (coefficients(scale, to_weights), of_free)
+        ]
+        tables = [each.table() for each in words]
+        pairs, addresses = group.addresses(lists[: GRADIENTS + 1]), group.addresses(lists)
+        counts = array("q", skeleton.counts)
+        known, elements = _paths_table(paths, max_ratio), _elements_table(skeleton, plan.sizes, counts)
+        free = self.plan([[found[:units]]] * len(lists), paths.shapes, 0).groups[dtype]
+        count: int = self._library.path_step[dtype](
+            *group.tables,
+            pairs.buffer_info()[0],
+            addresses.buffer_info()[0],
+            len(lists),
+            tables[0].buffer_info()[0],
+            *free.tables,
+            tables[1].buffer_info()[0],
+            known.buffer_info()[0],
+            elements.buffer_info()[0],
+            found.data_ptr(),
+            at_root.data_ptr(),
+            self._threads(group),
+        )
+        count_changes(lists)
+        return count
+
+    def free_gradient(self, paths: Paths, sums: Tensor, weights: Tensor, gradients: Tensor) -> Tensor:
+        """See :class:`~lightning_ecopt.kernels.Kernels`."""
+        known, found = _paths_table(paths, None), sums.new_empty(len(paths.root))
+        at_root = torch.empty(len(found) + 1, dtype=torch.float64, device="cpu")
+        vectors = [vector.contiguous() for vector in (sums, weights, gradients)]
+        self._library.free_gradient[sums.dtype](
+            known.buffer_info()[0], *(vector.data_ptr() for vector in (*vectors, at_root, found))
+        )
+        return found
+
+    def allocate_(self, paths: Paths, factor: Tensor, weights: Tensor, max_ratio: float | None) -> Allocated:
+        """See :class:`~lightning_ecopt.kernels.Kernels`."""
+        known, factor, weights = _paths_table(paths, max_ratio), factor.contiguous(), weights.contiguous()
+        skeleton, ratio = torch.empty_like(weights), torch.empty_like(paths.beta)
+        count = self._library.allocate[factor.dtype](
+            known.buffer_info()[0], *(vector.data_ptr() for vector in (factor, weights, skeleton, ratio))
+        )
+        return Allocated(skeleton, ratio, count)
 
     def _scratch(self, count: int, dtype: torch.dtype) -> tuple[Tensor, Sequence[Tensor]]:
         """Five vectors for a step, as one tensor and one by one; small ones are kept, as making them takes longer."""
@@ -251,7 +322,7 @@ class _Known(NamedTuple):
         ]
         kept = [None if vector is None else vector.contiguous() for vector in vectors]
         words = [0 if vector is None else vector.data_ptr() for vector in kept]
-        numbers = _INTEGERS.unpack(_NUMBERS.pack(MEMORY, 2 - CENTRING, rows.slack, rows.tiny, FAINT))
+        numbers = _bits(MEMORY, 2 - CENTRING, rows.slack, rows.tiny, FAINT)
         return cls(array("q", [len(second), *words, *numbers]), kept, _compared(gradients))
 
     def holds(self, gradients: RowGradients) -> bool:
@@ -270,6 +341,25 @@ class _Known(NamedTuple):
 
 
 _NOTHING = _Known(array("q"), [], ())
+
+
+def _paths_table(paths: Paths, max_ratio: float | None) -> array[int]:
+    """What ``vectors.c`` calls Paths."""
+    vectors = (paths.units, paths.root, paths.target, paths.is_free, paths.beta)
+    guard = (0.0, 0.0) if max_ratio is None else (1 / max_ratio, max_ratio)
+    words = [len(paths.units), len(paths.root), *(vector.data_ptr() for vector in vectors)]
+    return array("q", [*words, *_bits(paths.start, *guard)])
+
+
+def _elements_table(elements: Elements, sizes: array[int], counts: array[int]) -> array[int]:
+    """What ``passes.c`` calls Elements; it is good as long as the arrays are kept."""
+    addresses = (sizes.buffer_info()[0], counts.buffer_info()[0], elements.at.data_ptr(), elements.slots.data_ptr())
+    return array("q", [len(counts), *addresses, elements.at.dtype == torch.int64])
+
+
+def _bits(*numbers: float) -> array[int]:
+    """Numbers in 64 bits each."""
+    return array("q", array("d", numbers).tobytes())
 
 
 def _compared(gradients: RowGradients) -> tuple[Any, ...]:
@@ -294,8 +384,9 @@ def _clipping(gradients: RowGradients, of: Sequence[Tensor], count: int) -> Clip
 
 
 def _are_plain(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> bool:
-    """Whether the elements of all tensors have a type, and follow each other in the order of their flat indices."""
-    return all(tensor is None or (tensor.dtype == dtype and tensor.is_contiguous()) for tensor in tensors)
+    """Whether memory has the elements of all tensors, of one type, in the order of their flat indices."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    return all(tensor.dtype == dtype and tensor.is_contiguous() and not is_lazy(tensor) for tensor in given)
 
 
 def _compiled_or_eager() -> EagerKernels:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_ecopt.common.tensors import piece_length, pieces
+from lightning_ecopt.kernels.allocation import Allocated, Paths, allocate_, free_gradient
 from lightning_ecopt.kernels.clipping import Clipping, RowGradients, clipping
 from lightning_ecopt.kernels.passes import Coefficient, Elements, Given, Product, Shapes, Views
 
@@ -103,6 +104,14 @@ class EagerKernels:
     def clipping(self, gradients: RowGradients) -> Clipping:
         """See :class:`~lightning_ecopt.kernels.Kernels`."""
         return clipping(gradients)
+
+    def free_gradient(self, paths: Paths, sums: Tensor, weights: Tensor, gradients: Tensor) -> Tensor:
+        """See :class:`~lightning_ecopt.kernels.Kernels`."""
+        return free_gradient(paths, sums, weights, gradients)
+
+    def allocate_(self, paths: Paths, factor: Tensor, weights: Tensor, max_ratio: float | None) -> Allocated:
+        """See :class:`~lightning_ecopt.kernels.Kernels`."""
+        return allocate_(paths, factor, weights, max_ratio)
 
     def _in_place(
         self,
@@ -294,12 +303,12 @@ def _sgd_(
     m: Tensor | None,
     *,
     fade: Coefficient = 0.0,
-    gain: Tensor | None = None,
+    gain: Coefficient | None = None,
     shift: Coefficient | None = None,
-    decay: Tensor | None = None,
+    decay: Coefficient | None = None,
     keep: Coefficient | None = None,
-    move: Tensor | None = None,
-    pull: Tensor | None = None,
+    move: Coefficient | None = None,
+    pull: Coefficient | None = None,
     push: Coefficient | None = None,
 ) -> None:
     # m = fade m + gain g + shift + decay w
@@ -319,10 +328,12 @@ def _sgd_(
         w.add_(push)
 
 
-def _add_product_(x: Tensor, y: Tensor, factor: Tensor | None) -> None:
+def _add_product_(x: Tensor, y: Tensor, factor: Coefficient | None) -> None:
     # A factor that is left out must not become zero: 0 * inf is not 0.
-    if factor is not None:
+    if isinstance(factor, Tensor) and factor.ndim:
         x.addcmul_(y, factor)
+    elif factor is not None:
+        x.add_(y * factor)
 
 
 def _adam_(
@@ -332,13 +343,13 @@ def _adam_(
     v: Tensor,
     largest: Tensor | None,
     *,
-    gain: Tensor,
+    gain: Coefficient,
     shift: Coefficient | None = None,
-    decay: Tensor | None = None,
+    decay: Coefficient | None = None,
     first: Coefficient,
     second: Coefficient,
     keep: Coefficient | None = None,
-    move: Tensor,
+    move: Coefficient,
     root: Coefficient,
     eps: Coefficient,
 ) -> None:
@@ -359,4 +370,4 @@ def _adam_(
         w.mul_(keep)
     torch.sqrt(v, out=d)
     torch.div(m, d.mul_(root).add_(eps), out=d)
-    w.addcmul_(d, move)
+    _add_product_(w, d, move)

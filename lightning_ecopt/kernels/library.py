@@ -1,4 +1,4 @@
-"""Compiles ``passes.c`` once on each machine, and loads it."""
+"""Compiles ``passes.c``, with ``vectors.c`` in it, once on each machine, and loads it."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 SOURCE = Path(__file__).with_name("passes.c")
+INCLUDED = SOURCE.with_name("vectors.c")
 FLAGS = ("-O3", "-shared", "-fPIC", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 #: By what torch says of the processor. Compilers know what all processors of other kinds are able to.
 OF_PROCESSOR = {
@@ -37,7 +38,10 @@ class Library(NamedTuple):
     sums: Mapping[torch.dtype, Callable[..., None]]
     copy_elements: Mapping[torch.dtype, Callable[..., int]]
     clipping: Mapping[torch.dtype, Callable[..., int]]
+    free_gradient: Mapping[torch.dtype, Callable[..., None]]
+    allocate: Mapping[torch.dtype, Callable[..., int]]
     step: Mapping[torch.dtype, Callable[..., int]]
+    path_step: Mapping[torch.dtype, Callable[..., int]]
     process: int
 
 
@@ -73,7 +77,7 @@ def _load() -> Library | OSError:
     if command is None:
         return OSError("there is no C compiler on the path (install gcc or clang, or let the variable CC name one)")
     flags = (*FLAGS, *OF_PROCESSOR.get(torch.backends.cpu.get_cpu_capability(), ()))
-    facts = (SOURCE.read_bytes(), command, flags, sys.platform, os.uname().machine)
+    facts = (SOURCE.read_bytes(), INCLUDED.read_bytes(), command, flags, sys.platform, os.uname().machine)
     name = f"passes-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.so"
     try:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning_ecopt"
@@ -134,8 +138,15 @@ def _functions(path: Path) -> Library:
     return Library(
         of("update", [*tables, pointer, number]),
         of("sums", [*tables, pointer, number, number, number]),
-        of("copy_elements", [number, *[pointer] * 5, number, pointer, number], number),
+        of("copy_elements", [pointer, pointer, number, pointer, number], number),
         of("clipping", [pointer, real, *[pointer] * 7], number),
+        of("free_gradient", [pointer] * 6),
+        of("allocate", [pointer] * 5, number),
         of("step", [*tables[:3], pointer, pointer, number, pointer, pointer, real, pointer, number], number),
+        of(
+            "path_step",
+            [*tables[:3], pointer, pointer, number, pointer, *tables[:3], *[pointer] * 5, number],
+            number,
+        ),
         os.getpid(),
     )

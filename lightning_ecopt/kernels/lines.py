@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from lightning_ecopt.kernels.allocation import Paths
 from lightning_ecopt.kernels.clipping import Clipping, RowGradients
 from lightning_ecopt.kernels.eager import GRADIENTS, EagerKernels
-from lightning_ecopt.kernels.passes import Coefficient, Product, Shapes, Views
+from lightning_ecopt.kernels.passes import Coefficient, Elements, Product, Shapes, Views
 
 #: The kinds of blocks; :mod:`~lightning_ecopt.kernels.triton` has pictures of them. In ``passes.c`` the first two are
 #: one.
@@ -81,7 +82,7 @@ class Lines:
         axes = [axis for axis, size in enumerate(view.shape) if size > 1]
         if view.dtype not in DTYPES or len({(tensor.dtype, tensor.shape) for tensor in views}) > 1:
             return None
-        if len({tuple(map(tensor.stride, axes)) for tensor in views}) > 1 or any(map(_is_lazy, views)):
+        if len({tuple(map(tensor.stride, axes)) for tensor in views}) > 1 or any(map(is_lazy, views)):
             return None
         if len(shape) != view.ndim or any(
             places not in (1, size) for places, size in zip(shape, view.shape, strict=True)
@@ -178,6 +179,26 @@ class Plan(Protocol):
 
 
 PlanT = TypeVar("PlanT", bound=Plan)
+#: The coefficients of a pass.
+OfPass = Mapping[str, Coefficient | Product]
+
+
+class Step(NamedTuple):
+    """What a step works on: blocks whose places are rows, one after another.
+
+    Args:
+        plan: of the pass of the base, which leaves nothing to PyTorch.
+        lists: weights, gradients and state.
+        shapes: of the places.
+        dtype: of the sums.
+    """
+
+    plan: Any
+    lists: Sequence[Views]
+    shapes: Shapes
+    dtype: torch.dtype
+
+
 LinesT = TypeVar("LinesT", bound=Lines)
 
 
@@ -191,7 +212,7 @@ def lines_and_rest(
     return blocks, starts, [(k, slice(*starts[k : k + 2])) for k in range(len(shapes)) if k not in blocks]
 
 
-def _is_lazy(view: Tensor) -> bool:
+def is_lazy(view: Tensor) -> bool:
     """Whether memory does not have the elements as they are, but their negatives, or nothing, as all are zero."""
     return view.is_neg() or view._is_zerotensor()
 
@@ -208,7 +229,7 @@ class LineKernels(EagerKernels, ABC, Generic[PlanT]):
 
     def __init__(self) -> None:
         self._plans: dict[Any, PlanT] = {}
-        self._last: dict[tuple[int, int], tuple[Shapes, list[Any], PlanT]] = {}  # the last plans: they come again
+        self._last: dict[tuple[int, int, int], tuple[Shapes, list[Any], PlanT]] = {}  # the last plans: they come again
 
     def __reduce__(self) -> tuple[Callable[[], EagerKernels], tuple[()]]:
         return type(self), ()  # plans hold addresses of the tensors of one optimizer
@@ -222,7 +243,7 @@ class LineKernels(EagerKernels, ABC, Generic[PlanT]):
         """Find ``count`` sums for each place, ``[count, P]``; those of other blocks are not looked at."""
 
     @abstractmethod
-    def _change_(self, plan: PlanT, lists: Sequence[Views], coefficients: Mapping[str, Coefficient | Product]) -> None:
+    def _change_(self, plan: PlanT, lists: Sequence[Views], coefficients: OfPass) -> None:
         """Change the blocks of all lists but the gradients."""
 
     def sums_and_squares(self, views: Views, shapes: Shapes, dtype: torch.dtype) -> Tensor:
@@ -243,7 +264,7 @@ class LineKernels(EagerKernels, ABC, Generic[PlanT]):
         return found
 
     def _launch_(
-        self, lists: Sequence[Views | None], shapes: Shapes, coefficients: Mapping[str, Coefficient | Product]
+        self, lists: Sequence[Views | None], shapes: Shapes, coefficients: OfPass
     ) -> Sequence[tuple[int, slice]]:
         """See :class:`~lightning_ecopt.kernels.EagerKernels`."""
         own = [views for views in lists if views is not None]
@@ -251,7 +272,7 @@ class LineKernels(EagerKernels, ABC, Generic[PlanT]):
         self.change_(plan, own, coefficients)
         return plan.rest
 
-    def change_(self, plan: PlanT, lists: Sequence[Views], coefficients: Mapping[str, Coefficient | Product]) -> None:
+    def change_(self, plan: PlanT, lists: Sequence[Views], coefficients: OfPass) -> None:
         """Change the blocks of a plan that are made of lines; the second list has gradients, which stay as they are."""
         # A momentum buffer does not stay as it is if its coefficient is left out.
         self._change_(plan, lists, {"fade": 0.0, **coefficients})
@@ -259,28 +280,60 @@ class LineKernels(EagerKernels, ABC, Generic[PlanT]):
 
     def step_(
         self,
-        plan: PlanT,
-        lists: Sequence[Views],
-        shapes: Shapes,
+        step: Step,
         rows: Callable[[Tensor, Tensor], RowGradients],
-        coefficients: Callable[[Clipping], Mapping[str, Coefficient | Product]],
-        dtype: torch.dtype,
+        coefficients: Callable[[Clipping], OfPass],
     ) -> Clipping:
-        """Take a step of blocks whose places are rows, one after another: sums, clipping, and the pass of the base.
+        """Take a step of the unit rule: sums, clipping, and the pass of the base.
 
         Args:
-            plan: of the pass of the base; nothing is left to PyTorch.
-            lists: weights, gradients and state.
-            shapes: of the places.
+            step: what it works on.
             rows: what is known of the rows, given sums of gradients and sums of their squares.
             coefficients: of the pass. Its vectors may not be looked at before this returns.
-            dtype: of the sums.
         """
-        gradients = lists[GRADIENTS : GRADIENTS + 1]
-        found = self.add(self.plan(gradients, shapes, 2), gradients, 2, dtype)
+        gradients = step.lists[GRADIENTS : GRADIENTS + 1]
+        found = self.add(self.plan(gradients, step.shapes, 2), gradients, 2, step.dtype)
         clipped = self.clipping(rows(*found.unbind()))
-        self.change_(plan, lists, coefficients(clipped))
+        self.change_(step.plan, step.lists, coefficients(clipped))
         return clipped
+
+    def path_step_(
+        self,
+        step: Step,
+        paths: Paths,
+        skeleton: Elements,
+        coefficients: Callable[[Tensor, Tensor], OfPass],
+        of_free: OfPass,
+        max_ratio: float | None,
+    ) -> Tensor | int:
+        """Take a step of the path rule: sums, free coordinates, the pass of the base, and skeleton weights.
+
+        Args:
+            step: what it works on.
+            paths: of the skeleton.
+            skeleton: its elements in the tensors of each list.
+            coefficients: of the pass, given by what weights are divided before it, and by what after it, ``[R]`` each.
+                Its vectors may not be looked at before this returns.
+            of_free: the coefficients for the free coordinates, numbers or ``[H]``.
+            max_ratio: the guard.
+
+        Returns:
+            At how many units the guard was needed.
+        """
+        pair = step.lists[: GRADIENTS + 1]
+        (sums,) = self.add(self.plan(pair, step.shapes, 1), pair, 1, step.dtype)
+        weights, gradients, *state = (self.gather(views, skeleton, step.dtype) for views in step.lists)
+        gradient = self.free_gradient(paths, sums, weights, gradients)
+        moved, scale = paths.free_values, paths.weight_scale
+        free = [[moved], [gradient], *([of.chunk(2)[1]] for of in state)]
+        self.change_(self.plan(free, paths.shapes, 0), free, of_free)
+        allocated = self.allocate_(paths, moved / paths.free_values, weights, max_ratio)
+        self.change_(step.plan, step.lists, coefficients(scale, paths.weight_scale))
+        self.scatter_(step.lists[0], skeleton, allocated.skeleton)
+        for views, of in zip(step.lists[GRADIENTS + 1 :], state, strict=True):
+            of.chunk(2)[0].zero_()  # fixed weights have no state
+            self.scatter_(views, skeleton, of)
+        return allocated.num_guarded
 
     def plan(self, lists: Sequence[Views], shapes: Shapes, count: int) -> PlanT:
         """Plan a pass over views of given types, shapes and strides, or look up the plan that was made before.
@@ -293,9 +346,9 @@ class LineKernels(EagerKernels, ABC, Generic[PlanT]):
         # Sizes of all: a state that does not fit its weight must not be addressed.
         kinds = [
             lists[0][0].device,
-            *[(view.dtype, view.shape, view.stride(), _is_lazy(view)) for views in lists for view in views],
+            *[(view.dtype, view.shape, view.stride(), is_lazy(view)) for views in lists for view in views],
         ]
-        last = self._last.get((count, len(lists)))
+        last = self._last.get((count, len(lists), len(shapes)))
         if last is not None and last[0] is shapes and last[1] == kinds:  # which takes less time than to hash them
             return last[2]
         key = (count, tuple(shapes), *kinds)
@@ -304,5 +357,5 @@ class LineKernels(EagerKernels, ABC, Generic[PlanT]):
                 self._plans.clear()
             self._plans[key] = self._make_plan(lists, shapes, count)
         if isinstance(shapes, tuple):
-            self._last[count, len(lists)] = shapes, kinds, self._plans[key]
+            self._last[count, len(lists), len(shapes)] = shapes, kinds, self._plans[key]
         return self._plans[key]

@@ -1,4 +1,4 @@
-/* The passes on a CPU. compiled.py compiles this file and calls it; passes.py says what each pass computes.
+/* The passes on a CPU. library.py compiles this file, and compiled.py calls it; passes.py says what each pass computes.
 
 A block is seen as lines, each a sequence of `depth` elements of one place (lines.py):
 
@@ -41,6 +41,15 @@ typedef struct {
     Word word[NUM_NAMES];
     const void *times[NUM_NAMES][2], *over[NUM_NAMES];
 } Coefficients;
+
+/* Single elements of tensors. Tensor k has counts[k] of them; their flat indices `at`, and their slots in a vector, have
+   32 or, if they are wide, 64 bits. */
+typedef struct {
+    int64_t tensors;
+    const int64_t *sizes, *counts;
+    const void *at, *slots;
+    int64_t wide;
+} Elements;
 
 #define ROOT_OF(TYPE, x) (sizeof(TYPE) == 4 ? sqrtf(x) : sqrt(x))
 #define MOST(TYPE) (sizeof(TYPE) == 4 ? FLT_MAX : DBL_MAX)
@@ -152,8 +161,8 @@ INLINE void OF(change_item)(const Block *block, const Item *item, REAL *const *x
 }
 
 /* Change one tensor by the affine pass, two or three by that of SGD, four or five by that of Adam. */
-ONCE void OF(update)(const Block *blocks, const Item *items, int64_t num_items, REAL *const *addresses, int64_t tensors,
-                const Coefficients *given, int64_t threads) {
+ONCE void OF(update)(const Block *blocks, const Item *items, int64_t num_items, REAL *const *addresses,
+                     int64_t tensors, const Coefficients *given, int64_t threads) {
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
     for (int64_t i = 0; i < num_items; i++) {
         const Block *block = blocks + items[i].block;
@@ -253,7 +262,7 @@ INLINE void OF(add_item)(const Block *block, const Item *item, REAL *const *x, i
 
 /* Find the sums over the elements at each place and, of one tensor, of their squares. */
 ONCE void OF(sums)(const Block *blocks, const Item *items, int64_t num_items, REAL *const *addresses, int64_t tensors,
-              void *out, int64_t wide, int64_t places, int64_t threads) {
+                   void *out, int64_t wide, int64_t places, int64_t threads) {
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
     for (int64_t i = 0; i < num_items; i++) {
         const Block *block = blocks + items[i].block;
@@ -265,86 +274,7 @@ ONCE void OF(sums)(const Block *blocks, const Item *items, int64_t num_items, RE
     }
 }
 
-static int64_t OF(entry)(const void *numbers, int64_t wide, int64_t k) {
-    return wide ? ((const int64_t *)numbers)[k] : ((const int32_t *)numbers)[k];
-}
-
-/* Read elements of tensors into their slots of a vector, or write them from there. Tensor k has counts[k] of them,
-   unless it is null. Their flat indices `at` and their slots have 32 or, if they are wide, 64 bits. Returns how many
-   are not within the sizes[k] elements that a tensor has by now, and were left out. */
-int64_t OF(copy_elements)(int64_t tensors, REAL *const *x, const int64_t *sizes, const int64_t *counts, const void *at,
-                          const void *slots, int64_t wide, REAL *vector, int64_t write) {
-    int64_t first = 0, outside = 0;
-    for (int64_t k = 0; k < tensors; first += counts[k++])
-        for (int64_t i = first; x[k] && i < first + counts[k]; i++) {
-            const int64_t place = OF(entry)(at, wide, i);
-            REAL *slot = vector + OF(entry)(slots, wide, i);
-            if (place >= sizes[k])
-                outside++;
-            else if (write)
-                x[k][place] = *slot;
-            else
-                *slot = x[k][place];
-        }
-    return outside;
-}
-
-/* What is known of the rows; clipping.py says what the vectors are. `present` has ones and zeros. All behind `centre`
-   may be null. */
-typedef struct {
-    int64_t rows;
-    const REAL *second, *weight, *size, *centre, *present, *rho, *to_steps, *own;
-    const uint8_t *linear;
-    double memory, lifted, slack, tiny, faint;
-} OF(Rows);
-
-/* How gradients are centred and clipped, and how long steps are; clipping.py has the same in Python. Returns how many
-   rows were clipped. */
-ONCE int64_t OF(clipping)(const OF(Rows) *of, double factor, const REAL *sums, const REAL *squares, REAL *new_second,
-                     REAL *new_weight, REAL *scale, REAL *shift, REAL *step) {
-    const REAL *second = of->second, *weight = of->weight, *size = of->size, *centre = of->centre;
-    const REAL *present = of->present, *rho = of->rho, *magnitude = rho ? rho : size;
-    const REAL newest = (REAL)(1 - of->memory), lifted = (REAL)of->lifted, slack = (REAL)of->slack;
-    REAL count_of_part, total_of_part;
-    int64_t count = 0;
-    double total = 0;
-    for (int64_t first = 0; first < of->rows; first += PART) {
-        const int64_t end = first + PART < of->rows ? first + PART : of->rows;
-        count_of_part = total_of_part = 0;
-#pragma omp simd reduction(+ : count_of_part, total_of_part)
-        for (int64_t k = first; k < end; k++) {
-            const REAL mean = sums[k] / size[k], moved = mean * centre[k];
-            REAL square = squares[k] / size[k] + mean * moved * lifted;
-            square = square < 0 ? 0 : square;
-            /* Nothing changes where a gradient is not finite, or where there is none. */
-            const REAL share = square <= MOST(REAL) ? newest * (present ? present[k] : 1) : 0;
-            new_second[k] = second[k] + (share > 0 ? share * (square - second[k]) : 0);
-            new_weight[k] = weight[k] + share * (1 - weight[k]);
-            const REAL q = new_second[k] / (new_weight[k] < newest ? newest : new_weight[k]);
-            const REAL ratio = ROOT_OF(REAL, slack * q / square);
-            scale[k] = (square <= MOST(REAL)) & (ratio < 1) ? ratio : 1; /* 1 if it is not a number */
-            shift[k] = (moved <= MOST(REAL)) & (moved >= -MOST(REAL)) ? moved * scale[k] : 0;
-            count_of_part += scale[k] < 1 ? 1 : 0;
-            step[k] = ROOT_OF(REAL, q);
-            total_of_part += magnitude[k] * magnitude[k] * q;
-        }
-        count += (int64_t)count_of_part;
-        total += total_of_part;
-    }
-    if (rho) {
-        const REAL typical = (REAL)(sqrt(total / of->rows) * of->faint), tiny = (REAL)of->tiny;
-#pragma omp simd
-        for (int64_t k = 0; k < of->rows; k++) {
-            const REAL least = typical / rho[k];
-            REAL deviation = least > step[k] || least != least ? least : step[k];
-            deviation = deviation < tiny ? tiny : deviation;
-            step[k] = (of->to_steps ? of->to_steps[k] : (REAL)factor) * (rho[k] / deviation);
-        }
-        if (of->own)
-            for (int64_t k = 0; k < of->rows; k++) step[k] = of->linear[k] ? step[k] : of->own[k];
-    }
-    return count;
-}
+#include "vectors.c"
 
 /* A whole step: the sums of gradients, what they say of the rows, and the pass of the base. Places are rows. The second
    moments and their weights change in place. For each row `found` has room for the sum, the sum of squares, scale, shift
@@ -357,6 +287,39 @@ int64_t OF(step)(const Block *blocks, const Item *items, int64_t num_items, REAL
     const int64_t count = OF(clipping)(of, factor, found, found + n, (REAL *)of->second, (REAL *)of->weight,
                                        found + 2 * n, found + 3 * n, found + 4 * n);
     OF(update)(blocks, items, num_items, addresses, tensors, given, threads);
+    return count;
+}
+
+/* A whole step in path coordinates. Places are rows; `free_blocks` has the one block of all H free coordinates, which
+   move with the coefficients `of_free`. `found` has room for
+
+       to_weights [R], which are sums first; weight_scale [R]; skeleton elements [2 H] of each tensor;
+       free coordinates [H]; their gradients [H]; ratio [H + 1]
+
+   and at_root for H + 1 sums. Returns at how many units the guard was needed. */
+int64_t OF(path_step)(const Block *blocks, const Item *items, int64_t num_items, REAL *const *weights_and_gradients,
+                      REAL *const *addresses, int64_t tensors, const Coefficients *given, const Block *free_blocks,
+                      const Item *free_items, int64_t num_free_items, const Coefficients *of_free, const OF(Paths) *of,
+                      const Elements *elements, REAL *found, double *at_root, int64_t threads) {
+    const int64_t rows = of->rows, n = of->units;
+    REAL *scale = found + rows, *at = scale + rows, *moved = at + 2 * n * tensors, *gradient = moved + n;
+    REAL *of_units[5] = {moved, gradient, at + 5 * n, at + 7 * n, at + 9 * n};
+    OF(sums)(blocks, items, num_items, weights_and_gradients, 2, found, sizeof(REAL) == sizeof(double), rows, threads);
+    for (int64_t i = 0; i < 2 * n * tensors; i++) at[i] = 0; /* where a unit has no element */
+    for (int64_t k = 0; k < tensors; k++) OF(copy_elements)(elements, addresses + k, tensors, at + 2 * n * k, 0);
+    OF(free_gradient)(of, found, at, at + 2 * n, at_root, gradient);
+    for (int64_t h = 0; h < n; h++) moved[h] = OF(free_value)(of, h);
+    OF(weight_scale)(of, scale);
+    OF(update)(free_blocks, free_items, num_free_items, of_units, tensors, of_free, 1);
+    for (int64_t h = 0; h < n; h++) moved[h] /= OF(free_value)(of, h);
+    const int64_t count = OF(allocate)(of, moved, at, at, gradient + n);
+    OF(weight_scale)(of, found);
+    OF(update)(blocks, items, num_items, addresses, tensors, given, threads);
+    for (int64_t k = 0; k < tensors; k++) {
+        if (k == 1) continue; /* gradients stay as they are */
+        for (int64_t h = 0; k && h < n; h++) at[2 * n * k + h] = 0; /* fixed weights have no state */
+        OF(copy_elements)(elements, addresses + k, tensors, at + 2 * n * k, 1);
+    }
     return count;
 }
 

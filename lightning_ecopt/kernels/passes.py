@@ -30,8 +30,9 @@ Three change views in place, of weights w, gradients g, momentum m and mean squa
                v = (1 - second) v + second d^2
                w = keep w + move m / (root sqrt(v) + eps)    AMSGrad: with the largest v so far in the place of v
 
-``gather`` and ``scatter_`` read and write single elements, each with a slot in a vector; and
-``clipping`` works on vectors over rows, between the two: what the sums say of the coefficients.
+``gather`` and ``scatter_`` read and write single elements, each with a slot in a vector. Between the passes
+``clipping``, ``free_gradient`` and ``allocate_`` work on vectors over rows and units: what the sums say of the
+coefficients.
 
 An equivalent-class step divides the weights by scales s, changes the gradients, lets the base optimizer take its step
 and multiplies the weights by s again. Taken one by one, each of these reads and writes all weights. The coefficients
@@ -69,6 +70,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from lightning_ecopt.kernels.allocation import Allocated, Paths
 from lightning_ecopt.kernels.clipping import Clipping, RowGradients
 
 #: The views of B blocks in tensors of one sort, such as the gradients.
@@ -169,3 +171,9 @@ class Kernels(Protocol):
 
     def clipping(self, gradients: RowGradients) -> Clipping:
         """Find how gradients are centred and clipped: :func:`~lightning_ecopt.kernels.clipping.clipping`."""
+
+    def free_gradient(self, paths: Paths, sums: Tensor, weights: Tensor, gradients: Tensor) -> Tensor:
+        """Find dL/dv of free coordinates: :func:`~lightning_ecopt.kernels.allocation.free_gradient`."""
+
+    def allocate_(self, paths: Paths, factor: Tensor, weights: Tensor, max_ratio: float | None) -> Allocated:
+        """Take over free coordinates: :func:`~lightning_ecopt.kernels.allocation.allocate_`."""

@@ -23,7 +23,7 @@ from torch.optim import ASGD, SGD, Adam, AdamW, Optimizer
 
 from lightning_ecopt.kernels.passes import Product
 from lightning_ecopt.optim.calls import optimizers_in
-from lightning_ecopt.steps.rule import StepKind
+from lightning_ecopt.steps.rule import Reparametrization, StepKind
 
 ParamGroups = Sequence[Mapping[str, Any]]
 #: An option: one number for all parameters, or one for each, ``[N]`` in float64.
@@ -44,33 +44,33 @@ class Term(NamedTuple):
 
 def products(
     terms: Mapping[str, Term],
-    weight_scale: Tensor,
-    grad_scale: Tensor,
-    grad_shift: Tensor | None,
-    to_weights: Tensor | None,
     spread: Callable[[Tensor], Tensor],
+    here: Reparametrization | None = None,
+    to_weights: Tensor | None = None,
 ) -> dict[str, Product]:
-    """The coefficients of a pass over rows, without those that change nothing: no decay, no shift, a weight that stays.
+    """The coefficients of a pass, without those that change nothing: no decay, no shift, a weight that stays.
 
     Args:
         terms: by name of the coefficient.
-        weight_scale: of the coordinates, ``[R]``, with the next two.
-        grad_scale: ``[R]``.
-        grad_shift: ``[R]``; ``None`` stands for zero.
-        to_weights: ``[R]``; ``None`` if it is ``weight_scale``.
-        spread: makes values over rows, ``[R]``, of those of parameters, ``[N]``.
+        spread: makes values of what the pass goes over, such as rows, ``[R]``, of those of parameters, ``[N]``.
+        here: the coordinates; ``None`` if what the pass goes over is coordinates already.
+        to_weights: ``[R]``; ``None`` if it is ``here.weight_scale``.
     """
-    end = weight_scale if to_weights is None else to_weights
-    vectors: dict[str, tuple[tuple[Tensor, ...], Tensor | None]] = {
-        "one": ((), None),
-        "end": ((end,), None),
-        "scale": ((grad_scale,), None),
-        "end scale": ((end, grad_scale), None),
-        "per weight": ((), weight_scale),
-        "keep": ((), None) if to_weights is None else ((to_weights,), weight_scale),
-    }
-    if grad_shift is not None:
-        vectors |= {"shift": ((grad_shift,), None), "end shift": ((end, grad_shift), None)}
+    vectors: dict[str, tuple[tuple[Tensor, ...], Tensor | None]]
+    if here is None:
+        vectors = dict.fromkeys(("one", "end", "scale", "end scale", "per weight", "keep"), ((), None))
+    else:
+        end = here.weight_scale if to_weights is None else to_weights
+        vectors = {
+            "one": ((), None),
+            "end": ((end,), None),
+            "scale": ((here.grad_scale,), None),
+            "end scale": ((end, here.grad_scale), None),
+            "per weight": ((), here.weight_scale),
+            "keep": ((), None) if to_weights is None else ((to_weights,), here.weight_scale),
+        }
+        if here.grad_shift is not None:
+            vectors |= {"shift": ((here.grad_shift,), None), "end shift": ((end, here.grad_shift), None)}
     found: dict[str, Product] = {}
     for name, (value, of) in terms.items():
         is_left_out = (of == "per weight" and _is(value, 0)) or (of == "keep" and to_weights is None and _is(value, 1))

@@ -6,7 +6,7 @@ gradients and perhaps new rates, but which tensors belong together, and what ker
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_ecopt.common.tensors import Tensors
-from lightning_ecopt.kernels import Coefficient, Shapes
-from lightning_ecopt.kernels.clipping import Clipping, RowGradients
-from lightning_ecopt.kernels.lines import LineKernels
-from lightning_ecopt.kernels.passes import Product, Views
+from lightning_ecopt.kernels import Shapes
+from lightning_ecopt.kernels.lines import LineKernels, Step
+from lightning_ecopt.kernels.passes import Views
 from lightning_ecopt.steps.rows import Rows
 
 
@@ -40,7 +39,7 @@ class PreparedStep:
         entry_names: Sequence[str],
         shapes: Shapes,
     ) -> None:
-        self._optimizer, self._kernels, self._parameters = optimizer, kernels, parameters
+        self._optimizer, self.kernels, self._parameters = optimizer, kernels, parameters
         self._entry_names, self._shapes, self._signs = entry_names, shapes, _signs(optimizer)
 
     @classmethod
@@ -69,17 +68,18 @@ class PreparedStep:
         if not isinstance(kernels, LineKernels) or gradients.keys() != set(names) or all_of_base != set(map(id, own)):
             return None
         prepared = cls(optimizer, kernels, own, entry_names, shapes)
-        return None if prepared.tensors(entry_names) is None else prepared
+        return None if prepared.step(entry_names, rows.dtype) is None else prepared
 
     def fits(self) -> bool:
         """Whether the optimizer has the parameters, and the step, that it had."""
         return _signs(self._optimizer) == self._signs
 
-    def tensors(self, entry_names: Sequence[str] | None) -> list[Views] | None:
-        """Weights, gradients and state of the next step; ``None`` if it needs more than the passes.
+    def step(self, entry_names: Sequence[str] | None, dtype: torch.dtype) -> Step | None:
+        """What the next step works on; ``None`` if it needs more than the passes.
 
         Args:
             entry_names: of the state that it changes.
+            dtype: of sums over rows.
         """
         if entry_names != self._entry_names:
             return None
@@ -97,18 +97,8 @@ class PreparedStep:
             if any(type(entry) is not Tensor for entries in lists[2:] for entry in entries):
                 return None
         # It compares types, shapes and strides with those of the step before.
-        self._update = self._kernels.plan(lists, self._shapes, 0)
-        return None if self._update.rest else lists
-
-    def take(
-        self,
-        lists: Sequence[Views],
-        rows: Callable[[Tensor, Tensor], RowGradients],
-        coefficients: Callable[[Clipping], Mapping[str, Coefficient | Product]],
-        dtype: torch.dtype,
-    ) -> Clipping:
-        """Take the step with these tensors; see :meth:`~lightning_ecopt.kernels.lines.LineKernels.step_`."""
-        return self._kernels.step_(self._update, lists, self._shapes, rows, coefficients, dtype)
+        plan = self.kernels.plan(lists, self._shapes, 0)
+        return None if plan.rest else Step(plan, lists, self._shapes, dtype)
 
 
 def _signs(optimizer: Optimizer) -> tuple[Any, ...]:

@@ -13,12 +13,12 @@ from torch.optim import Optimizer
 from lightning_ecopt.common.sharding import is_sharded, local
 from lightning_ecopt.common.signals import uninterrupted
 from lightning_ecopt.common.tensors import Tensors, in_shared_memory, ordinary_tensors, to_device, updates_by_difference
-from lightning_ecopt.kernels import Coefficient, EagerKernels
-from lightning_ecopt.kernels.passes import Product
-from lightning_ecopt.optim.bases import BASES, Base, Term, Value, has_own_step, momentum_to_step, products
+from lightning_ecopt.kernels import Coefficient
+from lightning_ecopt.kernels.lines import OfPass
+from lightning_ecopt.optim.bases import BASES, Base, Value, has_own_step, momentum_to_step, products
 from lightning_ecopt.optim.calls import StepCall
 from lightning_ecopt.optim.prepared import PreparedStep
-from lightning_ecopt.steps.rule import ReadsSums, Reparametrization, Rule
+from lightning_ecopt.steps.rule import Coefficients, Reparametrization, Rule
 from lightning_ecopt.steps.state import StateEntries
 
 #: Of a host's counts each addition of a number would make a tensor of its own.
@@ -163,7 +163,6 @@ class FusedStep:
         self._able = {name for name in rule.rows.covered if not updates_by_difference(parameters[name])}
         self._order: list[list[int]] = []  # the parameter groups that `_group_of` was made for
         self._group_of: list[int] = []  # by name of a parameter that has rows, ``[N]``
-        self._reader = rule if isinstance(rule, ReadsSums) else None
         self._prepared: PreparedStep | None = None
         self._times = 0  # so often a step was not prepared
 
@@ -210,23 +209,22 @@ class FusedStep:
         """
         assert self._base is not None  # otherwise there are no entries
         base, rule, rows = self._base, self._rule, self._rule.rows
-        terms = base.terms(**self._rates(base, gradients))
+        coefficients = self._coefficients(base, gradients)
         rest = [None] * (base.num_entries - len(entries))  # the pass takes all entries that there may be
 
         def advance(
-            values: Tensor, gradient: Tensor, state: Sequence[Tensor], of_units: Callable[[Tensor], Tensor]
+            values: Tensor, gradient: Tensor, state: Sequence[Tensor], spread: Callable[[Tensor], Tensor]
         ) -> Tensor:
-            moved, ones = values.clone(), torch.ones_like(values)
+            moved = values.clone()
             lists = [[moved], [gradient], *([of] for of in state), *rest]
-            coefficients = products(terms, ones, ones, None, None, _onto(of_units, ones))
-            getattr(EagerKernels(), base.kernel)(*lists, shapes=[tuple(moved.shape)], **coefficients)
+            getattr(rule.kernels, base.kernel)(*lists, shapes=[tuple(moved.shape)], **coefficients(spread))
             return moved
 
         back = rule.allocate(here, weights, gradients, entries, advance)
-        coefficients = self._coefficients(terms, here, back.to_weights)
+        of_rows = coefficients(rows.spread, here, back.to_weights)
         moving = {name: weights[name] for name in gradients}
         try:
-            rows.apply_(rule.kernels, base.kernel, moving, gradients, *entries, *rest, **coefficients)
+            rows.apply_(rule.kernels, base.kernel, moving, gradients, *entries, *rest, **of_rows)
         finally:
             back.finish_()  # the pass has left no weights where it puts some right
         self._optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers look for it; the base's step sets it
@@ -235,7 +233,7 @@ class FusedStep:
     def _prepare(self, gradients: Tensors) -> None:
         """Prepare the next step, if none is prepared: in the 1st, 2nd, 4th, 8th ... step that was not itself."""
         self._times += 1
-        if self._base is None or self._reader is None or self._prepared is not None or self._times & (self._times - 1):
+        if self._base is None or self._prepared is not None or self._times & (self._times - 1):
             return
         rule, names = self._rule, self._base.entry_names(self._optimizer.param_groups) or ()
         self._prepared = PreparedStep.of(self._optimizer, rule.kernels, rule.rows, self._parameters, gradients, names)
@@ -243,31 +241,31 @@ class FusedStep:
     @ordinary_tensors()
     def take_prepared(self) -> bool:
         """Take one step in the way that an earlier one has prepared, if it is still the way; returns whether it is."""
-        prepared, base, rule, rows = self._prepared, self._base, self._reader, self._rule.rows
-        if prepared is None or base is None or rule is None:
+        prepared, base, rule = self._prepared, self._base, self._rule
+        if prepared is None or base is None:
             return False
         if not prepared.fits():
             self._prepared = None
             return False
-        lists = prepared.tensors(base.entry_names(self._optimizer.param_groups))
-        if lists is None:
+        step = prepared.step(base.entry_names(self._optimizer.param_groups), rule.rows.dtype)
+        if step is None:
             return False
-        terms, to_step = base.terms(**self._rates(base, rows.names)), self.to_step
-        clipped = prepared.take(
-            lists,
-            lambda sums, squares: rule.row_gradients(sums, squares, to_step),
-            lambda clipped: self._coefficients(terms, Reparametrization(clipped.step, clipped.scale, clipped.shift)),
-            rows.dtype,
-        )
-        rule.note(clipped)
-        self._rule.commit()
+        rule.step_(prepared.kernels, step, self._coefficients(base, rule.rows.names), self.to_step)
+        rule.commit()
         return True
 
-    def _coefficients(
-        self, terms: Mapping[str, Term], here: Reparametrization, to_weights: Tensor | None = None
-    ) -> dict[str, Product]:
-        spread = _onto(self._rule.rows.spread, here.weight_scale)
-        return products(terms, here.weight_scale, here.grad_scale, here.grad_shift, to_weights, spread)
+    def _coefficients(self, base: Base, names: Iterable[str]) -> Coefficients:
+        """The coefficients of this step, which is counted; ``names`` are those of parameters with a gradient."""
+        terms, like = base.terms(**self._rates(base, names)), self._rule.rows.sizes
+
+        def given(
+            spread: Callable[[Tensor], Tensor],
+            here: Reparametrization | None = None,
+            to_weights: Tensor | None = None,
+        ) -> OfPass:
+            return products(terms, _onto(spread, like), here, to_weights)
+
+        return given
 
     def _rates(self, base: Base, names: Iterable[str]) -> dict[str, Value]:
         """The options of all parameters, as this step takes them; ``names`` are those of parameters with a gradient."""

@@ -18,8 +18,17 @@ from torch import Tensor
 from lightning_ecopt.common.sharding import is_sharded
 from lightning_ecopt.common.tensors import Tensors, ordinary_tensors
 from lightning_ecopt.kernels import Coefficient, Kernels
+from lightning_ecopt.kernels.lines import LineKernels, Step
 from lightning_ecopt.steps.coordinates import FreeWeights, PathCoordinates
-from lightning_ecopt.steps.rule import Advance, Allocation, PathStatistics, Reparametrization, Rule, Setting
+from lightning_ecopt.steps.rule import (
+    Advance,
+    Allocation,
+    Coefficients,
+    PathStatistics,
+    Reparametrization,
+    Rule,
+    Setting,
+)
 from lightning_ecopt.steps.skeleton import Skeleton, choose_skeleton
 from lightning_ecopt.steps.state import WEIGHT_AVERAGE, StateEntries
 from lightning_ecopt.symmetry import ScalingGroup
@@ -60,8 +69,12 @@ class PathRule:
         self._max_ratio = max_ratio
         self._coordinates = PathCoordinates(group.couplings, parameters, skeleton, free_start, kernels)
         self.kernels = kernels
-        self.rows, self._elements = self._coordinates.rows, self._coordinates.elements
-        self._guarded = torch.zeros((), dtype=torch.int64, device=self._coordinates.beta.device)
+        self.rows, self._elements, self._paths = (
+            self._coordinates.rows,
+            self._coordinates.elements,
+            self._coordinates.paths,
+        )
+        self._guarded: Tensor | int = 0
 
     @staticmethod
     def usable_units(group: ScalingGroup) -> Tensor:
@@ -115,10 +128,10 @@ class PathRule:
         couplings = [coupling.restricted(~ends_paths) for coupling in group.couplings]
         skeleton = choose_skeleton(couplings, setting.weights, usable, setting.skeleton)
         rule = cls._make(setting, skeleton, setting.free_start)
-        values = rule._coordinates.free_values
+        values = rule._paths.free_values
         for entry in entries.values():
             if entry.degree == WEIGHT_AVERAGE:
-                rule._elements.write_(entry.tensors, None, values)
+                rule._elements.write_free_(entry.tensors, values)
             elif not entry.keep_on_restart:
                 rule._coordinates.restart_skeleton_(entry.tensors)
         return rule
@@ -128,7 +141,7 @@ class PathRule:
         """Go on in the coordinates that were saved, with the base's state in them, bit for bit."""
         skeleton = Skeleton.from_state_dict(state["skeleton"])
         rule = cls._make(setting, skeleton, float(state["free_start"]))
-        rule._coordinates.beta.copy_(state["beta"])
+        rule._paths.beta.copy_(state["beta"])
         for name, entry in entries.items():
             for parameter, value in entry.tensors.items():
                 value.copy_(state["moments"][name][parameter])
@@ -140,7 +153,7 @@ class PathRule:
 
     def reparametrization(self, weights: Tensors, gradients: Tensors, to_step: Coefficient) -> Reparametrization:
         """Path coordinates: v = w beta and dL/dv = g / beta; free skeleton weights have their own."""
-        scale = self._coordinates.weight_scale
+        scale = self._paths.weight_scale
         return Reparametrization(scale, scale, None, self._coordinates.free_weights(weights, gradients))
 
     def transform_gradients_(self, here: Reparametrization, gradients: Tensors) -> Callable[[], None]:
@@ -157,7 +170,7 @@ class PathRule:
         allocate_ = self._coordinates.to_coordinates_(weights)
 
         def to_weights_(entries: StateEntries) -> None:
-            self._guarded += allocate_(self._max_ratio).sum()
+            self._guarded = self._guarded + allocate_(self._max_ratio).num_guarded
 
         return to_weights_
 
@@ -171,31 +184,37 @@ class PathRule:
     ) -> Allocation:
         """Weight allocation, with the free skeleton weights first: beta', and so all other weights, depends on them."""
         free, elements = _free(here), self._elements
-        at_free = [elements.read(tensors)[1] for tensors in entries]
-        moved = advance(free.values, free.gradient, at_free, self._of_units)
+        at_free = [elements.read(tensors).chunk(2)[1] for tensors in entries]
+        factor = advance(free.values, free.gradient, at_free, elements.of_free) / free.values
         present = self.rows.present(gradients)
         if present is not None:
-            moved = torch.where(self._of_units(present) > 0, moved, free.values)
-        _, write_skeleton_, guarded = self._coordinates.allocate(
-            free.values, moved, self._max_ratio, free.skeleton_weights
-        )
-        self._guarded += guarded.sum()
-        to_weights = self._coordinates.weight_scale
+            factor = torch.where(elements.of_free(present) > 0, factor, 1.0)
+        allocated = self.kernels.allocate_(self._paths, factor, free.skeleton_weights, self._max_ratio)
+        self._guarded = self._guarded + allocated.num_guarded
+        to_weights = self._paths.weight_scale
         # Weights without a gradient have coordinates that do not move; but their unit's beta may have.
         resting = {name: weights[name] for name in self._coordinates.scaled if name not in gradients}
         if resting:
             self.rows.apply_(self.kernels, "affine_", resting, times=to_weights / here.weight_scale)
 
         def finish_() -> None:
-            write_skeleton_(weights)
+            elements.write_(weights, allocated.skeleton)
             for tensors, values in zip(entries, at_free, strict=True):
-                elements.write_(tensors, None, values)
+                elements.write_free_(tensors, values)
 
         return Allocation(to_weights, finish_)
 
-    def _of_units(self, values: Tensor) -> Tensor:
-        """What each parameter has, ``[N]``, for the units whose free skeleton weight is in it, ``[H]``; else zero."""
-        return self._elements.of_free(dict(zip(self.rows.names, values, strict=True)))
+    def step_(self, kernels: LineKernels[Any], step: Step, coefficients: Coefficients, to_step: Coefficient) -> None:
+        """One call: path gradients, the pass of the base, and weight allocation."""
+        guarded = kernels.path_step_(
+            step,
+            self._paths,
+            self._elements.elements,
+            lambda scale, to_weights: coefficients(self.rows.spread, Reparametrization(scale, scale), to_weights),
+            coefficients(self._elements.of_free),
+            self._max_ratio,
+        )
+        self._guarded = self._guarded + guarded
 
     def average_in_coordinates_(self, weights: Tensors) -> Callable[[], object]:
         """Turn weights into coordinates in place; the way back has no guard."""
@@ -210,7 +229,7 @@ class PathRule:
         for entry in entries.values():
             self._coordinates.multiply_by_beta_(entry.tensors, entry.degree)
             if entry.degree == WEIGHT_AVERAGE:
-                self._elements.write_(entry.tensors, *self._elements.read(weights))
+                self._elements.write_(entry.tensors, self._elements.read(weights))
             elif not entry.keep_on_restart:
                 self._coordinates.restart_skeleton_(entry.tensors)
 
@@ -220,8 +239,8 @@ class PathRule:
 
     def statistics(self, dormant: int) -> PathStatistics:
         """The extremes of beta, and how often the guard was needed."""
-        active = self._coordinates.skeleton.active.to(self._guarded.device)
-        low, high = (float(value) for value in self._coordinates.beta[:-1][active].aminmax())
+        beta = self._paths.beta
+        low, high = (float(value) for value in beta[:-1][self._coordinates.skeleton.active.to(beta.device)].aminmax())
         return PathStatistics(low, high, int(self._guarded), dormant)
 
     def clipped_rows(self) -> None:
@@ -231,8 +250,8 @@ class PathRule:
         """The skeleton, beta ``[H + 1]``, and the base's state in coordinates, under the key ``moments``."""
         return {
             "skeleton": self._coordinates.skeleton.state_dict(),
-            "beta": self._coordinates.beta.clone(),
-            "free_start": self._coordinates.free_start,
+            "beta": self._paths.beta.clone(),
+            "free_start": self._paths.start,
             "moments": {
                 name: {parameter: value.clone() for parameter, value in entry.tensors.items()}
                 for name, entry in entries.items()

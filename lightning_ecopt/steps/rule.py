@@ -17,13 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
 from lightning_ecopt.common.tensors import Tensors
 from lightning_ecopt.kernels import Coefficient, Kernels
-from lightning_ecopt.kernels.clipping import Clipping, RowGradients
+from lightning_ecopt.kernels.lines import LineKernels, OfPass, Step
 from lightning_ecopt.steps.coordinates import FreeWeights
 from lightning_ecopt.steps.rows import Rows
 from lightning_ecopt.steps.state import StateEntries
@@ -121,8 +121,8 @@ class Reparametrization:
 
 
 #: Lets the base optimizer move coordinates that are no weights, one number for each unit:
-#: ``advance(values, gradient, entries, of_units)`` returns the moved ``values [H]`` and changes ``entries``, a list of
-#: state vectors ``[H]``, in place. ``of_units`` spreads what each parameter has, ``[N]``, over units, ``[H]``.
+#: ``advance(values, gradient, entries, spread)`` returns the moved ``values [H]`` and changes ``entries``, a list of
+#: state vectors ``[H]``, in place. ``spread`` makes numbers for units, ``[H]``, of what each parameter has, ``[N]``.
 Advance = Callable[[Tensor, Tensor, Sequence[Tensor], Callable[[Tensor], Tensor]], Tensor]
 
 
@@ -137,6 +137,24 @@ class Allocation:
 
     to_weights: Tensor | None = None
     finish_: Callable[[], None] = lambda: None
+
+
+class Coefficients(Protocol):
+    """Gives the coefficients of a fused step."""
+
+    def __call__(
+        self,
+        spread: Callable[[Tensor], Tensor],
+        here: Reparametrization | None = None,
+        to_weights: Tensor | None = None,
+    ) -> OfPass:
+        """Of a pass over rows or units.
+
+        Args:
+            spread: makes values of what the pass goes over of what each parameter has, ``[N]``.
+            here: the coordinates; ``None`` if what the pass goes over is coordinates already.
+            to_weights: what coordinates are multiplied by afterwards; ``None`` if it is ``here.weight_scale``.
+        """
 
 
 class Rule(Protocol):
@@ -264,22 +282,12 @@ class Rule(Protocol):
     def state_dict(self, entries: StateEntries) -> dict[str, Any]:
         """What :meth:`resume` needs, with copies of ``entries`` if they are not those of weights."""
 
-
-@runtime_checkable
-class ReadsSums(Protocol):
-    """A rule whose coordinates follow from sums over rows of gradients, by kernels' ``clipping``, and from no more."""
-
-    def row_gradients(
-        self, sums: Tensor, squares: Tensor, to_step: Coefficient, present: Tensor | None = None
-    ) -> RowGradients:
-        """What the kernels need to know to find how gradients are centred and clipped.
+    def step_(self, kernels: LineKernels[Any], step: Step, coefficients: Coefficients, to_step: Coefficient) -> None:
+        """Take a fused step of whole parameters, each of which has a gradient, by one call of kernels.
 
         Args:
-            sums: of the gradients of each row, ``[R]``.
-            squares: sums of their squares.
-            to_step: that of :meth:`Rule.reparametrization`.
-            present: rows that have a gradient, ``bool[R]``; ``None`` if all have one.
+            kernels: address memory.
+            step: what they work on; its places are the rows.
+            coefficients: of the pass of the base.
+            to_step: that of :meth:`reparametrization`.
         """
-
-    def note(self, clipped: Clipping) -> None:
-        """Take note of what they have found, for :meth:`Rule.commit`."""

@@ -73,10 +73,12 @@ from lightning_ecopt.common.sharding import local
 from lightning_ecopt.common.tensors import Tensors, ordinary_tensors, updates_by_difference
 from lightning_ecopt.kernels import Coefficient, Kernels
 from lightning_ecopt.kernels.clipping import MEMORY, ClippedRows, Clipping, RowGradients
+from lightning_ecopt.kernels.lines import LineKernels, Step
 from lightning_ecopt.steps.rows import Rows
 from lightning_ecopt.steps.rule import (
     Advance,
     Allocation,
+    Coefficients,
     Reparametrization,
     Rule,
     Setting,
@@ -296,14 +298,22 @@ class UnitRule:
         if present is not None:
             present = self.rows.spread(present)
         sums, squares = self._sums_and_squares(gradients).unbind()
-        clipped = self.kernels.clipping(self.row_gradients(sums, squares, to_step, present))
-        self.note(clipped)
+        clipped = self.kernels.clipping(self._row_gradients(sums, squares, to_step, present))
+        self._note(clipped)
         return Reparametrization(clipped.step, clipped.scale, clipped.shift)
 
-    def row_gradients(
+    def step_(self, kernels: LineKernels[Any], step: Step, coefficients: Coefficients, to_step: Coefficient) -> None:
+        """One call: sums, clipping, and the pass of the base."""
+        clipped = kernels.step_(
+            step,
+            lambda sums, squares: self._row_gradients(sums, squares, to_step),
+            lambda of: coefficients(self.rows.spread, Reparametrization(of.step, of.scale, of.shift)),
+        )
+        self._note(clipped)
+
+    def _row_gradients(
         self, sums: Tensor, squares: Tensor, to_step: Coefficient, present: Tensor | None = None
     ) -> RowGradients:
-        """See :class:`~lightning_ecopt.steps.rule.ReadsSums`."""
         return RowGradients(
             sums,
             squares,
@@ -317,8 +327,8 @@ class UnitRule:
             self._linear,
         )
 
-    def note(self, clipped: Clipping) -> None:
-        """See :class:`~lightning_ecopt.steps.rule.ReadsSums`."""
+    def _note(self, clipped: Clipping) -> None:
+        """For :meth:`commit`."""
         factors = clipped.scale if self.is_measured else None
         self._next = (clipped.second, clipped.weight, self._clipped + clipped.num_clipped, factors)
 

@@ -15,17 +15,21 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from lightning_ecopt import EquivalentClassOptimizer, scaling_group
 from lightning_ecopt.kernels.compiled import CompiledKernels
+from lightning_ecopt.kernels.lines import LineKernels
 from lightning_ecopt.optim.prepared import PreparedStep
 from lightning_ecopt.optim.stages import Running
 from lightning_ecopt.optim.stepper import Stepper
 from tests.networks import mlp
 from tests.optim.training import weights_of
+from tests.paths.cases import NETWORKS
 from tests.selection import few
 
 pytestmark = pytest.mark.compiler
 
 STEPS, CHANGE_AT = 10, 6
 X, Y = torch.randn(32, 6, generator=torch.Generator().manual_seed(0)).double(), torch.arange(32) % 3
+#: The call of the kernels that is a prepared step of each rule.
+RULES = {"unit": "step_", "path": "path_step_"}
 MAKE: dict[str, Callable[[Any], Optimizer]] = {
     "sgd": lambda params: SGD(params, lr=0.02, momentum=0.9, weight_decay=0.01),
     "adamw": lambda params: AdamW(params, lr=0.01, amsgrad=True),
@@ -36,14 +40,24 @@ class Run:
     """Trains a network by one implementation, and is changed on the way."""
 
     def __init__(
-        self, make: Callable[[Any], Optimizer], implementation: str, dtype: torch.dtype = torch.float64
+        self,
+        make: Callable[[Any], Optimizer],
+        implementation: str,
+        dtype: torch.dtype = torch.float64,
+        rule: str = "unit",
     ) -> None:
         torch.manual_seed(1)
         self.net, self._x = mlp(6, 8, 8, 3).to(dtype), X.to(dtype)
         self.wide = torch.zeros(1, 12)  # what is beside a weight in its memory
         self.base = make(self.net.parameters())
         group = scaling_group(self.net, self._x[:2])
-        self.optimizer = EquivalentClassOptimizer(self.base, group, implementation=implementation, check=None)  # type: ignore[arg-type]
+        self.optimizer = EquivalentClassOptimizer(
+            self.base,
+            group,
+            rule=rule,
+            implementation=implementation,  # type: ignore[arg-type]
+            check=None,
+        )
 
     @property
     def weight(self) -> nn.Parameter:
@@ -165,20 +179,21 @@ CHANGES: dict[str, tuple[Callable[[Run], object], bool]] = {
 }
 
 
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("name", few(MAKE, ["sgd"]))
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_change_between_two_steps(name: str, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_change_between_two_steps(name: str, change: str, rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
-    step_ = CompiledKernels.step_
+    step_ = getattr(CompiledKernels, RULES[rule])
 
     def counted(self: CompiledKernels, *args: Any) -> Any:
         taken.append(step)
         return step_(self, *args)
 
-    monkeypatch.setattr(CompiledKernels, "step_", counted)
+    monkeypatch.setattr(CompiledKernels, RULES[rule], counted)
     happens, may_be_prepared = CHANGES[change]
     option_name = {"no momentum": "momentum", "nesterov": "nesterov", "no amsgrad": "amsgrad"}.get(change)
-    runs = [Run(MAKE[name], implementation) for implementation in ("wrapped", "compiled")]
+    runs = [Run(MAKE[name], implementation, rule=rule) for implementation in ("wrapped", "compiled")]
     has_option = option_name is None or option_name in runs[0].base.param_groups[0]
     for run in runs:
         for step in range(STEPS):
@@ -201,9 +216,10 @@ def forget(run: Run) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("name", MAKE)
-def test_a_prepared_step_changes_the_same_bits(name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("rule", RULES)
+def test_a_prepared_step_changes_the_same_bits(name: str, dtype: torch.dtype, rule: str) -> None:
     """So that a run that is resumed, whose first step is not prepared, ends as the one that went on."""
-    one, other = (Run(MAKE[name], "compiled", dtype) for _ in range(2))
+    one, other = (Run(MAKE[name], "compiled", dtype, rule) for _ in range(2))
     for step in range(STEPS):
         one.step()
         other.step(forget if step % 2 else None)
@@ -242,9 +258,10 @@ def test_state_that_was_cleared_is_released(name: str) -> None:
     assert not any(entry() is not None for entry in released)
 
 
-def test_a_gradient_without_memory() -> None:
+@pytest.mark.parametrize("rule", RULES)
+def test_a_gradient_without_memory(rule: str) -> None:
     """Derivatives of functions that are constant have none, where ``"wrapped"`` raises."""
-    one, other = (Run(MAKE["sgd"], "compiled") for _ in range(2))
+    one, other = (Run(MAKE["sgd"], "compiled", rule=rule) for _ in range(2))
     for step in range(STEPS):
         for run, zeros in ((one, torch.zeros), (other, torch._efficientzerotensor)):
             run.step(partial(gradient, change=lambda g: zeros(g.shape, dtype=g.dtype)) if step == CHANGE_AT else None)  # noqa: B023
@@ -252,11 +269,62 @@ def test_a_gradient_without_memory() -> None:
 
 
 @pytest.mark.parametrize("options", [{"momentum": 0.9, "dampening": 0.3}, {"momentum": 0.5, "dampening": 0.9}])
-def test_options_that_are_tensors(options: dict[str, float]) -> None:
+@pytest.mark.parametrize("rule", RULES)
+def test_options_that_are_tensors(options: dict[str, float], rule: str) -> None:
     of_tensors = {name: torch.tensor(value, dtype=torch.float64) for name, value in options.items()}
-    expected = Run(partial(SGD, lr=0.02, **options), "wrapped")
-    found = Run(partial(SGD, lr=0.02, **of_tensors), "compiled")
+    expected = Run(partial(SGD, lr=0.02, **options), "wrapped", rule=rule)
+    found = Run(partial(SGD, lr=0.02, **of_tensors), "compiled", rule=rule)
     for _ in range(STEPS):
         expected.step()
         found.step()
     torch.testing.assert_close(weights_of(found.net), weights_of(expected.net), rtol=1e-11, atol=1e-13)
+
+
+def _groups(net: nn.Module) -> list[dict[str, Any]]:
+    """Parameters of one axis have another rate and another decay."""
+    of = [[p for p in net.parameters() if (p.ndim > 1) == is_matrix] for is_matrix in (True, False)]
+    return [{"params": of[0], "weight_decay": 0.01}, {"params": of[1], "lr": 0.005}]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(SGD, lr=0.02),
+        partial(SGD, lr=0.02, momentum=0.9, nesterov=True),
+        partial(SGD, lr=2.0, momentum=0.5),  # so that the guard is needed
+        partial(AdamW, lr=0.01, amsgrad=True),
+    ],
+    ids=["sgd", "nesterov", "guarded", "amsgrad"],
+)
+@pytest.mark.parametrize("network", ["mlp", "batch_norm", "resnet"])
+@pytest.mark.parametrize("rule", few(RULES, ["path"]))
+def test_one_call_is_as_its_parts(
+    rule: str, network: str, make: Callable[..., Optimizer], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What C does in one call has the bits of the same calls one by one, which is what Triton's kernels do."""
+    taken = []
+
+    def by_parts(self: CompiledKernels, *args: Any) -> Any:
+        taken.append(True)
+        return getattr(LineKernels, RULES[rule])(self, *args)
+
+    found, statistics = [], []
+    for is_one_call in (True, False):
+        if not is_one_call:
+            monkeypatch.setattr(CompiledKernels, RULES[rule], by_parts)
+        torch.manual_seed(0)
+        build, shape = NETWORKS[network]
+        net, x = build().to(dtype), torch.randn(8, *shape, dtype=dtype)
+        optimizer = EquivalentClassOptimizer(
+            make(_groups(net)), scaling_group(net, x), rule=rule, implementation="compiled", check=None
+        )
+        for _ in range(5):
+            optimizer.zero_grad()
+            net(x).square().mean().backward()
+            optimizer.step()
+        found.append([*weights_of(net).values(), *(v for of in optimizer.state.values() for v in of.values())])
+        statistics.append(optimizer.statistics())
+    assert len(taken) == 5 - 1 - (make.keywords.get("momentum", 0) > 0 or "amsgrad" in make.keywords)
+    torch.testing.assert_close(*found, rtol=0, atol=0, equal_nan=True)
+    assert statistics[0] == statistics[1]

@@ -77,5 +77,5 @@ def point(
     coordinates = PathCoordinates(group.couplings, weights, skeleton, free_start)
     if random_beta:
         random = torch.rand(len(active), dtype=torch.float64) + 0.5
-        coordinates.beta[:-1] = torch.where(active, random[skeleton.root], 1.0)
+        coordinates.paths.beta[:-1] = torch.where(active, random[skeleton.root], 1.0)
     return Point(module, x, torch.randn_like(module(x)), group, weights, skeleton, coordinates)

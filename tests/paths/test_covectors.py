@@ -38,7 +38,7 @@ def test_momentum_starts_anew_at_skeleton_weights_and_nowhere_else(name: str, so
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_weight_space_momentum_of_ordinary_elements_is_the_pullback_along_the_path_values(name: str) -> None:
     at = point(name, random_beta=True, some_inactive=True)
-    explicit = ExplicitPaths(at.group, at.skeleton, at.weights, at.coordinates.beta)
+    explicit = ExplicitPaths(at.group, at.skeleton, at.weights, at.coordinates.paths.beta)
     in_paths = {key: torch.randn_like(weight) for key, weight in at.weights.items()}
     leaves = {key: weight.clone().requires_grad_() for key, weight in at.weights.items()}
     v = explicit.paths(leaves)

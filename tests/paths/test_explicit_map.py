@@ -24,7 +24,7 @@ def test_path_gradients_are_those_of_autograd_through_the_map(
     name: str, random_beta: bool, some_inactive: bool
 ) -> None:
     at = point(name, 1, random_beta=random_beta, some_inactive=some_inactive, free_start=0.8)
-    explicit = ExplicitPaths(at.group, at.skeleton, at.weights, at.coordinates.beta, at.coordinates.free_start)
+    explicit = ExplicitPaths(at.group, at.skeleton, at.weights, at.coordinates.paths.beta, at.coordinates.paths.start)
     v = {key: value.clone().requires_grad_() for key, value in explicit.v.items()}
     weights = explicit.weights(v)
     for key, weight in weights.items():
@@ -40,7 +40,7 @@ def test_path_gradients_are_those_of_autograd_through_the_map(
 @pytest.mark.parametrize("name", NETWORKS)
 def test_path_gradients_solve_the_chain_rule_over_all_basis_paths(name: str) -> None:
     at = point(name, 2, random_beta=True, some_inactive=True)
-    explicit = ExplicitPaths(at.group, at.skeleton, at.weights, at.coordinates.beta)
+    explicit = ExplicitPaths(at.group, at.skeleton, at.weights, at.coordinates.paths.beta)
     gradients = at.gradients()
     leaves = {key: weight.clone().requires_grad_() for key, weight in at.weights.items()}
     v = explicit.paths(leaves)
