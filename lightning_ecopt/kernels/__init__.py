@@ -1,7 +1,7 @@
 """The passes over weights, gradients and state that a step consists of, and the ways to run them.
 
-Kernels know tensors and vectors, and neither networks nor optimizers. :mod:`~lightning_ecopt.kernels.passes` says what each pass
-computes. Triton is imported when :func:`choose_kernels` takes it, and the passes in C are compiled then.
+Kernels know tensors and vectors, and neither networks nor optimizers. :mod:`~lightning_ecopt.kernels.passes` says what
+each pass computes. Triton is imported when :func:`choose_kernels` takes it, and the passes in C are compiled then.
 """
 
 from __future__ import annotations
