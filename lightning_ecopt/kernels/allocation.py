@@ -96,7 +96,10 @@ def allocate_(paths: Paths, factor: Tensor, weights: Tensor, max_ratio: float | 
         max_ratio: the guard: a coordinate changes by at most this factor, and never its sign; ``None`` for no guard.
     """
     factor = torch.where(paths.is_free, factor, 1.0)
-    allowed = factor if max_ratio is None else factor.clamp(1 / max_ratio, max_ratio)
+    if max_ratio is None:
+        allowed = factor
+    else:
+        allowed = factor.clamp(1 / max_ratio, min(max_ratio, torch.finfo(factor.dtype).max))
     allowed = torch.where(factor.isfinite() & (allowed != 0), allowed, 1.0)
     # A weight that the optimizer has spoilt is spoilt, but no beta, and by it no other weight.
     itself = torch.where(factor.isfinite(), allowed, factor)

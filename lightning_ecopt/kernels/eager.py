@@ -210,7 +210,11 @@ def _update_as_one_(update: Update, lists: Sequence[Views | None], coefficients:
         if views is not None and whole is not None and number != GRADIENTS:
             parts = whole.split([view.numel() for view in views])
             parts = [part if v.ndim == 1 else part.view_as(v) for part, v in zip(parts, views, strict=True)]
-            torch._foreach_copy_(list(views), parts)
+            if any(view.is_neg() for view in views):  # which a copy of lists does not write to
+                for view, part in zip(views, parts, strict=True):
+                    view.copy_(part)
+            else:
+                torch._foreach_copy_(list(views), parts)
 
 
 def _update_each_(

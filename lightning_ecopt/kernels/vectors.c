@@ -115,8 +115,9 @@ ONCE void OF(free_gradient)(const OF(Paths) *of, const REAL *sums, const REAL *w
     }
 }
 
-/* Take over the free coordinates, which were multiplied by `factors`: beta changes, and `skeleton` gets the skeleton weights, which may be
-   `weights` itself. `ratio`, H + 1, is by what beta was multiplied. Returns at how many units the guard was needed. */
+/* Take over the free coordinates, which were multiplied by `factors`: beta changes, and `skeleton` gets the skeleton
+   weights, which may be `weights` itself. `ratio`, H + 1, is by what beta was multiplied. Returns at how many units the
+   guard was needed. */
 ONCE int64_t OF(allocate)(const OF(Paths) *of, const REAL *factors, const REAL *weights, REAL *skeleton, REAL *ratio) {
     const int64_t n = of->units;
     const REAL least = (REAL)of->least, most = (REAL)of->most;

@@ -45,6 +45,7 @@ class Run:
         implementation: str,
         dtype: torch.dtype = torch.float64,
         rule: str = "unit",
+        **options: Any,
     ) -> None:
         torch.manual_seed(1)
         self.net, self._x = mlp(6, 8, 8, 3).to(dtype), X.to(dtype)
@@ -57,6 +58,7 @@ class Run:
             rule=rule,
             implementation=implementation,  # type: ignore[arg-type]
             check=None,
+            **options,
         )
 
     @property
@@ -73,10 +75,10 @@ class Run:
         self.optimizer.step()
 
 
-def gradient(run: Run, change: Callable[[Tensor], Tensor | None]) -> None:
-    grad = run.weight.grad
-    assert grad is not None
-    run.weight.grad = change(grad)
+def gradient(run: Run, change: Callable[[Tensor], Tensor | None], number: int | None = None) -> None:
+    weight = run.weight if number is None else list(run.net.parameters())[number]
+    assert weight.grad is not None
+    weight.grad = change(weight.grad)
 
 
 def move(run: Run) -> None:
@@ -158,6 +160,7 @@ CHANGES: dict[str, tuple[Callable[[Run], object], bool]] = {
     "zeros": (lambda run: gradient(run, torch.zeros_like), True),
     "infinite": (lambda run: gradient(run, lambda g: g.fill_(torch.inf)), True),
     "negative": (lambda run: gradient(run, torch._neg_view), False),
+    "negative bias": (lambda run: gradient(run, torch._neg_view, 1), False),
     "moved weight": (move, True),
     "wider memory": (wider_memory, False),
     "turned": (turn, False),
@@ -256,6 +259,14 @@ def test_state_that_was_cleared_is_released(name: str) -> None:
     released = [weakref.ref(entry) for state in run.base.state.values() for entry in state.values()]
     run.base.state.clear()
     assert not any(entry() is not None for entry in released)
+
+
+@pytest.mark.parametrize("implementation", ["wrapped", "eager", "compiled"])
+def test_a_guard_that_is_never_needed_may_be_beyond_the_numbers_of_the_weights(implementation: str) -> None:
+    run = Run(MAKE["sgd"], implementation, torch.float32, "path", max_path_ratio=1e300)
+    for _ in range(3):
+        run.step()
+    assert run.optimizer.statistics().guarded_paths == 0  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("rule", RULES)
