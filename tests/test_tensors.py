@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from lightning_ecopt.common.runs import Runs
 from lightning_ecopt.common.tensors import PIECE_SIZES, PieceSize, padded, piece_length, pieces, region_of
 
 
@@ -43,3 +46,12 @@ def test_pieces_cover_an_axis(
     found = [(part.start, part.stop) for part in pieces(tensor, "step", axis)]
     assert found == expected
     assert piece_length(tensor, "step", axis) >= 1
+
+
+@given(entries=st.lists(st.tuples(st.sampled_from([1.0, 2.0, torch.inf]), st.booleans()), max_size=12))
+def test_runs_are_the_vectors_that_they_were_made_of(entries: list[tuple[float, bool]]) -> None:
+    vectors = torch.tensor([[size, float(other)] for size, other in entries]).reshape(-1, 2).t()
+    runs = Runs.of(*vectors)
+    assert torch.equal(runs.vectors(), vectors)
+    assert int(runs.lengths.sum()) == runs.size == len(entries)
+    assert not bool((runs.values[:, 1:] == runs.values[:, :-1]).all(0).any())  # neighbours differ

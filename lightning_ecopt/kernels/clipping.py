@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_ecopt.common.runs import Runs
+
 CENTRING = 0.9  # share of the mean that is taken out of the gradients of a row
 MEMORY = 0.99  # of the running second moments
 FAINT = 1e-5  # relative size of gradients that are rounding
@@ -23,15 +25,14 @@ class ClippedRows(NamedTuple):
     """What clipping needs to know of the rows.
 
     Args:
-        size: numbers of elements; infinite for rows that are neither centred nor clipped.
-        shift: minus the share of the mean that is taken out of the gradients, c = g + shift mean(g).
+        runs: of two vectors: numbers of elements, infinite for rows that are neither centred nor clipped; and minus
+            the share of the mean that is taken out of the gradients, c = g + shift mean(g).
         one: a scalar.
         slack: relative size of mean(c**2) - q_k that is rounding.
         tiny: lower bound of sqrt(q_k) in the quotient, so that it does not overflow.
     """
 
-    size: Tensor
-    shift: Tensor
+    runs: Runs
     one: Tensor
     slack: float
     tiny: float
@@ -41,7 +42,7 @@ class ClippedRows(NamedTuple):
         """For rows, some of which are not centred, and some of which belong to matrices that are treated whole."""
         size = size if whole is None else size.masked_fill(whole, torch.inf)
         shift = -CENTRING * (~uncentred).to(size)
-        return cls(size, shift, size.new_ones(()), 1 + 8 * torch.finfo(size.dtype).eps, tiny)
+        return cls(Runs.of(size, shift), size.new_ones(()), 1 + 8 * torch.finfo(size.dtype).eps, tiny)
 
 
 class RowGradients(NamedTuple):
@@ -98,9 +99,10 @@ def clipping(gradients: RowGradients) -> Clipping:
     q_k includes the gradient at hand: at most a factor of 10 is cut, and an outlier shortens the next hundred steps.
     """
     sums, squares, second, weight, rows, present, rho, to_step, own, linear = gradients
-    mean = sums / rows.size
+    size, centre = rows.runs.vectors()
+    mean = sums / size
     # Without another pass over the gradients.
-    centred_square = torch.addcmul(squares / rows.size, mean * mean, rows.shift, value=2 - CENTRING).clamp(min=0)
+    centred_square = torch.addcmul(squares / size, mean * mean, centre, value=2 - CENTRING).clamp(min=0)
     centred_square = centred_square.nan_to_num(-1, -1)  # a gradient that is not finite leaves q_k as it is
     known = (centred_square >= 0 if present is None else (centred_square >= 0) & present).to(second.dtype)
     second = torch.addcmul(second, known, centred_square - second, value=1 - MEMORY)
@@ -108,7 +110,7 @@ def clipping(gradients: RowGradients) -> Clipping:
     q = second / weight.clamp(min=1 - MEMORY)
     # The first gradient equals its own mean, but for rounding. Where the root is NaN, nothing is clipped.
     scale = torch.fmin((centred_square / (rows.slack * q)).rsqrt(), rows.one)
-    shift = (mean * rows.shift).nan_to_num(0, 0, 0) * scale
+    shift = (mean * centre).nan_to_num(0, 0, 0) * scale
     if rho is None:
         assert own is not None
         return Clipping(second, weight, scale, shift, own, (scale < 1).sum())

@@ -294,6 +294,10 @@ class CompiledKernels(LineKernels[_Plan]):
         return group.threads if os.getpid() == self._library.process else 1
 
 
+#: Among the vectors of ``_Known``, the number of the first of the two that change.
+MOMENTS = 3
+
+
 class _Known(NamedTuple):
     """What ``passes.c`` calls Rows.
 
@@ -313,7 +317,7 @@ class _Known(NamedTuple):
         _, _, second, weight, rows, present, rho, to_step, own, linear = gradients
         has_others = rho is not None and own is not None
         vectors = [
-            *(second, weight, rows.size, rows.shift),
+            *(rows.runs.lengths, *rows.runs.values, second, weight),
             None if present is None else present.to(second),
             rho,
             to_step.to(second) if _is_vector(to_step) else None,
@@ -323,7 +327,8 @@ class _Known(NamedTuple):
         kept = [None if vector is None else vector.contiguous() for vector in vectors]
         words = [0 if vector is None else vector.data_ptr() for vector in kept]
         numbers = _bits(MEMORY, 2 - CENTRING, rows.slack, rows.tiny, FAINT)
-        return cls(array("q", [len(second), *words, *numbers]), kept, _compared(gradients))
+        runs = len(rows.runs.lengths)
+        return cls(array("q", [runs, len(second), *words, *numbers]), kept, _compared(gradients))
 
     def holds(self, gradients: RowGradients) -> bool:
         """Whether it is true of other gradients, too."""
@@ -332,7 +337,7 @@ class _Known(NamedTuple):
     @property
     def is_in_place(self) -> bool:
         """Whether the table has the addresses of the moments themselves, and not of copies."""
-        return self.kept[0] is self.like[0] and self.kept[1] is self.like[1]
+        return self.kept[MOMENTS] is self.like[0] and self.kept[MOMENTS + 1] is self.like[1]
 
     @property
     def address(self) -> int:

@@ -25,11 +25,12 @@ int64_t OF(copy_elements)(const Elements *of, REAL *const *x, int64_t stride, RE
     return outside;
 }
 
-/* What is known of the rows; clipping.py says what the vectors are. `present` has ones and zeros. All behind `centre`
-   may be null. */
+/* What is known of the rows; clipping.py says what the vectors are. The first lengths[0] rows have size[0] and
+   centre[0], the next lengths[1] have size[1] ... `present` has ones and zeros. All from there on may be null. */
 typedef struct {
-    int64_t rows;
-    const REAL *second, *weight, *size, *centre, *present, *rho, *to_steps, *own;
+    int64_t runs, rows;
+    const int64_t *lengths;
+    const REAL *size, *centre, *second, *weight, *present, *rho, *to_steps, *own;
     const uint8_t *linear;
     double memory, lifted, slack, tiny, faint;
 } OF(Rows);
@@ -38,19 +39,20 @@ typedef struct {
    rows were clipped. */
 ONCE int64_t OF(clipping)(const OF(Rows) *of, double factor, const REAL *sums, const REAL *squares, REAL *new_second,
                           REAL *new_weight, REAL *scale, REAL *shift, REAL *step) {
-    const REAL *second = of->second, *weight = of->weight, *size = of->size, *centre = of->centre;
-    const REAL *present = of->present, *rho = of->rho, *magnitude = rho ? rho : size;
+    const REAL *second = of->second, *weight = of->weight, *present = of->present, *rho = of->rho;
     const REAL newest = (REAL)(1 - of->memory), lifted = (REAL)of->lifted, slack = (REAL)of->slack;
     REAL count_of_part, total_of_part;
-    int64_t count = 0;
+    int64_t count = 0, run = 0, end_of_run = 0, end;
     double total = 0;
-    for (int64_t first = 0; first < of->rows; first += PART) {
-        const int64_t end = first + PART < of->rows ? first + PART : of->rows;
+    for (int64_t first = 0; first < of->rows; first = end) {
+        while (first == end_of_run) end_of_run += of->lengths[run++];
+        const REAL size = of->size[run - 1], centre = of->centre[run - 1];
+        end = first + PART < end_of_run ? first + PART : end_of_run;
         count_of_part = total_of_part = 0;
 #pragma omp simd reduction(+ : count_of_part, total_of_part)
         for (int64_t k = first; k < end; k++) {
-            const REAL mean = sums[k] / size[k], moved = mean * centre[k];
-            REAL square = squares[k] / size[k] + mean * moved * lifted;
+            const REAL mean = sums[k] / size, moved = mean * centre;
+            REAL square = squares[k] / size + mean * moved * lifted;
             square = square < 0 ? 0 : square;
             /* Nothing changes where a gradient is not finite, or where there is none. */
             const REAL share = square <= MOST(REAL) ? newest * (present ? present[k] : 1) : 0;
@@ -62,7 +64,7 @@ ONCE int64_t OF(clipping)(const OF(Rows) *of, double factor, const REAL *sums, c
             shift[k] = (moved <= MOST(REAL)) & (moved >= -MOST(REAL)) ? moved * scale[k] : 0;
             count_of_part += scale[k] < 1 ? 1 : 0;
             step[k] = ROOT_OF(REAL, q);
-            total_of_part += magnitude[k] * magnitude[k] * q;
+            total_of_part += rho ? rho[k] * rho[k] * q : 0;
         }
         count += (int64_t)count_of_part;
         total += total_of_part;

@@ -88,7 +88,7 @@ def _statistics(stage: Running, weights: Tensors, moved: Tensors) -> dict[str, L
     rule, rows = stage.rule, stage.rule.rows
     layers = list(dict.fromkeys(map(layer_of, rows.names)))
     to_layers = SegmentSum(
-        torch.tensor([layers.index(layer_of(name)) for name in rows.names], device=rows.sizes.device), len(layers)
+        torch.tensor([layers.index(layer_of(name)) for name in rows.names], device=rows.device), len(layers)
     )
 
     def total(of_rows: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ def _statistics(stage: Running, weights: Tensors, moved: Tensors) -> dict[str, L
     is_clipped = rule.clipped_rows()
     shares: list[float | None] = [None] * len(layers)
     if is_clipped is not None:
-        shares = (total(is_clipped.to(rows.dtype)) / total(torch.ones_like(rows.sizes))).tolist()
+        shares = (total(is_clipped.to(rows.dtype)) / total(torch.ones_like(is_clipped, dtype=rows.dtype))).tolist()
     imbalances = largest_imbalances(stage.network.group)
     return {
         layer: LayerStatistics(size, share, imbalances.get(layer))

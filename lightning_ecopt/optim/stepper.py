@@ -18,6 +18,7 @@ from lightning_ecopt.kernels.lines import OfPass
 from lightning_ecopt.optim.bases import BASES, Base, Value, has_own_step, momentum_to_step, products
 from lightning_ecopt.optim.calls import StepCall
 from lightning_ecopt.optim.prepared import PreparedStep
+from lightning_ecopt.steps.rows import Rows
 from lightning_ecopt.steps.rule import Coefficients, Reparametrization, Rule
 from lightning_ecopt.steps.state import StateEntries
 
@@ -174,7 +175,7 @@ class FusedStep:
         """The factor that gives the base's momentum the size of one gradient: a number, or one for each row."""
         rows, groups = self._rule.rows, self._optimizer.param_groups
         value = self._of_parameters([momentum_to_step(options) for options in groups])
-        return _onto(rows.spread, rows.sizes)(value) if isinstance(value, Tensor) and value.ndim else value
+        return _onto(rows.spread, rows)(value) if isinstance(value, Tensor) and value.ndim else value
 
     def entries(self, gradients: Tensors) -> list[dict[str, Tensor]] | None:
         """The state that the pass takes, by parameter name; ``None`` if this step has to be wrapped.
@@ -256,14 +257,14 @@ class FusedStep:
 
     def _coefficients(self, base: Base, names: Iterable[str]) -> Coefficients:
         """The coefficients of this step, which is counted; ``names`` are those of parameters with a gradient."""
-        terms, like = base.terms(**self._rates(base, names)), self._rule.rows.sizes
+        terms, rows = base.terms(**self._rates(base, names)), self._rule.rows
 
         def given(
             spread: Callable[[Tensor], Tensor],
             here: Reparametrization | None = None,
             to_weights: Tensor | None = None,
         ) -> OfPass:
-            return products(terms, _onto(spread, like), here, to_weights)
+            return products(terms, _onto(spread, rows), here, to_weights)
 
         return given
 
@@ -307,6 +308,6 @@ class FusedStep:
         return torch.stack([counts.get(name, first) for name in self._rule.rows.names]).to(torch.float64)
 
 
-def _onto(spread: Callable[[Tensor], Tensor], like: Tensor) -> Callable[[Tensor], Tensor]:
-    """Spread what the parameters have, ``[N]``, over a vector ``like``, in its type and on its device."""
-    return lambda value: spread(to_device(value.to(like.dtype), like.device))
+def _onto(spread: Callable[[Tensor], Tensor], rows: Rows) -> Callable[[Tensor], Tensor]:
+    """Spread what the parameters have, ``[N]``, in the type of vectors over rows and on their device."""
+    return lambda value: spread(to_device(value.to(rows.dtype), rows.device))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_ecopt.common.parts import Part, lengths
+from lightning_ecopt.common.runs import Runs
 from lightning_ecopt.common.segment_sum import SegmentSum
 from lightning_ecopt.common.sharding import Ranks, local, parts
 from lightning_ecopt.common.tensors import Tensors, to_device
@@ -37,7 +38,7 @@ class Rows:
 
     Attributes:
         dtype: of vectors over the rows.
-        sizes: numbers of elements, ``[R]``, on all ranks.
+        device: of vectors over the rows.
         names: names of the N parameters that have rows; those without elements have none.
         covered: names of the parameters all of whose elements belong to rows.
 
@@ -49,7 +50,7 @@ class Rows:
 
     def __init__(self, couplings: Sequence[Coupling], parameters: Tensors) -> None:
         self._ranks = Ranks(parameters)
-        device = local(next(iter(parameters.values()))).device
+        self.device = device = local(next(iter(parameters.values()))).device
         widest = max((p.dtype for p in parameters.values()), key=lambda kind: torch.finfo(kind).bits)
         self.dtype = torch.promote_types(torch.float32, widest)
         self._couplings, self._order = couplings, list(parameters)
@@ -59,7 +60,7 @@ class Rows:
         self._all_names = frozenset(self.names)
         self._counted = {name for name in self.names if self._ranks.counts(parameters[name])}
 
-        self.sizes = _cat([own.sizes for own in all_rows], device).to(self.dtype)
+        self._sizes = Runs.of(_cat([own.sizes for own in all_rows], device).to(self.dtype))
         self._owners = _cat(
             [torch.tensor([self.names.index(own.coupling.parameter)], device="cpu") for own in all_rows], device
         )
@@ -68,7 +69,12 @@ class Rows:
         self.covered = _covered(self.names, self._blocks.boxes, parameters)
 
     def __len__(self) -> int:
-        return len(self.sizes)
+        return self._sizes.size
+
+    @property
+    def sizes(self) -> Tensor:
+        """Numbers of elements on all ranks, ``[R]``. Found anew at each call."""
+        return self._sizes.vectors()[0]
 
     @property
     def single(self) -> Tensor:
@@ -82,7 +88,7 @@ class Rows:
     def units(self) -> Tensor:
         """The unit that each row leads into, ``int32[R]``; ``NO_UNIT`` if it is held fixed. Found anew at each call."""
         all_rows = _all_rows(self._couplings, self._order)
-        return _cat([own.units.clamp(min=NO_UNIT) for own in all_rows], self.sizes.device).to(torch.int32)
+        return _cat([own.units.clamp(min=NO_UNIT) for own in all_rows], self.device).to(torch.int32)
 
     def additive(self) -> Tensor:
         """Whether a row is added to what the unit's weights give, ``bool[R]``. Found anew at each call."""
@@ -91,7 +97,7 @@ class Rows:
     def where(self, holds: Callable[[Coupling], bool]) -> Tensor:
         """Whether something holds for the coupling of a row, ``bool[R]``. Found anew at each call."""
         all_rows = _all_rows(self._couplings, self._order)
-        return _cat([own.filled(holds(own.coupling)) for own in all_rows], self.sizes.device).to(torch.bool)
+        return _cat([own.filled(holds(own.coupling)) for own in all_rows], self.device).to(torch.bool)
 
     def by_parameter(self, values: Tensor) -> Tensor:
         """Sums over the rows of each parameter: ``[N]`` from ``[R]``. Groups are formed anew at each call."""
@@ -102,7 +108,7 @@ class Rows:
         """Which parameters have a tensor, ``bool[N]``; ``None`` if all have one."""
         if tensors.keys() >= self._all_names:
             return None
-        return to_device(torch.tensor([name in tensors for name in self.names], device="cpu"), self.sizes.device)
+        return to_device(torch.tensor([name in tensors for name in self.names], device="cpu"), self.device)
 
     def spread(self, values: Tensor) -> Tensor:
         """What each parameter has, ``[N]``, for each of its rows: ``[R]``."""
@@ -132,7 +138,7 @@ class Rows:
             tensors = tuple({name: tensor for name, tensor in of.items() if name in self._counted} for of in tensors)
         complete = self._blocks.complete(tensors, self._all_names)
         count = 2 if name == "sums_and_squares" else 1
-        found = torch.zeros(count, 0, dtype=self.dtype, device=self.sizes.device)
+        found = torch.zeros(count, 0, dtype=self.dtype, device=self.device)
         if any(complete):
             lists, shapes = self._blocks.views(complete, tensors)
             found = getattr(kernels, name)(*lists, shapes, self.dtype)

@@ -146,17 +146,17 @@ class UnitRule:
         self.rows = Rows(group.couplings, parameters)
         self._linear, self._whole = self._of_kind(kinds, "linear"), self._of_kind(kinds, "whole")
         self._all_linear = self._linear is not None and bool(self._linear.all())
-        self._size = self.rows.sizes
+        size = self.rows.sizes
         self._clipped: Tensor | int = 0
         self._steps = 0
         self._moving: set[str] = set()  # names of the parameters that have a gradient in this step
         # Momentum keeps its type when somebody gives the parameters another one.
         means = {name: mean.to(parameters[name].dtype) for name, mean in (means or {}).items()}
-        self._second = (1 - MEMORY) * self._sums_and_squares(means)[1] / self._size
+        self._second = (1 - MEMORY) * self._sums_and_squares(means)[1] / size
         self._weight = (self._second > 0).to(self.rows.dtype) * (1 - MEMORY)
         reads_powers = self.rows.where(lambda each: group.monomials.has_powers(each.outgoing))
         uncentred = self.rows.single | self.rows.additive() | reads_powers
-        self._clipped_rows = ClippedRows.of(self._size, uncentred, self._whole, tiny)
+        self._clipped_rows = ClippedRows.of(size, uncentred, self._whole, tiny)
         weights = {name: local(parameter) for name, parameter in parameters.items()}
         squares = self._sums_and_squares(weights)[1]
         self._rho, self._reference = self._magnitudes(
@@ -245,8 +245,8 @@ class UnitRule:
         """Rows of parameters in which the base's steps are of a kind, ``bool[R]``; ``None`` if there are none."""
         chosen = [kinds[name] == kind for name in self.rows.names]
         if all(chosen):
-            return torch.tensor(any(chosen), device=self.rows.sizes.device).expand(len(self.rows))  # in no memory
-        return self.rows.spread(torch.tensor(chosen, device=self.rows.sizes.device)) if any(chosen) else None
+            return torch.tensor(any(chosen), device=self.rows.device).expand(len(self.rows))  # in no memory
+        return self.rows.spread(torch.tensor(chosen, device=self.rows.device)) if any(chosen) else None
 
     def _sums_and_squares(self, tensors: Tensors) -> Tensor:
         """Sums and sums of squares of all rows, ``[2, R]``; zero for tensors that are missing."""
@@ -259,9 +259,10 @@ class UnitRule:
             squares: sums of squares of the weights of each row, ``[R]``.
             typical: the same where gains are one.
         """
-        rows, own = self.rows, (squares / self._size).sqrt()
+        rows, sizes = self.rows, self.rows.sizes
+        own = (squares / sizes).sqrt()
         counted = ((squares > 0) & ~rows.single).to(squares)
-        size = rows.by_parameter(self._size * counted)
+        size = rows.by_parameter(sizes * counted)
         total, usual = rows.by_parameter(squares * counted), rows.by_parameter(typical * counted)
         reference = _median_root(usual / size)
         if self._whole is not None:
@@ -400,7 +401,7 @@ class UnitRule:
 
     def statistics(self, dormant: int) -> UnitStatistics:
         """The share of gradients that were clipped since the start."""
-        return UnitStatistics(int(self._clipped) / max(1, self._steps * len(self._size)), dormant)
+        return UnitStatistics(int(self._clipped) / max(1, self._steps * len(self.rows)), dormant)
 
     def clipped_rows(self) -> Tensor | None:
         """The rows whose gradients were clipped in the last step, ``bool[R]``, if that was measured."""
