@@ -104,7 +104,7 @@ class CompiledKernels(LineKernels[_Plan]):
         super().__init__()
         self._library = load()
         self._known = _NOTHING
-        self._kept: tuple[Tensor, Sequence[Tensor]] = torch.empty(5, 0, device="cpu"), ()
+        self._kept: tuple[Tensor, Sequence[Tensor]] = torch.empty(3, 0, device="cpu"), ()
 
     def __reduce__(self) -> tuple[Callable[[], EagerKernels], tuple[()]]:
         return _compiled_or_eager, ()
@@ -191,8 +191,8 @@ class CompiledKernels(LineKernels[_Plan]):
     ) -> Clipping:
         """See :class:`~lightning_ecopt.kernels.lines.LineKernels`: here it is one call, and moments stay in place."""
         plan, dtype = step.plan, step.dtype
-        found, (of_gradients, squares, *of_step) = self._scratch(plan.num_places, dtype)
-        gradients = rows(of_gradients, squares)
+        found, of_step = self._scratch(plan.num_places, dtype)
+        gradients = rows(*of_step[:2])  # which become scale and shift
         if not self._known.holds(gradients):
             self._known = _Known.of(gradients)
         group = plan.only_group(dtype)
@@ -280,10 +280,10 @@ class CompiledKernels(LineKernels[_Plan]):
         return Allocated(skeleton, ratio, count)
 
     def _scratch(self, count: int, dtype: torch.dtype) -> tuple[Tensor, Sequence[Tensor]]:
-        """Five vectors for a step, as one tensor and one by one; small ones are kept, as making them takes longer."""
+        """Three vectors for a step, as one tensor and one by one; small ones are kept, as making them takes longer."""
         if self._kept[0].shape[1] == count and self._kept[0].dtype == dtype:
             return self._kept
-        found = torch.empty(5, count, dtype=dtype, device="cpu")
+        found = torch.empty(3, count, dtype=dtype, device="cpu")
         made = found, found.unbind()
         if count <= KEPT_ROWS:
             self._kept = made

@@ -277,15 +277,15 @@ ONCE void OF(sums)(const Block *blocks, const Item *items, int64_t num_items, RE
 #include "vectors.c"
 
 /* A whole step: the sums of gradients, what they say of the rows, and the pass of the base. Places are rows. The second
-   moments and their weights change in place. For each row `found` has room for the sum, the sum of squares, scale, shift
-   and step. */
+   moments and their weights change in place. For each row `found` has room for the scale, which is the sum first, the
+   shift, which is the sum of squares first, and the step. */
 int64_t OF(step)(const Block *blocks, const Item *items, int64_t num_items, REAL *const *gradients,
                  REAL *const *addresses, int64_t tensors, const Coefficients *given, const OF(Rows) *of, double factor,
                  REAL *found, int64_t threads) {
     const int64_t n = of->rows;
     OF(sums)(blocks, items, num_items, gradients, 1, found, sizeof(REAL) == sizeof(double), n, threads);
     const int64_t count = OF(clipping)(of, factor, found, found + n, (REAL *)of->second, (REAL *)of->weight,
-                                       found + 2 * n, found + 3 * n, found + 4 * n);
+                                       found, found + n, found + 2 * n);
     OF(update)(blocks, items, num_items, addresses, tensors, given, threads);
     return count;
 }

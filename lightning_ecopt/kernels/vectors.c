@@ -35,8 +35,8 @@ typedef struct {
     double memory, lifted, slack, tiny, faint;
 } OF(Rows);
 
-/* How gradients are centred and clipped, and how long steps are; clipping.py has the same in Python. Returns how many
-   rows were clipped. */
+/* How gradients are centred and clipped, and how long steps are; clipping.py has the same in Python. `scale` may be
+   `sums`, and `shift` may be `squares`. Returns how many rows were clipped. */
 ONCE int64_t OF(clipping)(const OF(Rows) *of, double factor, const REAL *sums, const REAL *squares, REAL *new_second,
                           REAL *new_weight, REAL *scale, REAL *shift, REAL *step) {
     const REAL *second = of->second, *weight = of->weight, *present = of->present, *rho = of->rho;
