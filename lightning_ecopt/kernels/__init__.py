@@ -1,6 +1,6 @@
 """The passes over weights, gradients and state that a step consists of, and the ways to run them.
 
-Kernels know tensors and vectors, and neither networks nor optimizers. :mod:`~lightning_ecopt.kernels.passes` says what
+Kernels know tensors and vectors, and neither modules nor optimizers. :mod:`~lightning_ecopt.kernels.passes` says what
 each pass computes. Triton is imported when :func:`choose_kernels` takes it, and the passes in C are compiled then.
 """
 

@@ -22,7 +22,7 @@ class Paths:
     """The paths of one skeleton.
 
     Args:
-        units: the unit that each row leads into, ``int32[R]``.
+        unit_of_row: the unit that each row leads into, ``int32[R]``.
         root: the first unit with a free skeleton weight on the way out of each unit, ``int32[H]``.
         target: the unit into which the outgoing skeleton weight of each unit leads, ``int32[H]``.
         is_free: units whose outgoing skeleton weight is free, ``bool[H]``.
@@ -30,7 +30,7 @@ class Paths:
         beta: values of the paths out of the units relative to the start, ``[H + 1]``; steps change it in place.
     """
 
-    units: Tensor
+    unit_of_row: Tensor
     root: Tensor
     target: Tensor
     is_free: Tensor
@@ -39,8 +39,13 @@ class Paths:
 
     @cached_property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """The free coordinates as one block of a pass."""
-        return ((len(self.is_free),),)
+        """The free coordinates as one block of a pass; kept, as plans are looked up by this very object."""
+        return ((self.num_units,),)
+
+    @property
+    def num_units(self) -> int:
+        """The number H of units."""
+        return len(self.is_free)
 
     @property
     def free_values(self) -> Tensor:
@@ -50,12 +55,13 @@ class Paths:
     @property
     def weight_scale(self) -> Tensor:
         """By what weights are divided to be coordinates, for each row ``[R]``."""
-        return self.beta.index_select(0, self.units).reciprocal_()
+        return self.beta.index_select(0, self.unit_of_row).reciprocal_()
 
     @cached_property
     def to_roots(self) -> SegmentSum:
-        """Sums over rows and units with the same root."""
-        return SegmentSum(torch.cat([padded(self.root, len(self.root))[self.units], self.root]), len(self.root))
+        """Sums over rows and units with the same root. To make it waits for the device; in C it is not needed."""
+        roots = torch.cat([padded(self.root, self.num_units)[self.unit_of_row], self.root])
+        return SegmentSum(roots, self.num_units)
 
 
 class Allocated(NamedTuple):

@@ -26,7 +26,7 @@ class ClippedRows(NamedTuple):
 
     Args:
         runs: of two vectors: numbers of elements, infinite for rows that are neither centred nor clipped; and minus
-            the share of the mean that is taken out of the gradients, c = g + shift mean(g).
+            the share of the mean that is taken out of the gradients, c = g + centre mean(g).
         one: a scalar.
         slack: relative size of mean(c**2) - q_k that is rounding.
         tiny: lower bound of sqrt(q_k) in the quotient, so that it does not overflow.
@@ -41,8 +41,8 @@ class ClippedRows(NamedTuple):
     def of(cls, size: Tensor, uncentred: Tensor, whole: Tensor | None, tiny: float) -> ClippedRows:
         """For rows, some of which are not centred, and some of which belong to matrices that are treated whole."""
         size = size if whole is None else size.masked_fill(whole, torch.inf)
-        shift = -CENTRING * (~uncentred).to(size)
-        return cls(Runs.of(size, shift), size.new_ones(()), 1 + 8 * torch.finfo(size.dtype).eps, tiny)
+        centre = -CENTRING * (~uncentred).to(size)
+        return cls(Runs.of(size, centre), size.new_ones(()), 1 + 8 * torch.finfo(size.dtype).eps, tiny)
 
 
 class RowGradients(NamedTuple):

@@ -166,8 +166,7 @@ class CompiledKernels(LineKernels[_Plan]):
         outside = self._library.copy_elements[vector.dtype](
             table.buffer_info()[0], addresses.buffer_info()[0], 1, vector.data_ptr(), write
         )
-        if outside:
-            raise IndexError(f"{outside} of the elements are not in their tensors, whose sizes have changed")
+        _check_inside(outside)
 
     def clipping(self, gradients: RowGradients) -> Clipping:
         """See :class:`~lightning_ecopt.kernels.Kernels`."""
@@ -199,7 +198,7 @@ class CompiledKernels(LineKernels[_Plan]):
         if group is None or not self._known.is_in_place:
             return super().step_(step, rows, coefficients)
         clipped = _clipping(gradients, [gradients.second, gradients.weight, *of_step], 0)
-        words = Words.of({"fade": 0.0, **coefficients(clipped)}, dtype, found.device)
+        words = Words.of(coefficients(clipped), dtype, found.device)
         given, addresses = words.table(), group.addresses(step.lists)
         addresses_of_gradients = group.addresses(step.lists[GRADIENTS : GRADIENTS + 1])
         count = self._library.step[dtype](
@@ -228,16 +227,13 @@ class CompiledKernels(LineKernels[_Plan]):
         """See :class:`~lightning_ecopt.kernels.lines.LineKernels`: here it is one call."""
         plan, lists, dtype = step.plan, step.lists, step.dtype
         group = plan.only_group(dtype)
-        if group is None or not plan.is_contiguous or paths.beta.dtype != dtype:
+        if group is None or not plan.is_contiguous:
             return super().path_step_(step, paths, skeleton, coefficients, of_free, max_ratio)
-        rows, units = len(paths.units), len(paths.root)
+        rows, units = len(paths.unit_of_row), paths.num_units
         found = torch.empty(2 * rows + (2 * len(lists) + 3) * units + 1, dtype=dtype, device="cpu")
         at_root = torch.empty(units + 1, dtype=torch.float64, device="cpu")
         to_weights, scale = found[: 2 * rows].view(2, rows).unbind()
-        words = [
-            Words.of({"fade": 0.0, **given}, dtype, found.device)
-            for given in (coefficients(scale, to_weights), of_free)
-        ]
+        words = [Words.of(given, dtype, found.device) for given in (coefficients(scale, to_weights), of_free)]
         tables = [each.table() for each in words]
         pairs, addresses = group.addresses(lists[: GRADIENTS + 1]), group.addresses(lists)
         counts = array("q", skeleton.counts)
@@ -257,12 +253,13 @@ class CompiledKernels(LineKernels[_Plan]):
             at_root.data_ptr(),
             self._threads(group),
         )
+        _check_inside(-count)
         count_changes(lists)
         return count
 
     def free_gradient(self, paths: Paths, sums: Tensor, weights: Tensor, gradients: Tensor) -> Tensor:
         """See :class:`~lightning_ecopt.kernels.Kernels`."""
-        known, found = _paths_table(paths, None), sums.new_empty(len(paths.root))
+        known, found = _paths_table(paths, None), sums.new_empty(paths.num_units)
         at_root = torch.empty(len(found) + 1, dtype=torch.float64, device="cpu")
         vectors = [vector.contiguous() for vector in (sums, weights, gradients)]
         self._library.free_gradient[sums.dtype](
@@ -299,7 +296,7 @@ MOMENTS = 3
 
 
 class _Known(NamedTuple):
-    """What ``passes.c`` calls Rows.
+    """What ``vectors.c`` calls Rows.
 
     Args:
         table: numbers, and addresses of vectors.
@@ -327,8 +324,7 @@ class _Known(NamedTuple):
         kept = [None if vector is None else vector.contiguous() for vector in vectors]
         words = [0 if vector is None else vector.data_ptr() for vector in kept]
         numbers = _bits(MEMORY, 2 - CENTRING, rows.slack, rows.tiny, FAINT)
-        runs = len(rows.runs.lengths)
-        return cls(array("q", [runs, len(second), *words, *numbers]), kept, _compared(gradients))
+        return cls(array("q", [len(second), *words, *numbers]), kept, _compared(gradients))
 
     def holds(self, gradients: RowGradients) -> bool:
         """Whether it is true of other gradients, too."""
@@ -349,10 +345,10 @@ _NOTHING = _Known(array("q"), [], ())
 
 
 def _paths_table(paths: Paths, max_ratio: float | None) -> array[int]:
-    """What ``vectors.c`` calls Paths."""
-    vectors = (paths.units, paths.root, paths.target, paths.is_free, paths.beta)
+    """What ``vectors.c`` calls Paths; it is good as long as ``paths`` is kept."""
+    vectors = (paths.unit_of_row, paths.root, paths.target, paths.is_free, paths.beta)
     guard = (0.0, 0.0) if max_ratio is None else (1 / max_ratio, max_ratio)
-    words = [len(paths.units), len(paths.root), *(vector.data_ptr() for vector in vectors)]
+    words = [len(paths.unit_of_row), paths.num_units, *(vector.data_ptr() for vector in vectors)]
     return array("q", [*words, *_bits(paths.start, *guard)])
 
 
@@ -360,6 +356,11 @@ def _elements_table(elements: Elements, sizes: array[int], counts: array[int]) -
     """What ``passes.c`` calls Elements; it is good as long as the arrays are kept."""
     addresses = (sizes.buffer_info()[0], counts.buffer_info()[0], elements.at.data_ptr(), elements.slots.data_ptr())
     return array("q", [len(counts), *addresses, elements.at.dtype == torch.int64])
+
+
+def _check_inside(outside: int) -> None:
+    if outside > 0:
+        raise IndexError(f"{outside} of the elements are not in their tensors, whose sizes have changed")
 
 
 def _bits(*numbers: float) -> array[int]:

@@ -142,6 +142,7 @@ class Words(NamedTuple):
         """For blocks of a type on a device."""
         names = len(NAMES)
         found = cls([0] * names, [0] * names, [0] * (2 * names), [0] * names, [])
+        found.kinds[_NUMBERS["fade"]] = NUMBER  # zero: momentum does not stay as it is if this is left out
         for name, value in coefficients.items():
             number = _NUMBERS[name]
             if isinstance(value, Product):
@@ -274,8 +275,7 @@ class LineKernels(EagerKernels, ABC, Generic[PlanT]):
 
     def change_(self, plan: PlanT, lists: Sequence[Views], coefficients: OfPass) -> None:
         """Change the blocks of a plan that are made of lines; the second list has gradients, which stay as they are."""
-        # A momentum buffer does not stay as it is if its coefficient is left out.
-        self._change_(plan, lists, {"fade": 0.0, **coefficients})
+        self._change_(plan, lists, coefficients)
         count_changes(lists)
 
     def step_(
@@ -326,6 +326,7 @@ class LineKernels(EagerKernels, ABC, Generic[PlanT]):
         gradient = self.free_gradient(paths, sums, weights, gradients)
         moved, scale = paths.free_values, paths.weight_scale
         free = [[moved], [gradient], *([of.chunk(2)[1]] for of in state)]
+        # One vector of float32 or float64: nothing is left to PyTorch.
         self.change_(self.plan(free, paths.shapes, 0), free, of_free)
         allocated = self.allocate_(paths, moved / paths.free_values, weights, max_ratio)
         self.change_(step.plan, step.lists, coefficients(scale, paths.weight_scale))

@@ -42,8 +42,8 @@ typedef struct {
     const void *times[NUM_NAMES][2], *over[NUM_NAMES];
 } Coefficients;
 
-/* Single elements of tensors. Tensor k has counts[k] of them; their flat indices `at`, and their slots in a vector, have
-   32 or, if they are wide, 64 bits. */
+/* Single elements of tensors. Tensor k has counts[k] of them; their flat indices `at`, and their slots in a vector,
+   have 32 or, if they are wide, 64 bits. */
 typedef struct {
     int64_t tensors;
     const int64_t *sizes, *counts;
@@ -54,7 +54,7 @@ typedef struct {
 #define ROOT_OF(TYPE, x) (sizeof(TYPE) == 4 ? sqrtf(x) : sqrt(x))
 #define MOST(TYPE) (sizeof(TYPE) == 4 ? FLT_MAX : DBL_MAX)
 #define INLINE static inline __attribute__((always_inline))
-/* Compiled once, so that a step has the same bits whether it is one call or three. */
+/* Compiled once, so that a step has the same bits whether it is one call or several. */
 #define ONCE __attribute__((noinline))
 #define REAL float
 #define OF(name) name##_float
@@ -296,17 +296,22 @@ int64_t OF(step)(const Block *blocks, const Item *items, int64_t num_items, REAL
        to_weights [R], which are sums first; weight_scale [R]; skeleton elements [2 H] of each tensor;
        free coordinates [H]; their gradients [H]; ratio [H + 1]
 
-   and at_root for H + 1 sums. Returns at how many units the guard was needed. */
+   and at_root for H + 1 sums. Returns at how many units the guard was needed; or, if elements are not in their tensors
+   by now, minus their number, and then nothing has changed. */
 int64_t OF(path_step)(const Block *blocks, const Item *items, int64_t num_items, REAL *const *weights_and_gradients,
                       REAL *const *addresses, int64_t tensors, const Coefficients *given, const Block *free_blocks,
                       const Item *free_items, int64_t num_free_items, const Coefficients *of_free, const OF(Paths) *of,
                       const Elements *elements, REAL *found, double *at_root, int64_t threads) {
     const int64_t rows = of->rows, n = of->units;
     REAL *scale = found + rows, *at = scale + rows, *moved = at + 2 * n * tensors, *gradient = moved + n;
-    REAL *of_units[5] = {moved, gradient, at + 5 * n, at + 7 * n, at + 9 * n};
+    REAL *of_units[5] = {moved, gradient};
+    for (int64_t k = 2; k < tensors; k++) of_units[k] = at + (2 * k + 1) * n; /* the state of free weights */
     OF(sums)(blocks, items, num_items, weights_and_gradients, 2, found, sizeof(REAL) == sizeof(double), rows, threads);
     for (int64_t i = 0; i < 2 * n * tensors; i++) at[i] = 0; /* where a unit has no element */
-    for (int64_t k = 0; k < tensors; k++) OF(copy_elements)(elements, addresses + k, tensors, at + 2 * n * k, 0);
+    int64_t outside = 0;
+    for (int64_t k = 0; k < tensors; k++)
+        outside += OF(copy_elements)(elements, addresses + k, tensors, at + 2 * n * k, 0);
+    if (outside) return -outside;
     OF(free_gradient)(of, found, at, at + 2 * n, at_root, gradient);
     for (int64_t h = 0; h < n; h++) moved[h] = OF(free_value)(of, h);
     OF(weight_scale)(of, scale);

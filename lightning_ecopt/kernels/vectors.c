@@ -28,7 +28,7 @@ int64_t OF(copy_elements)(const Elements *of, REAL *const *x, int64_t stride, RE
 /* What is known of the rows; clipping.py says what the vectors are. The first lengths[0] rows have size[0] and
    centre[0], the next lengths[1] have size[1] ... `present` has ones and zeros. All from there on may be null. */
 typedef struct {
-    int64_t runs, rows;
+    int64_t rows;
     const int64_t *lengths;
     const REAL *size, *centre, *second, *weight, *present, *rho, *to_steps, *own;
     const uint8_t *linear;

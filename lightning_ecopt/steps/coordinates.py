@@ -21,7 +21,7 @@ of u is v_f = c beta_u, with c its value at the start. When the optimizer has mo
     ordinary: w_e' = v_e' / beta_h'               free f into unit j: w_f' = w_f R_u / R_j
 
 (weight allocation). Dictionaries of tensors have parameter names as keys. Vectors over units are ``[H]``, or
-``[H + 1]`` where an entry is appended for what belongs to no unit: the index ``NO_UNIT``, which is -1, finds it.
+``[H + 1]`` where an entry is appended for what belongs to no unit, whose number is H.
 
 Example, a network w_2 relu(w_1 x) of one hidden unit h: w_1 is its fixed skeleton weight, f = w_2 its free one, v_f the
 only coordinate, and r_h = 0, because nothing else leads into h. A step that doubles v_f doubles beta_h and w_2.
@@ -57,7 +57,6 @@ class SkeletonElements:
         kernels: read and write them.
 
     Attributes:
-        order: as given.
         names: of the parameters that have skeleton weights.
         elements: the same in each parameter of ``order``. Slot ``u`` of a vector ``[2H]`` is the fixed skeleton weight
             of unit u, slot ``H + u`` its free one.
@@ -72,8 +71,8 @@ class SkeletonElements:
         dtype: torch.dtype,
         kernels: Kernels,
     ) -> None:
-        self.order, self._dtype, self._kernels = list(order), dtype, kernels
-        found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in self.order}
+        self._order, self._dtype, self._kernels = list(order), dtype, kernels
+        found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in self._order}
         fixed = (skeleton.active, skeleton.fixed_coupling, skeleton.fixed_index)
         free = (skeleton.free, skeleton.out_coupling, skeleton.out_index)
         for first, (chosen, coupling, index) in ((0, fixed), (skeleton.num_units, free)):
@@ -94,7 +93,7 @@ class SkeletonElements:
         """By parameter name the slots ``int[k]`` of the skeleton weights in it, and their flat indices ``int64[k]``."""
         of = self.elements
         columns = (column.split(of.counts) for column in (of.slots, of.at.long()))
-        return dict(zip(self.order, zip(*columns, strict=True), strict=True))
+        return dict(zip(self._order, zip(*columns, strict=True), strict=True))
 
     def of_free(self, values: Tensor) -> Tensor:
         """What each parameter of ``order`` has, ``[N]``, for units whose free skeleton weight is in it; else zero."""
@@ -107,11 +106,11 @@ class SkeletonElements:
 
     def read(self, tensors: Tensors) -> Tensor:
         """The entries of ``tensors`` at the skeleton weights, ``[2H]``; zero for none."""
-        return self._kernels.gather([tensors.get(name) for name in self.order], self.elements, self._dtype)
+        return self._kernels.gather([tensors.get(name) for name in self._order], self.elements, self._dtype)
 
     def write_(self, tensors: Tensors, values: Tensor) -> None:
         """Overwrite these entries with those of a vector, ``[2H]``."""
-        self._kernels.scatter_([tensors.get(name) for name in self.order], self.elements, values)
+        self._kernels.scatter_([tensors.get(name) for name in self._order], self.elements, values)
 
     def write_free_(self, tensors: Tensors, values: Tensor) -> None:
         """Overwrite those at free skeleton weights with those of a vector, ``[H]``, and the others with zeros."""
@@ -173,12 +172,14 @@ class PathCoordinates:
         restricted = sharing_memory(coupling.restricted(skeleton.active) for coupling in couplings)
         self.rows = Rows(restricted, parameters)
         # NO_UNIT, which is -1, becomes H.
-        units, root, target = (
+        unit_of_row, root, target = (
             (of % (skeleton.num_units + 1)).to(device, torch.int32)
             for of in (self.rows.units(), skeleton.root, skeleton.target)
         )
         beta = torch.ones(skeleton.num_units + 1, dtype=self.rows.dtype, device=device)
-        self.paths = Paths(units, root, target, skeleton.free.to(device), free_start, beta)
+        self.paths = Paths(unit_of_row, root, target, skeleton.free.to(device), free_start, beta)
+        if device.type != "cpu":
+            _ = self.paths.to_roots  # made here, so that no step waits for the device
         self.elements = SkeletonElements(
             couplings, parameters, skeleton, self.rows.names, self.rows.dtype, self.kernels
         )
@@ -209,7 +210,7 @@ class PathCoordinates:
 
     def _multiply_(self, tensors: Tensors, factors: Tensor) -> None:
         own = {name: tensor for name, tensor in tensors.items() if name in self.scaled}
-        self.rows.apply_(self.kernels, "affine_", own, times=factors.index_select(0, self.paths.units))
+        self.rows.apply_(self.kernels, "affine_", own, times=factors.index_select(0, self.paths.unit_of_row))
 
     def to_coordinates_(self, weights: Tensors) -> Callable[[float | None], Allocated]:
         """Turn the weights into path coordinates in place.
@@ -251,4 +252,4 @@ class PathCoordinates:
 
     def restart_skeleton_(self, tensors: Tensors) -> None:
         """Set the entries of skeleton weights to zero: what momentum knew of them is given up."""
-        self.elements.write_(tensors, torch.zeros_like(self.elements.read({})))
+        self.elements.write_(tensors, self.elements.read({}))  # all zeros

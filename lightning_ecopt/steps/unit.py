@@ -165,12 +165,7 @@ class UnitRule:
         self._own = None if self._all_linear else self._own_scale()
         self._factors: Tensor | None = None  # of gradients in the last step, if it is measured
         # Taken over when the step succeeds.
-        self._next: tuple[Tensor, Tensor, Tensor | int, Tensor | None] = (
-            self._second,
-            self._weight,
-            self._clipped,
-            None,
-        )
+        self._next: tuple[Tensor, Tensor, Tensor | int, Tensor | None] = (self._second, self._weight, 0, None)
 
     name, needs_paths, is_measured = "unit", False, False
 

@@ -269,6 +269,26 @@ def test_a_guard_that_is_never_needed_may_be_beyond_the_numbers_of_the_weights(i
     assert run.optimizer.statistics().guarded_paths == 0  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("implementation", ["eager", "compiled"])
+def test_a_weight_that_has_lost_skeleton_elements_is_named(implementation: str) -> None:
+    run = Run(partial(SGD, lr=0.02), implementation, rule="path")
+    for _ in range(3):
+        run.step()
+
+    before: dict[str, Tensor] = {}
+
+    def narrow(run: Run) -> None:
+        weight = run.weight
+        gradient, weight.grad = weight.grad, None
+        weight.data = weight.data[:, :1].contiguous()
+        weight.grad = None if gradient is None else gradient[:, :1].contiguous()
+        before.update(weights_of(run.net))
+
+    with pytest.raises(IndexError):
+        run.step(narrow)
+    assert all(map(torch.equal, weights_of(run.net).values(), before.values()))
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_a_gradient_without_memory(rule: str) -> None:
     """Derivatives of functions that are constant have none, where ``"wrapped"`` raises."""
