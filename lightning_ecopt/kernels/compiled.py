@@ -225,18 +225,17 @@ class CompiledKernels(LineKernels[_Plan]):
         max_ratio: float | None,
     ) -> Tensor | int:
         """See :class:`~lightning_ecopt.kernels.lines.LineKernels`: here it is one call."""
-        plan, lists, dtype = step.plan, step.lists, step.dtype
+        plan, lists, _, dtype = step
         group = plan.only_group(dtype)
         if group is None or not plan.is_contiguous:
             return super().path_step_(step, paths, skeleton, coefficients, of_free, max_ratio)
-        rows, units = len(paths.unit_of_row), paths.num_units
+        rows, units, counts = len(paths.unit_of_row), paths.num_units, array("q", skeleton.counts)
         found = torch.empty(2 * rows + (2 * len(lists) + 3) * units + 1, dtype=dtype, device="cpu")
         at_root = torch.empty(units + 1, dtype=torch.float64, device="cpu")
-        to_weights, scale = found[: 2 * rows].view(2, rows).unbind()
+        to_weights, scale = found[: 2 * rows].view(2, rows)
         words = [Words.of(given, dtype, found.device) for given in (coefficients(scale, to_weights), of_free)]
-        tables = [each.table() for each in words]
+        of_rows, of_units = (each.table() for each in words)
         pairs, addresses = group.addresses(lists[: GRADIENTS + 1]), group.addresses(lists)
-        counts = array("q", skeleton.counts)
         known, elements = _paths_table(paths, max_ratio), _elements_table(skeleton, plan.sizes, counts)
         free = self.plan([[found[:units]]] * len(lists), paths.shapes, 0).groups[dtype]
         count: int = self._library.path_step[dtype](
@@ -244,9 +243,9 @@ class CompiledKernels(LineKernels[_Plan]):
             pairs.buffer_info()[0],
             addresses.buffer_info()[0],
             len(lists),
-            tables[0].buffer_info()[0],
+            of_rows.buffer_info()[0],
             *free.tables,
-            tables[1].buffer_info()[0],
+            of_units.buffer_info()[0],
             known.buffer_info()[0],
             elements.buffer_info()[0],
             found.data_ptr(),
