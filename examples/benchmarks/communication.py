@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -170,6 +171,7 @@ def run(rank: int, folder: Path, widths: Sequence[int], strategies: Sequence[str
     if rank == 0:
         (folder / "costs.json").write_text(json.dumps([asdict(cost) for cost in found]))
     distributed.destroy_process_group()
+    os._exit(0)  # as Python ends, a thread of gloo that still runs would abort the process, once in a while
 
 
 def measure(
