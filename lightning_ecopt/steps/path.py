@@ -69,11 +69,8 @@ class PathRule:
         self._max_ratio = max_ratio
         self._coordinates = PathCoordinates(group.couplings, parameters, skeleton, free_start, kernels)
         self.kernels = kernels
-        self.rows, self._elements, self._paths = (
-            self._coordinates.rows,
-            self._coordinates.elements,
-            self._coordinates.paths,
-        )
+        self.rows, self._paths = self._coordinates.rows, self._coordinates.paths
+        self._elements = self._coordinates.elements
         self._guarded: Tensor | int = 0
 
     @staticmethod
