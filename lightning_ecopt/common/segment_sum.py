@@ -57,8 +57,9 @@ class SegmentSum:
         self._last = to_device(last.to(torch.int32), device)
 
     def __call__(self, values: Tensor) -> Tensor:
-        """Add up ``values [E]`` group by group: ``[K]``."""
-        values = torch.cat([values.new_zeros(1), values])
+        """Add up ``values [..., E]`` group by group: ``[..., K]``."""
+        others = values.shape[:-1]
+        values = torch.cat([values.new_zeros(*others, 1), values], -1)
         for index in self._levels:  # index_select, unlike brackets, makes no copy of the index in 64 bits
-            values = torch.cat([values, values.index_select(0, index).view(WIDTH, -1).sum(0)])
-        return values.index_select(0, self._last)
+            values = torch.cat([values, values.index_select(-1, index).view(*others, WIDTH, -1).sum(-2)], -1)
+        return values.index_select(-1, self._last)

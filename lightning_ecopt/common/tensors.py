@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ContextDecorator, ExitStack
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 #: Tensors by the name of the parameter that they belong to: weights, gradients, or one entry of the optimizer state.
 Tensors = Mapping[str, Tensor]
+
+K = TypeVar("K")
 
 
 def listing(names: Sequence[str], limit: int = 5) -> str:
@@ -86,6 +88,64 @@ def pieces(tensor: Tensor, work: Work, axis: int = 0) -> Iterator[slice]:
     length, end = piece_length(tensor, work, axis), tensor.shape[axis]
     for start in range(0, end, length):
         yield slice(start, min(start + length, end))
+
+
+def sums_of_pieces(
+    of: Callable[[slice], Tensor], shapes: Sequence[Sequence[int]], rows: Iterable[slice]
+) -> list[Tensor]:
+    """Sum what is made of the pieces of a tensor to shapes that broadcast to the tensor.
+
+    Args:
+        of: makes ``[..., *piece]`` of the piece at a slice of the first axis.
+        shapes: with as many axes as the tensor.
+        rows: the pieces, which cut the first axis.
+
+    Returns:
+        ``[..., *shape]`` for each shape; of one piece, what has that shape already may be returned as it is.
+
+    Example::
+
+        squares = lambda rows: weight[rows].square()
+        of_rows, of_columns = sums_of_pieces(squares, [(1000, 1), (1, 4096)], pieces(weight, "refresh"))
+    """
+    found: list[list[Tensor]] = [[] for _ in shapes]
+    for each in list(rows) or [slice(0, 0)]:
+        values = of(each)
+        for parts, shape in zip(found, shapes, strict=True):
+            own = values.shape[: values.ndim - len(shape) + 1] if shape[0] > 1 else (*values.shape[: -len(shape)], 1)
+            part = values.sum_to_size((*own, *shape[1:]))
+            if parts and shape[0] == 1:
+                parts[0] = parts[0] + part
+            else:
+                parts.append(part)
+    return [
+        parts[0] if len(parts) == 1 else torch.cat(parts, -len(shape))
+        for parts, shape in zip(found, shapes, strict=True)
+    ]
+
+
+# Small networks -------------------------------------------------------------------------------------------------------
+
+#: Tensors of a network that has no more elements are worked on together: calls of operations are what they cost.
+FEW = 2**16
+
+
+def alike(kinds: Mapping[K, Hashable]) -> list[list[K]]:
+    """Return the keys of equal values together, in their order.
+
+    Example::
+
+        alike({"a": (64, 64), "b": (64,), "c": (64, 64)})  # [["a", "c"], ["b"]]
+    """
+    found: dict[Hashable, list[K]] = {}
+    for key, kind in kinds.items():
+        found.setdefault(kind, []).append(key)
+    return list(found.values())
+
+
+def stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """Stack tensors of one shape; a single one is not copied."""
+    return torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0][None]
 
 
 # Devices and types ----------------------------------------------------------------------------------------------------

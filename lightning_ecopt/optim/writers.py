@@ -18,7 +18,7 @@ is a copy of these weights, which shows what.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Lock
 from typing import ClassVar, Protocol
 from weakref import WeakSet
@@ -27,11 +27,11 @@ import torch
 from torch import Tensor
 
 from lightning_ecopt.common.sharding import Ranks, local
-from lightning_ecopt.common.tensors import listing, pieces, widest
+from lightning_ecopt.common.tensors import FEW, alike, listing, pieces, stacked, sums_of_pieces, widest
 from lightning_ecopt.common.warn import warn
 from lightning_ecopt.optim.binding import Network
 from lightning_ecopt.symmetry import ScalingGroup
-from lightning_ecopt.symmetry.coupling import NO_UNIT, Coupling, LocalCoupling, couplings_here
+from lightning_ecopt.symmetry.coupling import NO_UNIT, LocalCoupling, couplings_here
 from lightning_ecopt.symmetry.scales import Operation
 
 #: What the report says of units that are held for this reason.
@@ -90,36 +90,52 @@ class _Region:
     @property
     def sides(self) -> tuple[Tensor, Tensor]:
         """The scales of both sides, with all axes of the region."""
-        both = self.coupling.incoming, self.coupling.outgoing
-        incoming, outgoing = (side.reshape((1,) * (len(self.shape) - side.ndim) + side.shape) for side in both)
-        return incoming, outgoing
+        return self.coupling.incoming, self.coupling.outgoing
 
-    def squares(self) -> list[Tensor]:
-        """Sum the squares for each entry of either side, as exactly as the weight is: they are only compared."""
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        return self._sums([side.shape for side in self.sides], torch.square, dtype)
+    @property
+    def entries(self) -> int:
+        return self.coupling.incoming.numel() + self.coupling.outgoing.numel()
 
     def sums(self, of: Callable[..., Tensor], other: Tensor) -> list[Tensor]:
         """Sum a function of the elements of the weight and of another for each entry of either side."""
-        return self._sums([side.shape for side in self.sides], of, widest(other.device), other)
+        return self._sums([side.shape for side in self.sides], of, other)
 
     def slices(self) -> list[Tensor]:
         """Sum the squares of the slices along each axis, such as rows and columns, and of all elements."""
         axes = range(len(self.shape) + 1)
         shapes = [[n if axis == k else 1 for k, n in enumerate(self.shape)] for axis in axes]
-        return self._sums(shapes, torch.square, widest(self.weight.device))
+        return self._sums(shapes, torch.square)
 
-    def _sums(
-        self, shapes: Sequence[Sequence[int]], of: Callable[..., Tensor], dtype: torch.dtype, *others: Tensor
-    ) -> list[Tensor]:
+    def _sums(self, shapes: Sequence[Sequence[int]], of: Callable[..., Tensor], *others: Tensor) -> list[Tensor]:
         views = [self.coupling.view(weight) for weight in (self.weight, *others)]
-        found = [torch.zeros(shape, dtype=dtype, device=self.weight.device) for shape in shapes]
-        for rows in pieces(views[0], "step"):
-            values = of(*(view[rows].to(dtype) for view in views))
-            for total in found:
-                part = total[rows] if len(total) > 1 else total
-                part += values.sum_to_size(part.shape)
-        return found
+        dtype = widest(self.weight.device)
+        rows = pieces(views[0], "step")
+        return sums_of_pieces(lambda piece: of(*(view[piece].to(dtype) for view in views)), shapes, rows)
+
+
+def _squares(regions: Sequence[_Region]) -> Tensor:
+    """Sum the squares for each entry of both sides of all regions, ``[E]``, as exactly as the weights are."""
+    views = {number: region.coupling.view(region.weight) for number, region in enumerate(regions)}
+    shapes = [[side.shape for side in region.sides] for region in regions]
+    is_small = sum(view.numel() for view in views.values()) <= FEW
+    found: dict[int, Tensor] = {}
+    for numbers in alike({k: (view.shape, view.dtype, *shapes[k]) if is_small else k for k, view in views.items()}):
+        several = stacked([views[k] for k in numbers])
+        dtype = torch.promote_types(several.dtype, torch.float32)
+
+        def squares(rows: slice, weights: Tensor = several, dtype: torch.dtype = dtype) -> Tensor:
+            return weights[:, rows].to(dtype).square()
+
+        sides = sums_of_pieces(squares, shapes[numbers[0]], pieces(several[0], "step"))
+        found |= zip(numbers, torch.cat([side.flatten(1) for side in sides], 1), strict=True)
+    return torch.cat([found[number] for number in views]) if views else torch.zeros(0, device="cpu")
+
+
+def _by_region(values: Tensor, regions: Sequence[_Region]) -> list[list[Tensor]]:
+    """Cut ``values [E]`` into those of the entries of either side of each region."""
+    sides = [region.sides for region in regions]
+    parts = iter(values.split([side.numel() for both in sides for side in both]))
+    return [[next(parts).view(side.shape) for side in both] for both in sides]
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,14 +146,14 @@ class _Note:
         stage: of the optimizer.
         gap: the number of the step after the refresh, from 1.
         regions: of its weights.
-        sums: of squares, of the entries of both sides, by region.
+        sums: of squares, of the entries of both sides of all regions, ``[E]``.
         copies: of the weights that somebody may write to, by name.
     """
 
     stage: Refreshed
     gap: int
     regions: Sequence[_Region]
-    sums: Sequence[Sequence[Tensor]]
+    sums: Tensor
     copies: dict[str, Tensor]
 
 
@@ -147,17 +163,13 @@ class _Finding:
 
     Args:
         region: where.
-        sums: of squares now.
         changed: the entries of both sides that have been written to.
         is_sure: whether it is known that the writer does not commute with rescaling.
-        factor: by which the weight has been multiplied in all.
     """
 
     region: _Region
-    sums: Sequence[Tensor]
     changed: Sequence[Tensor]
     is_sure: bool
-    factor: Tensor
 
     def has_changes(self) -> bool:
         """Whether any entry has been written to."""
@@ -193,12 +205,12 @@ class Writers:
     def _begin(self, group: ScalingGroup | None) -> None:
         """Forget what was found, in another group."""
         self._group = group
-        self._couplings = None if group is None else couplings_here(_scaled(group), group.parameters)
+        self._couplings = [] if group is None else _scaled(group)
         self._last: Tensor | None = None  # units that were written to at the last look, if any were
         self._first: Tensor | None = None  # in the first gap after the last refresh
         self._suspects: set[str] = set()  # their parameters
         self._suspects_first: set[str] = set()
-        self._factors: list[Tensor] | None = None  # at the last look, by region
+        self._factors: list[Tensor] | None = None  # of the regions at the last look, if something had changed
 
     def forget(self) -> None:
         """What happens until the next step is known, and no writer's work."""
@@ -222,7 +234,6 @@ class Writers:
         group = stage.network.group
         if self._group is not group:
             self._begin(group)
-        assert self._couplings is not None
         own = stage.network.parameters
         regions = [_Region.of(each, own[each.parameter]) for each in self._couplings if each.parameter in own]
         suspects = self._suspects | self._suspects_first | self._known
@@ -231,7 +242,7 @@ class Writers:
             stage,
             steps_since_refresh,
             regions,
-            [region.squares() for region in regions],
+            _squares(regions),
             {name: weight.clone() for name, weight in copies.items() if name in suspects},
         )
 
@@ -260,18 +271,28 @@ class Writers:
         now = [_Region.of(region.coupling, parameters[region.coupling.parameter]) for region in noted.regions]
         if any(_kind(a.weight) != _kind(b.weight) for a, b in zip(now, noted.regions, strict=True)):
             return None
-        return self._judge(noted, [self._find(noted, number, region) for number, region in enumerate(now)])
+        sums = _squares(now)
+        held = self._judge(noted, self._find(noted, now, sums))
+        self._factors = None
+        if noted.copies or self._suspects:
+            pairs = zip(_by_region(sums, now), _by_region(noted.sums, now), strict=True)
+            self._factors = [(after[0].sum() / before[0].sum()).sqrt() for after, before in pairs]
+        return held
 
-    def _find(self, noted: _Note, number: int, region: _Region) -> _Finding:
-        before, sums = noted.sums[number], region.squares()
-        factor = (sums[0].sum() / before[0].sum()).sqrt()
-        copy = noted.copies.get(region.coupling.parameter)
-        if copy is None:
-            bounds = [2 * region.tolerance * torch.maximum(a, b) for a, b in zip(sums, before, strict=True)]
-            changed = [(a - b).abs() > bound for a, b, bound in zip(sums, before, bounds, strict=True)]
-            return _Finding(region, sums, changed, False, factor)
-        last = None if self._factors is None else self._factors[number]
-        return _Finding(region, sums, _harmed(region, copy, before, last), True, factor)
+    def _find(self, noted: _Note, regions: Sequence[_Region], sums: Tensor) -> list[_Finding]:
+        """What has changed in each region since it was noted; ``sums`` are the squares now."""
+        if not regions:  # on this rank
+            return []
+        tolerance = torch.cat([sums.new_full((region.entries,), 2 * region.tolerance) for region in regions])
+        changed = (sums - noted.sums).abs() > tolerance * torch.maximum(sums, noted.sums)
+        findings = []
+        for number, (region, marks) in enumerate(zip(regions, _by_region(changed, regions), strict=True)):
+            copy = noted.copies.get(region.coupling.parameter)
+            if copy is not None:
+                last = None if self._factors is None else self._factors[number]
+                marks = _harmed(region, copy, _by_region(noted.sums, regions)[number], last)
+            findings.append(_Finding(region, marks, is_sure=copy is not None))
+        return findings
 
     def _judge(self, noted: _Note, findings: Sequence[_Finding]) -> Tensor:
         """The units, ``bool[H]``, of what is written again and again."""
@@ -284,8 +305,7 @@ class Writers:
             held = Ranks(group.parameters).any_(certain | _tied(group, sure, findings))
             self._name([each for each in sure if each.has_changes()], held)
             return held
-        self._last, self._factors = None, [each.factor for each in findings]
-        self._suspects = set()
+        self._last, self._suspects = None, set()
         if bool(found.any()):
             self._last = found
             self._suspects = {each.region.coupling.parameter for each in findings if each.has_changes()}
@@ -304,8 +324,17 @@ class Writers:
         return Writers, ()
 
 
-def _scaled(group: ScalingGroup) -> Iterable[Coupling]:
-    return (coupling for coupling in group.couplings if not coupling.is_fixed)
+def _scaled(group: ScalingGroup) -> list[LocalCoupling]:
+    """What this rank holds of couplings that scale something, with all axes on both sides."""
+    couplings = couplings_here((each for each in group.couplings if not each.is_fixed), group.parameters)
+
+    def widened(coupling: LocalCoupling, side: Tensor) -> Tensor:
+        return side.view((1,) * (len(coupling.part.places) - side.ndim) + side.shape)
+
+    return [
+        replace(each, incoming=widened(each, each.incoming), outgoing=widened(each, each.outgoing))
+        for each in couplings
+    ]
 
 
 def _kind(weight: Tensor) -> tuple[torch.dtype, torch.device, torch.Size]:
@@ -326,9 +355,9 @@ def _units_of(group: ScalingGroup, entries: Sequence[tuple[_Region, Sequence[Ten
     scales = torch.zeros(group.monomials.num_scales + 1, dtype=torch.bool, device="cpu")  # the last for NO_UNIT
     if entries:
         scales = scales.to(entries[0][0].weight.device)
-        for region, marked in entries:
-            for side, chosen in zip(region.sides, marked, strict=True):
-                scales[side.where(chosen, NO_UNIT)] = True
+        numbers = torch.cat([side.reshape(-1) for region, _ in entries for side in region.sides])
+        marks = torch.cat([side.reshape(-1) for _, marked in entries for side in marked])
+        scales[numbers.where(marks, NO_UNIT)] = True
     return group.monomials.in_(scales.cpu()[:-1])
 
 

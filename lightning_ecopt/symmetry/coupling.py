@@ -74,6 +74,8 @@ class Coupling:
 
     def to(self, device: torch.device) -> Self:
         """Return the same coupling with its unit numbers on ``device``."""
+        if self.incoming.device == self.outgoing.device == device:
+            return self
         return replace(self, incoming=self.incoming.to(device), outgoing=self.outgoing.to(device))
 
     def restricted(self, active: Tensor) -> Self:

@@ -40,9 +40,10 @@ from math import inf, prod
 import torch
 from torch import Tensor
 
+from lightning_ecopt.common.parts import lengths
 from lightning_ecopt.common.segment_sum import SegmentSum
 from lightning_ecopt.common.sharding import Ranks, local
-from lightning_ecopt.common.tensors import pieces, widest
+from lightning_ecopt.common.tensors import FEW, alike, pieces, stacked, sums_of_pieces, to_device, widest
 from lightning_ecopt.symmetry.coupling import NO_UNIT, LocalCoupling
 from lightning_ecopt.symmetry.monomials import Monomials
 
@@ -59,8 +60,12 @@ FLOAT32, TF32, SIXTEEN, EIGHT = 2.0**-22, 2.0**-11, 2.0**-8, 2.0**-3
 CLIPPED = 3
 #: Most elements of a gradient whose digits are looked at, and fewest that tell something.
 SAMPLE, ENOUGH = 4096, 6
-#: Entries of unit numbers up to which the way to add them up is kept from one look to the next.
-FEW = 1 << 13
+#: Entries up to which the way to add them up is kept from one look to the next.
+FEW_ENTRIES = 1 << 13
+
+
+#: Weights and their gradients on this rank, by parameter name.
+Pairs = Mapping[str, tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,6 +152,8 @@ class Evidence:
 class DerivativeSums:
     """Sums w * g over the elements of each unit.
 
+    They are added up for each *entry* of ``incoming`` and ``outgoing`` of the couplings first, of which there are E.
+
     Args:
         couplings: of the group, cut to what this rank holds of the parameters.
         monomials: the scales that the couplings refer to.
@@ -154,12 +161,23 @@ class DerivativeSums:
 
     def __init__(self, couplings: Sequence[LocalCoupling], monomials: Monomials) -> None:
         self._couplings, self._monomials = couplings, monomials
-        self._by_name: dict[str, list[int]] = {}
-        for number, coupling in enumerate(couplings):
-            self._by_name.setdefault(coupling.parameter, []).append(number)
-        sides = [(c.incoming[c.incoming != NO_UNIT], c.outgoing.reshape(-1)) for c in couplings]
-        self._joins = [bool(torch.isin(incoming, outgoing).any()) for incoming, outgoing in sides]
-        self._entries = [coupling.incoming.numel() + coupling.outgoing.numel() for coupling in couplings]
+        scales = [(c.incoming[c.incoming != NO_UNIT], c.outgoing.reshape(-1)) for c in couplings]
+        self._joins = [bool(torch.isin(incoming, outgoing).any()) for incoming, outgoing in scales]
+        sizes = [[c.incoming.numel(), c.outgoing.numel()] for c in couplings]
+        self._sizes = torch.tensor(sizes, dtype=torch.int64, device="cpu").view(-1)
+        elements = [prod(lengths(c.part.places)) for c in couplings]
+        self._places = torch.tensor(
+            [
+                [ROUNDINGS * share / 3 for c in couplings for share in c.shares],
+                [
+                    count / max(size, 1) * FLOAT32**2 / 3
+                    for count, of in zip(elements, sizes, strict=True)
+                    for size in of
+                ],
+            ],
+            dtype=torch.float64,
+            device="cpu",
+        )
         self._on: dict[torch.device, list[LocalCoupling]] = {}
         self._few: dict[torch.device, SegmentSum] = {}
 
@@ -170,13 +188,13 @@ class DerivativeSums:
         return self._on[device]
 
     def _of_scales(self, device: torch.device) -> SegmentSum:
-        """What adds up entries of ``incoming`` and ``outgoing`` of each coupling, to ``[S]``; kept if it is small."""
+        """What adds up the entries of each scale, to ``[S]``; kept if it is small."""
         if device in self._few:
             return self._few[device]
         size = self._monomials.num_scales
         sides = [side.reshape(-1) for c in self._couplings for side in (c.incoming, c.outgoing)]
         made = SegmentSum(torch.cat([side.where(side != NO_UNIT, size) for side in sides]), size, device)
-        if sum(self._entries) <= FEW:
+        if sum(map(len, sides)) <= FEW_ENTRIES:
             self._few[device] = made
         return made
 
@@ -200,53 +218,84 @@ class DerivativeSums:
                 have been cut on the way, by ``detach``.
         """
         device = local(next(iter(weights.values()))).device
-        parts = torch.zeros(4, sum(self._entries), dtype=widest(device), device=device)
-        places = dict(enumerate(parts.split(self._entries, 1)))
-        present = {name: _values(g) for name in self._by_name if (g := gradients.get(name)) is not None}
-        limits, precision = _limits(present), _roundoff(present.values(), roundoff)
-        for name, numbers in self._by_name.items():
-            weight, gradient = weights[name], gradients.get(name)
-            if gradient is None:
-                for number in numbers:
-                    end = self._couplings[number].incoming.numel() if name in silent else None
-                    places[number][1, :end] = inf
-            elif ranks.counts(weight):
-                dense = local(gradient.to_dense() if gradient.is_sparse else gradient)
-                for number in numbers:
-                    self._add_up(number, local(weight), dense, limits[name], precision, places[number])
-        if self._couplings:
-            of_scales = self._of_scales(device)
-            sums = torch.stack([of_scales(row) for row in parts])
-        else:
-            sums = parts.new_zeros(4, self._monomials.num_scales)
-        return self._of_units(ranks.sum_(sums))
+        if not self._couplings:
+            return self._of_units(ranks.sum_(torch.zeros(4, self._monomials.num_scales, device=device)))
+        names = dict.fromkeys(coupling.parameter for coupling in self._couplings)
+        present = {name: g for name in names if (g := gradients.get(name)) is not None}
+        values = {name: _values(gradient) for name, gradient in present.items()}
+        limits, precision = _limits(values), _roundoff(values.values(), roundoff)
+        pairs = {
+            name: (local(weights[name]), local(gradient.to_dense()) if gradient.is_sparse else values[name])
+            for name, gradient in present.items()
+            if ranks.counts(weights[name])
+        }
+        sums = self._sums(pairs, limits, device)
+        for coupling, part in zip(self._couplings, sums.split(self._sizes.view(-1, 2).sum(1).tolist(), 1), strict=True):
+            if coupling.parameter not in present:
+                part[1, : coupling.incoming.numel() if coupling.parameter in silent else None] = inf
+        of_scales = self._of_scales(device)
+        return self._of_units(ranks.sum_(of_scales(torch.cat([sums, self._roundings(pairs, precision, device)]))))
 
-    def _add_up(
-        self, number: int, weight: Tensor, gradient: Tensor, limit: Tensor, precision: Tensor, part: Tensor
-    ) -> None:
-        """Add up w g, its magnitude, roundings and places of one coupling, for each entry of its two sides."""
-        here = self._at(weight.device)[number]
-        weight, gradient = here.view(weight), here.view(gradient)
-        same = (here.incoming == here.outgoing) if self._joins[number] else None  # k = 0 there
-        sides = list(zip((here.incoming, here.outgoing), (1, -1), strict=True))
-        sums = [
-            side.view(4, *ids.shape)
-            for side, (ids, _) in zip(part.split([ids.numel() for ids, _ in sides], 1), sides, strict=True)
-        ]
-        for place, (ids, _), share in zip(sums, sides, here.shares, strict=True):
-            roundings = ROUNDINGS * share  # a place that lies in several boxes is one place all the same
-            place[3] = roundings / 3
-            place[2] = (roundings * precision**2 + prod(weight.shape) / max(ids.numel(), 1) * FLOAT32**2) / 3
-        for rows in pieces(weight, "refresh"):
-            products = weight[rows].to(part.dtype) * gradient[rows]
+    def _sums(self, pairs: Pairs, limits: Mapping[str, Tensor], device: torch.device) -> Tensor:
+        """Add up w g, and its magnitude, for each entry, ``[2, E]``; zero where there is no gradient."""
+        here = self._at(device)
+        boxes = {
+            number: (coupling.view(pair[0]), coupling.view(pair[1]))
+            for number, coupling in enumerate(here)
+            if (pair := pairs.get(coupling.parameter)) is not None
+        }
+        is_small = sum(weight.numel() for weight, _ in boxes.values()) <= FEW
+        found: dict[int, Tensor] = {}
+        for numbers in alike(
+            {k: _kind(here[k], *box) if is_small and not self._joins[k] else k for k, box in boxes.items()}
+        ):
+            weights, gradients = (stacked(several) for several in zip(*(boxes[k] for k in numbers), strict=True))
+            limit = torch.stack([limits[here[k].parameter] for k in numbers]) if limits else None
+            sides = self._sums_of(numbers[0], weights, gradients, limit)
+            found |= zip(numbers, torch.cat([side.flatten(2) for side in sides], 2).unbind(1), strict=True)
+        zeros = torch.zeros(2, int(self._sizes.max()) * 2, dtype=widest(device), device=device)
+        sizes = self._sizes.view(-1, 2).sum(1).tolist()
+        return torch.cat([found.get(k, zeros[:, :size]) for k, size in enumerate(sizes)], 1)
+
+    def _sums_of(self, number: int, weights: Tensor, gradients: Tensor, limits: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Add up w g, and its magnitude, for the entries of either side of N couplings that are alike.
+
+        Args:
+            number: of one of the couplings; the only one if some of its elements have one scale on both sides.
+            weights: ``[N, *box]``.
+            gradients: ``[N, *box]``.
+            limits: the magnitudes from which on elements are clipped, ``[N]``, if any may be.
+
+        Returns:
+            ``[2, N, *incoming]`` and ``[2, N, *outgoing]``.
+        """
+        here, box = self._at(weights.device)[number], weights.shape[1:]
+        same = (here.incoming == here.outgoing).expand(box) if self._joins[number] else None  # k = 0 there
+        limit = None if limits is None else limits.view(-1, *[1] * len(box))
+
+        def products(rows: slice) -> Tensor:
+            own = gradients[:, rows]
+            both = own.new_empty(2, *own.shape, dtype=widest(own.device))
+            signed, magnitudes = both
+            signed.copy_(weights[:, rows]).mul_(own)
             if same is not None:
-                products.masked_fill_(same[rows] if same.ndim == weight.ndim and len(same) > 1 else same, 0.0)
-            clipped = (gradient[rows].abs() >= limit) & (products != 0)
-            magnitudes = products.abs().masked_fill_(clipped, inf)
-            for place, (ids, sign) in zip(sums, sides, strict=True):
-                into = place[:2, rows] if ids.ndim == weight.ndim and len(ids) > 1 else place[:2]
-                into[0] += sign * products.sum_to_size(into[0].shape)
-                into[1] += magnitudes.sum_to_size(into[1].shape)
+                signed.masked_fill_(same[rows], 0.0)
+            torch.abs(signed, out=magnitudes)
+            if limit is not None:
+                magnitudes.masked_fill_((own.abs() >= limit) & (signed != 0), inf)
+            return both
+
+        shapes = [(1,) * (len(box) - side.ndim) + tuple(side.shape) for side in (here.incoming, here.outgoing)]
+        into, out = sums_of_pieces(products, shapes, pieces(weights[0], "refresh"))
+        return into, torch.stack([-out[0], out[1]])
+
+    def _roundings(self, pairs: Pairs, precision: Tensor, device: torch.device) -> Tensor:
+        """The roundings, and the places, of each entry, ``[2, E]``; zero where there is no gradient."""
+        is_here = torch.tensor([[c.parameter in pairs] * 2 for c in self._couplings], device="cpu").view(-1)
+        each = to_device(self._places.where(is_here, 0.0).to(widest(device)), device)
+        size = int(self._sizes.sum())
+        places, sums = each.repeat_interleave(to_device(self._sizes, device), 1, output_size=size)
+        return torch.stack([places * precision**2 + sums, places])
 
     def _of_units(self, sums: Tensor) -> Derivatives:
         """Collect sums of scales, ``[4, S]``, for each unit."""
@@ -255,23 +304,33 @@ class DerivativeSums:
         return Derivatives(monomials.collect(sums[0]), size, variance.sqrt(), places)
 
 
+def _kind(coupling: LocalCoupling, weight: Tensor, gradient: Tensor) -> tuple[object, ...]:
+    """What couplings must have in common to be added up together."""
+    return weight.shape, weight.dtype, gradient.dtype, coupling.incoming.shape, coupling.outgoing.shape
+
+
 def _values(gradient: Tensor) -> Tensor:
     """The numbers of a gradient on this rank, in one tensor that is not sparse."""
     return local(gradient.coalesce().values() if gradient.is_sparse else gradient)
 
 
 def _limits(gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """For each gradient the magnitude from which on its elements may be clipped: infinite if none are."""
-    most = {name: _largest(gradient) for name, gradient in gradients.items()}
-    if not most:
+    """For each gradient the magnitude from which on its elements may be clipped; none if it is known that none are."""
+    names, found = [], []
+    is_small = sum(gradient.numel() for gradient in gradients.values()) <= FEW
+    for several in alike({name: (g.shape, g.dtype, g.device) if is_small else name for name, g in gradients.items()}):
+        names += several
+        found.append(_largest(stacked([gradients[name] for name in several])))
+    if not found:
         return {}
-    device = next(iter(most.values()))[0].device
-    wide = widest(device)
-    sizes, counts = (torch.stack([pair[k].to(device, wide) for pair in most.values()]) for k in (0, 1))
+    device = found[0][0].device
+    sizes, counts = (torch.cat([pair[k].to(device, widest(device)) for pair in found]) for k in (0, 1))
     top = sizes == sizes.max()
     shared = (counts >= CLIPPED) | (top & (torch.where(top, counts, 0.0).sum() >= CLIPPED))
     clipped = (shared | is_chosen(sizes, 4 * FLOAT32)) & (sizes > 0)
-    return dict(zip(most, torch.where(clipped, sizes, inf).unbind(), strict=True))
+    if device.type == "cpu" and not bool(clipped.any()):
+        return {}
+    return dict(zip(names, torch.where(clipped, sizes, inf).unbind(), strict=True))
 
 
 def is_chosen(values: Tensor, tolerance: float) -> Tensor:
@@ -281,13 +340,15 @@ def is_chosen(values: Tensor, tolerance: float) -> Tensor:
 
 
 def _largest(values: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest magnitude, and how many elements have it."""
+    """The largest magnitude of each of ``values [N, ...]``, and how many elements have it: ``[N]`` both."""
     if not values.numel():
-        return values.new_zeros(()), values.new_zeros(())
-    values = values if values.ndim else values.view(1)
-    low, high = values.aminmax()
-    largest = torch.maximum(high, -low)
-    return largest, sum(((values[rows].abs() == largest).sum() for rows in pieces(values, "refresh")), largest * 0)
+        return values.new_zeros(len(values)), values.new_zeros(len(values))
+    values = values if values.ndim > 1 else values[:, None]
+    axes = tuple(range(1, values.ndim))
+    largest = torch.maximum(values.amax(axes), -values.amin(axes))
+    each = largest.view(-1, *[1] * len(axes))
+    counts = [(values[:, rows].abs() == each).sum(axes) for rows in pieces(values[0], "refresh")]
+    return largest, torch.stack(counts).sum(0)
 
 
 def _roundoff(gradients: Iterable[Tensor], known: float) -> Tensor:
@@ -300,22 +361,26 @@ def _roundoff(gradients: Iterable[Tensor], known: float) -> Tensor:
     known = max(known, FLOAT32)
     if any(torch.finfo(gradient.dtype).bits < 32 for gradient in gradients):
         known = SIXTEEN
-    samples = [g.reshape(-1)[:SAMPLE].contiguous() for g in gradients if g.dtype in (torch.float32, torch.float64)]
+    samples = [g.reshape(-1)[:SAMPLE] for g in gradients if g.dtype in (torch.float32, torch.float64)]
     if known >= SIXTEEN or not samples:
         return torch.tensor(known, device=gradients[0].device if gradients else "cpu")
-    counts = torch.stack([_round_digits(sample) for sample in samples])
-    counts = torch.cat([counts, counts.sum(0, keepdim=True)])
-    proper, rounded, deeply = counts.unbind(1)
+    several = alike({number: (len(sample), sample.dtype) for number, sample in enumerate(samples)})
+    counts = torch.cat([_round_digits(torch.stack([samples[k] for k in numbers])) for numbers in several], 1)
+    proper, rounded, deeply = torch.cat([counts, counts.sum(1, keepdim=True)], 1)
     # Of few elements, as of a bias, all must have twelve zeros: one of 4096 other numbers does.
     shows = ((proper >= ENOUGH) & (2 * rounded > proper)) | ((proper >= 2) & (deeply == proper))
     return torch.where(shows.any(), SIXTEEN, known)
 
 
 def _round_digits(values: Tensor) -> Tensor:
-    """How many elements are not zero, and how many of these end, in 32 bits, in four zeros, and in twelve: ``[3]``."""
+    """How many of ``values [N, n]`` are not zero, and how many of these end, in 32 bits, in four and in twelve zeros.
+
+    Returns:
+        ``[3, N]``.
+    """
     proper, short = values != 0, values.float()
     digits, exact = short.view(torch.int32), (short == values) & proper
-    return torch.stack([proper.sum(), ((digits & 15 == 0) & exact).sum(), ((digits & 4095 == 0) & exact).sum()])
+    return torch.stack([proper, (digits & 15 == 0) & exact, (digits & 4095 == 0) & exact]).sum(2)
 
 
 def roundoff_of(parameters: Mapping[str, Tensor]) -> float:

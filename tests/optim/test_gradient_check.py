@@ -356,8 +356,9 @@ def test_the_option_switches_it_off() -> None:
     assert optimizer.group.num_units == 28
     optimizer.check = "gradient"
     optimizer.follow_precision(lambda: "32-true")
-    with pytest.warns(UserWarning, match="28 of 28"):
+    with pytest.warns(UserWarning, match="2[78] of 28"):  # rounding decides whether one of them is found at once
         train(module, optimizer, 6, l1)
+    assert optimizer.group.num_units == 0
     with pytest.raises(ValueError, match="check must be 'gradient' or None, got 'loss'"):
         ec(net(), check="loss")
 
