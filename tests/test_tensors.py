@@ -8,7 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_ecopt.common.runs import Runs
-from lightning_ecopt.common.tensors import PIECE_SIZES, PieceSize, padded, piece_length, pieces, region_of
+from lightning_ecopt.common.tensors import (
+    PIECE_SIZES,
+    PieceSize,
+    alike,
+    padded,
+    piece_length,
+    pieces,
+    region_of,
+    stacked,
+    sums_of_pieces,
+)
 
 
 def test_a_region_is_a_view_and_a_scalar_counts_as_a_vector() -> None:
@@ -46,6 +56,24 @@ def test_pieces_cover_an_axis(
     found = [(part.start, part.stop) for part in pieces(tensor, "step", axis)]
     assert found == expected
     assert piece_length(tensor, "step", axis) >= 1
+
+
+@pytest.mark.parametrize("length", [0, 1, 3, 7])
+def test_sums_of_pieces_are_those_of_the_whole(length: int) -> None:
+    weight = torch.randn(length, 4, 2, dtype=torch.float64)
+    shapes = [(length, 1, 1), (1, 4, 1), (1, 1, 1), (length, 4, 2)]
+    rows = [slice(start, min(start + 2, length)) for start in range(0, length, 2)]
+    found = sums_of_pieces(lambda piece: torch.stack([weight[piece], 3 * weight[piece]]), shapes, rows)
+    for sums, shape in zip(found, shapes, strict=True):
+        expected = weight.sum_to_size(shape)
+        torch.testing.assert_close(sums, torch.stack([expected, 3 * expected]))
+
+
+def test_what_is_alike_is_stacked_and_one_tensor_is_not_copied() -> None:
+    one, other = torch.zeros(2, 3), torch.ones(2, 3)
+    assert alike({"a": one.shape, "b": (4,), "c": other.shape}) == [["a", "c"], ["b"]]
+    assert torch.equal(stacked([one, other]), torch.stack([one, other]))
+    assert stacked([one]).data_ptr() == one.data_ptr()
 
 
 @given(entries=st.lists(st.tuples(st.sampled_from([1.0, 2.0, torch.inf]), st.booleans()), max_size=12))

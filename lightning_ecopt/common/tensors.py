@@ -60,8 +60,8 @@ class PieceSize(NamedTuple):
 
 
 Work = Literal["refresh", "step"]
-#: A refresh takes squares in float64, twice as wide as what a step works on.
-PIECE_SIZES: dict[Work, PieceSize] = {"refresh": PieceSize(2**17, 2**22), "step": PieceSize(2**18, 2**23)}
+#: On an accelerator a refresh takes squares in float64, twice as wide as what a step works on.
+PIECE_SIZES: dict[Work, PieceSize] = {"refresh": PieceSize(2**18, 2**22), "step": PieceSize(2**18, 2**23)}
 
 
 def piece_length(tensor: Tensor, work: Work, axis: int = 0) -> int:
@@ -112,7 +112,7 @@ def sums_of_pieces(
     for each in list(rows) or [slice(0, 0)]:
         values = of(each)
         for parts, shape in zip(found, shapes, strict=True):
-            own = values.shape[: values.ndim - len(shape) + 1] if shape[0] > 1 else (*values.shape[: -len(shape)], 1)
+            own = values.shape[: values.ndim - len(shape) + 1] if shape[0] != 1 else (*values.shape[: -len(shape)], 1)
             part = values.sum_to_size((*own, *shape[1:]))
             if parts and shape[0] == 1:
                 parts[0] = parts[0] + part
@@ -126,8 +126,13 @@ def sums_of_pieces(
 
 # Small networks -------------------------------------------------------------------------------------------------------
 
-#: Tensors of a network that has no more elements are worked on together: calls of operations are what they cost.
+#: Most elements of a small network. Its tensors are worked on together: calls of operations are what they cost.
 FEW = 2**16
+
+
+def are_few(tensors: Iterable[Tensor]) -> bool:
+    """Return whether tensors, all that some work is done on, are those of a small network."""
+    return sum(tensor.numel() for tensor in tensors) <= FEW
 
 
 def alike(kinds: Mapping[K, Hashable]) -> list[list[K]]:

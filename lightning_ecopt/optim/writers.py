@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from lightning_ecopt.common.sharding import Ranks, local
-from lightning_ecopt.common.tensors import FEW, alike, listing, pieces, stacked, sums_of_pieces, widest
+from lightning_ecopt.common.tensors import alike, are_few, listing, pieces, stacked, sums_of_pieces, widest
 from lightning_ecopt.common.warn import warn
 from lightning_ecopt.optim.binding import Network
 from lightning_ecopt.symmetry import ScalingGroup
@@ -117,7 +117,7 @@ def _squares(regions: Sequence[_Region]) -> Tensor:
     """Sum the squares for each entry of both sides of all regions, ``[E]``, as exactly as the weights are."""
     views = {number: region.coupling.view(region.weight) for number, region in enumerate(regions)}
     shapes = [[side.shape for side in region.sides] for region in regions]
-    is_small = sum(view.numel() for view in views.values()) <= FEW
+    is_small = are_few(views.values())
     found: dict[int, Tensor] = {}
     for numbers in alike({k: (view.shape, view.dtype, *shapes[k]) if is_small else k for k, view in views.items()}):
         several = stacked([views[k] for k in numbers])

@@ -12,14 +12,13 @@ a product of powers of units, s_h or s_u is a linear function of the units' log-
 Where parameters are sharded, each rank holds its own part of the ``a_e``, and sums over them are added up over the
 ranks.
 
-Letters: H units; S scales, that is monomials, of which the first H are the units; I and O count the entries of
-``incoming`` (G x A each) and of ``outgoing`` (G x B each) of all squares.
+Letters: H units; S scales, that is monomials, of which the first H are the units.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import isfinite
 
 import torch
@@ -29,7 +28,8 @@ from lightning_ecopt.common.segment_sum import SegmentSum
 from lightning_ecopt.common.sharding import Ranks
 from lightning_ecopt.common.tensors import padded
 from lightning_ecopt.symmetry.monomials import Monomials
-from lightning_ecopt.symmetry.squares import SquaredWeights, in_batches, joined, ranges
+from lightning_ecopt.symmetry.objective import Objective, Point, objective_of
+from lightning_ecopt.symmetry.squares import SquaredWeights, joined, ranges
 
 #: Most steps of each kind; they end when the balance is good enough, which takes far fewer.
 COARSE_SWEEPS = 40
@@ -37,8 +37,6 @@ NEWTON_STEPS = 50
 CONJUGATE_GRADIENT_STEPS = 1000
 #: Coarse sweeps end when no log-scale moves by more: there Newton's method converges quadratically.
 NEAR = 0.1
-#: Sums of squares up to here, and their products with factors, do not overflow in single precision.
-SINGLE = 1e30
 #: So many steps in single precision may fail to halve the imbalance before all are in double precision.
 DOUBTS = 3
 
@@ -119,7 +117,7 @@ def mean_square(squares: Sequence[SquaredWeights], monomials: Monomials, ranks: 
 def sums_of_squares(squares: Sequence[SquaredWeights], monomials: Monomials, ranks: Ranks) -> tuple[Tensor, Tensor]:
     """Sum the squares that grow and those that shrink with each unit, ``[H]`` both; equal at the balanced member."""
     active = torch.ones(monomials.num_units, dtype=torch.bool, device="cpu")
-    here = _Problem(squares, monomials, active, ranks).start()
+    here = objective_of(squares, monomials, active, ranks).start()
     return here.incoming, here.outgoing
 
 
@@ -169,26 +167,26 @@ def balancing_scale(
         ranks: the ranks that hold parts of the weights; all of them get the same result.
         start: log-scales ``[H]``; by default zero.
     """
-    problem = _Problem(squares, monomials, active, ranks)
-    here = problem.start() if start is None else problem.at(start)
+    objective = objective_of(squares, monomials, active, ranks)
+    here = objective.start() if start is None else objective.at(start)
     tolerance = max(64 * torch.finfo(here.scale.dtype).eps, resolution / 64)
-    return _newton(problem, _coarse(problem, here), tolerance).scale
+    return _newton(objective, _coarse(objective, here), tolerance).scale
 
 
-def _coarse(problem: _Problem, here: _Point) -> _Point:
+def _coarse(objective: Objective, here: Point) -> Point:
     """Sweep over all units at once, with steps that can only lower F however the units hang together."""
-    reach = problem.monomials.reach
+    reach = objective.monomials.reach
     for _ in range(COARSE_SWEEPS):
         # exp(2 (a - b)) <= (exp(4 a) + exp(-4 b)) / 2 bounds F by a sum with one term per unit, which is least where
         # exp(8 a) = out / in. With products the 2 becomes the largest sum of exponents, 2 * reach.
-        step = torch.where(problem.active, (here.outgoing.log() - here.incoming.log()) / (8 * reach), 0.0)
+        step = torch.where(objective.active, (here.outgoing.log() - here.incoming.log()) / (8 * reach), 0.0)
         if float(step.abs().max()) < NEAR:
             break
-        here = problem.at(here.scale + step)
+        here = objective.at(here.scale + step)
     return here
 
 
-def _newton(problem: _Problem, here: _Point, tolerance: float) -> _Point:
+def _newton(objective: Objective, here: Point, tolerance: float) -> Point:
     """Take Newton steps, halved until F does not rise, to a relative imbalance below ``tolerance``.
 
     The gradient, which says when the balance is good, is always exact. The Hessian is taken in single precision, which
@@ -198,143 +196,50 @@ def _newton(problem: _Problem, here: _Point, tolerance: float) -> _Point:
     is_rough, failed, before = True, 0, torch.inf
     for _ in range(NEWTON_STEPS):
         imbalance = (here.incoming - here.outgoing) / (here.incoming + here.outgoing)
-        error = float(torch.where(problem.active, imbalance, 0.0).abs().max())
+        error = float(torch.where(objective.active, imbalance, 0.0).abs().max())
         if error < tolerance:
             break
         failed += is_rough and error > before / 2
         is_rough, before = failed < DOUBTS and not (is_rough and error > before / 2), error
-        step = problem.newton_step(here, min(0.1, max(error, 1e-4)), is_rough)
+        step = _newton_step(objective, here, min(0.1, max(error, 1e-4)), is_rough)
         step /= max(1.0, float(step.abs().max()))
-        there = problem.at(here.scale + step)
+        there = objective.at(here.scale + step)
         while float(there.value) > float(here.value) * (1 + tolerance):
             step /= 2
-            there = problem.at(here.scale + step)
+            there = objective.at(here.scale + step)
         here = there
     return here
 
 
-@dataclass(frozen=True, eq=False)
-class _Point:
-    """F and its derivatives at some log-scales.
+def _newton_step(objective: Objective, here: Point, accuracy: float, is_rough: bool) -> Tensor:
+    """Solve ``(D - A) z = (out - in) / 2``, where D - A is a quarter of the Hessian and D its diagonal.
+
+    By conjugate gradients, until the error is ``accuracy`` of what it was.
 
     Args:
-        scale: ``[H]``, the log-scales of the units.
-        value: F.
-        rises: ``[I]``, the factors exp(2 s_h) of the squares by their incoming scales.
-        falls: ``[O]``, the factors exp(-2 s_u) of the squares by their outgoing scales.
-        into: ``[I]``, sums of the rescaled squares for each incoming scale.
-        out: ``[O]``, sums of the rescaled squares for each outgoing scale.
-        incoming: ``[H]``, sums of the squares that grow with each unit.
-        outgoing: ``[H]``, sums of the squares that shrink with each unit.
+        objective: F.
+        here: where F is expanded.
+        accuracy: of the solution.
+        is_rough: whether products with A may be taken in single precision.
     """
-
-    scale: Tensor
-    value: Tensor
-    rises: Tensor
-    falls: Tensor
-    into: Tensor
-    out: Tensor
-    incoming: Tensor
-    outgoing: Tensor
-
-
-class _Problem:
-    """F, its gradient and its Hessian."""
-
-    def __init__(self, squares: Sequence[SquaredWeights], monomials: Monomials, active: Tensor, ranks: Ranks) -> None:
-        device, fixed = squares[0].roots.device, monomials.num_scales
-        self.monomials, self.active, self.ranks = monomials.to(device), active.to(device), ranks
-        self.squares, self.rough = self._prepared(joined(squares, fixed), fixed)
-        self.above = torch.cat([each.incoming.reshape(-1) for each in self.squares])  # [I]
-        self.below = torch.cat([each.outgoing.reshape(-1) for each in self.squares])  # [O]
-        self._incoming, self._outgoing = SegmentSum(self.above, fixed), SegmentSum(self.below, fixed)
-
-    @staticmethod
-    def _prepared(squares: list[SquaredWeights], fixed: int) -> tuple[list[SquaredWeights], list[SquaredWeights]]:
-        """Leave out elements that are not finite, and those with one scale on both sides, which never change.
-
-        Returns:
-            The squares, and the same ones in single precision where that fits them.
-        """
-        totals = [total for _, total in ranges(squares)]
-        shared = [torch.isin(each.incoming.where(each.incoming != fixed, -1), each.outgoing).any() for each in squares]
-        for number, joins in enumerate(torch.stack(shared).tolist()):
-            if not isfinite(totals[number]):
-                squares[number] = squares[number].without(squares[number].undefined())
-            if joins:
-                same = squares[number].incoming[:, :, None] == squares[number].outgoing[:, None]
-                squares[number] = squares[number].without(same)
-        squares = in_batches(squares)
-        fits = all(total < SINGLE for total in totals)
-        return squares, [replace(each, dtype=torch.float32) if fits and not each.is_kept else each for each in squares]
-
-    def start(self) -> _Point:
-        """Evaluate F at the weights as they are."""
-        return self.at(torch.zeros(len(self.active), dtype=self.squares[0].dtype, device=self.active.device))
-
-    def at(self, scale: Tensor) -> _Point:
-        """Evaluate F at the weights rescaled by the log-scales ``scale``, ``[H]``."""
-        factors = padded(2 * self.monomials.of(scale), 0).exp()  # [S + 1]
-        rises, falls = factors[self.above], 1 / factors[self.below]
-        into, out = self._sums(falls, rises)
-        into, out = rises * into, falls * out
-        value = self.ranks.sum_(into.sum())
-        return _Point(scale, value, rises, falls, into, out, *self.monomials.collect_parts(*self._collect(into, out)))
-
-    def _sums(self, right: Tensor, left: Tensor, is_rough: bool = False) -> tuple[Tensor, Tensor]:
-        """Multiply the squares by ``right [O]`` from the right, giving ``[I]``, and by ``left [I]``, giving ``[O]``."""
-        squares = self.rough if is_rough else self.squares
-        rights = right.split([each.outgoing.numel() for each in squares])
-        lefts = left.split([each.incoming.numel() for each in squares])
-        into: list[Tensor] = []
-        out: list[Tensor] = []
-        for each, values, others in zip(squares, rights, lefts, strict=True):
-            sides = values.view_as(each.outgoing), others.view_as(each.incoming)
-            for sums, side in zip((into, out), each.both_ways(*(side.to(each.dtype) for side in sides)), strict=True):
-                sums.append(side.reshape(-1).to(right.dtype))
-        return torch.cat(into), torch.cat(out)
-
-    def _collect(self, into: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-        """Add up ``into [I]`` and ``out [O]`` for each scale, over all ranks: ``[S]`` both."""
-        rising, falling = self.ranks.sum_(torch.stack([self._incoming(into), self._outgoing(out)]))
-        return rising, falling
-
-    def newton_step(self, here: _Point, accuracy: float, is_rough: bool) -> Tensor:
-        """Solve ``(D - A) z = (out - in) / 2``, where D - A is a quarter of the Hessian and D its diagonal.
-
-        By conjugate gradients, until the error is ``accuracy`` of what it was.
-
-        Args:
-            here: where F is expanded.
-            accuracy: of the solution.
-            is_rough: whether products with A are taken in single precision.
-        """
-
-        def apply(z: Tensor) -> Tensor:
-            scales = padded(self.monomials.of(z), 0)  # [S + 1]
-            above, below = scales[self.above], scales[self.below]
-            into, out = self._sums(here.falls * below, here.rises * above, is_rough)
-            rising, falling = self._collect(above * here.into - here.rises * into, here.falls * out - below * here.out)
-            return torch.where(self.active, self.monomials.collect(rising - falling), 0.0)
-
-        diagonal = torch.where(self.active, here.incoming + here.outgoing, 1.0)
-        residual = torch.where(self.active, here.outgoing - here.incoming, 0.0) / 2
-        z = torch.zeros_like(residual)
+    active, times_hessian = objective.active, objective.hessian(here, is_rough)
+    diagonal = torch.where(active, here.incoming + here.outgoing, 1.0)
+    residual = torch.where(active, here.outgoing - here.incoming, 0.0) / 2
+    z = torch.zeros_like(residual)
+    conditioned = residual / diagonal
+    direction = conditioned.clone()
+    product = float(residual @ conditioned)
+    target = accuracy**2 * product
+    for _ in range(CONJUGATE_GRADIENT_STEPS):
+        image = torch.where(active, times_hessian(direction), 0.0)
+        curvature = float(direction @ image)
+        if not curvature > 0:  # rounding is all that is left
+            break
+        z.add_(direction, alpha=product / curvature)
+        residual.sub_(image, alpha=product / curvature)
         conditioned = residual / diagonal
-        direction = conditioned.clone()
-        product = residual @ conditioned
-        target = accuracy**2 * float(product)
-        for _ in range(CONJUGATE_GRADIENT_STEPS):
-            image = apply(direction)
-            curvature = direction @ image
-            if not float(curvature) > 0:  # rounding is all that is left
-                break
-            length = product / curvature
-            z += length * direction
-            residual -= length * image
-            conditioned = residual / diagonal
-            previous, product = product, residual @ conditioned
-            if float(product) <= target:
-                break
-            direction = conditioned + (product / previous) * direction
-        return z
+        previous, product = product, float(residual @ conditioned)
+        if product <= target:
+            break
+        direction.mul_(product / previous).add_(conditioned)
+    return z

@@ -43,7 +43,7 @@ from torch import Tensor
 from lightning_ecopt.common.parts import lengths
 from lightning_ecopt.common.segment_sum import SegmentSum
 from lightning_ecopt.common.sharding import Ranks, local
-from lightning_ecopt.common.tensors import FEW, alike, pieces, stacked, sums_of_pieces, to_device, widest
+from lightning_ecopt.common.tensors import alike, are_few, pieces, stacked, sums_of_pieces, to_device, widest
 from lightning_ecopt.symmetry.coupling import NO_UNIT, LocalCoupling
 from lightning_ecopt.symmetry.monomials import Monomials
 
@@ -244,7 +244,7 @@ class DerivativeSums:
             for number, coupling in enumerate(here)
             if (pair := pairs.get(coupling.parameter)) is not None
         }
-        is_small = sum(weight.numel() for weight, _ in boxes.values()) <= FEW
+        is_small = are_few(weight for weight, _ in boxes.values())
         found: dict[int, Tensor] = {}
         for numbers in alike(
             {k: _kind(here[k], *box) if is_small and not self._joins[k] else k for k, box in boxes.items()}
@@ -317,7 +317,7 @@ def _values(gradient: Tensor) -> Tensor:
 def _limits(gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """For each gradient the magnitude from which on its elements may be clipped; none if it is known that none are."""
     names, found = [], []
-    is_small = sum(gradient.numel() for gradient in gradients.values()) <= FEW
+    is_small = are_few(gradients.values())
     for several in alike({name: (g.shape, g.dtype, g.device) if is_small else name for name, g in gradients.items()}):
         names += several
         found.append(_largest(stacked([gradients[name] for name in several])))
@@ -364,8 +364,9 @@ def _roundoff(gradients: Iterable[Tensor], known: float) -> Tensor:
     samples = [g.reshape(-1)[:SAMPLE] for g in gradients if g.dtype in (torch.float32, torch.float64)]
     if known >= SIXTEEN or not samples:
         return torch.tensor(known, device=gradients[0].device if gradients else "cpu")
-    several = alike({number: (len(sample), sample.dtype) for number, sample in enumerate(samples)})
-    counts = torch.cat([_round_digits(torch.stack([samples[k] for k in numbers])) for numbers in several], 1)
+    is_small = are_few(samples)
+    several = alike({k: (len(sample), sample.dtype) if is_small else k for k, sample in enumerate(samples)})
+    counts = torch.cat([_round_digits(stacked([samples[k] for k in numbers])) for numbers in several], 1)
     proper, rounded, deeply = torch.cat([counts, counts.sum(1, keepdim=True)], 1)
     # Of few elements, as of a bias, all must have twelve zeros: one of 4096 other numbers does.
     shows = ((proper >= ENOUGH) & (2 * rounded > proper)) | ((proper >= 2) & (deeply == proper))
@@ -380,7 +381,7 @@ def _round_digits(values: Tensor) -> Tensor:
     """
     proper, short = values != 0, values.float()
     digits, exact = short.view(torch.int32), (short == values) & proper
-    return torch.stack([proper, (digits & 15 == 0) & exact, (digits & 4095 == 0) & exact]).sum(2)
+    return torch.stack([proper.sum(1), *(((digits & low == 0) & exact).sum(1) for low in (15, 4095))])
 
 
 def roundoff_of(parameters: Mapping[str, Tensor]) -> float:

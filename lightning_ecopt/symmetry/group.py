@@ -305,12 +305,13 @@ class ScalingGroup:
         """
         log_scale = power * self.monomials.to(log_scale.device).of(log_scale.to(widest(log_scale.device)))
         factors = padded(log_scale, 0).exp()  # [S + 1], one for NO_UNIT
+        inverse = 1 / factors
         with uninterrupted():
             for coupling in self._couplings_here:
                 tensor = tensors.get(coupling.parameter)
                 if tensor is not None:
                     here = coupling.to(factors.device)
-                    multiply_(here.view(local(tensor)), factors[here.incoming], 1 / factors[here.outgoing])
+                    multiply_(here.view(local(tensor)), factors[here.incoming], inverse[here.outgoing])
 
     @cached_property
     def _couplings_here(self) -> list[LocalCoupling]:

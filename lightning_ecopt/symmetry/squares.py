@@ -12,14 +12,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_ecopt.common.tensors import piece_length, pieces
+from lightning_ecopt.common.tensors import are_few, piece_length, pieces
 from lightning_ecopt.symmetry.coupling import NO_UNIT, LocalCoupling
-
-#: So many squares of a network are kept in memory.
-FEW = 2**16
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +61,7 @@ class SquaredWeights:
         """
         weight, incoming, outgoing = coupling.view(tensor), coupling.incoming, coupling.outgoing
         shapes = incoming.shape, outgoing.shape
-        roots = _norms(weight, torch.broadcast_shapes(*shapes), dtype)
+        roots = _norms(weight, np.broadcast_shapes(*shapes), dtype)
         varies = [[size > 1 for size in shape] for shape in shapes]
         both = [k for k in range(roots.ndim) if varies[0][k] and varies[1][k]]
         first, second = ([k for k in range(roots.ndim) if side[k] and k not in both] for side in varies)
@@ -155,7 +153,8 @@ class SquaredWeights:
         length = min(piece_length(self.roots, "refresh", axis=1), size)
         memory = self.roots.new_empty(count, length, width, dtype=self.dtype)
         for rows in pieces(self.roots, "refresh", axis=1):
-            yield rows, memory[:, : rows.stop - rows.start].copy_(self.roots[:, rows]).square_()
+            part, squares = self.roots[:, rows], memory[:, : rows.stop - rows.start]
+            yield rows, torch.square(part, out=squares) if part.dtype == self.dtype else squares.copy_(part).square_()
 
     def undefined(self) -> Tensor:
         """Find the squares that are not finite, ``bool[G, A, B]``."""
@@ -203,7 +202,7 @@ def joined(squares: Sequence[SquaredWeights], fixed: int) -> list[SquaredWeights
         fixed: the number that takes the place of ``NO_UNIT``, one past the last scale.
     """
     matrices, roots, sides = [], [], []
-    few = sum(each.roots.numel() for each in squares) <= FEW
+    few = are_few(each.roots for each in squares)
     for each in squares:
         incoming, outgoing = (side.where(side != NO_UNIT, fixed) for side in (each.incoming, each.outgoing))
         if min(each.roots.shape[1:]) > 1:
@@ -218,22 +217,26 @@ def joined(squares: Sequence[SquaredWeights], fixed: int) -> list[SquaredWeights
     return [single, *matrices]
 
 
-def in_batches(squares: Sequence[SquaredWeights]) -> list[SquaredWeights]:
-    """Join those of one shape to one batch, if they stay in memory."""
-    if not all(each.is_kept for each in squares):
-        return list(squares)
-    alike: dict[tuple[torch.Size, torch.dtype], list[SquaredWeights]] = {}
-    for each in squares:
-        alike.setdefault((each.roots.shape[1:], each.roots.dtype), []).append(each)
-    return [
-        replace(
-            own[0],
-            roots=torch.cat([each.roots for each in own]),
-            incoming=torch.cat([each.incoming for each in own]),
-            outgoing=torch.cat([each.outgoing for each in own]),
-        )
-        for own in alike.values()
-    ]
+def in_one_matrix(squares: Sequence[SquaredWeights], fixed: int) -> Tensor:
+    """Add up all squares for each pair of scales, but for those with one scale on both sides, which never change.
+
+    Squares that are not finite count as zero.
+
+    Args:
+        squares: of all regions, with ``NO_UNIT``.
+        fixed: the number that takes the place of ``NO_UNIT``, one past the last scale: S.
+
+    Returns:
+        ``[S + 1, S + 1]``, by the incoming and by the outgoing scale.
+    """
+    size = fixed + 1
+    values = torch.cat([each.roots.reshape(-1).to(each.dtype) for each in squares]).square()
+    incoming = torch.cat([each.incoming[:, :, None].expand(each.roots.shape).reshape(-1) for each in squares]).long()
+    outgoing = torch.cat([each.outgoing[:, None].expand(each.roots.shape).reshape(-1) for each in squares]).long()
+    sums = values.new_zeros(size, size)
+    sums.index_put_((incoming, outgoing), values.where(values.isfinite(), 0.0), accumulate=True)  # -1 is the last
+    sums.diagonal().zero_()
+    return sums
 
 
 def ranges(squares: Sequence[SquaredWeights]) -> list[tuple[float, float]]:

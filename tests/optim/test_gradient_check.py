@@ -20,6 +20,7 @@ from torch.optim import SGD, AdamW
 from torch.utils._pytree import tree_map_only
 
 from lightning_ecopt import ECSGD, EquivalentClassOptimizer, ScalingGroup, check_invariance, scaling_group
+from lightning_ecopt.common import tensors
 from tests.networks import mlp
 from tests.selection import examples, few
 from tests.symmetry.helpers import broken_units, directions, draw_, flat_output
@@ -100,7 +101,11 @@ def quiet() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("case", few([case for case in ZOO if case.units], FAST[::3]), ids=lambda case: case.name)
-def test_the_sums_are_those_over_all_elements(case: Case) -> None:
+@pytest.mark.parametrize("together", [True, False])
+def test_the_sums_are_those_over_all_elements(case: Case, together: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not together:
+        monkeypatch.setattr(tensors, "FEW", 0)
+        monkeypatch.setitem(tensors.PIECE_SIZES, "refresh", tensors.PieceSize(7, 7))
     generator = torch.Generator().manual_seed(0)
     module = case.build().eval()
     draw_(module, generator)

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_ecopt import EquivalentClassOptimizer, scaling_group
+from lightning_ecopt.common import tensors
 from lightning_ecopt.common.tensors import PIECE_SIZES, PieceSize
 from lightning_ecopt.kernels import EagerKernels, choose_kernels
 from lightning_ecopt.kernels.compiled import CompiledKernels
@@ -209,6 +210,7 @@ def test_no_operation_of_a_step_makes_a_tensor_of_the_size_of_the_weights(
 ) -> None:
     for work in PIECE_SIZES:
         monkeypatch.setitem(PIECE_SIZES, work, PieceSize(1 << 10, 1 << 10))
+    monkeypatch.setattr(tensors, "FEW", 0)  # what is small is stacked
     module, x, _ = problem(40, 100, 100, 3)
     make = {
         "momentum": lambda params: SGD(params, lr=0.01, momentum=0.9, weight_decay=0.1, fused=True),

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
 from lightning_ecopt import EquivalentClassOptimizer, scaling_group
+from lightning_ecopt.common import tensors
 from lightning_ecopt.optim import watching, writers
 from lightning_ecopt.optim.gradient_check import LOOKS
 from lightning_ecopt.optim.writers import GAPS, WRITTEN
 from lightning_ecopt.symmetry import ScalingGroup
+from tests.networks import mlp
 from tests.selection import few
 
 Writer = Callable[[nn.Sequential, int], None]
@@ -436,6 +438,19 @@ def test_two_optimizers_of_the_same_weights_are_no_writers() -> None:
             cross_entropy(net(X), Y).backward()
             optimizer.step()
     assert optimizers[0].group.num_units == UNITS
+
+
+def test_sums_of_a_small_network_are_those_of_its_regions(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = mlp(6, 5, 5, 5, 3).double()
+    group = scaling_group(net, torch.zeros(1, 6, dtype=torch.float64))
+    regions = [writers._Region.of(each, group.parameters[each.parameter]) for each in writers._scaled(group)]
+    together = writers._squares(regions)
+    monkeypatch.setattr(tensors, "FEW", 0)
+    torch.testing.assert_close(writers._squares(regions), together, rtol=1e-14, atol=0.0)
+    for region, (into, out) in zip(regions, writers._by_region(together, regions), strict=True):
+        squares = region.weight.square()
+        torch.testing.assert_close(into, squares.sum_to_size(into.shape))
+        torch.testing.assert_close(out, squares.sum_to_size(out.shape))
 
 
 def test_weights_are_looked_at_in_the_first_steps_after_a_refresh_alone(monkeypatch: pytest.MonkeyPatch) -> None:

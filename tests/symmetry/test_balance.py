@@ -14,9 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_ecopt.common import tensors
 from lightning_ecopt.steps.skeleton import choose_skeleton
-from lightning_ecopt.symmetry import balance, scaling_group
-from lightning_ecopt.symmetry import squares as squared
-from lightning_ecopt.symmetry.balance import _Problem
+from lightning_ecopt.symmetry import balance, objective, scaling_group
+from lightning_ecopt.symmetry.objective import ByRegion
 from tests.symmetry.helpers import copies, draw_, put_, squares
 from tests.symmetry.zoo.case import Case
 from tests.symmetry.zoo.tiny import SHARED, TINY
@@ -51,8 +50,9 @@ def test_nothing_depends_on_how_many_weights_are_looked_at_together(
     draw_(module, generator)
     group = scaling_group(module, *case.inputs(generator))
     start, found = copies(group), []
-    for elements in (2**17, 7):
+    for elements, few in ((2**17, tensors.FEW), (7, 0)):
         monkeypatch.setitem(tensors.PIECE_SIZES, "refresh", tensors.PieceSize(elements, elements))
+        monkeypatch.setattr(tensors, "FEW", few)
         put_(group, start)
         paths = group.alive() & group.monomials.simple & ~group.scale_invariant
         own = [coupling.restricted(paths) for coupling in group.couplings]
@@ -115,7 +115,7 @@ def huge(module: nn.Sequential) -> None:
 def test_steps_in_single_precision_end_where_those_in_double_do(
     change: Callable[[Any], Any], spread: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(squared, "FEW", 0)  # small networks take no steps in single precision
+    monkeypatch.setattr(tensors, "FEW", 0)  # small networks take no steps in single precision
     torch.manual_seed(0)
     module = mlp(20, 40, 40, 40, 40, 5).to(dtype)
     with torch.no_grad():
@@ -123,8 +123,8 @@ def test_steps_in_single_precision_end_where_those_in_double_do(
     group = scaling_group(module, torch.randn(1, 20, dtype=dtype))
     group.act_(spread * torch.randn(group.num_units))
     start, found = copies(group), []
-    for largest in (balance.SINGLE, 0.0):
-        monkeypatch.setattr(balance, "SINGLE", largest)
+    for largest in (objective.SINGLE, 0.0):
+        monkeypatch.setattr(objective, "SINGLE", largest)
         put_(group, start)
         found.append((group.balance_(), group.imbalance()))
     near = max(balance.resolution_of(group.parameters.values()), 1e-13)
@@ -161,13 +161,13 @@ def test_few_passes_over_the_weights_are_needed(monkeypatch: pytest.MonkeyPatch)
     torch.manual_seed(0)
     group = scaling_group(mlp(300, 200, 200, 200, 200, 10), torch.randn(1, 300))
     passes: list[list[int]] = []  # in double precision, in single
-    sums = _Problem._sums
+    sums = ByRegion._sums
 
-    def counted(problem: _Problem, right: Tensor, left: Tensor, is_rough: bool = False) -> tuple[Tensor, Tensor]:
+    def counted(problem: ByRegion, right: Tensor, left: Tensor, is_rough: bool = False) -> tuple[Tensor, Tensor]:
         passes[-1][is_rough] += 1
         return sums(problem, right, left, is_rough)
 
-    monkeypatch.setattr(_Problem, "_sums", counted)
+    monkeypatch.setattr(ByRegion, "_sums", counted)
     for _ in range(3):
         passes.append([0, 0])
         group.balance_()
