@@ -57,7 +57,7 @@ class EquivalentClassOptimization(RuleStates):
             of the paper (EC-SGD); or ``"paper"``, in these with all options as in the paper, see
             :class:`~lightning_ecopt.EquivalentClassOptimizer`.
         refresh_interval: when weights are balanced (and skeleton weights chosen) again: every ``"epoch"``; with
-            ``"auto"`` every epoch, or every few that have 64 steps together; after a number of steps; or never
+            ``"auto"`` every epoch, or every few that have 128 steps together; after a number of steps; or never
             (``None``).
         representative: ``"balanced"``, or ``"current"`` to stay at the weights as they are (then what happens does not
             depend on the class alone).

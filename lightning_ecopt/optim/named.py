@@ -31,7 +31,7 @@ _OPTIONS = """\
         rule: ``"unit"``; ``"path"`` for the paper's path coordinates; or ``"paper"`` for these with all options as in
             the paper, see :class:`~lightning_ecopt.EquivalentClassOptimizer`.
         refresh_interval: ``"epoch"``: a refresh in the first step of each epoch, which a Trainer tells; ``"auto"``:
-            likewise, but no sooner than 64 steps after the last, and every 500 steps where nobody tells the epoch; or
+            likewise, but no sooner than 128 steps after the last, and every 500 steps where nobody tells the epoch; or
             a number of steps; or ``None`` if only :meth:`refresh` asks for it.
         representative: ``"balanced"``, or ``"current"`` to stay at the weights as they are.
         skeleton: how the rule ``"path"`` chooses skeleton weights: ``"max"`` or ``"diagonal"``.

@@ -85,7 +85,7 @@ class EquivalentClassOptimizer(Optimizer):
             :class:`~lightning_ecopt.symmetry.DeferredGroup`, which is found by then.
         rule: ``"unit"``, ``"path"`` or ``"paper"``.
         refresh_interval: ``"epoch"``: a refresh in the first step of each epoch, which a Trainer tells; ``"auto"``:
-            likewise, but no sooner than 64 steps after the last, and every 500 steps where nobody tells the epoch; or
+            likewise, but no sooner than 128 steps after the last, and every 500 steps where nobody tells the epoch; or
             a number of steps; or ``None`` if only :meth:`refresh` asks for it.
         representative: ``"balanced"``, or ``"current"`` to stay at the weights as they are. Only the first depends on
             the class alone; the second is the paper's own setting.

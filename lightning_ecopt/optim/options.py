@@ -18,8 +18,8 @@ RefreshInterval = Literal["auto", "epoch"] | int | None
 Check = Literal["gradient"] | None
 
 #: With ``refresh_interval="auto"``, steps from one refresh to the next: at least, where epochs are short, as a refresh
-#: of a small network costs as much as some thirty of its steps; and where nobody tells the epoch.
-FEWEST_STEPS, STEPS_WITHOUT_EPOCHS = 64, 500
+#: of a small network costs as much as some six of its training steps; and where nobody tells the epoch.
+FEWEST_STEPS, STEPS_WITHOUT_EPOCHS = 128, 500
 
 #: What ``rule="paper"`` stands for: the setting of Meng et al., arXiv:1802.03713, and of its authors' public code. They
 #: choose the skeleton weights once, unit i to unit i, and step in the values of the paths as these are, without bounds.
@@ -43,7 +43,7 @@ class Options:
             of the paper. ``"paper"``: in the paper's exact setting, which is ``"path"`` with the options of
             :data:`PAPER`; they become the fields, so that ``Options(rule="paper").rule`` is ``"path"``.
         refresh_interval: when there is a refresh. ``"epoch"``: in the first step of each epoch, which a Trainer tells.
-            ``"auto"``: likewise, but no sooner than 64 steps after the last one; every 500 steps where nobody tells the
+            ``"auto"``: likewise, but no sooner than 128 steps after the last; every 500 steps where nobody tells the
             epoch. A number: after so many steps. ``None``: only when ``refresh()`` asks for it.
         representative: ``"balanced"`` moves weights to the balanced member of their class at each refresh, so that
             training depends on the class alone. ``"current"`` leaves them where they are, as the paper does.

@@ -131,7 +131,7 @@ def test_the_group_can_be_reached_and_the_module_is_clean_after_fit() -> None:
     ("refresh", "epochs", "steps"),
     [
         ("epoch", 3, [0, 4, 8]),
-        ("auto", 33, [0, 64, 128]),
+        ("auto", 33, [0, 128]),
         (3, 3, [0, 3, 6, 9]),
         (4, 3, [0, 4, 8]),
         (None, 3, [0]),

@@ -38,7 +38,7 @@ def test_defaults_and_types_are_those_of_the_options(kind: Any) -> None:
         assert hints[name] == its_own[name]
 
 
-@pytest.mark.parametrize("length", [1, 28, 63, 64, 65, 200, None])
+@pytest.mark.parametrize("length", [1, 28, 127, 128, 129, 200, None])
 def test_automatic_refreshes_come_with_epochs_and_not_too_often(length: int | None) -> None:
     refreshes, last, before = [0], 0, 0 if length else None
     for step in range(1, 2000):
@@ -46,7 +46,7 @@ def test_automatic_refreshes_come_with_epochs_and_not_too_often(length: int | No
         if interval_is_over("auto", step - last, before, epoch):
             refreshes, last = [*refreshes, step], step
         before = epoch
-    apart = 500 if length is None else length * math.ceil(64 / length)
+    apart = 500 if length is None else length * math.ceil(128 / length)
     assert refreshes == list(range(0, 2000, apart))
 
 
