@@ -164,7 +164,8 @@ class DerivativeSums:
         scales = [(c.incoming[c.incoming != NO_UNIT], c.outgoing.reshape(-1)) for c in couplings]
         self._joins = [bool(torch.isin(incoming, outgoing).any()) for incoming, outgoing in scales]
         sizes = [[c.incoming.numel(), c.outgoing.numel()] for c in couplings]
-        self._sizes = torch.tensor(sizes, dtype=torch.int64, device="cpu").view(-1)
+        self._entries = [sum(of) for of in sizes]
+        self._sizes = torch.tensor(sizes, dtype=torch.int64, device="cpu").view(-1)  # of the sides
         elements = [prod(lengths(c.part.places)) for c in couplings]
         self._places = torch.tensor(
             [
@@ -218,8 +219,9 @@ class DerivativeSums:
                 have been cut on the way, by ``detach``.
         """
         device = local(next(iter(weights.values()))).device
-        if not self._couplings:
-            return self._of_units(ranks.sum_(torch.zeros(4, self._monomials.num_scales, device=device)))
+        if not self._couplings:  # on this rank; others may have some
+            none = torch.zeros(4, self._monomials.num_scales, dtype=widest(device), device=device)
+            return self._of_units(ranks.sum_(none))
         names = dict.fromkeys(coupling.parameter for coupling in self._couplings)
         present = {name: g for name in names if (g := gradients.get(name)) is not None}
         values = {name: _values(gradient) for name, gradient in present.items()}
@@ -230,7 +232,7 @@ class DerivativeSums:
             if ranks.counts(weights[name])
         }
         sums = self._sums(pairs, limits, device)
-        for coupling, part in zip(self._couplings, sums.split(self._sizes.view(-1, 2).sum(1).tolist(), 1), strict=True):
+        for coupling, part in zip(self._couplings, sums.split(self._entries, 1), strict=True):
             if coupling.parameter not in present:
                 part[1, : coupling.incoming.numel() if coupling.parameter in silent else None] = inf
         of_scales = self._of_scales(device)
@@ -253,9 +255,10 @@ class DerivativeSums:
             limit = torch.stack([limits[here[k].parameter] for k in numbers]) if limits else None
             sides = self._sums_of(numbers[0], weights, gradients, limit)
             found |= zip(numbers, torch.cat([side.flatten(2) for side in sides], 2).unbind(1), strict=True)
-        zeros = torch.zeros(2, int(self._sizes.max()) * 2, dtype=widest(device), device=device)
-        sizes = self._sizes.view(-1, 2).sum(1).tolist()
-        return torch.cat([found.get(k, zeros[:, :size]) for k, size in enumerate(sizes)], 1)
+        for k, entries in enumerate(self._entries):
+            if k not in found:
+                found[k] = torch.zeros(2, entries, dtype=widest(device), device=device)
+        return torch.cat([found[k] for k in range(len(here))], 1)
 
     def _sums_of(self, number: int, weights: Tensor, gradients: Tensor, limits: Tensor | None) -> tuple[Tensor, Tensor]:
         """Add up w g, and its magnitude, for the entries of either side of N couplings that are alike.
@@ -293,8 +296,8 @@ class DerivativeSums:
         """The roundings, and the places, of each entry, ``[2, E]``; zero where there is no gradient."""
         is_here = torch.tensor([[c.parameter in pairs] * 2 for c in self._couplings], device="cpu").view(-1)
         each = to_device(self._places.where(is_here, 0.0).to(widest(device)), device)
-        size = int(self._sizes.sum())
-        places, sums = each.repeat_interleave(to_device(self._sizes, device), 1, output_size=size)
+        of_sides = to_device(self._sizes, device)
+        places, sums = each.repeat_interleave(of_sides, 1, output_size=sum(self._entries))
         return torch.stack([places * precision**2 + sums, places])
 
     def _of_units(self, sums: Tensor) -> Derivatives:

@@ -21,6 +21,8 @@ from torch.utils._pytree import tree_map_only
 
 from lightning_ecopt import ECSGD, EquivalentClassOptimizer, ScalingGroup, check_invariance, scaling_group
 from lightning_ecopt.common import tensors
+from lightning_ecopt.common.sharding import Ranks
+from lightning_ecopt.symmetry.derivatives import DerivativeSums
 from tests.networks import mlp
 from tests.selection import examples, few
 from tests.symmetry.helpers import broken_units, directions, draw_, flat_output
@@ -120,6 +122,16 @@ def test_the_sums_are_those_over_all_elements(case: Case, together: bool, monkey
     assert (found.size >= size * (1 - 1e-12))[found.judged].all()  # exponents of two sides may cancel in part
     simple = found.judged & group.monomials.simple
     torch.testing.assert_close(found.size[simple], size[simple])
+
+
+def test_a_rank_without_couplings_adds_zeros_of_the_type_of_the_others() -> None:
+    group = scaling_group(net(), torch.randn(2, 6))
+    weights = {name: p.detach() for name, p in group.parameters.items()}
+    nothing = DerivativeSums([], group.monomials)(weights, weights, Ranks(weights), 2.0**-22)
+    others = group.derivatives(weights)
+    assert nothing.total.dtype == others.total.dtype == torch.float64
+    assert nothing.total.shape == others.total.shape
+    assert not bool(nothing.size.any())
 
 
 def test_a_unit_without_all_of_its_gradients_is_not_judged() -> None:
