@@ -27,6 +27,7 @@ PAGES = {
         f"{BENCHMARKS}/{name}.md": f"evidence/{name}.md"
         for name in ("RESULTS", "SETTINGS", "AUTHORS", "STEP_OVERHEAD", "TRACING", "GRADIENT_CHECK", "COMMUNICATION")
     },
+    f"{BENCHMARKS}/epyc/STEP_OVERHEAD.md": "evidence/epyc/STEP_OVERHEAD.md",
     **{f"{BENCHMARKS}/{path.name}": f"evidence/{path.name}" for path in sorted((ROOT / BENCHMARKS).glob("*.png"))},
     **{f"{TUTORIALS}/{path.name}": f"tutorials/{path.stem}.md" for path in sorted((ROOT / TUTORIALS).glob("*.ipynb"))},
 }
