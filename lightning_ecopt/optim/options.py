@@ -18,7 +18,7 @@ RefreshInterval = Literal["auto", "epoch"] | int | None
 Check = Literal["gradient"] | None
 
 #: With ``refresh_interval="auto"``, steps from one refresh to the next: at least, where epochs are short, as a refresh
-#: of a small network costs as much as some six of its training steps; and where nobody tells the epoch.
+#: of a small network costs as much as some ten of its training steps; and where nobody tells the epoch.
 FEWEST_STEPS, STEPS_WITHOUT_EPOCHS = 128, 500
 
 #: What ``rule="paper"`` stands for: the setting of Meng et al., arXiv:1802.03713, and of its authors' public code. They
