@@ -13,7 +13,7 @@ from torch import Tensor
 #: Tensors by the name of the parameter that they belong to: weights, gradients, or one entry of the optimizer state.
 Tensors = Mapping[str, Tensor]
 
-K = TypeVar("K")
+_K = TypeVar("_K")
 
 
 def listing(names: Sequence[str], limit: int = 5) -> str:
@@ -60,8 +60,8 @@ class PieceSize(NamedTuple):
 
 
 Work = Literal["refresh", "step"]
-#: On an accelerator a refresh takes squares in float64, twice as wide as what a step works on.
-PIECE_SIZES: dict[Work, PieceSize] = {"refresh": PieceSize(2**18, 2**22), "step": PieceSize(2**18, 2**23)}
+#: A refresh takes squares in float64, twice as wide as what a step works on.
+PIECE_SIZES: dict[Work, PieceSize] = {"refresh": PieceSize(2**17, 2**22), "step": PieceSize(2**18, 2**23)}
 
 
 def piece_length(tensor: Tensor, work: Work, axis: int = 0) -> int:
@@ -97,8 +97,8 @@ def sums_of_pieces(
 
     Args:
         of: makes ``[..., *piece]`` of the piece at a slice of the first axis.
-        shapes: with as many axes as the tensor.
-        rows: the pieces, which cut the first axis.
+        shapes: with as many axes as the tensor, which are one or more.
+        rows: the pieces, which cut the first axis; none if it is empty.
 
     Returns:
         ``[..., *shape]`` for each shape; of one piece, what has that shape already may be returned as it is.
@@ -112,8 +112,8 @@ def sums_of_pieces(
     for each in list(rows) or [slice(0, 0)]:
         values = of(each)
         for parts, shape in zip(found, shapes, strict=True):
-            own = values.shape[: values.ndim - len(shape) + 1] if shape[0] != 1 else (*values.shape[: -len(shape)], 1)
-            part = values.sum_to_size((*own, *shape[1:]))
+            others, length = values.shape[: -len(shape)], values.shape[-len(shape)]
+            part = values.sum_to_size((*others, 1 if shape[0] == 1 else length, *shape[1:]))
             if parts and shape[0] == 1:
                 parts[0] = parts[0] + part
             else:
@@ -135,14 +135,14 @@ def are_few(tensors: Iterable[Tensor]) -> bool:
     return sum(tensor.numel() for tensor in tensors) <= FEW
 
 
-def alike(kinds: Mapping[K, Hashable]) -> list[list[K]]:
+def alike(kinds: Mapping[_K, Hashable]) -> list[list[_K]]:
     """Return the keys of equal values together, in their order.
 
     Example::
 
         alike({"a": (64, 64), "b": (64,), "c": (64, 64)})  # [["a", "c"], ["b"]]
     """
-    found: dict[Hashable, list[K]] = {}
+    found: dict[Hashable, list[_K]] = {}
     for key, kind in kinds.items():
         found.setdefault(kind, []).append(key)
     return list(found.values())

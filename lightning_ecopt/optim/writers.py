@@ -69,7 +69,7 @@ class _Region:
     """A region of a weight of the optimizer, on this rank.
 
     Args:
-        coupling: how it scales, on the device of the weight.
+        coupling: how it scales, with all axes on both sides, on the device of the weight.
         weight: all that this rank holds of the weight, in its memory.
         tolerance: relative change of a row that may be rounding, as where a change is taken back by a subtraction.
     """
@@ -89,11 +89,12 @@ class _Region:
 
     @property
     def sides(self) -> tuple[Tensor, Tensor]:
-        """The scales of both sides, with all axes of the region."""
+        """The scales of both sides."""
         return self.coupling.incoming, self.coupling.outgoing
 
     @property
     def entries(self) -> int:
+        """Number of entries of both sides."""
         return self.coupling.incoming.numel() + self.coupling.outgoing.numel()
 
     def sums(self, of: Callable[..., Tensor], other: Tensor) -> list[Tensor]:
@@ -285,12 +286,12 @@ class Writers:
             return []
         tolerance = torch.cat([sums.new_full((region.entries,), 2 * region.tolerance) for region in regions])
         changed = (sums - noted.sums).abs() > tolerance * torch.maximum(sums, noted.sums)
-        findings = []
+        before, findings = _by_region(noted.sums, regions), []
         for number, (region, marks) in enumerate(zip(regions, _by_region(changed, regions), strict=True)):
             copy = noted.copies.get(region.coupling.parameter)
             if copy is not None:
                 last = None if self._factors is None else self._factors[number]
-                marks = _harmed(region, copy, _by_region(noted.sums, regions)[number], last)
+                marks = _harmed(region, copy, before[number], last)
             findings.append(_Finding(region, marks, is_sure=copy is not None))
         return findings
 

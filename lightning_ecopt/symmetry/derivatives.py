@@ -60,7 +60,7 @@ FLOAT32, TF32, SIXTEEN, EIGHT = 2.0**-22, 2.0**-11, 2.0**-8, 2.0**-3
 CLIPPED = 3
 #: Most elements of a gradient whose digits are looked at, and fewest that tell something.
 SAMPLE, ENOUGH = 4096, 6
-#: Entries up to which the way to add them up is kept from one look to the next.
+#: Of so many entries :class:`DerivativeSums` keeps how they are added up from one look to the next.
 FEW_ENTRIES = 1 << 13
 
 
@@ -249,7 +249,7 @@ class DerivativeSums:
         is_small = are_few(weight for weight, _ in boxes.values())
         found: dict[int, Tensor] = {}
         for numbers in alike(
-            {k: _kind(here[k], *box) if is_small and not self._joins[k] else k for k, box in boxes.items()}
+            {k: _alike_by(here[k], *box) if is_small and not self._joins[k] else k for k, box in boxes.items()}
         ):
             weights, gradients = (stacked(several) for several in zip(*(boxes[k] for k in numbers), strict=True))
             limit = torch.stack([limits[here[k].parameter] for k in numbers]) if limits else None
@@ -307,7 +307,7 @@ class DerivativeSums:
         return Derivatives(monomials.collect(sums[0]), size, variance.sqrt(), places)
 
 
-def _kind(coupling: LocalCoupling, weight: Tensor, gradient: Tensor) -> tuple[object, ...]:
+def _alike_by(coupling: LocalCoupling, weight: Tensor, gradient: Tensor) -> tuple[object, ...]:
     """What couplings must have in common to be added up together."""
     return weight.shape, weight.dtype, gradient.dtype, coupling.incoming.shape, coupling.outgoing.shape
 

@@ -19,7 +19,7 @@ from lightning_ecopt.common.segment_sum import SegmentSum
 from lightning_ecopt.common.sharding import Ranks
 from lightning_ecopt.common.tensors import are_few, padded
 from lightning_ecopt.symmetry.monomials import Monomials
-from lightning_ecopt.symmetry.squares import SquaredWeights, in_one_matrix, joined, ranges
+from lightning_ecopt.symmetry.squares import SquaredWeights, in_batches, in_one_matrix, joined, ranges
 
 #: Sums of squares up to here, and their products with factors, do not overflow in single precision.
 SINGLE = 1e30
@@ -75,7 +75,7 @@ class Objective(Protocol):
 
         Args:
             here: where F is expanded.
-            is_rough: whether single precision will do.
+            is_rough: whether single precision will do, where it takes less time.
         """
 
 
@@ -164,6 +164,7 @@ class ByRegion:
             if joins:
                 same = squares[number].incoming[:, :, None] == squares[number].outgoing[:, None]
                 squares[number] = squares[number].without(same)
+        squares = in_batches(squares)
         fits = all(total < SINGLE for total in totals)
         return squares, [replace(each, dtype=torch.float32) if fits and not each.is_kept else each for each in squares]
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_ecopt.common.tensors import are_few, piece_length, pieces
+from lightning_ecopt.common.tensors import Work, alike, are_few, piece_length, pieces
 from lightning_ecopt.symmetry.coupling import NO_UNIT, LocalCoupling
 
 
@@ -150,9 +150,10 @@ class SquaredWeights:
     def _squares(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield pieces along A with their squares; each overwrites the memory of the one before."""
         count, size, width = self.roots.shape
-        length = min(piece_length(self.roots, "refresh", axis=1), size)
+        work: Work = "refresh" if self.dtype == torch.float64 else "step"
+        length = min(piece_length(self.roots, work, axis=1), size)
         memory = self.roots.new_empty(count, length, width, dtype=self.dtype)
-        for rows in pieces(self.roots, "refresh", axis=1):
+        for rows in pieces(self.roots, work, axis=1):
             part, squares = self.roots[:, rows], memory[:, : rows.stop - rows.start]
             yield rows, torch.square(part, out=squares) if part.dtype == self.dtype else squares.copy_(part).square_()
 
@@ -215,6 +216,22 @@ def joined(squares: Sequence[SquaredWeights], fixed: int) -> list[SquaredWeights
     elements, (incoming, outgoing) = torch.cat(roots), torch.cat(sides, 1)
     single = SquaredWeights(elements[:, None, None], incoming[:, None], outgoing[:, None], elements.dtype, is_kept=few)
     return [single, *matrices]
+
+
+def in_batches(squares: Sequence[SquaredWeights]) -> list[SquaredWeights]:
+    """Join those of one shape to one batch, if they stay in memory."""
+    if not all(each.is_kept for each in squares):
+        return list(squares)
+    kinds = {number: (each.roots.shape[1:], each.roots.dtype) for number, each in enumerate(squares)}
+    return [
+        replace(
+            squares[numbers[0]],
+            roots=torch.cat([squares[k].roots for k in numbers]),
+            incoming=torch.cat([squares[k].incoming for k in numbers]),
+            outgoing=torch.cat([squares[k].outgoing for k in numbers]),
+        )
+        for numbers in alike(kinds)
+    ]
 
 
 def in_one_matrix(squares: Sequence[SquaredWeights], fixed: int) -> Tensor:
