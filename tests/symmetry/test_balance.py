@@ -51,7 +51,8 @@ def test_nothing_depends_on_how_many_weights_are_looked_at_together(
     group = scaling_group(module, *case.inputs(generator))
     start, found = copies(group), []
     for elements, few in ((2**17, tensors.FEW), (7, 0)):
-        monkeypatch.setitem(tensors.PIECE_SIZES, "refresh", tensors.PieceSize(elements, elements))
+        for work in tensors.PIECE_SIZES:
+            monkeypatch.setitem(tensors.PIECE_SIZES, work, tensors.PieceSize(elements, elements))
         monkeypatch.setattr(tensors, "FEW", few)
         put_(group, start)
         paths = group.alive() & group.monomials.simple & ~group.scale_invariant
@@ -68,7 +69,8 @@ def test_nothing_depends_on_how_many_weights_are_looked_at_together(
 
 
 def test_a_refresh_needs_no_memory_of_the_size_of_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(tensors.PIECE_SIZES, "refresh", tensors.PieceSize(4000, 4000))
+    for work in tensors.PIECE_SIZES:
+        monkeypatch.setitem(tensors.PIECE_SIZES, work, tensors.PieceSize(4000, 4000))
     convolutions = [nn.Conv2d(3, 40, 3), nn.ReLU(), nn.Conv2d(40, 40, 3), nn.ReLU(), nn.Conv2d(40, 40, 3), nn.ReLU()]
     module = nn.Sequential(*convolutions, nn.Flatten(), *mlp(40 * 4, 300, 300, 10))
     group = scaling_group(module, torch.randn(1, 3, 8, 8))
