@@ -222,6 +222,11 @@ class Ranks:
                 )
 
     @property
+    def are_several(self) -> bool:
+        """Whether ranks exchange what they find."""
+        return self._all is not None
+
+    @property
     def process_group(self) -> Any:
         """The ranks that exchange what they find, as ``torch.distributed`` knows them; ``None`` if none do."""
         return None if self._all is None else self._all.group()

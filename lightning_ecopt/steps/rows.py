@@ -120,7 +120,7 @@ class Rows:
         There are none if rows are made of several places, a parameter is cut into several boxes, or ranks add up.
         """
         blocks = self._blocks
-        is_so = blocks.row is None and self._ranks.process_group is None and blocks.whole is not None
+        is_so = blocks.row is None and not self._ranks.are_several and blocks.whole is not None
         return (blocks.whole or [], blocks.shapes) if is_so else ([], ())
 
     def reduced(self, kernels: Kernels, name: str, *tensors: Tensors) -> Tensor:

@@ -90,7 +90,7 @@ def objective_of(squares: Sequence[SquaredWeights], monomials: Monomials, active
     """
     device, fixed = squares[0].roots.device, monomials.num_scales
     monomials, active = monomials.to(device), active.to(device)
-    if fixed <= FEW_SCALES and ranks.process_group is None and are_few(each.roots for each in squares):
+    if fixed <= FEW_SCALES and not ranks.are_several and are_few(each.roots for each in squares):
         return InOneMatrix(in_one_matrix(squares, fixed), monomials, active)
     return ByRegion(joined(squares, fixed), monomials, active, ranks)
 

@@ -359,7 +359,7 @@ def test_the_first_calls_of_a_sharded_module_are_traced_before_they_are_made(
         group = optimizer.group
         found.append(script.whole(dict(net.named_parameters())) | {"units": torch.tensor(group.num_units)})
         assert not group.unseen
-    _assert_close(found[1], found[0], 0.0)
+    _assert_close(found[1], found[0], 1e-14)  # squares are added up in another order where ranks exchange sums
     assert found[0]["units"] == (11 if call == "parts" else 15)  # what one call returns must not change
 
 
