@@ -135,13 +135,15 @@ def are_few(tensors: Iterable[Tensor]) -> bool:
     return sum(tensor.numel() for tensor in tensors) <= FEW
 
 
-def alike(kinds: Mapping[_K, Hashable]) -> list[list[_K]]:
-    """Return the keys of equal values together, in their order.
+def alike(kinds: Mapping[_K, Hashable], together: bool = True) -> list[list[_K]]:
+    """Return the keys of equal values together, in their order; or, if not ``together``, each by itself.
 
     Example::
 
         alike({"a": (64, 64), "b": (64,), "c": (64, 64)})  # [["a", "c"], ["b"]]
     """
+    if not together:
+        return [[key] for key in kinds]
     found: dict[Hashable, list[_K]] = {}
     for key, kind in kinds.items():
         found.setdefault(kind, []).append(key)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 
 import torch
@@ -110,6 +111,13 @@ class LocalCoupling(Coupling):
     def width(self) -> int:
         """Number of elements of a whole row: of a position along the first axis of the region."""
         return prod(lengths(self.region)[1:])
+
+    @cached_property
+    def sides(self) -> tuple[Tensor, Tensor]:
+        """``incoming`` and ``outgoing`` with all axes of the box."""
+        axes = len(self.part.places)
+        incoming, outgoing = (s.view((1,) * (axes - s.ndim) + s.shape) for s in (self.incoming, self.outgoing))
+        return incoming, outgoing
 
     def view(self, tensor: Tensor) -> Tensor:
         """Return the box in a :func:`~lightning_ecopt.common.sharding.local` tensor as a view."""

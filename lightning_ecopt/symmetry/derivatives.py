@@ -63,7 +63,6 @@ SAMPLE, ENOUGH = 4096, 6
 #: Of so many entries :class:`DerivativeSums` keeps how they are added up from one look to the next.
 FEW_ENTRIES = 1 << 13
 
-
 #: Weights and their gradients on this rank, by parameter name.
 Pairs = Mapping[str, tuple[Tensor, Tensor]]
 
@@ -246,11 +245,9 @@ class DerivativeSums:
             for number, coupling in enumerate(here)
             if (pair := pairs.get(coupling.parameter)) is not None
         }
-        is_small = are_few(weight for weight, _ in boxes.values())
+        kinds = {k: k if self._joins[k] else _kind(here[k], *box) for k, box in boxes.items()}
         found: dict[int, Tensor] = {}
-        for numbers in alike(
-            {k: _alike_by(here[k], *box) if is_small and not self._joins[k] else k for k, box in boxes.items()}
-        ):
+        for numbers in alike(kinds, together=are_few(weight for weight, _ in boxes.values())):
             weights, gradients = (stacked(several) for several in zip(*(boxes[k] for k in numbers), strict=True))
             limit = torch.stack([limits[here[k].parameter] for k in numbers]) if limits else None
             sides = self._sums_of(numbers[0], weights, gradients, limit)
@@ -288,7 +285,7 @@ class DerivativeSums:
                 magnitudes.masked_fill_((own.abs() >= limit) & (signed != 0), inf)
             return both
 
-        shapes = [(1,) * (len(box) - side.ndim) + tuple(side.shape) for side in (here.incoming, here.outgoing)]
+        shapes = [side.shape for side in here.sides]
         into, out = sums_of_pieces(products, shapes, pieces(weights[0], "refresh"))
         return into, torch.stack([-out[0], out[1]])
 
@@ -307,7 +304,7 @@ class DerivativeSums:
         return Derivatives(monomials.collect(sums[0]), size, variance.sqrt(), places)
 
 
-def _alike_by(coupling: LocalCoupling, weight: Tensor, gradient: Tensor) -> tuple[object, ...]:
+def _kind(coupling: LocalCoupling, weight: Tensor, gradient: Tensor) -> tuple[object, ...]:
     """What couplings must have in common to be added up together."""
     return weight.shape, weight.dtype, gradient.dtype, coupling.incoming.shape, coupling.outgoing.shape
 
@@ -320,8 +317,8 @@ def _values(gradient: Tensor) -> Tensor:
 def _limits(gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """For each gradient the magnitude from which on its elements may be clipped; none if it is known that none are."""
     names, found = [], []
-    is_small = are_few(gradients.values())
-    for several in alike({name: (g.shape, g.dtype, g.device) if is_small else name for name, g in gradients.items()}):
+    kinds = {name: (g.shape, g.dtype, g.device) for name, g in gradients.items()}
+    for several in alike(kinds, together=are_few(gradients.values())):
         names += several
         found.append(_largest(stacked([gradients[name] for name in several])))
     if not found:
@@ -364,11 +361,11 @@ def _roundoff(gradients: Iterable[Tensor], known: float) -> Tensor:
     known = max(known, FLOAT32)
     if any(torch.finfo(gradient.dtype).bits < 32 for gradient in gradients):
         known = SIXTEEN
-    samples = [g.reshape(-1)[:SAMPLE] for g in gradients if g.dtype in (torch.float32, torch.float64)]
+    samples = [g.reshape(-1)[:SAMPLE].contiguous() for g in gradients if g.dtype in (torch.float32, torch.float64)]
     if known >= SIXTEEN or not samples:
         return torch.tensor(known, device=gradients[0].device if gradients else "cpu")
-    is_small = are_few(samples)
-    several = alike({k: (len(sample), sample.dtype) if is_small else k for k, sample in enumerate(samples)})
+    kinds = {k: (len(sample), sample.dtype) for k, sample in enumerate(samples)}
+    several = alike(kinds, together=are_few(samples))
     counts = torch.cat([_round_digits(stacked([samples[k] for k in numbers])) for numbers in several], 1)
     proper, rounded, deeply = torch.cat([counts, counts.sum(1, keepdim=True)], 1)
     # Of few elements, as of a bias, all must have twelve zeros: one of 4096 other numbers does.
