@@ -18,7 +18,7 @@ is a copy of these weights, which shows what.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from threading import Lock
 from typing import ClassVar, Protocol
 from weakref import WeakSet
@@ -31,7 +31,7 @@ from lightning_ecopt.common.tensors import alike, are_few, listing, pieces, stac
 from lightning_ecopt.common.warn import warn
 from lightning_ecopt.optim.binding import Network
 from lightning_ecopt.symmetry import ScalingGroup
-from lightning_ecopt.symmetry.coupling import NO_UNIT, LocalCoupling, couplings_here
+from lightning_ecopt.symmetry.coupling import NO_UNIT, LocalCoupling
 from lightning_ecopt.symmetry.scales import Operation
 
 #: What the report says of units that are held for this reason.
@@ -69,7 +69,7 @@ class _Region:
     """A region of a weight of the optimizer, on this rank.
 
     Args:
-        coupling: how it scales, with all axes on both sides, on the device of the weight.
+        coupling: how it scales, on the device of the weight.
         weight: all that this rank holds of the weight, in its memory.
         tolerance: relative change of a row that may be rounding, as where a change is taken back by a subtraction.
     """
@@ -89,8 +89,8 @@ class _Region:
 
     @property
     def sides(self) -> tuple[Tensor, Tensor]:
-        """The scales of both sides."""
-        return self.coupling.incoming, self.coupling.outgoing
+        """The scales of both sides, with all axes of the region."""
+        return self.coupling.sides
 
     @property
     def entries(self) -> int:
@@ -118,9 +118,9 @@ def _squares(regions: Sequence[_Region]) -> Tensor:
     """Sum the squares for each entry of both sides of all regions, ``[E]``, as exactly as the weights are."""
     views = {number: region.coupling.view(region.weight) for number, region in enumerate(regions)}
     shapes = [[side.shape for side in region.sides] for region in regions]
-    is_small = are_few(views.values())
+    kinds = {k: (view.shape, view.dtype, *shapes[k]) for k, view in views.items()}
     found: dict[int, Tensor] = {}
-    for numbers in alike({k: (view.shape, view.dtype, *shapes[k]) if is_small else k for k, view in views.items()}):
+    for numbers in alike(kinds, together=are_few(views.values())):
         several = stacked([views[k] for k in numbers])
         dtype = torch.promote_types(several.dtype, torch.float32)
 
@@ -206,7 +206,7 @@ class Writers:
     def _begin(self, group: ScalingGroup | None) -> None:
         """Forget what was found, in another group."""
         self._group = group
-        self._couplings = [] if group is None else _scaled(group)
+        self._couplings = [] if group is None else group.local_couplings
         self._last: Tensor | None = None  # units that were written to at the last look, if any were
         self._first: Tensor | None = None  # in the first gap after the last refresh
         self._suspects: set[str] = set()  # their parameters
@@ -323,19 +323,6 @@ class Writers:
 
     def __reduce__(self) -> tuple[type[Writers], tuple[()]]:  # a copy begins with other weights
         return Writers, ()
-
-
-def _scaled(group: ScalingGroup) -> list[LocalCoupling]:
-    """What this rank holds of couplings that scale something, with all axes on both sides."""
-    couplings = couplings_here((each for each in group.couplings if not each.is_fixed), group.parameters)
-
-    def widened(coupling: LocalCoupling, side: Tensor) -> Tensor:
-        return side.view((1,) * (len(coupling.part.places) - side.ndim) + side.shape)
-
-    return [
-        replace(each, incoming=widened(each, each.incoming), outgoing=widened(each, each.outgoing))
-        for each in couplings
-    ]
 
 
 def _kind(weight: Tensor) -> tuple[torch.dtype, torch.device, torch.Size]:

@@ -319,7 +319,7 @@ class _Blocks:
 
     def to_rows(self, values: Tensor) -> Tensor:
         """Sums over the places of each row, ``[..., R]`` from ``[..., P]``."""
-        return values if self.merge is None else torch.stack([self.merge(of) for of in values])
+        return values if self.merge is None else self.merge(values)
 
     def to_places(self, values: Tensor) -> Tensor:
         """What each row has, ``[R]``, at its places, ``[P]``."""

@@ -110,7 +110,7 @@ def mean_square(squares: Sequence[SquaredWeights], monomials: Monomials, ranks: 
     sums = torch.cat([each.total().reshape(-1) for each in squares])
     rows = torch.cat([sums.new_full((each.incoming.numel(),), each.rows) for each in squares])
     total = SegmentSum(incoming, monomials.num_scales + 1)
-    sums, rows = ranks.sum_(torch.stack([total(sums), total(rows)]))
+    sums, rows = ranks.sum_(total(torch.stack([sums, rows])))
     return (sums / rows)[: monomials.num_units]
 
 

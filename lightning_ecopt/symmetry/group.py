@@ -307,14 +307,14 @@ class ScalingGroup:
         factors = padded(log_scale, 0).exp()  # [S + 1], one for NO_UNIT
         inverse = 1 / factors
         with uninterrupted():
-            for coupling in self._couplings_here:
+            for coupling in self.local_couplings:
                 tensor = tensors.get(coupling.parameter)
                 if tensor is not None:
                     here = coupling.to(factors.device)
                     multiply_(here.view(local(tensor)), factors[here.incoming], inverse[here.outgoing])
 
     @cached_property
-    def _couplings_here(self) -> list[LocalCoupling]:
+    def local_couplings(self) -> list[LocalCoupling]:
         """The couplings that scale something, cut to what this rank holds of the parameters."""
         return couplings_here([coupling for coupling in self.couplings if not coupling.is_fixed], self.parameters)
 
@@ -423,7 +423,7 @@ class ScalingGroup:
 
     @cached_property
     def _derivative_sums(self) -> DerivativeSums:
-        return DerivativeSums(self._couplings_here, self.monomials)
+        return DerivativeSums(self.local_couplings, self.monomials)
 
     def squares(self, ranks: Ranks) -> list[SquaredWeights]:
         """Take the squares of all regions that this rank adds up; empty on all ranks if nothing scales."""
@@ -434,7 +434,7 @@ class ScalingGroup:
                 "the module (module.to_empty(device=...) and its initialisation) and trace it again."
             )
         squares = []
-        for coupling in self._couplings_here:
+        for coupling in self.local_couplings:
             parameter = self.parameters[coupling.parameter]
             if ranks.counts(parameter):
                 weight = local(parameter.detach())

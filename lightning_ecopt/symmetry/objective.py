@@ -7,17 +7,17 @@ squares.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from lightning_ecopt.common.segment_sum import SegmentSum
 from lightning_ecopt.common.sharding import Ranks
-from lightning_ecopt.common.tensors import are_few, padded
+from lightning_ecopt.common.tensors import are_few, padded, widest
 from lightning_ecopt.symmetry.monomials import Monomials
 from lightning_ecopt.symmetry.squares import SquaredWeights, in_batches, in_one_matrix, joined, ranges
 
@@ -53,23 +53,27 @@ class Point:
     out: Tensor
 
 
-class Objective(Protocol):
+class Objective(ABC):
     """F.
 
-    Attributes:
+    Args:
         monomials: the scales that the squares refer to.
         active: ``bool[H]``, the units that may be rescaled.
     """
 
-    monomials: Monomials
-    active: Tensor
+    def __init__(self, monomials: Monomials, active: Tensor) -> None:
+        self.monomials, self.active = monomials, active
 
     def start(self) -> Point:
         """Evaluate F at the weights as they are."""
+        device = self.active.device
+        return self.at(torch.zeros(len(self.active), dtype=widest(device), device=device))
 
+    @abstractmethod
     def at(self, scale: Tensor) -> Point:
         """Evaluate F at the weights rescaled by the log-scales ``scale``, ``[H]``."""
 
+    @abstractmethod
     def hessian(self, here: Point, is_rough: bool) -> Callable[[Tensor], Tensor]:
         """Return the product of a quarter of the Hessian with log-scales, ``[H]`` to ``[H]``.
 
@@ -95,7 +99,7 @@ def objective_of(squares: Sequence[SquaredWeights], monomials: Monomials, active
     return ByRegion(joined(squares, fixed), monomials, active, ranks)
 
 
-class InOneMatrix:
+class InOneMatrix(Objective):
     """F of a small network.
 
     Args:
@@ -105,11 +109,8 @@ class InOneMatrix:
     """
 
     def __init__(self, squares: Tensor, monomials: Monomials, active: Tensor) -> None:
-        self.squares, self.monomials, self.active = squares, monomials, active
-
-    def start(self) -> Point:
-        """See :class:`Objective`."""
-        return self.at(self.squares.new_zeros(len(self.active)))
+        super().__init__(monomials, active)
+        self.squares = squares
 
     def at(self, scale: Tensor) -> Point:
         """See :class:`Objective`."""
@@ -131,7 +132,7 @@ class InOneMatrix:
         return apply
 
 
-class ByRegion:
+class ByRegion(Objective):
     """F of any network, from products of the squares of each region with vectors.
 
     Args:
@@ -142,8 +143,8 @@ class ByRegion:
     """
 
     def __init__(self, squares: list[SquaredWeights], monomials: Monomials, active: Tensor, ranks: Ranks) -> None:
-        self.monomials, self.active, self.ranks = monomials, active, ranks
-        fixed = monomials.num_scales
+        super().__init__(monomials, active)
+        self.ranks, fixed = ranks, monomials.num_scales
         self.squares, self.rough = self._prepared(squares, fixed)
         self.above = torch.cat([each.incoming.reshape(-1) for each in self.squares])  # [I]
         self.below = torch.cat([each.outgoing.reshape(-1) for each in self.squares])  # [O]
@@ -167,10 +168,6 @@ class ByRegion:
         squares = in_batches(squares)
         fits = all(total < SINGLE for total in totals)
         return squares, [replace(each, dtype=torch.float32) if fits and not each.is_kept else each for each in squares]
-
-    def start(self) -> Point:
-        """See :class:`Objective`."""
-        return self.at(torch.zeros(len(self.active), dtype=self.squares[0].dtype, device=self.active.device))
 
     def at(self, scale: Tensor) -> Point:
         """See :class:`Objective`."""

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_ecopt.common.tensors import Work, alike, are_few, piece_length, pieces
+from lightning_ecopt.common.tensors import Work, alike, are_few, piece_length, pieces, sums_of_pieces
 from lightning_ecopt.symmetry.coupling import NO_UNIT, LocalCoupling
 
 
@@ -59,7 +59,7 @@ class SquaredWeights:
             tensor: what this rank holds of the parameter.
             dtype: the type in which squares are taken.
         """
-        weight, incoming, outgoing = coupling.view(tensor), coupling.incoming, coupling.outgoing
+        weight, (incoming, outgoing) = coupling.view(tensor), coupling.sides
         shapes = incoming.shape, outgoing.shape
         roots = _norms(weight, np.broadcast_shapes(*shapes), dtype)
         varies = [[size > 1 for size in shape] for shape in shapes]
@@ -177,9 +177,8 @@ def _norms(weight: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Take the roots of sums of squares over the axes where ``shape`` has size 1; without any, the weight itself."""
     if weight.shape == torch.Size(shape):
         return weight
-    parts = weight.split(piece_length(weight, "refresh"))
-    sums = [part.to(dtype).square().sum_to_size(min(len(part), shape[0]), *shape[1:]) for part in parts]
-    return (torch.cat(sums) if shape[0] > 1 else torch.stack(sums).sum(0)).sqrt()
+    (sums,) = sums_of_pieces(lambda rows: weight[rows].to(dtype).square(), [shape], pieces(weight, "refresh"))
+    return sums.sqrt()
 
 
 def multiply_(tensor: Tensor, first: Tensor, second: Tensor) -> None:

@@ -443,7 +443,7 @@ def test_two_optimizers_of_the_same_weights_are_no_writers() -> None:
 def test_sums_of_a_small_network_are_those_of_its_regions(monkeypatch: pytest.MonkeyPatch) -> None:
     net = mlp(6, 5, 5, 5, 3).double()
     group = scaling_group(net, torch.zeros(1, 6, dtype=torch.float64))
-    regions = [writers._Region.of(each, group.parameters[each.parameter]) for each in writers._scaled(group)]
+    regions = [writers._Region.of(each, group.parameters[each.parameter]) for each in group.local_couplings]
     together = writers._squares(regions)
     monkeypatch.setattr(tensors, "FEW", 0)
     torch.testing.assert_close(writers._squares(regions), together, rtol=1e-14, atol=0.0)
