@@ -201,9 +201,10 @@ class Followers:
         leaders = {id(p) for p in self._leading(parameters)}
         if module is None or not leaders:
             return False
-        ranks, parts, pairs = Ranks(parameters), trained_parts(module, leaders), list[tuple[Candidate, Candidate]]()
+        ranks, parts, pairs = Ranks(parameters), list[Candidate](), list[tuple[Candidate, Candidate]]()
         try:
             candidates = self._candidates(parameters)
+            parts = trained_parts(module, leaders) if candidates else []
             pairs = [(one, part) for one in candidates for part in parts if may_follow(one, part)]
         finally:  # even if this rank has failed: the others would wait for it
             is_common = ranks.have_same(repr([(one.name, part.name) for one, part in pairs]))
