@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_ecopt.kernels.allocation import Allocated, Paths
 from lightning_ecopt.kernels.clipping import CENTRING, FAINT, MEMORY, Clipping, RowGradients
-from lightning_ecopt.kernels.eager import GRADIENTS, EagerKernels
+from lightning_ecopt.kernels.eager import EagerKernels
 from lightning_ecopt.kernels.library import load
 from lightning_ecopt.kernels.lines import (
     COLUMNS,
@@ -122,6 +122,7 @@ class CompiledKernels(LineKernels[_Plan]):
                 *group.tables,
                 addresses.buffer_info()[0],
                 len(lists),
+                len(lists),
                 found.data_ptr(),
                 dtype == torch.float64,
                 plan.num_places,
@@ -200,10 +201,8 @@ class CompiledKernels(LineKernels[_Plan]):
         clipped = _clipping(gradients, [gradients.second, gradients.weight, *of_step], 0)
         words = Words.of(coefficients(clipped), dtype, found.device)
         given, addresses = words.table(), group.addresses(step.lists)
-        addresses_of_gradients = group.addresses(step.lists[GRADIENTS : GRADIENTS + 1])
         count = self._library.step[dtype](
             *group.tables,
-            addresses_of_gradients.buffer_info()[0],
             addresses.buffer_info()[0],
             len(step.lists),
             given.buffer_info()[0],
@@ -235,12 +234,11 @@ class CompiledKernels(LineKernels[_Plan]):
         to_weights, scale = found[: 2 * rows].view(2, rows)
         words = [Words.of(given, dtype, found.device) for given in (coefficients(scale, to_weights), of_free)]
         of_rows, of_units = (each.table() for each in words)
-        pairs, addresses = group.addresses(lists[: GRADIENTS + 1]), group.addresses(lists)
+        addresses = group.addresses(lists)
         known, elements = _paths_table(paths, max_ratio), _elements_table(skeleton, plan.sizes, counts)
         free = self.plan([[found[:units]]] * len(lists), paths.shapes, 0).groups[dtype]
         count: int = self._library.path_step[dtype](
             *group.tables,
-            pairs.buffer_info()[0],
             addresses.buffer_info()[0],
             len(lists),
             of_rows.buffer_info()[0],

@@ -137,16 +137,12 @@ def _functions(path: Path) -> Library:
 
     return Library(
         of("update", [*tables, pointer, number]),
-        of("sums", [*tables, pointer, number, number, number]),
+        of("sums", [*tables, number, pointer, number, number, number]),
         of("copy_elements", [pointer, pointer, number, pointer, number], number),
         of("clipping", [pointer, real, *[pointer] * 7], number),
         of("free_gradient", [pointer] * 6),
         of("allocate", [pointer] * 5, number),
-        of("step", [*tables[:3], pointer, pointer, number, pointer, pointer, real, pointer, number], number),
-        of(
-            "path_step",
-            [*tables[:3], pointer, pointer, number, pointer, *tables[:3], *[pointer] * 5, number],
-            number,
-        ),
+        of("step", [*tables, pointer, pointer, real, pointer, number], number),
+        of("path_step", [*tables, pointer, *tables[:3], *[pointer] * 5, number], number),
         os.getpid(),
     )

@@ -261,12 +261,12 @@ INLINE void OF(add_item)(const Block *block, const Item *item, REAL *const *x, i
 }
 
 /* Find the sums over the elements at each place and, of one tensor, of their squares. */
-ONCE void OF(sums)(const Block *blocks, const Item *items, int64_t num_items, REAL *const *addresses, int64_t tensors,
-                   void *out, int64_t wide, int64_t places, int64_t threads) {
+ONCE void OF(sums)(const Block *blocks, const Item *items, int64_t num_items, REAL *const *addresses, int64_t stride,
+                   int64_t tensors, void *out, int64_t wide, int64_t places, int64_t threads) {
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
     for (int64_t i = 0; i < num_items; i++) {
         const Block *block = blocks + items[i].block;
-        REAL *const *x = addresses + items[i].block * tensors;
+        REAL *const *x = addresses + items[i].block * stride;
         if (tensors == 1)
             OF(add_item)(block, items + i, x, 1, out, wide, places);
         else
@@ -279,11 +279,10 @@ ONCE void OF(sums)(const Block *blocks, const Item *items, int64_t num_items, RE
 /* A whole step: the sums of gradients, what they say of the rows, and the pass of the base. Places are rows. The second
    moments and their weights change in place. For each row `found` has room for the scale, which is the sum first, the
    shift, which is the sum of squares first, and the step. */
-int64_t OF(step)(const Block *blocks, const Item *items, int64_t num_items, REAL *const *gradients,
-                 REAL *const *addresses, int64_t tensors, const Coefficients *given, const OF(Rows) *of, double factor,
-                 REAL *found, int64_t threads) {
-    const int64_t n = of->rows;
-    OF(sums)(blocks, items, num_items, gradients, 1, found, sizeof(REAL) == sizeof(double), n, threads);
+int64_t OF(step)(const Block *blocks, const Item *items, int64_t num_items, REAL *const *addresses, int64_t tensors,
+                 const Coefficients *given, const OF(Rows) *of, double factor, REAL *found, int64_t threads) {
+    const int64_t n = of->rows, wide = sizeof(REAL) == sizeof(double);
+    OF(sums)(blocks, items, num_items, addresses + 1, tensors, 1, found, wide, n, threads); /* of gradients */
     const int64_t count = OF(clipping)(of, factor, found, found + n, (REAL *)of->second, (REAL *)of->weight,
                                        found, found + n, found + 2 * n);
     OF(update)(blocks, items, num_items, addresses, tensors, given, threads);
@@ -298,15 +297,15 @@ int64_t OF(step)(const Block *blocks, const Item *items, int64_t num_items, REAL
 
    and at_root for H + 1 sums. Returns at how many units the guard was needed; or, if elements are not in their tensors
    by now, minus their number, and then nothing has changed. */
-int64_t OF(path_step)(const Block *blocks, const Item *items, int64_t num_items, REAL *const *weights_and_gradients,
-                      REAL *const *addresses, int64_t tensors, const Coefficients *given, const Block *free_blocks,
-                      const Item *free_items, int64_t num_free_items, const Coefficients *of_free, const OF(Paths) *of,
+int64_t OF(path_step)(const Block *blocks, const Item *items, int64_t num_items, REAL *const *addresses,
+                      int64_t tensors, const Coefficients *given, const Block *free_blocks, const Item *free_items,
+                      int64_t num_free_items, const Coefficients *of_free, const OF(Paths) *of,
                       const Elements *elements, REAL *found, double *at_root, int64_t threads) {
-    const int64_t rows = of->rows, n = of->units;
+    const int64_t rows = of->rows, n = of->units, wide = sizeof(REAL) == sizeof(double);
     REAL *scale = found + rows, *at = scale + rows, *moved = at + 2 * n * tensors, *gradient = moved + n;
     REAL *of_units[5] = {moved, gradient};
     for (int64_t k = 2; k < tensors; k++) of_units[k] = at + (2 * k + 1) * n; /* the state of free weights */
-    OF(sums)(blocks, items, num_items, weights_and_gradients, 2, found, sizeof(REAL) == sizeof(double), rows, threads);
+    OF(sums)(blocks, items, num_items, addresses, tensors, 2, found, wide, rows, threads); /* of weights x gradients */
     for (int64_t i = 0; i < 2 * n * tensors; i++) at[i] = 0; /* where a unit has no element */
     int64_t outside = 0;
     for (int64_t k = 0; k < tensors; k++)
