@@ -350,9 +350,14 @@ class Session:
             if is_wanted and self.binding.deferred.follow(network.group):
                 self._balance(network.group, active, entries)
             setting = self.setting(network, alive)
-            rule = RULES[self.options.rule].begin(setting, entries, before)
+            rule = RULES[self.options.rule].begin(setting, entries, None if before is None else before.rule)
             self._judge_rate(has_begun=before is not None)
-            self.stage = Idle(network, active) if rule is None else self.running(network, active, rule)
+            if rule is None:
+                self.stage = Idle(network, active)
+            elif before is not None and before.rule is rule:  # whose stepper has prepared its steps
+                self.stage = replace(before, network=network, active=active)
+            else:
+                self.stage = self.running(network, active, rule)
         self.steps_since_refresh, self.refresh_due = 0, False
 
     def _judge_rate(self, has_begun: bool) -> None:
@@ -384,15 +389,15 @@ class Session:
         for entry in entries.values():
             group.rescale_(entry.tensors, log_scale, power=-entry.degree)
 
-    def leave_rule(self) -> Rule | None:
-        """Leave the coordinates of the rule: the base's state gets entries of weights. Returns the rule."""
+    def leave_rule(self) -> Running | None:
+        """Leave the coordinates of the rule: the base's state gets entries of weights. Returns the stage before."""
         stage = self.stage
         if not isinstance(stage, Running):
             return None
         if not stage.rule.has_weight_entries():
             stage.rule.to_weight_entries_(self.entries(stage.network), self.weights(stage.network))
         self.stage = Ready(stage.network)
-        return stage.rule
+        return stage
 
     def setting(self, network: Network, alive: Tensor) -> Setting:
         """What the rule is made of, with the units that are ``alive``, ``bool[H]``."""

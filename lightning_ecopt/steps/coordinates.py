@@ -150,6 +150,7 @@ class PathCoordinates:
         skeleton: chosen at the start.
         free_start: value c > 0 of the coordinates of free skeleton weights at the start.
         kernels: make the passes over the elements.
+        before: the coordinates of another skeleton for the same parameters, which may have the same rows.
 
     Attributes:
         paths: of the skeleton, with beta, the values of the paths out of the units relative to the start, ``[H + 1]``;
@@ -165,17 +166,23 @@ class PathCoordinates:
         skeleton: Skeleton,
         free_start: float = 1.0,
         kernels: Kernels | None = None,
+        before: PathCoordinates | None = None,
     ) -> None:
         device = next(iter(parameters.values())).device
-        self.skeleton = skeleton
+        self.skeleton, self._couplings = skeleton, couplings
         self.kernels = kernels or EagerKernels()
-        restricted = sharing_memory(coupling.restricted(skeleton.active) for coupling in couplings)
-        self.rows = Rows(restricted, parameters)
-        # NO_UNIT, which is -1, becomes H.
-        unit_of_row, root, target = (
-            (of % (skeleton.num_units + 1)).to(device, torch.int32)
-            for of in (self.rows.units(), skeleton.root, skeleton.target)
-        )
+        self.rows: Rows
+        self.scaled: set[str]
+        self.paths: Paths
+        if before is not None and before._has_rows_of(couplings, parameters, skeleton):
+            self.rows, self.scaled, unit_of_row = before.rows, before.scaled, before.paths.unit_of_row
+        else:
+            restricted = sharing_memory(coupling.restricted(skeleton.active) for coupling in couplings)
+            self.rows = Rows(restricted, parameters)
+            into_units = {c.parameter for c in restricted if bool((c.incoming != NO_UNIT).any())}
+            self.scaled = into_units.intersection(self.rows.names)
+            unit_of_row = self._numbers(self.rows.units())
+        root, target = map(self._numbers, (skeleton.root, skeleton.target))
         beta = torch.ones(skeleton.num_units + 1, dtype=self.rows.dtype, device=device)
         self.paths = Paths(unit_of_row, root, target, skeleton.free.to(device), free_start, beta)
         if device.type != "cpu":
@@ -183,8 +190,16 @@ class PathCoordinates:
         self.elements = SkeletonElements(
             couplings, parameters, skeleton, self.rows.names, self.rows.dtype, self.kernels
         )
-        into_units = {c.parameter for c in restricted if bool((c.incoming != NO_UNIT).any())}
-        self.scaled = into_units.intersection(self.rows.names)
+
+    def _has_rows_of(self, couplings: Sequence[Coupling], parameters: Tensors, skeleton: Skeleton) -> bool:
+        """Whether another skeleton has the same rows."""
+        is_same = self._couplings is couplings and torch.equal(self.skeleton.active, skeleton.active)
+        return is_same and self.rows.fit(parameters)
+
+    def _numbers(self, units: Tensor) -> Tensor:
+        """Numbers of units as :class:`Paths` has them: ``NO_UNIT``, which is -1, becomes H. They may share memory."""
+        numbers = units % (self.skeleton.num_units + 1) if bool((units == NO_UNIT).any()) else units
+        return numbers.to(self.rows.device, torch.int32)
 
     def free_weights(self, weights: Tensors, gradients: Tensors) -> FreeWeights:
         """The free skeleton weights with their path gradients."""

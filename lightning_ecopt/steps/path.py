@@ -51,6 +51,7 @@ class PathRule:
         free_start: value at which the coordinates of free skeleton weights start.
         max_ratio: the guard: the coordinate of a free skeleton weight changes by at most this factor in one step, and
             never its sign; ``None`` is the paper's rule.
+        before: the rule that was used so far, for the same group and parameters.
     """
 
     name = "path"
@@ -65,9 +66,15 @@ class PathRule:
         skeleton: Skeleton,
         free_start: float,
         max_ratio: float | None,
+        before: PathRule | None = None,
     ) -> None:
         self._max_ratio = max_ratio
-        self._coordinates = PathCoordinates(group.couplings, parameters, skeleton, free_start, kernels)
+        former: PathCoordinates | None = None if before is None else before._coordinates
+        if former is not None and type(former.kernels) is type(kernels):
+            kernels = former.kernels  # which have plans
+        self._coordinates: PathCoordinates = PathCoordinates(
+            group.couplings, parameters, skeleton, free_start, kernels, former
+        )
         self.kernels = kernels
         self.rows, self._paths = self._coordinates.rows, self._coordinates.paths
         self._elements = self._coordinates.elements
@@ -124,7 +131,7 @@ class PathRule:
         ends_paths = setting.alive & ~usable
         couplings = [coupling.restricted(~ends_paths) for coupling in group.couplings]
         skeleton = choose_skeleton(couplings, setting.weights, usable, setting.skeleton)
-        rule = cls._make(setting, skeleton, setting.free_start)
+        rule = cls._make(setting, skeleton, setting.free_start, before if isinstance(before, cls) else None)
         values = rule._paths.free_values
         for entry in entries.values():
             if entry.degree == WEIGHT_AVERAGE:
@@ -145,8 +152,9 @@ class PathRule:
         return rule
 
     @classmethod
-    def _make(cls, setting: Setting, skeleton: Skeleton, free_start: float) -> PathRule:
-        return cls(setting.group, setting.parameters, setting.kernels, skeleton, free_start, setting.max_path_ratio)
+    def _make(cls, setting: Setting, skeleton: Skeleton, free_start: float, before: PathRule | None = None) -> PathRule:
+        kernels, max_ratio = setting.kernels, setting.max_path_ratio
+        return cls(setting.group, setting.parameters, kernels, skeleton, free_start, max_ratio, before)
 
     def reparametrization(self, weights: Tensors, gradients: Tensors, to_step: Coefficient) -> Reparametrization:
         """Path coordinates: v = w beta and dL/dv = g / beta; free skeleton weights have their own."""

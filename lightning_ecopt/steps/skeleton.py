@@ -20,17 +20,20 @@ def _tie(dtype: torch.dtype) -> float:
     return min(1024 * torch.finfo(dtype).eps, 0.01)
 
 
-def narrow(numbers: Tensor) -> Tensor:
-    """Return whole numbers in 32 bits if they fit; masks as they are."""
-    is_wide = numbers.dtype == torch.int64 and (not numbers.numel() or int(numbers.max()) < 2**31)
-    return numbers.to(torch.int32) if is_wide else numbers
+def narrow(numbers: Tensor, least: torch.dtype = torch.int32) -> Tensor:
+    """Return whole numbers in the smallest type that has them, but for those below ``least``; masks as they are."""
+    if numbers.dtype == torch.bool:
+        return numbers
+    most = int(numbers.max()) if numbers.numel() else 0
+    kinds = (torch.int16, torch.int32, torch.int64)
+    return numbers.to(next(kind for kind in kinds[kinds.index(least) :] if most <= torch.iinfo(kind).max))
 
 
 @dataclass(frozen=True, eq=False)
 class Skeleton:
     """The skeleton weights of all units; every field is a tensor ``[H]``, ``NO_UNIT`` where a unit has none.
 
-    Numbers are kept in 32 bits.
+    Numbers are kept in 32 bits, those of couplings in 16.
 
     An element is given by the number of its coupling and by its flat index in the coupling's region.
 
@@ -56,7 +59,8 @@ class Skeleton:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            object.__setattr__(self, field.name, narrow(getattr(self, field.name)))
+            least = torch.int16 if field.name.endswith("_coupling") else torch.int32  # no indices are of 16 bits
+            object.__setattr__(self, field.name, narrow(getattr(self, field.name), least))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The fields by name; numbers in 64 bits, as ever."""
@@ -117,8 +121,10 @@ def choose_skeleton(
     weights = [coupling.view(parameters[coupling.parameter].detach()) for coupling in couplings]
     if rule == "diagonal":
         weights = [_diagonal(c, w) for c, w in zip(couplings, weights, strict=True)]
-    incoming = _grow([(c.outgoing, c.incoming, c.additive, w) for c, w in zip(couplings, weights, strict=True)], active)
-    outgoing = _grow([(c.incoming, c.outgoing, c.additive, w) for c, w in zip(couplings, weights, strict=True)], active)
+    sides = [(c.outgoing.numpy(), c.incoming.numpy()) for c in couplings]
+    edges = [(*both, c.additive, w) for both, c, w in zip(sides, couplings, weights, strict=True)]
+    incoming = _grow(edges, active)
+    outgoing = _grow([(target, source, additive, w) for source, target, additive, w in edges], active)
     missing = active & ~(incoming.reached & outgoing.reached)
     if bool(missing.any()):
         why = (
@@ -165,24 +171,25 @@ class _Forest:
 
 
 #: Source units, target units, whether the elements are added, and the elements.
-Edges = tuple[Tensor, Tensor, bool, Tensor]
+Edges = tuple[np.ndarray, np.ndarray, bool, Tensor]
 
 
 def _grow(edges: Sequence[Edges], active: Tensor) -> _Forest:
     """Grow a forest over all active units, from what belongs to no unit."""
     num_units = len(active)
     coupling, index, other = (np.full(num_units, NO_UNIT) for _ in range(3))
-    reached = torch.zeros(num_units + 1, dtype=torch.bool, device="cpu")
+    reached = np.zeros(num_units + 1, dtype=bool)
     reached[NO_UNIT] = True
-    wanted = padded(active, False)
-    while bool(wanted.any()):
+    wanted = padded(active, False).numpy()
+    while wanted.any():
         best = np.zeros(num_units)
         for biases in (False, True):
             for number, (source, target, additive, weight) in enumerate(edges):
-                if additive != biases or not bool(wanted[target].any()) or not bool(reached[source].any()):
+                open_, asked = reached[source], wanted[target]
+                if additive != biases or not asked.any() or not open_.any():
                     continue
                 tie = _tie(weight.dtype)
-                units, values, places = _largest(weight, reached[source], wanted[target], target, tie)
+                units, values, places = _largest(weight, open_, asked, target, tie)
                 better = values > best[units] * (1 + tie)
                 units, values, places = units[better], values[better], places[better]
                 best[units], coupling[units], index[units] = values, number, places
@@ -191,21 +198,20 @@ def _grow(edges: Sequence[Edges], active: Tensor) -> _Forest:
                 break
         if not best.any():
             break
-        new = torch.from_numpy(best > 0)
-        reached[:NO_UNIT] |= new
-        wanted[:NO_UNIT] &= ~new
-    return _Forest(torch.from_numpy(coupling), torch.from_numpy(index), torch.from_numpy(other), reached[:NO_UNIT])
+        reached[:NO_UNIT] |= best > 0
+        wanted[:NO_UNIT] &= best == 0
+    return _Forest(*map(torch.from_numpy, (coupling, index, other, reached[:NO_UNIT])))
 
 
 def _largest(
-    weight: Tensor, open_: Tensor, wanted: Tensor, target: Tensor, tie: float
+    weight: Tensor, open_: np.ndarray, wanted: np.ndarray, target: np.ndarray, tie: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """For each wanted unit its largest open element: units, magnitudes and flat indices in ``weight``."""
     kept = [k for k, size in enumerate(target.shape) if size > 1]
     order = [*kept, *(k for k in range(weight.ndim) if k not in kept)]
     shape = [weight.shape[k] for k in order]
     step = piece_length(weight.permute(order), "refresh") if kept else weight.numel()
-    sides = (side.to(weight.device).expand(weight.shape) for side in (open_, wanted))
+    sides = (torch.from_numpy(side).to(weight.device).expand(weight.shape) for side in (open_, wanted))
     pieces = (tensor.permute(order).split(step) for tensor in (weight, *sides))
     largest, columns = [], []
     for piece, *marks in zip(*pieces, strict=True):
@@ -218,7 +224,7 @@ def _largest(
     along = dict(zip(order, np.unravel_index(positions, shape), strict=True))
     places = np.ravel_multi_index([along[k] for k in range(weight.ndim)], weight.shape)
     # One unit may own several rows.
-    units = target.reshape(-1).numpy()
+    units = target.reshape(-1)
     most = np.zeros(int(units.max(initial=NO_UNIT)) + 2)
     np.fmax.at(most, units, found)  # NaN, of units that are not wanted, never is the largest
     rows_kept = np.flatnonzero((found > 0) & (units != NO_UNIT) & (found >= most[units] * (1 - tie)))
@@ -226,10 +232,10 @@ def _largest(
     return owners, most[owners], places[rows_kept[first]]
 
 
-def _at(ids: Tensor, places: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+def _at(ids: np.ndarray, places: np.ndarray, shape: Sequence[int]) -> np.ndarray:
     """Entries of ``ids``, which broadcasts to ``shape``, at flat indices in that shape."""
     axes = np.unravel_index(places, shape)
-    return ids.numpy()[tuple(axis if size > 1 else 0 * axis for axis, size in zip(axes, ids.shape, strict=True))]
+    return ids[tuple(axis if size > 1 else 0 * axis for axis, size in zip(axes, ids.shape, strict=True))]
 
 
 def _diagonal(coupling: Coupling, weight: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ecopt import EquivalentClassOptimizer, scaling_group
+from lightning_ecopt.steps.coordinates import PathCoordinates
+from lightning_ecopt.steps.rows import Rows
 from lightning_ecopt.steps.skeleton import Skeleton
 from tests.optim.optimizer_runs import SGD, balanced, coordinates_of, gradients_of, path_sgd, paths_of
 from tests.optim.training import (
@@ -222,6 +224,33 @@ def test_counts_start_over_at_a_refresh() -> None:
     optimizer.step()
     assert optimizer.statistics().guarded_paths == 0
     assert optimizer.statistics().min_path_value == optimizer.statistics().max_path_value == 1.0
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_skeleton_that_takes_over_the_rows_of_the_last_one_moves_the_same_bits(
+    momentum: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the first refreshes meet dormant units, which come to life."""
+    runs, made = [], []
+    make = Rows.__init__
+
+    def counted(self: Rows, *args: Any) -> None:
+        made.append(self)
+        make(self, *args)
+
+    monkeypatch.setattr(Rows, "__init__", counted)
+    for keeps in (True, False):
+        module, x, y = problem(4, 6, 5, 3)
+        with torch.no_grad():
+            module[2].weight[:, :2] = 0
+        if not keeps:
+            monkeypatch.setattr(PathCoordinates, "_has_rows_of", lambda *args: False)
+        optimizer = path_sgd(module, x, lr=0.05, momentum=momentum, wrapper={"refresh_interval": 3})
+        train(module, optimizer, x, y, range(12))
+        runs.append((module, len(made)))
+    assert runs[0][1] == 2  # one with, one without dormant units
+    assert runs[1][1] - runs[0][1] == 4  # one for each refresh
+    assert same_bits(runs[0][0], runs[1][0])
 
 
 @RULES
