@@ -120,7 +120,7 @@ class GradientCheck:
         self._last: LastStep | None = None
         self._was_fresh = False  # at the last step; a resumed run and a copy have no step before the next
         self._group: ScalingGroup | None = None  # which the numbers of units belong to
-        self._sums: Evidence | None = None  # over the looks since the refresh
+        self._sums: Evidence | None = None  # over the looks since the refresh, until they are read
         self._largest: Tensor | None = None  # mean of A over units, of all looks at the group so far
         self._left, self._is_first = LOOKS, True
         self.note_step(parameters)
@@ -170,7 +170,8 @@ class GradientCheck:
         now = self._now(group, gradients, known)
         sums = now if self._sums is None else self._sums + now
         self._left = LOOKS * is_watched if is_refresh else self._left - 1
-        self._sums = (now if is_refresh else sums).to(_kept_in(group))
+        is_over = self._left == 0 and not is_refresh
+        self._sums = None if is_over else (now if is_refresh else sums).to(_kept_in(group))
         if not (is_refresh or self._is_first or self._left == 0):
             return None
         self._is_first = False

@@ -94,7 +94,6 @@ SINGLE = 0.1  # share of a full step of SGD that rows of one element take
 FLOOR = 0.1  # smallest magnitude of a row for SGD, relative to the typical one
 LEAST = 1 / 3  # share of a step of the base's own size that a row takes
 MOST = 10.0  # times as long, or as short, as the base's may be the step in a whole matrix
-SAVED = ("rho", "reference", "second", "weight")  # attributes in a checkpoint
 
 
 def _at_least_a_share(rho: Tensor, typical: Tensor) -> Tensor:
@@ -159,10 +158,11 @@ class UnitRule:
         self._clipped_rows = ClippedRows.of(size, uncentred, self._whole, tiny)
         weights = {name: local(parameter) for name, parameter in parameters.items()}
         squares = self._sums_and_squares(weights)[1]
-        self._rho, self._reference = self._magnitudes(
-            squares, squares if typical is None else self._sums_and_squares(typical)[1]
-        )
-        self._own = None if self._all_linear else self._own_scale()
+        rho, reference = self._magnitudes(squares, squares if typical is None else self._sums_and_squares(typical)[1])
+        self._own = None if self._all_linear else self._own_scale(rho, reference)
+        # Of other steps s_k is all that is needed.
+        self._rho: Tensor | None = None if self._linear is None else rho
+        self._reference: Tensor | None = None if self._linear is None else reference
         self._factors: Tensor | None = None  # of gradients in the last step, if it is measured
         # Taken over when the step succeeds.
         self._next: tuple[Tensor, Tensor, Tensor | int, Tensor | None] = (self._second, self._weight, 0, None)
@@ -186,11 +186,12 @@ class UnitRule:
             ValueError: if they are not.
         """
         rows = len(Rows(group.couplings, parameters))
-        has_others = state["reference"].ndim and state["reference"].shape != (rows,)
-        if has_others or any(state[name].shape != (rows,) for name in ("rho", "second", "weight")):
+        magnitudes = ("rho", "reference") if "rho" in state else ("own",)
+        shapes = {name: state[name].shape for name in (*magnitudes, "second", "weight")}
+        if any(shape != (rows,) and (shape or name != "reference") for name, shape in shapes.items()):
             raise ValueError(
-                f"The checkpoint was made with {len(state['rho'])} rows of weights, this optimizer has {rows}: load it "
-                "into the network and the parameter groups that it was made with."
+                f"The checkpoint was made with {len(state['second'])} rows of weights, this optimizer has {rows}: load "
+                "it into the network and the parameter groups that it was made with."
             )
 
     @staticmethod
@@ -216,14 +217,22 @@ class UnitRule:
         self._second.copy_(state["second"])
         self._weight.copy_(state["weight"])
         # Rows of a matrix that was treated whole, or is now, have sizes of another meaning: those are measured anew.
-        none = torch.zeros_like(self._rho, dtype=torch.bool)
+        none = torch.zeros_like(self._second, dtype=torch.bool)
         whole = none if self._whole is None else self._whole
         same = state.get("whole", none).to(none.device) == whole
-        reference = torch.where(same, state["reference"].to(self._rho), self._reference)
-        self._rho = torch.where(same, state["rho"].to(self._rho), self._rho)
-        # Without whole matrices it is rho, the same for all rows.
-        self._reference = reference if self._whole is not None or not len(none) else reference[same.byte().argmax()]
-        self._own = None if self._all_linear else self._own_scale()
+        if "rho" not in state:  # no step was linear: magnitudes of such steps are those of now
+            own = state["own"].to(self._second)
+        else:
+            rho, reference = state["rho"].to(self._second), state["reference"].to(self._second)
+            own = None if self._own is None else self._own_scale(rho, reference)
+            if self._rho is not None and self._reference is not None:
+                reference = torch.where(same, reference, self._reference)
+                self._rho = torch.where(same, rho, self._rho)
+                # Without whole matrices it is rho, the same for all rows.
+                is_vector = self._whole is not None or not len(none)
+                self._reference = reference if is_vector else reference[same.byte().argmax()]
+        if self._own is not None and own is not None:
+            self._own = torch.where(same, own, self._own)
 
     @classmethod
     def _make(cls, setting: Setting) -> UnitRule:
@@ -276,13 +285,13 @@ class UnitRule:
         several = torch.where(additive, torch.maximum(own, usual), _at_least_a_share(own, usual))
         return torch.where(self._linear, torch.where(rows.single, single, several), own), reference
 
-    def _own_scale(self) -> Tensor:
+    def _own_scale(self, rho: Tensor, reference: Tensor) -> Tensor:
         """s_k, ``[R]``, of rows in which the base's steps are not linear; elsewhere it has no meaning."""
-        is_scaled = (self._rho > 0) & ~self.rows.single
-        ratio = self._rho / self._reference
+        is_scaled = (rho > 0) & ~self.rows.single
+        ratio = rho / reference
         scale = torch.maximum(ratio, torch.where(self.rows.additive(), torch.ones_like(ratio), LEAST))
         if self._whole is not None:  # where |W_1| has no square in its type, it tells nothing
-            known = (self._reference > 0) & self._reference.isfinite()
+            known = (reference > 0) & reference.isfinite()
             scale = torch.where(self._whole, torch.where(known, ratio, 1.0).clamp(1 / MOST, MOST), scale)
         return torch.where(is_scaled, scale, 1.0)
 
@@ -317,7 +326,7 @@ class UnitRule:
             self._weight,
             self._clipped_rows,
             present,
-            None if self._linear is None else self._rho,
+            self._rho,
             to_step,
             self._own,
             self._linear,
@@ -403,6 +412,12 @@ class UnitRule:
         return None if self._factors is None else self._factors < 1
 
     def state_dict(self, entries: StateEntries) -> dict[str, Any]:
-        """``rho``, ``second``, ``weight`` and, if any are, ``whole``, ``[R]`` all; ``reference`` is rho or |W_1|."""
-        state = {name: getattr(self, f"_{name}").clone() for name in SAVED}
-        return state if self._whole is None else {**state, "whole": self._whole.clone()}
+        """``second``, ``weight`` and, if any are, ``whole``, ``[R]`` all; and the sizes of steps.
+
+        These are ``rho [R]`` and ``reference``, which is rho or |W_1|, or, where no step is linear, ``own``: s_k,
+        ``[R]``.
+        """
+        own = self._own if self._rho is None else None  # else it follows from rho
+        found = {"rho": self._rho, "reference": self._reference, "own": own, "whole": self._whole}
+        found |= {"second": self._second, "weight": self._weight}
+        return {name: vector.clone() for name, vector in found.items() if vector is not None}

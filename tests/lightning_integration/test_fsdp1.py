@@ -45,7 +45,8 @@ def assert_same(ranks: list[Result], expected: Result) -> None:
     for own in ranks:
         assert distance(own["weights"], expected["weights"]) <= 1e-12
         vectors = {name: value for name, value in own["rows"].items() if isinstance(value, Tensor)}
-        assert {"rho", "second", "weight", "active"} <= vectors.keys()
+        assert {"second", "weight", "active"} <= vectors.keys()
+        assert vectors.keys() & {"rho", "own"}
         assert all(torch.equal(value, first[name]) for name, value in vectors.items())  # the same bits on all ranks
         told = "units", "names", "dimension"
         assert [own[name] for name in told] == [expected[name] for name in told]

@@ -367,6 +367,17 @@ def test_a_term_that_begins_later_is_found_at_the_next_refresh(rule: str, make: 
     assert optimizer.group.num_units == 20
 
 
+def test_sums_over_looks_take_no_memory_once_they_have_been_read() -> None:
+    module = net()
+    optimizer = ec(module, lr=0.001, refresh_interval=10)
+    data = batches()
+    held = []
+    for _ in range(12):
+        train(module, optimizer, 1, data=data)
+        held.append(optimizer.state_dict()["equivalent_class"]["check"]["sums"] is not None)
+    assert held == [*4 * [True], *6 * [False], *2 * [True]]  # steps 1 to 5 are looked at, and those from 11 on
+
+
 @pytest.mark.parametrize(("kept", "autocast"), PRECISIONS[:2])
 def test_a_penalty_on_all_weights_holds_all_units(kept: torch.dtype, autocast: torch.dtype | None) -> None:
     module = net()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -14,6 +16,7 @@ from torch.optim import SGD, Adadelta, AdamW, Optimizer
 
 from lightning_ecopt import ECSGD, ECAdamW, EquivalentClassOptimizer, MuonAdamW, ScalingGroup, scaling_group
 from lightning_ecopt.optim.rates import meaning, mistaken_rate
+from lightning_ecopt.symmetry.gains import scale_to_gains_of_one
 from tests.networks import mlp
 from tests.optim.other_optimizers import Lookahead
 from tests.optim.training import needs_muon, only_refresh, problem, train
@@ -71,7 +74,12 @@ def test_no_row_moves_by_a_third_or_three_times_the_rate_unless_it_is_that_large
     optimizer.start()
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
     optimizer.step()
-    rho = float(optimizer.state_dict()["equivalent_class"]["reference"])
+    log_scale = scale_to_gains_of_one(group, torch.ones(group.num_units, dtype=torch.bool))
+    typical = {name: p.clone() for name, p in before.items()}
+    if log_scale is not None:
+        group.rescale_(typical, log_scale)
+    sizes = [float(p.square().mean().sqrt()) for p in typical.values() if p.ndim > 1]
+    rho = math.exp(statistics.median(map(math.log, sizes)))
     for name, p in net.named_parameters():
         moved = (p.detach() - before[name]).abs() / lr
         if p.ndim == 1:  # biases and gains take the base's own step

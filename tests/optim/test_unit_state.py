@@ -168,6 +168,33 @@ def test_a_saved_state_does_not_move_on_with_the_run() -> None:
     assert not torch.equal(saved(optimizer)["second"], frozen["second"])
 
 
+@pytest.mark.parametrize(("first", "second"), [("sgd", "adamw"), ("adamw", "sgd")])
+def test_another_base_takes_over_the_running_sizes_of_gradients(first: str, second: str) -> None:
+    """It takes over the magnitudes of SGD, too; what AdamW keeps does not tell those, so that SGD measures them."""
+    module, x, y = problem(4, 6, 5, 3)
+    optimizer = unit(module, x, KINDS[first])
+    train(module, optimizer, x, y, range(3))
+    before = optimizer.rule_state()
+    assert before is not None
+    scaling_group(module, x).balance_()  # as the first step of the one that begins anew does
+    again, fresh = (unit(copy.deepcopy(module), x, KINDS[second]) for _ in range(2))
+    again.load_rule_state(copy.deepcopy(before))
+    for each in (again, fresh):
+        for group in each.param_groups:
+            for p in group["params"]:
+                p.grad = torch.zeros_like(p)
+        each.step()
+    found, new = saved(again), saved(fresh)
+    if second == "sgd":
+        torch.testing.assert_close(found["rho"], new["rho"], rtol=1e-12, atol=0)
+        torch.testing.assert_close(found["reference"], new["reference"], rtol=1e-12, atol=0)
+    else:
+        ratio = (before["rho"] / before["reference"]).clamp(min=1 / 3)
+        assert torch.equal(found["own"], torch.where(new["own"] == 1, 1.0, ratio))
+    assert torch.equal(found["second"], 0.99 * before["second"])
+    assert not bool(new["second"].any())
+
+
 @pytest.mark.parametrize("widths", [(4, 7, 3), (4, 6, 2)])
 def test_a_checkpoint_of_a_network_with_other_rows_is_an_error(widths: tuple[int, ...]) -> None:
     module, x, y = problem(4, 6, 3)
