@@ -79,8 +79,9 @@ def test_a_page_has_what_the_notebook_has(path: Path, monkeypatch: pytest.Monkey
 #: Lines of a notebook that make it long, and shorter ones.
 SHORTER = {
     "1_resnet": {"epochs=3": "epochs=1", "seeds = (0.03, 0.1, 0.3), (0, 1)": "seeds = (0.03, 0.1, 0.3), (0,)"},
+    "2_lightning_cli": {"max_epochs: 6": "max_epochs: 2"},
     "3_gpt_hugging_face": {"steps=120": "steps=30"},
-    "4_freedoms_of_a_transformer": {"max_epochs=2": "max_epochs=1"},
+    "4_freedoms_of_a_transformer": {"max_epochs=2": "max_epochs=1", "(4000, 10)": "(1000, 10)"},
     "5_the_paper": {"epochs=10": "epochs=2", "range(3)": "range(1)"},
 }
 

@@ -111,8 +111,9 @@ MAKERS: dict[str, Callable[[nn.Module, Tensor, str], Any]] = {
 }
 #: Layout, maker and base.
 RUNS = [
-    *((layout, "traced", base) for layout in LAYOUTS for base in BASES),
-    *((layout, "first call", "sgd") for layout in LAYOUTS),
+    *((layout, "traced", "sgd") for layout in LAYOUTS),
+    *((layout, "traced", "adamw") for layout in ("whole", "by policy", "mesh")),
+    *((layout, "first call", "sgd") for layout in ("whole", "by policy", "mesh")),
 ]
 #: The one in the fast run.
 SMALL = ("whole", "first call", "sgd")

@@ -12,7 +12,6 @@ from tests.lightning_integration.runs import launch
 from tests.selection import full
 
 SIZES = (2, 4)
-RUNS = [(layout, base) for layout in script.LAYOUTS for base in script.BASES]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +34,7 @@ def whole() -> dict[str, dict[str, Any]]:
 
 
 @full
-@pytest.mark.parametrize(("layout", "base"), RUNS)
+@pytest.mark.parametrize(("layout", "base"), script.RUNS)
 def test_training_is_that_of_one_process(found: Any, whole: Any, layout: str, base: str) -> None:
     for rank in found[size_of(layout)]:
         own = rank[f"{layout} {base}"]
@@ -46,7 +45,7 @@ def test_training_is_that_of_one_process(found: Any, whole: Any, layout: str, ba
 
 
 @full
-@pytest.mark.parametrize(("layout", "base"), RUNS)
+@pytest.mark.parametrize(("layout", "base"), script.RUNS)
 def test_all_ranks_have_the_same_bits(found: Any, layout: str, base: str) -> None:
     first, *others = (rank[f"{layout} {base}"]["weights"] for rank in found[size_of(layout)])
     for other in others:
@@ -54,7 +53,7 @@ def test_all_ranks_have_the_same_bits(found: Any, layout: str, base: str) -> Non
 
 
 @full
-@pytest.mark.parametrize(("layout", "base"), RUNS)
+@pytest.mark.parametrize(("layout", "base"), script.RUNS)
 def test_a_step_takes_three_sums_and_gathers_nothing(found: Any, layout: str, base: str) -> None:
     for rank in found[size_of(layout)]:
         for collectives in rank[f"{layout} {base}"]["collectives"]:
