@@ -281,11 +281,13 @@ class Writers:
         return held
 
     def _find(self, noted: _Note, regions: Sequence[_Region], sums: Tensor) -> list[_Finding]:
-        """What has changed in each region since it was noted; ``sums`` are the squares now."""
+        """What has changed in each region since it was noted, if anything has; ``sums`` are the squares now."""
         if not regions:  # on this rank
             return []
         tolerance = torch.cat([sums.new_full((region.entries,), 2 * region.tolerance) for region in regions])
         changed = (sums - noted.sums).abs() > tolerance * torch.maximum(sums, noted.sums)
+        if not noted.copies and not bool(changed.any()):
+            return []
         before, findings = _by_region(noted.sums, regions), []
         for number, (region, marks) in enumerate(zip(regions, _by_region(changed, regions), strict=True)):
             copy = noted.copies.get(region.coupling.parameter)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -127,8 +127,7 @@ class _Search:
         if id(module) in self._seen:
             return
         self._seen.add(id(module))
-        tensors = [tensor for tensor in tensors_of(module).values() if tensor.is_floating_point()]
-        if tensors and not any(self._is_trained(t, averages) for t in tensors):
+        if self._may_be_copies(tensors_of(module).values(), averages):
             self.found.append(Candidate(name, module, averages))
         for part, child in module.named_children():
             self.in_module(_joined(name, part), child, isinstance(module, AveragedModel))
@@ -136,14 +135,18 @@ class _Search:
             if attribute not in _OF_EVERY_MODULE:
                 self.in_value(_joined(name, attribute), value)
 
+    def _may_be_copies(self, tensors: Iterable[Tensor], averages: bool) -> bool:
+        """Whether some of the tensors may be weights, and none of them is trained."""
+        weights = [tensor for tensor in tensors if tensor.is_floating_point()]
+        return bool(weights) and not any(self._is_trained(weight, averages) for weight in weights)
+
     def in_value(self, name: str, value: Any, averages: bool = False, depth: int = 1) -> None:
         """Look at what an attribute holds."""
         if is_a(value, nn.Module):
             self.in_module(name, value, averages)
         elif is_a(value, _LISTS):
             held = [(element[0] if is_a(value, dict) else k, element[-1]) for k, element in enumerate(elements(value))]
-            tensors = [item for _, item in held if is_a(item, Tensor)]
-            if tensors and len(tensors) == len(held) and not any(self._is_trained(t, averages) for t in tensors):
+            if all(is_a(item, Tensor) for _, item in held) and self._may_be_copies([t for _, t in held], averages):
                 self.found.append(Candidate(name, value))
             for number, item in held:
                 if is_a(item, nn.Module):  # kept in a list, so that it is no part of the module

