@@ -170,8 +170,7 @@ class GradientCheck:
         now = self._now(group, gradients, known)
         sums = now if self._sums is None else self._sums + now
         self._left = LOOKS * is_watched if is_refresh else self._left - 1
-        is_over = self._left == 0 and not is_refresh
-        self._sums = None if is_over else (now if is_refresh else sums).to(_kept_in(group))
+        self._sums = (now if is_refresh else sums).to(_kept_in(group)) if self._left else None
         if not (is_refresh or self._is_first or self._left == 0):
             return None
         self._is_first = False

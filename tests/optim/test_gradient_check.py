@@ -372,10 +372,11 @@ def test_sums_over_looks_take_no_memory_once_they_have_been_read() -> None:
     optimizer = ec(module, lr=0.001, refresh_interval=10)
     data = batches()
     held = []
-    for _ in range(12):
+    for _ in range(33):
         train(module, optimizer, 1, data=data)
         held.append(optimizer.state_dict()["equivalent_class"]["check"]["sums"] is not None)
-    assert held == [*4 * [True], *6 * [False], *2 * [True]]  # steps 1 to 5 are looked at, and those from 11 on
+    watched = [*4 * [True], *6 * [False]]  # with the refresh there are five looks
+    assert held == [*3 * watched, *3 * [False]]  # which the fourth refresh is not followed by
 
 
 @pytest.mark.parametrize(("kept", "autocast"), PRECISIONS[:2])
