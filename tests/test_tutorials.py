@@ -78,7 +78,11 @@ def test_a_page_has_what_the_notebook_has(path: Path, monkeypatch: pytest.Monkey
 
 #: Lines of a notebook that make it long, and shorter ones.
 SHORTER = {
-    "1_resnet": {"epochs=3": "epochs=1", "seeds = (0.03, 0.1, 0.3), (0, 1)": "seeds = (0.03, 0.1, 0.3), (0,)"},
+    "1_resnet": {
+        "epochs=3": "epochs=1",
+        "seeds = (0.03, 0.1, 0.3), (0, 1)": "seeds = (0.03, 0.1, 0.3), (0,)",
+        "(images[:1400], labels[:1400])": "(images[:400], labels[:400])",
+    },
     "2_lightning_cli": {"max_epochs: 6": "max_epochs: 2"},
     "3_gpt_hugging_face": {"steps=120": "steps=30"},
     "4_freedoms_of_a_transformer": {"max_epochs=2": "max_epochs=1", "(4000, 10)": "(1000, 10)"},

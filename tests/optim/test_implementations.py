@@ -39,7 +39,7 @@ def grouped(kind: Callable[..., Optimizer], *options: dict[str, Any], **common: 
     return make
 
 
-#: Options of which fused kernels know; rates so small that 500 steps along given gradients stay near the start.
+#: Options of which fused kernels know; rates so small that steps along given gradients stay near the start.
 FUSED: dict[str, Make] = {
     "plain": lambda params: SGD(params, lr=1e-3),
     "decay": lambda params: SGD(params, lr=1e-3, weight_decay=1e-2),
@@ -83,6 +83,9 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[torch.dtype], Tenso
 }
 
 
+STEPS = 250
+
+
 class Run:
     """A run on gradients that do not depend on the weights, so that it does not blow up what rounding changes.
 
@@ -97,7 +100,7 @@ class Run:
         self.named = dict(self.module.named_parameters())
         group, optimizer = scaling_group(self.module, x), FUSED[base](self.named.values())
         self.optimizer = EquivalentClassOptimizer(
-            optimizer, group, rule=rule, refresh_interval=150, check=None, implementation=implementation
+            optimizer, group, rule=rule, refresh_interval=75, check=None, implementation=implementation
         )
 
     def step(self, number: int) -> None:
@@ -139,19 +142,19 @@ def agree(found: Run, expected: Run, tolerance: float) -> None:
 
 @cache
 def plain64(network: str, base: str, rule: str) -> Run:
-    """500 steps of the plain version in float64."""
-    return Run(network, base, rule, "wrapped", torch.float64).steps(500)
+    """All steps of the plain version in float64."""
+    return Run(network, base, rule, "wrapped", torch.float64).steps(STEPS)
 
 
 def compare64(network: str, base: str, rule: str, implementation: str) -> None:
-    """500 steps."""
-    agree(Run(network, base, rule, implementation, torch.float64).steps(500), plain64(network, base, rule), 1e-12)
+    """All steps."""
+    agree(Run(network, base, rule, implementation, torch.float64).steps(STEPS), plain64(network, base, rule), 1e-12)
 
 
 def compare32(network: str, base: str, rule: str, implementation: str) -> None:
-    """Some of 500 steps, each from the same weights and state, and where all of them lead."""
+    """Some of the steps, each from the same weights and state, and where all of them lead."""
     run, plain = (Run(network, base, rule, kind, torch.float32) for kind in (implementation, "wrapped"))
-    for number in range(500):
+    for number in range(STEPS):
         if number % 25 == 1:
             plain.go_on_from(run)
             plain.step(number)
