@@ -137,7 +137,7 @@ def _functions(path: Path) -> Library:
 
     return Library(
         of("update", [*tables, pointer, number]),
-        of("sums", [*tables, number, pointer, number, number, number]),
+        of("sums", [*tables, number, pointer, number, number, number]),  # so many of the addresses are read
         of("copy_elements", [pointer, pointer, number, pointer, number], number),
         of("clipping", [pointer, real, *[pointer] * 7], number),
         of("free_gradient", [pointer] * 6),

@@ -260,13 +260,14 @@ INLINE void OF(add_item)(const Block *block, const Item *item, REAL *const *x, i
     }
 }
 
-/* Find the sums over the elements at each place and, of one tensor, of their squares. */
-ONCE void OF(sums)(const Block *blocks, const Item *items, int64_t num_items, REAL *const *addresses, int64_t stride,
+/* Find the sums over the elements at each place of the products of two tensors, or of one tensor and of its squares.
+   Each block has `each` addresses, of which the first `tensors` are read. */
+ONCE void OF(sums)(const Block *blocks, const Item *items, int64_t num_items, REAL *const *addresses, int64_t each,
                    int64_t tensors, void *out, int64_t wide, int64_t places, int64_t threads) {
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
     for (int64_t i = 0; i < num_items; i++) {
         const Block *block = blocks + items[i].block;
-        REAL *const *x = addresses + items[i].block * stride;
+        REAL *const *x = addresses + items[i].block * each;
         if (tensors == 1)
             OF(add_item)(block, items + i, x, 1, out, wide, places);
         else

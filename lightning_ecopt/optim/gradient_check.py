@@ -3,9 +3,9 @@
 If the loss does not change when a unit is rescaled, then Q = sum k w g is zero for it, to rounding; see
 :mod:`lightning_ecopt.symmetry.derivatives` for the sums, and for the bound. It is asked at the first step, at each
 refresh, where weights are about to be rescaled, and at the :data:`LOOKS` steps behind it, whose sums are read once, at
-the last of them: a term may not be there in each step, and what is wrong keeps its sign more often than rounding does.
-Where refreshes follow each other fast, not all are followed by such looks. Units that fail are held fixed from then on,
-for all optimizers that share the group.
+the last of them, and dropped: a term may not be there in each step, and what is wrong keeps its sign more often than
+rounding does. Where refreshes follow each other fast, not all are followed by such looks. Units that fail are held
+fixed from then on, for all optimizers that share the group.
 
 A gradient is asked only if it belongs to the weights as they are. It does not if somebody has written to them since the
 last step (SAM computes gradients elsewhere; constraints, running means and restored weights come between), or if it was
@@ -120,7 +120,7 @@ class GradientCheck:
         self._last: LastStep | None = None
         self._was_fresh = False  # at the last step; a resumed run and a copy have no step before the next
         self._group: ScalingGroup | None = None  # which the numbers of units belong to
-        self._sums: Evidence | None = None  # over the looks since the refresh, until they are read
+        self._sums: Evidence | None = None  # over the looks since the refresh, until they have been read
         self._largest: Tensor | None = None  # mean of A over units, of all looks at the group so far
         self._left, self._is_first = LOOKS, True
         self.note_step(parameters)

@@ -58,8 +58,8 @@ class EquivalentClassOptimizer(Optimizer):
     - ``"unit"``: relative to the unit that takes it. The base optimizer's step in the incoming weights of a unit is
       scaled to their magnitude, after gradients are centred and clipped unit by unit. With SGD and ASGD, and what runs
       them (Lookahead), the learning rate is the relative length of a step, whatever the momentum, and 0.01 to 0.1 is a
-      good start; with all others it keeps its meaning. Beside the base's own state it needs three or four numbers for
-      each row of a weight. See :mod:`lightning_ecopt.steps.unit`.
+      good start; with all others it keeps its meaning. Beside the base's own state it needs three numbers for each
+      row of a weight. See :mod:`lightning_ecopt.steps.unit`.
     - ``"path"``: the paper's. The base optimizer moves the m - H values of basis paths instead of the m weights. At a
       refresh the coordinate of an element equals the element, but for at most one free skeleton weight in a unit, whose
       coordinate is ``free_start``. So learning rate, momentum and every other option keep their meaning; weight decay

@@ -354,7 +354,7 @@ class Session:
             self._judge_rate(has_begun=before is not None)
             if rule is None:
                 self.stage = Idle(network, active)
-            elif before is not None and before.rule is rule:  # whose stepper has prepared its steps
+            elif before is not None and before.rule is rule:  # its stepper has prepared the next step
                 self.stage = replace(before, network=network, active=active)
             else:
                 self.stage = self.running(network, active, rule)
@@ -390,7 +390,7 @@ class Session:
             group.rescale_(entry.tensors, log_scale, power=-entry.degree)
 
     def leave_rule(self) -> Running | None:
-        """Leave the coordinates of the rule: the base's state gets entries of weights. Returns the stage before."""
+        """Leave the coordinates of the rule: the base's state gets entries of weights. Returns the stage left."""
         stage = self.stage
         if not isinstance(stage, Running):
             return None

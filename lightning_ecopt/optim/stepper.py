@@ -165,7 +165,7 @@ class FusedStep:
         self._order: list[list[int]] = []  # the parameter groups that `_group_of` was made for
         self._group_of: list[int] = []  # by name of a parameter that has rows, ``[N]``
         self._prepared: PreparedStep | None = None
-        self._times = 0  # so often a step was not prepared
+        self._times = 0  # so often a step of the rule was not prepared
 
     def __getstate__(self) -> dict[str, Any]:  # a copy has other tensors, perhaps in another process
         return {**vars(self), "_prepared": None}

@@ -281,7 +281,7 @@ class Writers:
         return held
 
     def _find(self, noted: _Note, regions: Sequence[_Region], sums: Tensor) -> list[_Finding]:
-        """What has changed in each region since it was noted, if anything has; ``sums`` are the squares now."""
+        """What has changed in each region since it was noted; nothing if none has. ``sums`` are the squares now."""
         if not regions:  # on this rank
             return []
         tolerance = torch.cat([sums.new_full((region.entries,), 2 * region.tolerance) for region in regions])

@@ -150,7 +150,8 @@ class PathCoordinates:
         skeleton: chosen at the start.
         free_start: value c > 0 of the coordinates of free skeleton weights at the start.
         kernels: make the passes over the elements.
-        before: the coordinates of another skeleton for the same parameters, which may have the same rows.
+        before: the coordinates of the last skeleton for the same parameters, whose rows are taken over if they are the
+            same.
 
     Attributes:
         paths: of the skeleton, with beta, the values of the paths out of the units relative to the start, ``[H + 1]``;
@@ -158,6 +159,10 @@ class PathCoordinates:
         rows: the elements by what they lead into.
         scaled: names of the parameters with elements that lead into units.
     """
+
+    rows: Rows
+    scaled: set[str]
+    paths: Paths
 
     def __init__(
         self,
@@ -171,9 +176,6 @@ class PathCoordinates:
         device = next(iter(parameters.values())).device
         self.skeleton, self._couplings = skeleton, couplings
         self.kernels = kernels or EagerKernels()
-        self.rows: Rows
-        self.scaled: set[str]
-        self.paths: Paths
         if before is not None and before._has_rows_of(couplings, parameters, skeleton):
             self.rows, self.scaled, unit_of_row = before.rows, before.scaled, before.paths.unit_of_row
         else:
@@ -192,12 +194,12 @@ class PathCoordinates:
         )
 
     def _has_rows_of(self, couplings: Sequence[Coupling], parameters: Tensors, skeleton: Skeleton) -> bool:
-        """Whether another skeleton has the same rows."""
+        """Whether these rows are those that another skeleton would have."""
         is_same = self._couplings is couplings and torch.equal(self.skeleton.active, skeleton.active)
         return is_same and self.rows.fit(parameters)
 
     def _numbers(self, units: Tensor) -> Tensor:
-        """Numbers of units as :class:`Paths` has them: ``NO_UNIT``, which is -1, becomes H. They may share memory."""
+        """Numbers of units as :class:`Paths` has them, perhaps ``units`` itself: ``NO_UNIT``, -1, becomes H."""
         numbers = units % (self.skeleton.num_units + 1) if bool((units == NO_UNIT).any()) else units
         return numbers.to(self.rows.device, torch.int32)
 

@@ -56,6 +56,7 @@ class PathRule:
 
     name = "path"
     needs_paths, is_measured = True, False
+    _coordinates: PathCoordinates
 
     @ordinary_tensors()
     def __init__(
@@ -69,12 +70,10 @@ class PathRule:
         before: PathRule | None = None,
     ) -> None:
         self._max_ratio = max_ratio
-        former: PathCoordinates | None = None if before is None else before._coordinates
+        former = None if before is None else before._coordinates
         if former is not None and type(former.kernels) is type(kernels):
             kernels = former.kernels  # which have plans
-        self._coordinates: PathCoordinates = PathCoordinates(
-            group.couplings, parameters, skeleton, free_start, kernels, former
-        )
+        self._coordinates = PathCoordinates(group.couplings, parameters, skeleton, free_start, kernels, former)
         self.kernels = kernels
         self.rows, self._paths = self._coordinates.rows, self._coordinates.paths
         self._elements = self._coordinates.elements

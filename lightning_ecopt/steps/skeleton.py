@@ -21,7 +21,7 @@ def _tie(dtype: torch.dtype) -> float:
 
 
 def narrow(numbers: Tensor, least: torch.dtype = torch.int32) -> Tensor:
-    """Return whole numbers in the smallest type that has them, but for those below ``least``; masks as they are."""
+    """Return whole numbers in the smallest type that holds them, ``least`` or a wider one; masks as they are."""
     if numbers.dtype == torch.bool:
         return numbers
     most = int(numbers.max()) if numbers.numel() else 0
@@ -33,7 +33,7 @@ def narrow(numbers: Tensor, least: torch.dtype = torch.int32) -> Tensor:
 class Skeleton:
     """The skeleton weights of all units; every field is a tensor ``[H]``, ``NO_UNIT`` where a unit has none.
 
-    Numbers are kept in 32 bits, those of couplings in 16.
+    Numbers of couplings are kept in 16 bits, others in 32, if they fit.
 
     An element is given by the number of its coupling and by its flat index in the coupling's region.
 
@@ -59,7 +59,7 @@ class Skeleton:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            least = torch.int16 if field.name.endswith("_coupling") else torch.int32  # no indices are of 16 bits
+            least = torch.int16 if field.name.endswith("_coupling") else torch.int32  # torch takes no index of 16
             object.__setattr__(self, field.name, narrow(getattr(self, field.name), least))
 
     def state_dict(self) -> dict[str, Tensor]:

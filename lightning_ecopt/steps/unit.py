@@ -160,14 +160,15 @@ class UnitRule:
         squares = self._sums_and_squares(weights)[1]
         rho, reference = self._magnitudes(squares, squares if typical is None else self._sums_and_squares(typical)[1])
         self._own = None if self._all_linear else self._own_scale(rho, reference)
-        # Of other steps s_k is all that is needed.
-        self._rho: Tensor | None = None if self._linear is None else rho
-        self._reference: Tensor | None = None if self._linear is None else reference
+        # Where no step is linear, s_k is all that is needed.
+        self._rho, self._reference = (None, None) if self._linear is None else (rho, reference)
         self._factors: Tensor | None = None  # of gradients in the last step, if it is measured
         # Taken over when the step succeeds.
         self._next: tuple[Tensor, Tensor, Tensor | int, Tensor | None] = (self._second, self._weight, 0, None)
 
     name, needs_paths, is_measured = "unit", False, False
+    _rho: Tensor | None
+    _reference: Tensor | None
 
     @staticmethod
     def usable_units(group: ScalingGroup) -> Tensor:
@@ -186,9 +187,10 @@ class UnitRule:
             ValueError: if they are not.
         """
         rows = len(Rows(group.couplings, parameters))
-        magnitudes = ("rho", "reference") if "rho" in state else ("own",)
-        shapes = {name: state[name].shape for name in (*magnitudes, "second", "weight")}
-        if any(shape != (rows,) and (shape or name != "reference") for name, shape in shapes.items()):
+        vectors = [state["rho" if "rho" in state else "own"], state["second"], state["weight"]]
+        if "rho" in state and state["reference"].ndim:  # else it is the same for all rows
+            vectors.append(state["reference"])
+        if any(vector.shape != (rows,) for vector in vectors):
             raise ValueError(
                 f"The checkpoint was made with {len(state['second'])} rows of weights, this optimizer has {rows}: load "
                 "it into the network and the parameter groups that it was made with."
@@ -208,7 +210,7 @@ class UnitRule:
 
     @classmethod
     def resume(cls, setting: Setting, state: Mapping[str, Any], entries: StateEntries) -> UnitRule:
-        """Take over magnitudes and running second moments."""
+        """Take over the sizes of steps and running second moments."""
         rule = cls._make(setting)
         rule._load(state)
         return rule
@@ -220,19 +222,18 @@ class UnitRule:
         none = torch.zeros_like(self._second, dtype=torch.bool)
         whole = none if self._whole is None else self._whole
         same = state.get("whole", none).to(none.device) == whole
-        if "rho" not in state:  # no step was linear: magnitudes of such steps are those of now
-            own = state["own"].to(self._second)
-        else:
-            rho, reference = state["rho"].to(self._second), state["reference"].to(self._second)
-            own = None if self._own is None else self._own_scale(rho, reference)
+        if "rho" in state:
+            rho, reference = (state[name].to(self._second) for name in ("rho", "reference"))
+            if self._own is not None:
+                self._own = torch.where(same, self._own_scale(rho, reference), self._own)
             if self._rho is not None and self._reference is not None:
                 reference = torch.where(same, reference, self._reference)
                 self._rho = torch.where(same, rho, self._rho)
                 # Without whole matrices it is rho, the same for all rows.
                 is_vector = self._whole is not None or not len(none)
                 self._reference = reference if is_vector else reference[same.byte().argmax()]
-        if self._own is not None and own is not None:
-            self._own = torch.where(same, own, self._own)
+        elif self._own is not None:  # s_k does not tell rho_k, which steps of SGD need: it stays as it is measured now
+            self._own = torch.where(same, state["own"].to(self._second), self._own)
 
     @classmethod
     def _make(cls, setting: Setting) -> UnitRule:
@@ -412,12 +413,17 @@ class UnitRule:
         return None if self._factors is None else self._factors < 1
 
     def state_dict(self, entries: StateEntries) -> dict[str, Any]:
-        """``second``, ``weight`` and, if any are, ``whole``, ``[R]`` all; and the sizes of steps.
+        """``second``, ``weight``, and what tells the sizes of steps, ``[R]`` all.
 
-        These are ``rho [R]`` and ``reference``, which is rho or |W_1|, or, where no step is linear, ``own``: s_k,
-        ``[R]``.
+        That is ``rho`` and ``reference``, which is rho, a scalar, or |W_1|; where no step is linear ``own``, which is
+        s_k; and ``whole``, if there are whole matrices.
         """
-        own = self._own if self._rho is None else None  # else it follows from rho
-        found = {"rho": self._rho, "reference": self._reference, "own": own, "whole": self._whole}
-        found |= {"second": self._second, "weight": self._weight}
+        found = {
+            "rho": self._rho,
+            "reference": self._reference,
+            "own": self._own if self._rho is None else None,  # else it follows from rho
+            "second": self._second,
+            "weight": self._weight,
+            "whole": self._whole,
+        }
         return {name: vector.clone() for name, vector in found.items() if vector is not None}

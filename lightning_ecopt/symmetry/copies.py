@@ -19,8 +19,9 @@ from lightning_ecopt.symmetry.memory import storage_of
 _LISTS: Any = list | tuple | dict
 #: Objects of these packages hold no copies in lists of their own: trainers, optimizers, data loaders.
 _OTHERS = {"torch", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_ecopt", "torchmetrics"}
-#: What every module has, such as its hooks. Buffers may be a copy of another module's parameters.
-_OF_EVERY_MODULE = vars(nn.Module()).keys() - {"_buffers"} | {"_trainer", "_fabric"}
+#: Attributes of modules that hold no copies: what every module has, such as hooks, and what Lightning adds. But buffers
+#: may be a copy of another module's parameters.
+_SKIPPED = (vars(nn.Module()).keys() - {"_buffers"}) | {"_trainer", "_fabric"}
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ class _Search:
         for part, child in module.named_children():
             self.in_module(_joined(name, part), child, isinstance(module, AveragedModel))
         for attribute, value in list(dictionary(module).items()):
-            if attribute not in _OF_EVERY_MODULE:
+            if attribute not in _SKIPPED:
                 self.in_value(_joined(name, attribute), value)
 
     def _may_be_copies(self, tensors: Iterable[Tensor], averages: bool) -> bool:

@@ -201,7 +201,7 @@ class Followers:
         leaders = {id(p) for p in self._leading(parameters)}
         if module is None or not leaders:
             return False
-        ranks, parts, pairs = Ranks(parameters), list[Candidate](), list[tuple[Candidate, Candidate]]()
+        ranks, pairs = Ranks(parameters), list[tuple[Candidate, Candidate]]()
         try:
             candidates = self._candidates(parameters)
             parts = trained_parts(module, leaders) if candidates else []

@@ -112,8 +112,11 @@ MAKERS: dict[str, Callable[[nn.Module, Tensor, str], Any]] = {
 #: Layout, maker and base.
 RUNS = [
     *((layout, "traced", "sgd") for layout in LAYOUTS),
-    *((layout, "traced", "adamw") for layout in ("whole", "by policy", "mesh")),
-    *((layout, "first call", "sgd") for layout in ("whole", "by policy", "mesh")),
+    *(
+        (layout, *how)
+        for layout in ("whole", "by policy", "mesh")
+        for how in (("traced", "adamw"), ("first call", "sgd"))
+    ),
 ]
 #: The one in the fast run.
 SMALL = ("whole", "first call", "sgd")

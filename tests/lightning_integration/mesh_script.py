@@ -174,12 +174,11 @@ def main(rank: int, size: int, folder: Path, whole: dict[str, list[dict[str, Ten
     )
     found: dict[str, Any] = {}
     meshes = {(2,): ("a",), (4,): ("a",), (2, 2): ("a", "b")}
-    for layout, (shape, _) in LAYOUTS.items():
+    for layout, base in RUNS:
+        shape = LAYOUTS[layout][0]
         if torch.Size(shape).numel() == size:
             mesh = init_device_mesh("cpu", shape, mesh_dim_names=meshes[shape])
-            for base, gradients in whole.items():
-                if (layout, base) in RUNS:
-                    found[f"{layout} {base}"] = train(layout, base, gradients, mesh)
+            found[f"{layout} {base}"] = train(layout, base, whole[base], mesh)
     if size == 4:
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
         found["counted"], found["refusals"], found["some"] = counted(mesh), refusals(mesh), some_ranks(size)

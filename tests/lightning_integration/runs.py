@@ -89,6 +89,11 @@ class TakenUp(Classifier):
         return Shuffled(self.STEPS_PER_EPOCH, self.trainer.global_rank, self.trainer.world_size)
 
 
+def saved_by_rows(base: str) -> set[str]:
+    """What the rule "unit" saves of the rows, with a base of a name."""
+    return {"second", "weight"} | ({"rho", "reference"} if "sgd" in base.lower() else {"own"})
+
+
 def differences(one: Any, two: Any) -> list[str]:
     """Where two nested states do not agree bit for bit."""
     first, second = _flat(one), _flat(two)

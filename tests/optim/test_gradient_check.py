@@ -375,8 +375,8 @@ def test_sums_over_looks_take_no_memory_once_they_have_been_read() -> None:
     for _ in range(33):
         train(module, optimizer, 1, data=data)
         held.append(optimizer.state_dict()["equivalent_class"]["check"]["sums"] is not None)
-    watched = [*4 * [True], *6 * [False]]  # with the refresh there are five looks
-    assert held == [*3 * watched, *3 * [False]]  # which the fourth refresh is not followed by
+    watched = [*4 * [True], *6 * [False]]  # the fifth look reads the sums
+    assert held == [*3 * watched, *3 * [False]]  # no looks follow the fourth refresh
 
 
 @pytest.mark.parametrize(("kept", "autocast"), PRECISIONS[:2])

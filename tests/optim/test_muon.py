@@ -471,6 +471,28 @@ def test_a_state_of_the_rule_from_a_base_that_treats_matrices_otherwise_is_taken
 
 
 @needs_muon
+@pytest.mark.parametrize("is_muon", [False, True])
+def test_a_state_with_magnitudes_in_place_of_step_sizes_is_taken_up(is_muon: bool) -> None:
+    """As version 0.1.0 saved it."""
+    module, x, y = problem(4, 6, 5, 3)
+
+    def make() -> Any:
+        matrices, others = parts(module)
+        base = MuonAdamW([{"params": matrices, "use_muon": is_muon}, {"params": others, "use_muon": False}], lr=0.01)
+        return EquivalentClassOptimizer(base, scaling_group(module, x))
+
+    before, after = make(), make()
+    train(module, before, x, y, range(3))
+    state = copy.deepcopy(before.rule_state())
+    own = state.pop("own")
+    reference = 2.0 * torch.ones_like(own) if is_muon else torch.tensor(2.0, dtype=own.dtype)
+    after.load_rule_state({**state, "rho": 2.0 * own, "reference": reference})
+    train(module, after, x, y, range(3, 4))
+    assert torch.equal(after.rule_state()["own"], own)
+    assert len(own.unique()) > 3
+
+
+@needs_muon
 @pytest.mark.parametrize("size", [1e-14, 1e14])
 def test_sizes_beyond_their_type_do_not_spoil_weights(size: float) -> None:
     torch.manual_seed(0)

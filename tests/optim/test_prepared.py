@@ -205,7 +205,7 @@ def test_a_change_between_two_steps(name: str, change: str, rule: str, monkeypat
     assert all(not run.wide[:, 8:].any() for run in runs)
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-13, equal_nan=True)
     assert set(range(2, CHANGE_AT)) <= set(taken)  # the first step makes the state, the second prepares
-    may_be_prepared &= (change, rule) != ("refresh", "path")  # which begins with another rule
+    may_be_prepared &= (change, rule) != ("refresh", "path")  # the path rule is made anew
     if has_option:
         assert (CHANGE_AT in taken) == may_be_prepared
 

@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,18 +116,20 @@ def test_a_network_of_the_same_shapes_and_other_freedoms_is_refused(rule: str) -
 
 
 @pytest.mark.parametrize(
-    "entry", ["steps_since_refresh", "parameters", "trained", "active", "equations", "rule", "rho"]
+    "entry", ["steps_since_refresh", "parameters", "trained", "active", "equations", "rule", "rho", "own"]
 )
 @pytest.mark.parametrize("waits", [False, True])
 @pytest.mark.parametrize("value", few([None, "damaged", 1.5, [], torch.zeros(3)], ["damaged"]), ids=str)
 def test_a_damaged_state_is_refused_or_begins_anew(entry: str, value: Any, waits: bool) -> None:
     module, x, y = problem(4, 6, 3)
-    optimizer = ec_sgd(module, lr=0.05, momentum=0.9)
+    make = partial(ec_adamw, lr=0.01) if entry == "own" else partial(ec_sgd, lr=0.05, momentum=0.9)
+    optimizer = make(module)
     train(module, optimizer, x, y, range(2))
     state = copy.deepcopy(optimizer.state_dict())
+    assert entry in state["equivalent_class"]
     state["equivalent_class"][entry] = value
     other, _, _ = problem(4, 6, 3)
-    ours = ec_sgd(other, lr=0.05, momentum=0.9)
+    ours = make(other)
     if not waits:
         train(other, ours, x, y, range(1))
     with warnings.catch_warnings():

@@ -156,21 +156,23 @@ def test_a_resumed_run_has_the_same_bits(base: str, stop: int) -> None:
     assert same_bits(again, reference)
 
 
-def test_a_saved_state_does_not_move_on_with_the_run() -> None:
+@pytest.mark.parametrize(("base", "sizes"), [("sgd", ("rho", "reference")), ("adamw", ("own",))])
+def test_a_saved_state_does_not_move_on_with_the_run(base: str, sizes: tuple[str, ...]) -> None:
     module, x, y = problem(4, 6, 5, 3)
-    optimizer = unit(module, x, "sgd")
+    optimizer = unit(module, x, base)
     train(module, optimizer, x, y, range(3))
     state = optimizer.state_dict()["equivalent_class"]
     frozen = copy.deepcopy(state)
     train(module, optimizer, x, y, range(3, 6))
-    for key in ("rho", "reference", "second", "weight"):
+    assert {"rho", "reference", "own"}.intersection(state) == set(sizes)
+    for key in (*sizes, "second", "weight"):
         assert torch.equal(state[key], frozen[key])
     assert not torch.equal(saved(optimizer)["second"], frozen["second"])
 
 
 @pytest.mark.parametrize(("first", "second"), [("sgd", "adamw"), ("adamw", "sgd")])
 def test_another_base_takes_over_the_running_sizes_of_gradients(first: str, second: str) -> None:
-    """It takes over the magnitudes of SGD, too; what AdamW keeps does not tell those, so that SGD measures them."""
+    """AdamW takes over the magnitudes of SGD, too. It keeps only s_k itself, so that SGD measures them anew."""
     module, x, y = problem(4, 6, 5, 3)
     optimizer = unit(module, x, KINDS[first])
     train(module, optimizer, x, y, range(3))
