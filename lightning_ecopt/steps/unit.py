@@ -190,10 +190,11 @@ class UnitRule:
         vectors = [state["rho" if "rho" in state else "own"], state["second"], state["weight"]]
         if "rho" in state and state["reference"].ndim:  # else it is the same for all rows
             vectors.append(state["reference"])
-        if any(vector.shape != (rows,) for vector in vectors):
+        others = [vector.numel() for vector in vectors if vector.shape != (rows,)]
+        if others:
             raise ValueError(
-                f"The checkpoint was made with {len(state['second'])} rows of weights, this optimizer has {rows}: load "
-                "it into the network and the parameter groups that it was made with."
+                f"The checkpoint was made with {others[0]} rows of weights, this optimizer has {rows}: load it into "
+                "the network and the parameter groups that it was made with."
             )
 
     @staticmethod

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from types import NoneType
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,9 +21,8 @@ from lightning_ecopt.symmetry.memory import storage_of
 _LISTS: Any = list | tuple | dict
 #: Objects of these packages hold no copies in lists of their own: trainers, optimizers, data loaders.
 _OTHERS = {"torch", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_ecopt", "torchmetrics"}
-#: Attributes of modules that hold no copies: what every module has, such as hooks, and what Lightning adds. But buffers
-#: may be a copy of another module's parameters.
-_SKIPPED = (vars(nn.Module()).keys() - {"_buffers"}) | {"_trainer", "_fabric"}
+#: Every module has a dozen attributes of these types, such as its hooks, that are nearly always empty.
+_OFTEN_EMPTY = (dict, OrderedDict, set, NoneType)
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,8 @@ class _Search:
         for part, child in module.named_children():
             self.in_module(_joined(name, part), child, isinstance(module, AveragedModel))
         for attribute, value in list(dictionary(module).items()):
-            if attribute not in _SKIPPED:
+            holds_something = type(value) not in _OFTEN_EMPTY or value
+            if holds_something and attribute not in ("_parameters", "_modules", "_trainer", "_fabric"):
                 self.in_value(_joined(name, attribute), value)
 
     def _may_be_copies(self, tensors: Iterable[Tensor], averages: bool) -> bool:

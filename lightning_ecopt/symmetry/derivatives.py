@@ -381,8 +381,9 @@ def _round_digits(values: Tensor) -> Tensor:
     """
     short = values.float()
     digits = short.view(torch.int32).where(short == values, -1)  # -1 ends in ones
-    proper = values.bool().sum(1)  # which takes a CPU less time than a comparison with zero
-    return torch.stack([proper, *(proper - (digits & low).bool().sum(1) for low in (15, 4095))])
+    proper = values.bool()  # which takes a CPU less time than a comparison with zero
+    count = proper.sum(1)
+    return torch.stack([count, *(count - ((digits & low).bool() & proper).sum(1) for low in (15, 4095))])
 
 
 def roundoff_of(parameters: Mapping[str, Tensor]) -> float:
