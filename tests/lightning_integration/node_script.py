@@ -191,9 +191,8 @@ def adamw(module: Any) -> AdamW:
 
 RUNS: dict[str, Fit | Loop] = {
     "DDP, SGD, unit": Fit(sgd, "unit"),
-    "DDP, AdamW, path": Fit(adamw, "path"),
     "FSDP2, AdamW, unit": Fit(adamw, "unit", is_sharded=True),
-    "loop, ec_sgd, unit": Loop(lambda m: ec_sgd(m, lr=0.1, momentum=0.9, refresh_interval=4)),
+    "loop, ec_sgd, path": Loop(lambda m: ec_sgd(m, lr=0.1, momentum=0.9, rule="path", refresh_interval=4)),
 }
 
 

@@ -85,7 +85,7 @@ CASES = {
 
 
 #: Of these with four processes.
-IN_FOUR = ("EC-SGD", "EC-AdamW", "plain norms")
+IN_FOUR = ("EC-SGD", "plain norms")
 
 
 def take_steps(net: Decoder, optimizer: Any, case: Case, mesh: DeviceMesh | None) -> list[dict[str, int]]:

@@ -98,7 +98,7 @@ def test_networks_that_once_failed(network: Network) -> None:
 
 
 @every_kind_of_data
-@examples(70, suppress_health_check=CHECKS)
+@examples(50, suppress_health_check=CHECKS)
 @given(draw=st.data(), seed=seeds)
 def test_random_networks_compute_the_same_after_acting_and_balancing(data: str, draw: st.DataObject, seed: int) -> None:
     assert_exact(draw.draw(networks(data), label="network"), seed)
