@@ -75,12 +75,11 @@ class Run:
 
 
 RUNS = {
-    **{f"DDP, {base}, {rule}": Run("DDP", rule, base) for base in BASES for rule in ("unit", "path")},
+    **{f"DDP, {base}, {rule}": Run("DDP", rule, base) for base, rule in zip(BASES, ("unit", "path"), strict=True)},
     **{
         f"{strategy}, {base}, {kind}": Run(strategy, "unit", base, whole_file=kind == "file")
-        for strategy in ("FSDP1", "FSDP2")
-        for base in BASES
-        for kind in ("folder", "file")
+        for strategy, kinds in (("FSDP1", ("folder", "file")), ("FSDP2", ("file", "folder")))
+        for base, kind in zip(BASES, kinds, strict=True)
     },
 }
 CHOSEN = {name: run for name, run in RUNS.items() if not (NO_CALLS and run.strategy == "FSDP2")}
