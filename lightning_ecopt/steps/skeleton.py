@@ -59,7 +59,8 @@ class Skeleton:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            least = torch.int16 if field.name.endswith("_coupling") else torch.int32  # torch takes no index of 16
+            # The others are indices, and torch takes none of 16 bits.
+            least = torch.int16 if field.name.endswith("_coupling") else torch.int32
             object.__setattr__(self, field.name, narrow(getattr(self, field.name), least))
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -121,8 +122,7 @@ def choose_skeleton(
     weights = [coupling.view(parameters[coupling.parameter].detach()) for coupling in couplings]
     if rule == "diagonal":
         weights = [_diagonal(c, w) for c, w in zip(couplings, weights, strict=True)]
-    sides = [(c.outgoing.numpy(), c.incoming.numpy()) for c in couplings]
-    edges = [(*both, c.additive, w) for both, c, w in zip(sides, couplings, weights, strict=True)]
+    edges = [(c.outgoing.numpy(), c.incoming.numpy(), c.additive, w) for c, w in zip(couplings, weights, strict=True)]
     incoming = _grow(edges, active)
     outgoing = _grow([(target, source, additive, w) for source, target, additive, w in edges], active)
     missing = active & ~(incoming.reached & outgoing.reached)
