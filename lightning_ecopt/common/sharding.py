@@ -281,11 +281,11 @@ def with_gradient(parameters: Sequence[Tensor]) -> set[int]:
     FSDP1 gives no gradient to a rank that holds nothing of a parameter, whatever the others have. If it has flattened
     any of the parameters, all ranks call this together.
     """
-    marks = [parameter.grad is not None for parameter in parameters]
     pieces = {str(k): p for k, p in enumerate(parameters) if flat.is_known(p)} if may_be_sharded() else {}
-    if pieces:
-        marks = Ranks(pieces).any_(torch.tensor(marks, device="cpu")).tolist()
-    return {id(parameter) for parameter in compress(parameters, marks)}
+    if not pieces:
+        return {id(parameter) for parameter in parameters if parameter.grad is not None}
+    marks = torch.tensor([parameter.grad is not None for parameter in parameters], device="cpu")
+    return {id(parameter) for parameter in compress(parameters, Ranks(pieces).any_(marks).tolist())}
 
 
 def _is_cut(tensor: Tensor) -> bool:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 from array import array
 from collections.abc import Callable, Sequence
-from operator import is_
-from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
 
 from lightning_ecopt.kernels.allocation import Allocated, Paths
-from lightning_ecopt.kernels.clipping import CENTRING, FAINT, MEMORY, Clipping, RowGradients
+from lightning_ecopt.kernels.clipping import Clipping, RowGradients
 from lightning_ecopt.kernels.eager import EagerKernels
 from lightning_ecopt.kernels.library import load
 from lightning_ecopt.kernels.lines import (
@@ -28,6 +26,16 @@ from lightning_ecopt.kernels.lines import (
     lines_and_rest,
 )
 from lightning_ecopt.kernels.passes import Elements, Shapes, Views
+from lightning_ecopt.kernels.tables import (
+    NO_COEFFICIENTS,
+    NO_ROWS,
+    CoefficientTables,
+    KnownRows,
+    OnPaths,
+    common_factor,
+    elements_table,
+    paths_table,
+)
 
 #: An item has a 64th of all elements, but no fewer and no more than so many, unless lines are longer: few enough for
 #: many threads, and enough for reading ahead. In columns it has so many lines.
@@ -103,8 +111,10 @@ class CompiledKernels(LineKernels[_Plan]):
     def __init__(self) -> None:
         super().__init__()
         self._library = load()
-        self._known = _NOTHING
+        self._known = NO_ROWS
         self._kept: tuple[Tensor, Sequence[Tensor]] = torch.empty(3, 0, device="cpu"), ()
+        self._told = NO_COEFFICIENTS
+        self._on_paths: OnPaths | None = None
 
     def __reduce__(self) -> tuple[Callable[[], EagerKernels], tuple[()]]:
         return _compiled_or_eager, ()
@@ -163,7 +173,7 @@ class CompiledKernels(LineKernels[_Plan]):
         addresses = array("q", [0 if tensor is None else tensor.data_ptr() for tensor in tensors])
         sizes = array("q", [0 if tensor is None else tensor.numel() for tensor in tensors])
         counts = array("q", elements.counts)
-        table = _elements_table(elements, sizes, counts)
+        table = elements_table(elements, sizes, counts)
         outside = self._library.copy_elements[vector.dtype](
             table.buffer_info()[0], addresses.buffer_info()[0], 1, vector.data_ptr(), write
         )
@@ -172,11 +182,11 @@ class CompiledKernels(LineKernels[_Plan]):
     def clipping(self, gradients: RowGradients) -> Clipping:
         """See :class:`~lightning_ecopt.kernels.Kernels`."""
         sums, squares = gradients.sums.contiguous(), gradients.squares.contiguous()
-        known, self._known = _Known.of(gradients), _NOTHING  # moments are others from now on
+        known, self._known = KnownRows.of(gradients), NO_ROWS  # moments are others from now on
         of = sums.new_empty(2, len(sums)).unbind() + sums.new_empty(3, len(sums)).unbind()  # the first two are kept
         count = self._library.clipping[sums.dtype](
             known.address,
-            _factor(gradients),
+            common_factor(gradients),
             sums.data_ptr(),
             squares.data_ptr(),
             *(vector.data_ptr() for vector in of),
@@ -188,26 +198,27 @@ class CompiledKernels(LineKernels[_Plan]):
         step: Step,
         rows: Callable[[Tensor, Tensor], RowGradients],
         coefficients: Callable[[Clipping], OfPass],
+        terms: object,
     ) -> Clipping:
         """See :class:`~lightning_ecopt.kernels.lines.LineKernels`: here it is one call, and moments stay in place."""
         plan, dtype = step.plan, step.dtype
         found, of_step = self._scratch(plan.num_places, dtype)
         gradients = rows(*of_step[:2])  # which become scale and shift
         if not self._known.holds(gradients):
-            self._known = _Known.of(gradients)
+            self._known = KnownRows.of(gradients)
         group = plan.only_group(dtype)
         if group is None or not self._known.is_in_place:
-            return super().step_(step, rows, coefficients)
+            return super().step_(step, rows, coefficients, terms)
         clipped = _clipping(gradients, [gradients.second, gradients.weight, *of_step], 0)
-        words = Words.of(coefficients(clipped), dtype, found.device)
-        given, addresses = words.table(), group.addresses(step.lists)
+        told = self._told_of(lambda: [coefficients(clipped)], dtype, terms, found, self._known)
+        (given,), addresses = told.tables, group.addresses(step.lists)
         count = self._library.step[dtype](
             *group.tables,
             addresses.buffer_info()[0],
             len(step.lists),
             given.buffer_info()[0],
             self._known.address,
-            _factor(gradients),
+            common_factor(gradients),
             found.data_ptr(),
             self._threads(group),
         )
@@ -220,23 +231,22 @@ class CompiledKernels(LineKernels[_Plan]):
         paths: Paths,
         skeleton: Elements,
         coefficients: Callable[[Tensor, Tensor], OfPass],
-        of_free: OfPass,
+        of_free: Callable[[], OfPass],
+        terms: object,
         max_ratio: float | None,
     ) -> Tensor | int:
         """See :class:`~lightning_ecopt.kernels.lines.LineKernels`: here it is one call."""
         plan, lists, _, dtype = step
         group = plan.only_group(dtype)
         if group is None or not plan.is_contiguous:
-            return super().path_step_(step, paths, skeleton, coefficients, of_free, max_ratio)
-        rows, units, counts = len(paths.unit_of_row), paths.num_units, array("q", skeleton.counts)
-        found = torch.empty(2 * rows + (2 * len(lists) + 3) * units + 1, dtype=dtype, device="cpu")
-        at_root = torch.empty(units + 1, dtype=torch.float64, device="cpu")
-        to_weights, scale = found[: 2 * rows].view(2, rows)
-        words = [Words.of(given, dtype, found.device) for given in (coefficients(scale, to_weights), of_free)]
-        of_rows, of_units = (each.table() for each in words)
-        addresses = group.addresses(lists)
-        known, elements = _paths_table(paths, max_ratio), _elements_table(skeleton, plan.sizes, counts)
-        free = self.plan([[found[:units]]] * len(lists), paths.shapes, 0).groups[dtype]
+            return super().path_step_(step, paths, skeleton, coefficients, of_free, terms, max_ratio)
+        here = self._on_paths
+        if here is None or not here.holds(step, paths, skeleton, max_ratio):
+            here = OnPaths(step, paths, skeleton, max_ratio)
+            self._on_paths = here if len(paths.unit_of_row) <= KEPT_ROWS else None
+        told = self._told_of(lambda: [coefficients(*here.scales), of_free()], dtype, terms, here)
+        (of_rows, of_units), addresses = told.tables, group.addresses(lists)
+        free = self.plan([[here.free]] * len(lists), paths.shapes, 0).groups[dtype]
         count: int = self._library.path_step[dtype](
             *group.tables,
             addresses.buffer_info()[0],
@@ -244,10 +254,7 @@ class CompiledKernels(LineKernels[_Plan]):
             of_rows.buffer_info()[0],
             *free.tables,
             of_units.buffer_info()[0],
-            known.buffer_info()[0],
-            elements.buffer_info()[0],
-            found.data_ptr(),
-            at_root.data_ptr(),
+            *here.addresses,
             self._threads(group),
         )
         _check_inside(-count)
@@ -256,7 +263,7 @@ class CompiledKernels(LineKernels[_Plan]):
 
     def free_gradient(self, paths: Paths, sums: Tensor, weights: Tensor, gradients: Tensor) -> Tensor:
         """See :class:`~lightning_ecopt.kernels.Kernels`."""
-        known, found = _paths_table(paths, None), sums.new_empty(paths.num_units)
+        known, found = paths_table(paths, None), sums.new_empty(paths.num_units)
         at_root = torch.empty(len(found) + 1, dtype=torch.float64, device="cpu")
         vectors = [vector.contiguous() for vector in (sums, weights, gradients)]
         self._library.free_gradient[sums.dtype](
@@ -266,7 +273,7 @@ class CompiledKernels(LineKernels[_Plan]):
 
     def allocate_(self, paths: Paths, factor: Tensor, weights: Tensor, max_ratio: float | None) -> Allocated:
         """See :class:`~lightning_ecopt.kernels.Kernels`."""
-        known, factor, weights = _paths_table(paths, max_ratio), factor.contiguous(), weights.contiguous()
+        known, factor, weights = paths_table(paths, max_ratio), factor.contiguous(), weights.contiguous()
         skeleton, ratio = torch.empty_like(weights), torch.empty_like(paths.beta)
         count = self._library.allocate[factor.dtype](
             known.buffer_info()[0], *(vector.data_ptr() for vector in (factor, weights, skeleton, ratio))
@@ -283,99 +290,25 @@ class CompiledKernels(LineKernels[_Plan]):
             self._kept = made
         return made
 
+    def _told_of(
+        self, coefficients: Callable[[], Sequence[OfPass]], dtype: torch.dtype, *of: object
+    ) -> CoefficientTables:
+        """The coefficients that hold for these very objects, of which the second has the memory of a step."""
+        if self._told.holds(*of):
+            return self._told
+        told = CoefficientTables(coefficients(), dtype, of)
+        is_kept = of[1] is self._kept[0] or of[1] is self._on_paths
+        self._told = told if is_kept else NO_COEFFICIENTS
+        return told
+
     def _threads(self, group: _Group) -> int:
         """The threads of a forked process are those of its parent, and do not answer."""
         return group.threads if os.getpid() == self._library.process else 1
 
 
-#: Among the vectors of ``_Known``, the number of the first of the two that change.
-MOMENTS = 3
-
-
-class _Known(NamedTuple):
-    """What ``vectors.c`` calls Rows.
-
-    Args:
-        table: numbers, and addresses of vectors.
-        kept: the vectors.
-        like: what a step knew of the rows, from ``second`` on.
-    """
-
-    table: array[int]
-    kept: list[Tensor | None]
-    like: tuple[Any, ...]
-
-    @classmethod
-    def of(cls, gradients: RowGradients) -> _Known:
-        """Without the sums, and without a factor that is the same for all rows."""
-        _, _, second, weight, rows, present, rho, to_step, own, linear = gradients
-        has_others = rho is not None and own is not None
-        vectors = [
-            *(rows.runs.lengths, *rows.runs.values, second, weight),
-            None if present is None else present.to(second),
-            rho,
-            to_step.to(second) if _is_vector(to_step) else None,
-            own if has_others else None,
-            linear if has_others else None,
-        ]
-        kept = [None if vector is None else vector.contiguous() for vector in vectors]
-        words = [0 if vector is None else vector.data_ptr() for vector in kept]
-        numbers = _bits(MEMORY, 2 - CENTRING, rows.slack, rows.tiny, FAINT)
-        return cls(array("q", [len(second), *words, *numbers]), kept, _compared(gradients))
-
-    def holds(self, gradients: RowGradients) -> bool:
-        """Whether it is true of other gradients, too."""
-        return len(self.like) > 0 and all(map(is_, self.like, _compared(gradients)))
-
-    @property
-    def is_in_place(self) -> bool:
-        """Whether the table has the addresses of the moments themselves, and not of copies."""
-        return self.kept[MOMENTS] is self.like[0] and self.kept[MOMENTS + 1] is self.like[1]
-
-    @property
-    def address(self) -> int:
-        """Where the table is."""
-        return self.table.buffer_info()[0]
-
-
-_NOTHING = _Known(array("q"), [], ())
-
-
-def _paths_table(paths: Paths, max_ratio: float | None) -> array[int]:
-    """What ``vectors.c`` calls Paths; it is good as long as ``paths`` is kept."""
-    vectors = (paths.unit_of_row, paths.root, paths.target, paths.is_free, paths.beta)
-    guard = (0.0, 0.0) if max_ratio is None else (1 / max_ratio, max_ratio)
-    words = [len(paths.unit_of_row), paths.num_units, *(vector.data_ptr() for vector in vectors)]
-    return array("q", [*words, *_bits(paths.start, *guard)])
-
-
-def _elements_table(elements: Elements, sizes: array[int], counts: array[int]) -> array[int]:
-    """What ``passes.c`` calls Elements; it is good as long as the arrays are kept."""
-    addresses = (sizes.buffer_info()[0], counts.buffer_info()[0], elements.at.data_ptr(), elements.slots.data_ptr())
-    return array("q", [len(counts), *addresses, elements.at.dtype == torch.int64])
-
-
 def _check_inside(outside: int) -> None:
     if outside > 0:
         raise IndexError(f"{outside} of the elements are not in their tensors, whose sizes have changed")
-
-
-def _bits(*numbers: float) -> array[int]:
-    """Numbers in 64 bits each."""
-    return array("q", array("d", numbers).tobytes())
-
-
-def _compared(gradients: RowGradients) -> tuple[Any, ...]:
-    return (*gradients[2:7], gradients.to_step if _is_vector(gradients.to_step) else None, *gradients[8:])
-
-
-def _factor(gradients: RowGradients) -> float:
-    """The factor of relative steps, if it is the same for all rows; else 1, as it is a vector."""
-    return 1.0 if _is_vector(gradients.to_step) else float(gradients.to_step)
-
-
-def _is_vector(value: Tensor | float) -> TypeGuard[Tensor]:
-    return isinstance(value, Tensor) and value.ndim > 0
 
 
 def _clipping(gradients: RowGradients, of: Sequence[Tensor], count: int) -> Clipping:

@@ -283,6 +283,7 @@ class LineKernels(EagerKernels, ABC, Generic[PlanT]):
         step: Step,
         rows: Callable[[Tensor, Tensor], RowGradients],
         coefficients: Callable[[Clipping], OfPass],
+        terms: object,
     ) -> Clipping:
         """Take a step of the unit rule: sums, clipping, and the pass of the base.
 
@@ -290,6 +291,7 @@ class LineKernels(EagerKernels, ABC, Generic[PlanT]):
             step: what it works on.
             rows: what is known of the rows, given sums of gradients and sums of their squares.
             coefficients: of the pass. Its vectors may not be looked at before this returns.
+            terms: what they depend on beside what the step finds: the same object as long as that stays the same.
         """
         gradients = step.lists[GRADIENTS : GRADIENTS + 1]
         found = self.add(self.plan(gradients, step.shapes, 2), gradients, 2, step.dtype)
@@ -303,7 +305,8 @@ class LineKernels(EagerKernels, ABC, Generic[PlanT]):
         paths: Paths,
         skeleton: Elements,
         coefficients: Callable[[Tensor, Tensor], OfPass],
-        of_free: OfPass,
+        of_free: Callable[[], OfPass],
+        terms: object,
         max_ratio: float | None,
     ) -> Tensor | int:
         """Take a step of the path rule: sums, free coordinates, the pass of the base, and skeleton weights.
@@ -315,6 +318,7 @@ class LineKernels(EagerKernels, ABC, Generic[PlanT]):
             coefficients: of the pass, given by what weights are divided before it, and by what after it, ``[R]`` each.
                 Its vectors may not be looked at before this returns.
             of_free: the coefficients for the free coordinates, numbers or ``[H]``.
+            terms: what both depend on beside what the step finds: the same object as long as that stays the same.
             max_ratio: the guard.
 
         Returns:
@@ -327,7 +331,7 @@ class LineKernels(EagerKernels, ABC, Generic[PlanT]):
         moved, scale = paths.free_values, paths.weight_scale
         free = [[moved], [gradient], *([of.chunk(2)[1]] for of in state)]
         # One vector of float32 or float64: nothing is left to PyTorch.
-        self.change_(self.plan(free, paths.shapes, 0), free, of_free)
+        self.change_(self.plan(free, paths.shapes, 0), free, of_free())
         allocated = self.allocate_(paths, moved / paths.free_values, weights, max_ratio)
         self.change_(step.plan, step.lists, coefficients(scale, paths.weight_scale))
         self.scatter_(step.lists[0], skeleton, allocated.skeleton)
@@ -347,7 +351,12 @@ class LineKernels(EagerKernels, ABC, Generic[PlanT]):
         # Sizes of all: a state that does not fit its weight must not be addressed.
         kinds = [
             lists[0][0].device,
-            *[(view.dtype, view.shape, view.stride(), is_lazy(view)) for views in lists for view in views],
+            *[
+                # Without a call of `is_lazy`, as this is what takes longest in a step of a small network.
+                (view.dtype, view.shape, view.stride(), view.is_neg() or view._is_zerotensor())
+                for views in lists
+                for view in views
+            ],
         ]
         last = self._last.get((count, len(lists), len(shapes)))
         if last is not None and last[0] is shapes and last[1] == kinds:  # which takes less time than to hash them

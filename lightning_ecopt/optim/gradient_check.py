@@ -130,6 +130,11 @@ class GradientCheck:
         self._last, self.has_zeroed = LastStep.of(parameters), False
 
     @property
+    def is_looking(self) -> bool:
+        """Whether the next gradients are looked at in any case."""
+        return self._left > 0
+
+    @property
     def _is_fresh(self) -> bool:
         """Whether the gradients of the optimizer's parameters are those of a loss at the weights as they are."""
         return self._was_fresh if self._last is None else self._last.is_over(self.has_zeroed)
@@ -158,7 +163,7 @@ class GradientCheck:
         Returns:
             The units that break, if any do.
         """
-        self._own, self._was_fresh = {id(p) for p in parameters}, self._is_fresh
+        self._own, self._was_fresh = set(map(id, parameters)), self._is_fresh
         deferred.checks.add(self)
         if not (is_refresh or self._left) or not group.num_units:
             return None

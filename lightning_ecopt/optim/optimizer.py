@@ -27,7 +27,7 @@ from lightning_ecopt.optim.between import (
 )
 from lightning_ecopt.optim.binding import Source, find_by_module_calls, trainable_parameters
 from lightning_ecopt.optim.calls import HOOKS, StepCall, or_else
-from lightning_ecopt.optim.following import follow
+from lightning_ecopt.optim.following import followed
 from lightning_ecopt.optim.layer_statistics import Layers
 from lightning_ecopt.optim.options import (
     Check,
@@ -225,6 +225,7 @@ class EquivalentClassOptimizer(Optimizer):
             return call.step()
         if not session.layers.is_wanted and stage.stepper.take_prepared(call):
             return None
+        stage = followed(session, stage)
         w, g = session.weights(stage.network), session.gradients(stage.network)
         with session.layers.measured(stage, w):
             return stage.stepper.take(w, g, lambda: session.entries_if_averaged(stage.network), call)
@@ -232,10 +233,11 @@ class EquivalentClassOptimizer(Optimizer):
     def _refreshed(self) -> Idle | Running:
         """The stage in which the next step is taken, after a refresh if one is due."""
         session = self._session
-        follow(session)
         is_over = session.interval_is_over()
         is_due = (session.refresh_due or is_over) and (not checkpoint.restore(session) or session.refresh_due)
         session.hold_unfrozen_copies()
+        if (is_due or session.gradient_check.is_looking) and isinstance(session.stage, Running):
+            followed(session, session.stage)  # other steps are prepared, or do so themselves
         session.ask_gradient(is_due)  # which may hold units fixed; then a refresh is due, too
         if is_due or session.refresh_due:
             session.refresh(session.network)

@@ -6,7 +6,7 @@ gradients and perhaps new rates, but which tensors belong together, and what ker
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ class PreparedStep:
     ) -> None:
         self._optimizer, self.kernels, self._parameters = optimizer, kernels, parameters
         self._entry_names, self._shapes, self._signs = entry_names, shapes, _signs(optimizer)
+        self._plan, self._kinds = None, _kinds(parameters)
 
     @classmethod
     def of(
@@ -83,12 +84,9 @@ class PreparedStep:
         """
         if entry_names != self._entry_names:
             return None
-        gradients = []
-        for p in self._parameters:
-            gradient = p.grad
-            if type(gradient) is not Tensor or gradient.layout is not torch.strided or gradient.dtype != p.dtype:
-                return None
-            gradients.append(gradient)
+        gradients: list[Any] = [p.grad for p in self._parameters]
+        if any(type(gradient) is not Tensor or gradient.layout is not torch.strided for gradient in gradients):
+            return None
         lists: list[Views] = [self._parameters, gradients]
         if entry_names:
             state = self._optimizer.state
@@ -98,7 +96,15 @@ class PreparedStep:
                 return None
         # It compares types, shapes and strides with those of the step before.
         plan = self.kernels.plan(lists, self._shapes, 0)
-        return None if plan.rest else Step(plan, lists, self._shapes, dtype)
+        if plan is not self._plan:
+            if plan.rest or _kinds(self._parameters) != self._kinds:
+                return None
+            self._plan = plan
+        return Step(plan, lists, self._shapes, dtype)
+
+
+def _kinds(tensors: Iterable[Tensor]) -> list[tuple[torch.dtype, torch.device]]:
+    return [(tensor.dtype, tensor.device) for tensor in tensors]
 
 
 def _signs(optimizer: Optimizer) -> tuple[Any, ...]:

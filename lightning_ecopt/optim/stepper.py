@@ -165,10 +165,11 @@ class FusedStep:
         self._order: list[list[int]] = []  # the parameter groups that `_group_of` was made for
         self._group_of: list[int] = []  # by name of a parameter that has rows, ``[N]``
         self._prepared: PreparedStep | None = None
+        self._told: tuple[dict[str, Value], Coefficients] | None = None  # of the last step
         self._times = 0  # so often a step of the rule was not prepared
 
     def __getstate__(self) -> dict[str, Any]:  # a copy has other tensors, perhaps in another process
-        return {**vars(self), "_prepared": None}
+        return {**vars(self), "_prepared": None, "_told": None}
 
     @property
     def to_step(self) -> Coefficient:
@@ -256,8 +257,15 @@ class FusedStep:
         return True
 
     def _coefficients(self, base: Base, names: Iterable[str]) -> Coefficients:
-        """The coefficients of this step, which is counted; ``names`` are those of parameters with a gradient."""
-        terms, rows = base.terms(**self._rates(base, names)), self._rule.rows
+        """The coefficients of this step, which is counted; ``names`` are those of parameters with a gradient.
+
+        They are the object of the last step if they are numbers that have not changed.
+        """
+        rates, rows = self._rates(base, names), self._rule.rows
+        are_numbers = not any(isinstance(value, Tensor) for value in rates.values())
+        if are_numbers and self._told is not None and self._told[0] == rates:
+            return self._told[1]
+        terms = base.terms(**rates)
 
         def given(
             spread: Callable[[Tensor], Tensor],
@@ -266,6 +274,7 @@ class FusedStep:
         ) -> OfPass:
             return products(terms, _onto(spread, rows), here, to_weights)
 
+        self._told = (rates, given) if are_numbers else None
         return given
 
     def _rates(self, base: Base, names: Iterable[str]) -> dict[str, Value]:

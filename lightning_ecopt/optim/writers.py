@@ -194,14 +194,13 @@ class Writers:
         units = writers.written(stage)  # just before the next one: bool[H] if some are to be held fixed, else None
     """
 
-    _all: ClassVar[WeakSet[Writers]] = WeakSet()
+    #: Those that have noted weights, which another optimizer may move.
+    _noting: ClassVar[WeakSet[Writers]] = WeakSet()
 
     def __init__(self) -> None:
         self._noted: _Note | None = None
         self._known: set[str] = set()  # parameters of which it is known
         self._begin(None)
-        with _lock:
-            self._all.add(self)
 
     def _begin(self, group: ScalingGroup | None) -> None:
         """Forget what was found, in another group."""
@@ -215,7 +214,10 @@ class Writers:
 
     def forget(self) -> None:
         """What happens until the next step is known, and no writer's work."""
-        self._noted = None
+        if self._noted is not None:
+            self._noted = None
+            with _lock:
+                self._noting.discard(self)
 
     def note(self, stage: Refreshed, steps_since_refresh: int, is_watched: bool = True) -> None:
         """Note the weights just after a step, if it is one of the first after a refresh.
@@ -225,11 +227,12 @@ class Writers:
             steps_since_refresh: at least 1.
             is_watched: whether weights are noted behind this refresh.
         """
-        with _lock:
-            others = [other for other in self._all if other is not self]
-        for other in others:
-            other._has_stepped(stage.network)
-        self._noted = None
+        if self._noting:  # most steps are far behind a refresh
+            with _lock:
+                others = [other for other in self._noting if other is not self]
+            for other in others:
+                other._has_stepped(stage.network)
+        self.forget()
         if not is_watched or steps_since_refresh > GAPS or not bool(stage.active.any()):
             return
         group = stage.network.group
@@ -246,6 +249,8 @@ class Writers:
             _squares(regions),
             {name: weight.clone() for name, weight in copies.items() if name in suspects},
         )
+        with _lock:
+            self._noting.add(self)
 
     def _has_stepped(self, other: Network) -> None:
         """Another optimizer has taken a step: perhaps with the same weights."""
@@ -254,7 +259,7 @@ class Writers:
             return
         own = set(map(id, noted.stage.network.parameters.values()))
         if any(id(p) in own for p in other.parameters.values()):
-            self._noted = None
+            self.forget()
 
     def written(self, stage: object) -> Tensor | None:
         """Find the units of rows that somebody writes to after each step, just before one; warns if there are any.
@@ -265,7 +270,8 @@ class Writers:
         Returns:
             ``bool[H]``, or ``None`` if nothing is compared now.
         """
-        noted, self._noted = self._noted, None
+        noted = self._noted
+        self.forget()
         if noted is None or noted.stage is not stage:
             return None
         parameters = noted.stage.network.parameters

@@ -215,7 +215,8 @@ class PathRule:
             self._paths,
             self._elements.elements,
             lambda scale, to_weights: coefficients(self.rows.spread, Reparametrization(scale, scale), to_weights),
-            coefficients(self._elements.of_free),
+            lambda: coefficients(self._elements.of_free),
+            coefficients,
             self._max_ratio,
         )
         self._guarded = self._guarded + guarded

@@ -288,6 +288,6 @@ class Rule(Protocol):
         Args:
             kernels: address memory.
             step: what they work on; its places are the rows.
-            coefficients: of the pass of the base.
+            coefficients: of the pass of the base; the same object as long as they stay the same.
             to_step: that of :meth:`reparametrization`.
         """

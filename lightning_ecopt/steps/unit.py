@@ -315,6 +315,7 @@ class UnitRule:
             step,
             lambda sums, squares: self._row_gradients(sums, squares, to_step),
             lambda of: coefficients(self.rows.spread, Reparametrization(of.step, of.scale, of.shift)),
+            coefficients,
         )
         self._note(clipped)
 
