@@ -86,7 +86,7 @@ def test_the_wheel_has_all_files_of_the_package_and_no_others(wheel: Path) -> No
         names = set(archive.namelist())
     found = {name for name in names if ".dist-info/" not in name}
     assert found == files_of_the_package()
-    others = ("py.typed", "kernels/passes.c", "kernels/vectors.c")
+    others = ("py.typed", "kernels/passes.c", "kernels/vectors.c", "kernels/looks.c")
     assert {f"lightning_ecopt/{name}" for name in others} <= found
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 

@@ -191,6 +191,11 @@ def in_shared_memory(tensors: Tensors) -> set[str]:
     return {name for name, tensor in tensors.items() if memory[tensor.data_ptr()] > 1 or 0 in tensor.stride()}
 
 
+def is_lazy(tensor: Tensor) -> bool:
+    """Return whether memory does not have the elements as they are: their negatives, or nothing, as all are zero."""
+    return tensor.is_neg() or tensor._is_zerotensor()
+
+
 def updates_by_difference(tensor: Tensor) -> bool:
     """Return whether a step is added to a weight as a difference, instead of scaling the weight there and back.
 

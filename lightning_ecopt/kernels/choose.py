@@ -91,11 +91,12 @@ def _best(parameters: Sequence[Tensor]) -> Implementation:
     devices = {parameter.device.type for parameter in parameters}
     if devices == {"cuda"} and importlib.util.find_spec("triton") is not None:
         return "triton"
-    if devices == {"cpu"} and compiler() is not None:
+    if devices == {"cpu"}:
         try:
             load()
         except OSError as error:
-            warn(CANNOT_COMPILE.format(error=error))
+            if compiler() is not None:
+                warn(CANNOT_COMPILE.format(error=error))
         else:
             return "compiled"
     return "eager"

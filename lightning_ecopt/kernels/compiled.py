@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from array import array
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from lightning_ecopt.common.tensors import is_lazy
 from lightning_ecopt.kernels.allocation import Allocated, Paths
 from lightning_ecopt.kernels.clipping import Clipping, RowGradients
 from lightning_ecopt.kernels.eager import EagerKernels
@@ -22,9 +22,9 @@ from lightning_ecopt.kernels.lines import (
     Step,
     Words,
     count_changes,
-    is_lazy,
     lines_and_rest,
 )
+from lightning_ecopt.kernels.looks import Operands, Sides
 from lightning_ecopt.kernels.passes import Elements, Shapes, Views
 from lightning_ecopt.kernels.tables import (
     NO_COEFFICIENTS,
@@ -40,8 +40,6 @@ from lightning_ecopt.kernels.tables import (
 #: An item has a 64th of all elements, but no fewer and no more than so many, unless lines are longer: few enough for
 #: many threads, and enough for reading ahead. In columns it has so many lines.
 LEAST, MOST, LINES = 1 << 14, 1 << 17, 1024
-#: How many elements a thread must have to be worth its start.
-FOR_A_THREAD = 1 << 16
 #: The vectors of a step over no more rows than these are kept from one step to the next.
 KEPT_ROWS = 1 << 12
 
@@ -80,25 +78,19 @@ class _Group:
     def __init__(self, numbers: Sequence[int], blocks: Sequence[Lines], places: Sequence[int]) -> None:
         self._numbers = numbers
         self._blocks, self._items = array("q"), array("q")
-        elements = sum(lines.count * lines.depth for lines in blocks)
-        of_item = min(max(LEAST, elements // 64), MOST)
+        self.elements = sum(lines.count * lines.depth for lines in blocks)
+        of_item = min(max(LEAST, self.elements // 64), MOST)
         for k, (lines, place) in enumerate(zip(blocks, places, strict=True)):
             self._blocks.extend([lines.kind == COLUMNS, lines.depth, lines.stride, lines.of_place, place])
             width = LINES if lines.kind == COLUMNS else of_item // lines.depth
             width = max(1, width // lines.of_place) * lines.of_place
             for first in range(0, lines.count, width):
                 self._items.extend([k, first, min(first + width, lines.count)])
-        self._most_threads = max(1, elements // FOR_A_THREAD)
         self.tables = (self._blocks.buffer_info()[0], self._items.buffer_info()[0], len(self._items) // 3)
 
     def addresses(self, lists: Sequence[Views]) -> array[int]:
         """Of the blocks in each list, block by block."""
         return array("q", [views[k].data_ptr() for k in self._numbers for views in lists])
-
-    @property
-    def threads(self) -> int:
-        """How many threads work on it."""
-        return min(self._most_threads, torch.get_num_threads())
 
 
 class CompiledKernels(LineKernels[_Plan]):
@@ -136,7 +128,7 @@ class CompiledKernels(LineKernels[_Plan]):
                 found.data_ptr(),
                 dtype == torch.float64,
                 plan.num_places,
-                self._threads(group),
+                self._library.threads(group.elements),
             )
         return found.to(asked)
 
@@ -150,8 +142,45 @@ class CompiledKernels(LineKernels[_Plan]):
                 addresses.buffer_info()[0],
                 len(lists),
                 given.buffer_info()[0],
-                self._threads(group),
+                self._library.threads(group.elements),
             )
+
+    def both_sides(self, sides: Sides, first: Operands, second: Operands, sign: float) -> Tensor | None:
+        """See :class:`~lightning_ecopt.kernels.Kernels`."""
+        boxes = sides.boxes(first, second)
+        if boxes is None or not boxes.keys() <= self._library.both_sides.keys():
+            return None
+        found = torch.zeros(2, sides.entries, dtype=torch.float64, device="cpu")
+        total, size = found.unbind()
+        for dtype, each in boxes.items():
+            addresses = each.addresses(first, second)
+            self._library.both_sides[dtype](
+                each.table.buffer_info()[0],
+                len(each.places),
+                addresses.buffer_info()[0],
+                sign,
+                total.data_ptr(),
+                size.data_ptr(),
+                self._library.threads(each.elements),
+            )
+        return found
+
+    def magnitudes(self, tensors: Sequence[Tensor], sample: int) -> Tensor | None:
+        """See :class:`~lightning_ecopt.kernels.Kernels`."""
+        kinds = {tensor.dtype for tensor in tensors}
+        if len(kinds) != 1 or not kinds <= set(DTYPES) or not _are_plain(tensors, *kinds):
+            return None
+        addresses, sizes = (array("q", [of(tensor) for tensor in tensors]) for of in (Tensor.data_ptr, Tensor.numel))
+        found = torch.empty(len(tensors), 5, dtype=torch.float64, device="cpu")
+        self._library.magnitudes[tensors[0].dtype](
+            len(tensors),
+            addresses.buffer_info()[0],
+            sizes.buffer_info()[0],
+            sample,
+            found.data_ptr(),
+            self._library.threads(sum(sizes)),
+        )
+        return found.T
 
     def gather(self, tensors: Sequence[Tensor | None], elements: Elements, dtype: torch.dtype) -> Tensor:
         """See :class:`~lightning_ecopt.kernels.Kernels`."""
@@ -220,7 +249,7 @@ class CompiledKernels(LineKernels[_Plan]):
             self._known.address,
             common_factor(gradients),
             found.data_ptr(),
-            self._threads(group),
+            self._library.threads(group.elements),
         )
         count_changes(step.lists)
         return clipped._replace(num_clipped=count)
@@ -255,7 +284,7 @@ class CompiledKernels(LineKernels[_Plan]):
             *free.tables,
             of_units.buffer_info()[0],
             *here.addresses,
-            self._threads(group),
+            self._library.threads(group.elements),
         )
         _check_inside(-count)
         count_changes(lists)
@@ -300,10 +329,6 @@ class CompiledKernels(LineKernels[_Plan]):
         is_kept = of[1] is self._kept[0] or of[1] is self._on_paths
         self._told = told if is_kept else NO_COEFFICIENTS
         return told
-
-    def _threads(self, group: _Group) -> int:
-        """The threads of a forked process are those of its parent, and do not answer."""
-        return group.threads if os.getpid() == self._library.process else 1
 
 
 def _check_inside(outside: int) -> None:

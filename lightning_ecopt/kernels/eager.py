@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_ecopt.common.tensors import piece_length, pieces
 from lightning_ecopt.kernels.allocation import Allocated, Paths, allocate_, free_gradient
 from lightning_ecopt.kernels.clipping import Clipping, RowGradients, clipping
+from lightning_ecopt.kernels.looks import Operands, Sides
 from lightning_ecopt.kernels.passes import Coefficient, Elements, Given, Product, Shapes, Views
 
 #: Changes one tensor of each list in place, by coefficients that broadcast to them.
@@ -45,6 +46,14 @@ class EagerKernels:
         if few < len(views):
             found.append(_products(views[few:], others[few:], shapes[few:], dtype))
         return torch.cat(found)[None]
+
+    def both_sides(self, sides: Sides, first: Operands, second: Operands, sign: float) -> Tensor | None:
+        """See :class:`~lightning_ecopt.kernels.Kernels`: the caller does it."""
+        return None
+
+    def magnitudes(self, tensors: Sequence[Tensor], sample: int) -> Tensor | None:
+        """See :class:`~lightning_ecopt.kernels.Kernels`: the caller does it."""
+        return None
 
     def affine_(self, views: Views, *, shapes: Shapes, **coefficients: Coefficient | None) -> None:
         """See :class:`~lightning_ecopt.kernels.Kernels`."""

@@ -1,4 +1,4 @@
-"""Compiles ``passes.c``, with ``vectors.c`` in it, once on each machine, and loads it."""
+"""Compiles ``passes.c``, with ``vectors.c`` and ``looks.c`` in it, once on each machine, and loads it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 SOURCE = Path(__file__).with_name("passes.c")
-INCLUDED = SOURCE.with_name("vectors.c")
+INCLUDED = SOURCE.with_name("vectors.c"), SOURCE.with_name("looks.c")
 FLAGS = ("-O3", "-shared", "-fPIC", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 #: By what torch says of the processor. Compilers know what all processors of other kinds are able to.
 OF_PROCESSOR = {
@@ -28,6 +28,8 @@ OF_PROCESSOR = {
 }
 #: Tried in this order; the second is for compilers without threads, such as Apple's.
 OF_THREADS = ("-fopenmp", "-fopenmp-simd")
+#: How many elements a thread must have to be worth its start.
+FOR_A_THREAD = 1 << 16
 TYPES = {torch.float32: "float", torch.float64: "double"}
 
 
@@ -42,7 +44,17 @@ class Library(NamedTuple):
     allocate: Mapping[torch.dtype, Callable[..., int]]
     step: Mapping[torch.dtype, Callable[..., int]]
     path_step: Mapping[torch.dtype, Callable[..., int]]
+    both_sides: Mapping[torch.dtype, Callable[..., None]]
+    magnitudes: Mapping[torch.dtype, Callable[..., None]]
     process: int
+
+    def threads(self, elements: int) -> int:
+        """How many threads work on so many elements.
+
+        The threads of a forked process are those of its parent, and do not answer.
+        """
+        most = torch.get_num_threads() if os.getpid() == self.process else 1
+        return min(max(1, elements // FOR_A_THREAD), most)
 
 
 def compiler() -> list[str] | None:
@@ -77,7 +89,7 @@ def _load() -> Library | OSError:
     if command is None:
         return OSError("there is no C compiler on the path (install gcc or clang, or let the variable CC name one)")
     flags = (*FLAGS, *OF_PROCESSOR.get(torch.backends.cpu.get_cpu_capability(), ()))
-    facts = (SOURCE.read_bytes(), INCLUDED.read_bytes(), command, flags, sys.platform, os.uname().machine)
+    facts = ([path.read_bytes() for path in (SOURCE, *INCLUDED)], command, flags, sys.platform, os.uname().machine)
     name = f"passes-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.so"
     try:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning_ecopt"
@@ -144,5 +156,7 @@ def _functions(path: Path) -> Library:
         of("allocate", [pointer] * 5, number),
         of("step", [*tables, pointer, pointer, real, pointer, number], number),
         of("path_step", [*tables, pointer, *tables[:3], *[pointer] * 5, number], number),
+        of("both_sides", [pointer, number, pointer, real, pointer, pointer, number]),
+        of("magnitudes", [number, pointer, pointer, number, pointer, number]),
         os.getpid(),
     )

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from lightning_ecopt.common.tensors import is_lazy
 from lightning_ecopt.kernels.allocation import Paths
 from lightning_ecopt.kernels.clipping import Clipping, RowGradients
 from lightning_ecopt.kernels.eager import GRADIENTS, EagerKernels
@@ -211,11 +212,6 @@ def lines_and_rest(
     found = [kind.of(views, shape) for views, shape in zip(zip(*lists, strict=True), shapes, strict=True)]
     blocks = {k: lines for k, lines in enumerate(found) if lines is not None}
     return blocks, starts, [(k, slice(*starts[k : k + 2])) for k in range(len(shapes)) if k not in blocks]
-
-
-def is_lazy(view: Tensor) -> bool:
-    """Whether memory does not have the elements as they are, but their negatives, or nothing, as all are zero."""
-    return view.is_neg() or view._is_zerotensor()
 
 
 def count_changes(lists: Sequence[Views]) -> None:

@@ -276,6 +276,7 @@ ONCE void OF(sums)(const Block *blocks, const Item *items, int64_t num_items, RE
 }
 
 #include "vectors.c"
+#include "looks.c"
 
 /* A whole step: the sums of gradients, what they say of the rows, and the pass of the base. Places are rows. The second
    moments and their weights change in place. For each row `found` has room for the scale, which is the sum first, the

@@ -50,7 +50,7 @@ NEVER = (
 
 def hold_written(session: Session) -> None:
     """Hold units fixed to whose weights somebody else writes after each step. Call it just before a step."""
-    units = session.writers.written(session.stage)
+    units = session.writers.written(session.stage, lambda: session.kernels)
     if units is not None:
         units = session.binding.deferred.agreed(units)
         if bool(units.any()):
@@ -60,7 +60,9 @@ def hold_written(session: Session) -> None:
 def note_weights(session: Session) -> None:
     """Note the weights just after a step."""
     if isinstance(session.stage, Idle | Running) and session.options.representative == "balanced":
-        session.writers.note(session.stage, session.steps_since_refresh, session.watching.is_on)
+        session.writers.note(
+            session.stage, session.steps_since_refresh, session.watching.is_on, lambda: session.kernels
+        )
 
 
 # Steps that ranks have missed -----------------------------------------------------------------------------------------

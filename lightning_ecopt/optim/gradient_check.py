@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from lightning_ecopt.common.tensors import listing
+from lightning_ecopt.kernels import Kernels
 from lightning_ecopt.symmetry import DeferredGroup, ScalingGroup
 from lightning_ecopt.symmetry.derivatives import LAMBDA, Evidence, roundoff_at, roundoff_of
 from lightning_ecopt.symmetry.scales import Operation
@@ -100,6 +101,10 @@ class Verdict:
     message: str
 
 
+def _none() -> None:
+    return None
+
+
 class GradientCheck:
     """Looks at gradients, and says which units may not be rescaled.
 
@@ -114,7 +119,7 @@ class GradientCheck:
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self.violation = 0.0
-        self.precision: Callable[[], str | None] = _unknown
+        self.precision: Callable[[], str | None] = _none
         self.has_zeroed = False
         self._own: set[int] = set()
         self._last: LastStep | None = None
@@ -150,6 +155,7 @@ class GradientCheck:
         parameters: Sequence[Tensor],
         is_refresh: bool,
         is_watched: bool = True,
+        kernels: Callable[[], Kernels | None] = _none,
     ) -> Verdict | None:
         """Look at the gradients if it is time to, and decide if it is time to, which waits for the device.
 
@@ -159,6 +165,7 @@ class GradientCheck:
             parameters: those of the optimizer that are trained.
             is_refresh: whether weights are about to be rescaled.
             is_watched: whether the steps behind that refresh are looked at, too.
+            kernels: returns what adds up, if there is something.
 
         Returns:
             The units that break, if any do.
@@ -172,7 +179,7 @@ class GradientCheck:
         if self._group is not group:
             self._group, self._sums, self._largest = group, None, None  # as in a run that is resumed with it
         known, gradients = roundoff_at(self.precision()), self._gradients(group, deferred.checks)
-        now = self._now(group, gradients, known)
+        now = self._now(group, gradients, known, kernels())
         sums = now if self._sums is None else self._sums + now
         self._left = LOOKS * is_watched if is_refresh else self._left - 1
         self._sums = (now if is_refresh else sums).to(_kept_in(group)) if self._left else None
@@ -181,12 +188,18 @@ class GradientCheck:
         self._is_first = False
         return self._decided(group, deferred, [now, sums], known is not None)
 
-    def _now(self, group: ScalingGroup, gradients: Mapping[str, Tensor | None], known: float | None) -> Evidence:
+    def _now(
+        self,
+        group: ScalingGroup,
+        gradients: Mapping[str, Tensor | None],
+        known: float | None,
+        kernels: Kernels | None,
+    ) -> Evidence:
         roundoff = max(known or 0.0, roundoff_of(group.parameters))
         # Gradients that were reset and have not come again: the loss does not depend on these parameters.
         own = self._own if self._was_fresh else set()
         silent = {name for name, p in group.parameters.items() if id(p) in own and p.requires_grad and p.grad is None}
-        found = group.derivatives(gradients, roundoff, silent)
+        found = group.derivatives(gradients, roundoff, silent, kernels)
         mean = found.mean_size()
         self._largest = mean if self._largest is None else torch.maximum(self._largest.to(mean.device), mean)
         return found.evidence(self._largest)
@@ -259,7 +272,3 @@ def _kept_in(group: ScalingGroup) -> torch.dtype:
     """The type in which sums are kept from one look to the next: that of the parameters, but for sixteen bits."""
     kinds = {torch.promote_types(p.dtype, torch.float32) for p in group.parameters.values()}
     return max(kinds, key=lambda kind: torch.finfo(kind).bits)
-
-
-def _unknown() -> str | None:
-    return None

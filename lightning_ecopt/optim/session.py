@@ -16,7 +16,7 @@ from lightning_ecopt.common.sharding import Ranks, local, may_be_sharded, whole_
 from lightning_ecopt.common.signals import uninterrupted
 from lightning_ecopt.common.tensors import in_shared_memory, listing
 from lightning_ecopt.common.warn import warn
-from lightning_ecopt.kernels import choose_kernels
+from lightning_ecopt.kernels import Kernels, choose_kernels
 from lightning_ecopt.optim.bases import momentum_to_mean, step_kinds
 from lightning_ecopt.optim.binding import (
     NO_FREEDOMS,
@@ -240,8 +240,14 @@ class Session:
         if is_refresh:
             self.watching.note_refresh()
         if self.options.check == "gradient" and self.binding.deferred.has_exact_gradients:
-            look = self.gradient_check.look
-            verdict = look(self.network.group, self.binding.deferred, self.trained, is_refresh, self.watching.is_on)
+            verdict = self.gradient_check.look(
+                self.network.group,
+                self.binding.deferred,
+                self.trained,
+                is_refresh,
+                self.watching.is_on,
+                lambda: self.kernels,
+            )
             if verdict is not None:
                 self._warn_once(verdict.message)
                 self.hold(verdict.units, verdict.why)
@@ -415,6 +421,13 @@ class Session:
             free_start=self.options.free_start,
             max_path_ratio=self.options.max_path_ratio,
         )
+
+    @property
+    def kernels(self) -> Kernels:
+        """Those of the rule or, if none is running, new ones of the kind that the option chooses."""
+        if isinstance(self.stage, Running):
+            return self.stage.rule.kernels
+        return choose_kernels(self.options.implementation, list(self.network.group.parameters.values()))
 
     def _kinds(self, network: Network) -> dict[str, StepKind]:
         """The kind of the base's steps in its own parameters, by name."""

@@ -29,6 +29,8 @@ from torch import Tensor
 from lightning_ecopt.common.sharding import Ranks, local
 from lightning_ecopt.common.tensors import alike, are_few, listing, pieces, stacked, sums_of_pieces, widest
 from lightning_ecopt.common.warn import warn
+from lightning_ecopt.kernels import EagerKernels, Kernels
+from lightning_ecopt.kernels.looks import Sides
 from lightning_ecopt.optim.binding import Network
 from lightning_ecopt.symmetry import ScalingGroup
 from lightning_ecopt.symmetry.coupling import NO_UNIT, LocalCoupling
@@ -116,6 +118,8 @@ class _Region:
 
 def _squares(regions: Sequence[_Region]) -> Tensor:
     """Sum the squares for each entry of both sides of all regions, ``[E]``, as exactly as the weights are."""
+    if not regions:
+        return torch.zeros(0, device="cpu")
     views = {number: region.coupling.view(region.weight) for number, region in enumerate(regions)}
     shapes = [[side.shape for side in region.sides] for region in regions]
     kinds = {k: (view.shape, view.dtype, *shapes[k]) for k, view in views.items()}
@@ -129,7 +133,15 @@ def _squares(regions: Sequence[_Region]) -> Tensor:
 
         sides = sums_of_pieces(squares, shapes[numbers[0]], pieces(several[0], "step"))
         found |= zip(numbers, torch.cat([side.flatten(1) for side in sides], 1), strict=True)
-    return torch.cat([found[number] for number in views]) if views else torch.zeros(0, device="cpu")
+    return torch.cat([found[number] for number in views])
+
+
+def _tolerance(regions: Sequence[_Region], sums: Tensor) -> Tensor | float:
+    """The relative change of a sum of squares that may be rounding: a number, or ``[E]`` if there are several types."""
+    bounds = {2 * region.tolerance for region in regions}
+    if len(bounds) == 1:
+        return bounds.pop()
+    return torch.cat([sums.new_full((region.entries,), 2 * region.tolerance) for region in regions])
 
 
 def _by_region(values: Tensor, regions: Sequence[_Region]) -> list[list[Tensor]]:
@@ -211,6 +223,7 @@ class Writers:
         self._suspects: set[str] = set()  # their parameters
         self._suspects_first: set[str] = set()
         self._factors: list[Tensor] | None = None  # of the regions at the last look, if something had changed
+        self._sides: tuple[frozenset[str], Sides] | None = None  # of the optimizer's regions
 
     def forget(self) -> None:
         """What happens until the next step is known, and no writer's work."""
@@ -219,13 +232,20 @@ class Writers:
             with _lock:
                 self._noting.discard(self)
 
-    def note(self, stage: Refreshed, steps_since_refresh: int, is_watched: bool = True) -> None:
+    def note(
+        self,
+        stage: Refreshed,
+        steps_since_refresh: int,
+        is_watched: bool = True,
+        kernels: Callable[[], Kernels] = EagerKernels,
+    ) -> None:
         """Note the weights just after a step, if it is one of the first after a refresh.
 
         Args:
             stage: of the optimizer.
             steps_since_refresh: at least 1.
             is_watched: whether weights are noted behind this refresh.
+            kernels: returns what adds up, if it can.
         """
         if self._noting:  # most steps are far behind a refresh
             with _lock:
@@ -246,11 +266,24 @@ class Writers:
             stage,
             steps_since_refresh,
             regions,
-            _squares(regions),
+            self._squares(stage.network, regions, kernels()),
             {name: weight.clone() for name, weight in copies.items() if name in suspects},
         )
         with _lock:
             self._noting.add(self)
+
+    def _squares(self, network: Network, regions: Sequence[_Region], kernels: Kernels) -> Tensor:
+        """Sum squares as :func:`_squares` does; by kernels, if they can."""
+        if self._sides is None or self._sides[0] != network.names:
+            sides = [region.sides for region in regions]
+            views = [region.coupling.view for region in regions]
+            self._sides = network.names, Sides(views, [(into.shape, out.shape) for into, out in sides])
+        weights = [region.weight for region in regions]
+        sums = kernels.both_sides(self._sides[1], weights, weights, sign=1.0)
+        if sums is None:
+            return _squares(regions)
+        kinds = {weight.dtype for weight in weights}
+        return sums[0].to(torch.float32 if kinds == {torch.float32} else torch.float64)
 
     def _has_stepped(self, other: Network) -> None:
         """Another optimizer has taken a step: perhaps with the same weights."""
@@ -261,11 +294,12 @@ class Writers:
         if any(id(p) in own for p in other.parameters.values()):
             self.forget()
 
-    def written(self, stage: object) -> Tensor | None:
+    def written(self, stage: object, kernels: Callable[[], Kernels] = EagerKernels) -> Tensor | None:
         """Find the units of rows that somebody writes to after each step, just before one; warns if there are any.
 
         Args:
             stage: of the optimizer. Nothing is compared with the weights of another stage.
+            kernels: those of :meth:`note`.
 
         Returns:
             ``bool[H]``, or ``None`` if nothing is compared now.
@@ -278,7 +312,7 @@ class Writers:
         now = [_Region.of(region.coupling, parameters[region.coupling.parameter]) for region in noted.regions]
         if any(_kind(a.weight) != _kind(b.weight) for a, b in zip(now, noted.regions, strict=True)):
             return None
-        sums = _squares(now)
+        sums = self._squares(noted.stage.network, now, kernels())
         held = self._judge(noted, self._find(noted, now, sums))
         self._factors = None
         if noted.copies or self._suspects:
@@ -290,8 +324,7 @@ class Writers:
         """What has changed in each region since it was noted; nothing if none has. ``sums`` are the squares now."""
         if not regions:  # on this rank
             return []
-        tolerance = torch.cat([sums.new_full((region.entries,), 2 * region.tolerance) for region in regions])
-        changed = (sums - noted.sums).abs() > tolerance * torch.maximum(sums, noted.sums)
+        changed = (sums - noted.sums).abs() > _tolerance(regions, sums) * torch.maximum(sums, noted.sums)
         if not noted.copies and not bool(changed.any()):
             return []
         before, findings = _by_region(noted.sums, regions), []
@@ -348,12 +381,13 @@ def _units(group: ScalingGroup, *several: Sequence[_Finding]) -> Tensor:
 
 def _units_of(group: ScalingGroup, entries: Sequence[tuple[_Region, Sequence[Tensor]]]) -> Tensor:
     """The units of the marked entries of regions, ``bool[H]``."""
-    scales = torch.zeros(group.monomials.num_scales + 1, dtype=torch.bool, device="cpu")  # the last for NO_UNIT
-    if entries:
-        scales = scales.to(entries[0][0].weight.device)
-        numbers = torch.cat([side.reshape(-1) for region, _ in entries for side in region.sides])
-        marks = torch.cat([side.reshape(-1) for _, marked in entries for side in marked])
-        scales[numbers.where(marks, NO_UNIT)] = True
+    if not entries:
+        return torch.zeros(group.num_units, dtype=torch.bool, device="cpu")
+    device, size = entries[0][0].weight.device, group.monomials.num_scales + 1  # the last for NO_UNIT
+    numbers = torch.cat([side.reshape(-1) for region, _ in entries for side in region.sides])
+    marks = torch.cat([side.reshape(-1) for _, marked in entries for side in marked])
+    scales = torch.zeros(size, dtype=torch.bool, device=device)
+    scales[numbers.where(marks, NO_UNIT)] = True
     return group.monomials.in_(scales.cpu()[:-1])
 
 

@@ -35,6 +35,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import inf, prod
 
 import torch
@@ -44,6 +45,8 @@ from lightning_ecopt.common.parts import lengths
 from lightning_ecopt.common.segment_sum import SegmentSum
 from lightning_ecopt.common.sharding import Ranks, local
 from lightning_ecopt.common.tensors import alike, are_few, pieces, stacked, sums_of_pieces, to_device, widest
+from lightning_ecopt.kernels import EagerKernels, Kernels
+from lightning_ecopt.kernels.looks import Sides
 from lightning_ecopt.symmetry.coupling import NO_UNIT, LocalCoupling
 from lightning_ecopt.symmetry.monomials import Monomials
 
@@ -96,7 +99,7 @@ class Derivatives:
         yardstick = size + torch.where(judged, floor, 0.0)
         return Evidence(torch.stack([total, size, LAMBDA * rounding * yardstick, places * yardstick]))
 
-    @property
+    @cached_property
     def judged(self) -> Tensor:
         """Units of which the gradient can tell something, ``bool[H]``."""
         return self.size.isfinite() & self.total.isfinite() & (self.size > 0)
@@ -178,6 +181,8 @@ class DerivativeSums:
             dtype=torch.float64,
             device="cpu",
         )
+        shapes = [(into.shape, out.shape) for into, out in (c.sides for c in couplings)]
+        self._sides = Sides([c.view for c in couplings], shapes)
         self._on: dict[torch.device, list[LocalCoupling]] = {}
         self._few: dict[torch.device, SegmentSum] = {}
 
@@ -205,6 +210,7 @@ class DerivativeSums:
         ranks: Ranks,
         roundoff: float,
         silent: Collection[str] = (),
+        kernels: Kernels | None = None,
     ) -> Derivatives:
         """Form Q, A and the rounding of all units.
 
@@ -216,7 +222,9 @@ class DerivativeSums:
             silent: names of parameters that the loss was seen not to reach. A unit that leads out through them is
                 judged, as the loss does not depend on them; one that leads in through them is not, as the gradient may
                 have been cut on the way, by ``detach``.
+            kernels: add up, if they can; by default tensor operations do.
         """
+        kernels = kernels or EagerKernels()
         device = local(next(iter(weights.values()))).device
         if not self._couplings:  # on this rank; others may have some
             none = torch.zeros(4, self._monomials.num_scales, dtype=widest(device), device=device)
@@ -224,21 +232,28 @@ class DerivativeSums:
         names = dict.fromkeys(coupling.parameter for coupling in self._couplings)
         present = {name: g for name in names if (g := gradients.get(name)) is not None}
         values = {name: _values(gradient) for name, gradient in present.items()}
-        limits, precision = _limits(values), _roundoff(values.values(), roundoff)
+        seen = kernels.magnitudes(list(values.values()), SAMPLE)
+        limits, precision = _limits(values, seen), _roundoff(values.values(), roundoff, seen)
         pairs = {
             name: (local(weights[name]), local(gradient.to_dense()) if gradient.is_sparse else values[name])
             for name, gradient in present.items()
             if ranks.counts(weights[name])
         }
-        sums = self._sums(pairs, limits, device)
+        sums = self._sums(pairs, limits, device, kernels)
         for coupling, part in zip(self._couplings, sums.split(self._entries, 1), strict=True):
             if coupling.parameter not in present:
                 part[1, : coupling.incoming.numel() if coupling.parameter in silent else None] = inf
         of_scales = self._of_scales(device)
         return self._of_units(ranks.sum_(of_scales(torch.cat([sums, self._roundings(pairs, precision, device)]))))
 
-    def _sums(self, pairs: Pairs, limits: Mapping[str, Tensor], device: torch.device) -> Tensor:
+    def _sums(self, pairs: Pairs, limits: Mapping[str, Tensor], device: torch.device, kernels: Kernels) -> Tensor:
         """Add up w g, and its magnitude, for each entry, ``[2, E]``; zero where there is no gradient."""
+        if not limits and not any(self._joins):
+            operands = [pairs.get(coupling.parameter, (None, None)) for coupling in self._couplings]
+            own, theirs = ([pair[k] for pair in operands] for k in (0, 1))
+            sums = kernels.both_sides(self._sides, own, theirs, sign=-1.0)
+            if sums is not None:
+                return sums
         here = self._at(device)
         boxes = {
             number: (coupling.view(pair[0]), coupling.view(pair[1]))
@@ -314,23 +329,33 @@ def _values(gradient: Tensor) -> Tensor:
     return local(gradient.coalesce().values() if gradient.is_sparse else gradient)
 
 
-def _limits(gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """For each gradient the magnitude from which on its elements may be clipped; none if it is known that none are."""
+def _limits(gradients: Mapping[str, Tensor], seen: Tensor | None) -> dict[str, Tensor]:
+    """For each gradient the magnitude from which on its elements may be clipped; none if it is known that none are.
+
+    Args:
+        gradients: by parameter name.
+        seen: what kernels have seen of them, if they have.
+    """
+    if not gradients:
+        return {}
+    names, (sizes, counts) = (list(gradients), seen[:2]) if seen is not None else _largest_of_all(gradients)
+    top = sizes == sizes.max()
+    shared = (counts >= CLIPPED) | (top & (torch.where(top, counts, 0.0).sum() >= CLIPPED))
+    clipped = (shared | is_chosen(sizes, 4 * FLOAT32)) & (sizes > 0)
+    if sizes.device.type == "cpu" and not bool(clipped.any()):
+        return {}
+    return dict(zip(names, torch.where(clipped, sizes, inf).unbind(), strict=True))
+
+
+def _largest_of_all(gradients: Mapping[str, Tensor]) -> tuple[list[str], Sequence[Tensor]]:
+    """Names of gradients, their largest magnitudes, and how many elements have these, ``[N]`` both."""
     names, found = [], []
     kinds = {name: (g.shape, g.dtype, g.device) for name, g in gradients.items()}
     for several in alike(kinds, together=are_few(gradients.values())):
         names += several
         found.append(_largest(stacked([gradients[name] for name in several])))
-    if not found:
-        return {}
     device = found[0][0].device
-    sizes, counts = (torch.cat([pair[k].to(device, widest(device)) for pair in found]) for k in (0, 1))
-    top = sizes == sizes.max()
-    shared = (counts >= CLIPPED) | (top & (torch.where(top, counts, 0.0).sum() >= CLIPPED))
-    clipped = (shared | is_chosen(sizes, 4 * FLOAT32)) & (sizes > 0)
-    if device.type == "cpu" and not bool(clipped.any()):
-        return {}
-    return dict(zip(names, torch.where(clipped, sizes, inf).unbind(), strict=True))
+    return names, [torch.cat([pair[k].to(device, widest(device)) for pair in found]) for k in (0, 1)]
 
 
 def is_chosen(values: Tensor, tolerance: float) -> Tensor:
@@ -351,11 +376,16 @@ def _largest(values: Tensor) -> tuple[Tensor, Tensor]:
     return largest, torch.stack(counts).sum(0)
 
 
-def _roundoff(gradients: Iterable[Tensor], known: float) -> Tensor:
+def _roundoff(gradients: Iterable[Tensor], known: float, seen: Tensor | None) -> Tensor:
     """The unit roundoff of what gradients were computed in: of 16 bits if any of them shows that, or what is known.
 
     Numbers of 16 bits in 32 or 64 end in zeros, and so do sums of a few of them; of others one in 16 ends in four
     zeros. A gradient of more digits tells nothing of what its unit's other gradients, or activations, were computed in.
+
+    Args:
+        gradients: all of them.
+        known: unit roundoff that is known.
+        seen: what kernels have seen of them, if they have.
     """
     gradients = list(gradients)
     known = max(known, FLOAT32)
@@ -364,13 +394,18 @@ def _roundoff(gradients: Iterable[Tensor], known: float) -> Tensor:
     samples = [g.reshape(-1)[:SAMPLE].contiguous() for g in gradients if g.dtype in (torch.float32, torch.float64)]
     if known >= SIXTEEN or not samples:
         return torch.tensor(known, device=gradients[0].device if gradients else "cpu")
-    kinds = {k: (len(sample), sample.dtype) for k, sample in enumerate(samples)}
-    several = alike(kinds, together=are_few(samples))
-    counts = torch.cat([_round_digits(stacked([samples[k] for k in numbers])) for numbers in several], 1)
+    counts = _digits_of_all(samples) if seen is None else seen[2:]
     proper, rounded, deeply = torch.cat([counts, counts.sum(1, keepdim=True)], 1)
     # Of few elements, as of a bias, all must have twelve zeros: one of 4096 other numbers does.
     shows = ((proper >= ENOUGH) & (2 * rounded > proper)) | ((proper >= 2) & (deeply == proper))
     return torch.where(shows.any(), SIXTEEN, known)
+
+
+def _digits_of_all(samples: Sequence[Tensor]) -> Tensor:
+    """What :func:`_round_digits` says of each, ``[3, N]`` in any order."""
+    kinds = {k: (len(sample), sample.dtype) for k, sample in enumerate(samples)}
+    several = alike(kinds, together=are_few(samples))
+    return torch.cat([_round_digits(stacked([samples[k] for k in numbers])) for numbers in several], 1)
 
 
 def _round_digits(values: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ from lightning_ecopt.common.sharding import (
 )
 from lightning_ecopt.common.signals import uninterrupted
 from lightning_ecopt.common.tensors import padded, widest
+from lightning_ecopt.kernels import Kernels
 from lightning_ecopt.symmetry.balance import alive_units, balancing_scale, imbalances_of, mean_square, resolution_of
 from lightning_ecopt.symmetry.coupling import (
     Coupling,
@@ -399,6 +400,7 @@ class ScalingGroup:
         gradients: Mapping[str, Tensor | None] | None = None,
         roundoff: float | None = None,
         silent: Collection[str] = (),
+        kernels: Kernels | None = None,
     ) -> Derivatives:
         """Differentiate a loss by the log-scales of the units; zero to rounding if the loss does not change with them.
 
@@ -410,6 +412,7 @@ class ScalingGroup:
             roundoff: unit roundoff of what is computed in; by default as parameters, gradients and torch's switches
                 tell.
             silent: names of parameters that the loss was seen not to reach.
+            kernels: add up, if they can; by default tensor operations do.
 
         Example::
 
@@ -419,7 +422,7 @@ class ScalingGroup:
         if gradients is None:
             gradients = {name: p.grad for name, p in self.parameters.items()}
         roundoff = roundoff_of(self.parameters) if roundoff is None else roundoff
-        return self._derivative_sums(self.parameters, gradients, Ranks(self.parameters), roundoff, silent)
+        return self._derivative_sums(self.parameters, gradients, Ranks(self.parameters), roundoff, silent, kernels)
 
     @cached_property
     def _derivative_sums(self) -> DerivativeSums:

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map_only
 from lightning_ecopt import ECSGD, EquivalentClassOptimizer, ScalingGroup, check_invariance, scaling_group
 from lightning_ecopt.common import tensors
 from lightning_ecopt.common.sharding import Ranks
+from lightning_ecopt.kernels.compiled import CompiledKernels
 from lightning_ecopt.symmetry.derivatives import DerivativeSums
 from tests.networks import mlp
 from tests.selection import examples, few
@@ -103,9 +104,9 @@ def quiet() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("case", few([case for case in ZOO if case.units], FAST[::3]), ids=lambda case: case.name)
-@pytest.mark.parametrize("together", [True, False])
-def test_the_sums_are_those_over_all_elements(case: Case, together: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not together:
+@pytest.mark.parametrize("way", ["together", "in pieces", pytest.param("in C", marks=pytest.mark.compiler)])
+def test_the_sums_are_those_over_all_elements(case: Case, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if way == "in pieces":
         monkeypatch.setattr(tensors, "FEW", 0)
         monkeypatch.setitem(tensors.PIECE_SIZES, "refresh", tensors.PieceSize(7, 7))
     generator = torch.Generator().manual_seed(0)
@@ -116,12 +117,34 @@ def test_the_sums_are_those_over_all_elements(case: Case, together: bool, monkey
     for p in group.parameters.values():
         p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype)
         products.append((p.detach() * p.grad).flatten())
-    exponents, found = directions(group), group.derivatives()
+    kernels = CompiledKernels() if way == "in C" else None
+    exponents, found = directions(group), group.derivatives(kernels=kernels)
     torch.testing.assert_close(found.total, torch.cat(products) @ exponents)
     size = torch.cat(products).abs() @ exponents.abs()
     assert (found.size >= size * (1 - 1e-12))[found.judged].all()  # exponents of two sides may cancel in part
     simple = found.judged & group.monomials.simple
     torch.testing.assert_close(found.size[simple], size[simple])
+
+
+@pytest.mark.compiler
+def test_c_is_asked_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    both_sides = CompiledKernels.both_sides
+    monkeypatch.setattr(
+        CompiledKernels,
+        "both_sides",
+        lambda *a, **k: (asked.append((found := both_sides(*a, **k)) is not None), found)[1],
+    )
+    module = net()
+    optimizer = EquivalentClassOptimizer(torch.optim.SGD(module.parameters(), lr=0.01))
+    for implementation, expected in (("compiled", [True]), ("eager", [])):
+        optimizer.implementation = implementation
+        optimizer.bind(scaling_group(module, torch.randn(2, 6)))
+        asked.clear()
+        F.cross_entropy(module(torch.randn(8, 6)), torch.arange(8) % 3).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert sorted(set(asked)) == expected, implementation
 
 
 def test_a_rank_without_couplings_adds_zeros_of_the_type_of_the_others() -> None:

@@ -210,6 +210,18 @@ def test_a_change_between_two_steps(name: str, change: str, rule: str, monkeypat
         assert (CHANGE_AT in taken) == may_be_prepared
 
 
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", few(MAKE, ["sgd"]))
+def test_rates_that_stay_change_and_come_back(name: str, rule: str) -> None:
+    """What C is told of them is kept as long as they stay."""
+    runs = [Run(MAKE[name], implementation, rule=rule) for implementation in ("wrapped", "compiled")]
+    for rate in (0.01, 0.01, 0.01, 0.03, 0.03, 0.01, 0.01, 0.0, 0.01, 0.01):
+        for run in runs:
+            run.step(option("lr", rate))
+    expected, found = (weights_of(run.net) for run in runs)
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-13)
+
+
 def forget(run: Run) -> None:
     """Nothing is prepared for the next step."""
     stage = run.optimizer._session.stage

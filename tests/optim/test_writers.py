@@ -367,8 +367,8 @@ def test_where_refreshes_follow_each_other_fast_not_all_are_followed_by_looks(
     """A look costs as much as some steps of a small network."""
     monkeypatch.setattr(watching, "EVERY", 100)
     run, notes, looks = Run(nothing, 1e-9, refresh_interval=interval), [], []
-    squares, derivatives = writers._squares, ScalingGroup.derivatives
-    monkeypatch.setattr(writers, "_squares", lambda regions: notes.append(run.steps) or squares(regions))
+    squares, derivatives = writers.Writers._squares, ScalingGroup.derivatives
+    monkeypatch.setattr(writers.Writers, "_squares", lambda self, *a: notes.append(run.steps) or squares(self, *a))
     monkeypatch.setattr(ScalingGroup, "derivatives", lambda self, *a: looks.append(run.steps) or derivatives(self, *a))
     run.train(230)
     assert sorted(set(notes)) == [first + k for first in noted for k in range(GAPS + 1)]
@@ -457,8 +457,8 @@ def test_weights_are_looked_at_in_the_first_steps_after_a_refresh_alone(monkeypa
     from lightning_ecopt.optim import writers
 
     seen = []
-    squares = writers._squares
-    monkeypatch.setattr(writers, "_squares", lambda regions: (seen.append(run.steps), squares(regions))[1])
+    squares = writers.Writers._squares
+    monkeypatch.setattr(writers.Writers, "_squares", lambda self, *a: (seen.append(run.steps), squares(self, *a))[1])
     run = Run(nothing, 0.05, refresh_interval=20)
     run.train(20)
     assert set(seen) == set(range(1, GAPS + 2))

@@ -1,0 +1,158 @@
+"""What is looked at in gradients and weights is in C what it is by tensor operations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lightning_ecopt.kernels import EagerKernels
+from lightning_ecopt.kernels.compiled import CompiledKernels
+from lightning_ecopt.kernels.looks import AXES, Sides
+from lightning_ecopt.symmetry.derivatives import SAMPLE, _digits_of_all, _largest_of_all
+
+pytestmark = pytest.mark.compiler
+
+DTYPES = [torch.float32, torch.float64]
+#: Forms of memory: of the same elements in the same order of axes.
+FORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda tensor: tensor,
+    "transposed": lambda tensor: tensor.T.contiguous().T if tensor.ndim == 2 else tensor,
+    "channels last": lambda t: t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t,
+    "wide": lambda tensor: torch.cat([tensor, tensor], -1)[..., : tensor.shape[-1]],
+    "every other": lambda tensor: torch.stack([tensor, tensor], -1)[..., 0],
+    "expanded": lambda tensor: tensor[:1].expand_as(tensor),
+}
+
+
+@st.composite
+def boxes(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    """The shape of a box, and of its two sides."""
+    shape = tuple(draw(st.lists(st.integers(0, 5), min_size=1, max_size=5)))
+    varies = st.tuples(*[st.booleans()] * len(shape))
+    sides = [tuple(n if axis else 1 for n, axis in zip(shape, draw(varies), strict=True)) for _ in range(2)]
+    return shape, tuple(sides)
+
+
+@given(
+    drawn=st.lists(boxes(), min_size=1, max_size=4),
+    dtype=st.sampled_from(DTYPES),
+    forms=st.lists(st.sampled_from(list(FORMS)), min_size=8, max_size=8),
+    left_out=st.integers(0, 15),
+    cut=st.booleans(),
+)
+@settings(max_examples=100, deadline=None)
+def test_sums_over_both_sides(
+    drawn: list[tuple[tuple[int, ...], tuple[tuple[int, ...], tuple[int, ...]]]],
+    dtype: torch.dtype,
+    forms: list[str],
+    left_out: int,
+    cut: bool,
+) -> None:
+    generator, expected = torch.Generator().manual_seed(left_out), []
+    first: list[Tensor | None] = []
+    second: list[Tensor | None] = []
+
+    def view(tensor: Tensor) -> Tensor:
+        return tensor[tensor.shape[0] // 2 :] if cut else tensor
+
+    for k, (shape, sides) in enumerate(drawn):
+        whole = (2 * shape[0], *shape[1:]) if cut else shape
+        pair = [
+            FORMS[form](torch.randn(whole, generator=generator, dtype=dtype)) if prod(whole) else torch.zeros(whole)
+            for form in forms[2 * k : 2 * k + 2]
+        ]
+        pair = [one.to(dtype) for one in pair]
+        is_left_out = bool(left_out >> k & 1)
+        first.append(None if is_left_out else pair[0])
+        second.append(None if is_left_out else pair[1])
+        products = (view(pair[0]).double() * view(pair[1]).double()) * (not is_left_out)
+        for sign, side in zip((1, -1), sides, strict=True):
+            sums = [products.sum_to_size(side) * sign, products.abs().sum_to_size(side)]
+            expected.append(torch.stack([one.reshape(-1) for one in sums]))
+    sides_of_all = Sides([view] * len(drawn), [sides for _, sides in drawn])
+    kernels = CompiledKernels()
+    for _ in range(2):  # the second time with what is kept
+        found = kernels.both_sides(sides_of_all, first, second, sign=-1.0)
+        assert found is not None
+        torch.testing.assert_close(found, torch.cat(expected, 1), rtol=1e-12, atol=1e-12)
+    assert EagerKernels().both_sides(sides_of_all, first, second, sign=-1.0) is None
+
+
+def test_other_strides_and_types_than_before_are_seen() -> None:
+    sides, kernels = Sides([lambda tensor: tensor], [((4, 1), (1, 6))]), CompiledKernels()
+    weight = torch.randn(4, 6)
+    for gradient in (torch.randn(4, 6), torch.randn(6, 4).T, torch.randn(4, 6)):
+        found = kernels.both_sides(sides, [weight], [gradient], sign=1.0)
+        assert found is not None
+        products = weight.double() * gradient.double()
+        torch.testing.assert_close(found[0], torch.cat([products.sum(1), products.sum(0)]))
+    for lazy in (torch._neg_view(weight), torch._efficientzerotensor((4, 6)), weight.bfloat16(), weight.double()):
+        assert kernels.both_sides(sides, [weight], [lazy], sign=1.0) is None
+    assert kernels.both_sides(sides, [weight.half()], [weight.half()], sign=1.0) is None
+
+
+def test_a_box_of_too_many_axes_is_left_to_operations() -> None:
+    shape = (2,) * (AXES + 1)
+    scattered = torch.zeros((3,) * len(shape))[(slice(2),) * len(shape)]
+    sides = Sides([lambda tensor: tensor], [(shape, (1,) * len(shape))])
+    assert CompiledKernels().both_sides(sides, [scattered], [scattered], sign=1.0) is None
+
+
+def test_sums_do_not_depend_on_the_number_of_threads() -> None:
+    torch.manual_seed(0)
+    weights = [torch.randn(300, 400), torch.randn(400, 300), torch.randn(300)]
+    shapes = [((300, 1), (1, 400)), ((400, 1), (1, 300)), ((300,), (1,))]
+    sides, before = Sides([lambda tensor: tensor] * 3, shapes), torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(CompiledKernels().both_sides(sides, weights, weights, sign=1.0))
+            found.append(CompiledKernels().magnitudes(weights, SAMPLE))
+    finally:
+        torch.set_num_threads(before)
+    assert all(one is not None for one in found)
+    for k, one in enumerate(found):
+        assert torch.equal(one, found[k % 2])  # type: ignore[arg-type]
+
+
+SPECIAL = [0.0, -0.0, 1.0, -1.0, 0.5, 3.0e-39, 1e-45, float("inf"), float("-inf"), float("nan"), 1 / 3, 1 + 2**-12]
+
+
+@given(
+    numbers=st.lists(
+        st.lists(st.sampled_from(SPECIAL) | st.floats(-4, 4, width=32), max_size=12), min_size=1, max_size=5
+    ),
+    dtype=st.sampled_from(DTYPES),
+    rounded=st.booleans(),
+    long=st.booleans(),
+)
+@settings(max_examples=100, deadline=None)
+def test_magnitudes(numbers: list[list[float]], dtype: torch.dtype, rounded: bool, long: bool) -> None:
+    tensors = [torch.tensor(of, dtype=dtype) for of in numbers]
+    if rounded:
+        tensors = [tensor.bfloat16().to(dtype) for tensor in tensors]
+    if long:  # some are behind those whose digits are looked at
+        tensors = [torch.cat([torch.full((SAMPLE,), 0.1, dtype=dtype), tensor]) for tensor in tensors]
+    found = CompiledKernels().magnitudes(tensors, SAMPLE)
+    assert found is not None
+    for k, tensor in enumerate(tensors):
+        _, (sizes, counts) = _largest_of_all({"": tensor})
+        digits = _digits_of_all([tensor[:SAMPLE]])[:, 0].double()
+        expected = torch.cat([sizes.double(), counts.double(), digits])
+        torch.testing.assert_close(found[:, k], expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_magnitudes_of_what_memory_does_not_have_as_it_is() -> None:
+    plain = torch.randn(4, 6)
+    others = [plain[:, ::2], torch._neg_view(plain), torch._efficientzerotensor((4, 6)), plain.half(), plain.double()]
+    for other in others:
+        assert CompiledKernels().magnitudes([plain, other], SAMPLE) is None
+    assert CompiledKernels().magnitudes([], SAMPLE) is None
+    assert EagerKernels().magnitudes([plain], SAMPLE) is None
