@@ -165,6 +165,24 @@ class CompiledKernels(LineKernels[_Plan]):
             )
         return found
 
+    def rescale_(self, sides: Sides, tensors: Operands, factors: Tensor) -> bool:
+        """See :class:`~lightning_ecopt.kernels.Kernels`."""
+        own = [tensor for tensor in tensors if tensor is not None]
+        boxes = None if any(tensor.is_inference() or 0 in tensor.stride() for tensor in own) else sides.boxes(tensors)
+        if boxes is None or not boxes.keys() <= self._library.rescale.keys():
+            return False
+        for dtype, each in boxes.items():
+            addresses = each.addresses(tensors, tensors)
+            self._library.rescale[dtype](
+                each.table.buffer_info()[0],
+                len(each.places),
+                addresses.buffer_info()[0],
+                factors.data_ptr(),
+                self._library.threads(each.elements),
+            )
+        torch.autograd.graph.increment_version(own)
+        return True
+
     def magnitudes(self, tensors: Sequence[Tensor], sample: int) -> Tensor | None:
         """See :class:`~lightning_ecopt.kernels.Kernels`."""
         kinds = {tensor.dtype for tensor in tensors}

@@ -51,6 +51,10 @@ class EagerKernels:
         """See :class:`~lightning_ecopt.kernels.Kernels`: the caller does it."""
         return None
 
+    def rescale_(self, sides: Sides, tensors: Operands, factors: Tensor) -> bool:
+        """See :class:`~lightning_ecopt.kernels.Kernels`: the caller does it."""
+        return False
+
     def magnitudes(self, tensors: Sequence[Tensor], sample: int) -> Tensor | None:
         """See :class:`~lightning_ecopt.kernels.Kernels`: the caller does it."""
         return None

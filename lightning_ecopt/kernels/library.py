@@ -45,6 +45,7 @@ class Library(NamedTuple):
     step: Mapping[torch.dtype, Callable[..., int]]
     path_step: Mapping[torch.dtype, Callable[..., int]]
     both_sides: Mapping[torch.dtype, Callable[..., None]]
+    rescale: Mapping[torch.dtype, Callable[..., None]]
     magnitudes: Mapping[torch.dtype, Callable[..., None]]
     process: int
 
@@ -157,6 +158,7 @@ def _functions(path: Path) -> Library:
         of("step", [*tables, pointer, pointer, real, pointer, number], number),
         of("path_step", [*tables, pointer, *tables[:3], *[pointer] * 5, number], number),
         of("both_sides", [pointer, number, pointer, real, pointer, pointer, number]),
+        of("rescale", [pointer, number, pointer, pointer, number]),
         of("magnitudes", [number, pointer, pointer, number, pointer, number]),
         os.getpid(),
     )

@@ -1,4 +1,5 @@
-/* What is looked at in gradients and in weights, in one pass over memory; a part of passes.c, once for each type. */
+/* What a refresh and what looks at gradients and weights do with whole tensors, in one pass over memory; a part of
+   passes.c, once for each type. */
 
 #ifndef AXES
 #define AXES 8 /* most axes of a box, after those that are one in memory have been joined; looks.py has the same */
@@ -27,6 +28,23 @@ INLINE void OF(add_neighbours)(const REAL *x, const REAL *y, int64_t count, int6
     if (!by_second) *second += sign * sum, *size_of_second += size;
 }
 
+/* Where a line along the innermost axis of a box begins: its places along the others, and in all that is walked over. */
+typedef struct {
+    int64_t at[AXES], x, y, first, second;
+} OF(Line);
+
+/* Go on to the next line; returns whether there is one. */
+INLINE int OF(next)(const OF(Box) *box, OF(Line) *line) {
+    for (int64_t axis = box->axes - 2; axis >= 0; axis--) {
+        int64_t by = 1; /* lines along this axis; from the last one back to the first */
+        if (++line->at[axis] == box->size[axis]) by = 1 - box->size[axis], line->at[axis] = 0;
+        line->x += by * box->x[axis], line->y += by * box->y[axis];
+        line->first += by * box->first[axis], line->second += by * box->second[axis];
+        if (by == 1) return 1;
+    }
+    return 0;
+}
+
 /* Add up x y, and its magnitude, for the entries of either side of each box; those of the second side with a sign.
    Boxes have entries of their own, which are zero before. Threads share boxes. */
 void OF(both_sides)(const OF(Box) *boxes, int64_t count, const REAL *const *addresses, double sign, double *total,
@@ -34,32 +52,54 @@ void OF(both_sides)(const OF(Box) *boxes, int64_t count, const REAL *const *addr
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
     for (int64_t k = 0; k < count; k++) {
         const OF(Box) *box = boxes + k;
-        const int64_t inner = box->axes - 1, neighbours = box->size[inner];
-        int64_t at[AXES] = {0}, x = 0, y = 0, one = box->first_entry, other = box->second_entry, axis;
+        const int64_t inner = box->axes - 1, by_x = box->x[inner], by_y = box->y[inner];
+        const int64_t by_first = box->first[inner], by_second = box->second[inner];
+        const int is_plain = by_x == 1 && by_y == 1 && by_first <= 1 && by_second <= 1;
+        OF(Line) line = {{0}, 0, 0, box->first_entry, box->second_entry};
         do {
-#define NEIGHBOURS(BY_X, BY_Y, BY_FIRST, BY_SECOND)                                                            \
-    OF(add_neighbours)(addresses[2 * k] + x, addresses[2 * k + 1] + y, neighbours, BY_X, BY_Y, BY_FIRST,       \
-                       BY_SECOND, sign, total + one, size + one, total + other, size + other)
-            const int64_t by_first = box->first[inner], by_second = box->second[inner];
-            if (box->x[inner] != 1 || box->y[inner] != 1 || by_first > 1 || by_second > 1)
-                NEIGHBOURS(box->x[inner], box->y[inner], by_first, by_second);
-            else if (by_first && by_second) /* so that the compiler makes a loop for each */
-                NEIGHBOURS(1, 1, 1, 1);
-            else if (by_first)
-                NEIGHBOURS(1, 1, 1, 0);
-            else if (by_second)
-                NEIGHBOURS(1, 1, 0, 1);
-            else
-                NEIGHBOURS(1, 1, 0, 0);
-#undef NEIGHBOURS
-            for (axis = inner - 1; axis >= 0; axis--) { /* the next place of the outer axes */
-                x += box->x[axis], y += box->y[axis], one += box->first[axis], other += box->second[axis];
-                if (++at[axis] < box->size[axis]) break;
-                x -= at[axis] * box->x[axis], y -= at[axis] * box->y[axis];
-                one -= at[axis] * box->first[axis], other -= at[axis] * box->second[axis];
-                at[axis] = 0;
+#define NEIGHBOURS(BY_X, BY_Y, BY_FIRST, BY_SECOND)                                                              \
+    OF(add_neighbours)(addresses[2 * k] + line.x, addresses[2 * k + 1] + line.y, box->size[inner], BY_X, BY_Y,   \
+                       BY_FIRST, BY_SECOND, sign, total + line.first, size + line.first, total + line.second,    \
+                       size + line.second)
+            switch (is_plain ? 2 * by_first + by_second : -1) { /* so that the compiler makes a loop for each */
+            case 0: NEIGHBOURS(1, 1, 0, 0); break;
+            case 1: NEIGHBOURS(1, 1, 0, 1); break;
+            case 2: NEIGHBOURS(1, 1, 1, 0); break;
+            case 3: NEIGHBOURS(1, 1, 1, 1); break;
+            default: NEIGHBOURS(by_x, by_y, by_first, by_second);
             }
-        } while (axis >= 0);
+#undef NEIGHBOURS
+        } while (OF(next)(box, &line));
+    }
+}
+
+/* Multiply the elements of a line by the product of the factors of their two entries, and round once. */
+INLINE void OF(multiply_neighbours)(REAL *x, int64_t count, int64_t by_x, const double *first, int64_t by_first,
+                                    const double *second, int64_t by_second) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; i++)
+        x[i * by_x] = (REAL)((double)x[i * by_x] * (first[i * by_first] * second[i * by_second]));
+}
+
+/* Multiply x in each box by the factors of the entries of both sides. */
+void OF(rescale)(const OF(Box) *boxes, int64_t count, REAL *const *addresses, const double *factors,
+                 int64_t threads) {
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
+    for (int64_t k = 0; k < count; k++) {
+        const OF(Box) *box = boxes + k;
+        const int64_t inner = box->axes - 1, by_x = box->x[inner];
+        const int64_t by_first = box->first[inner], by_second = box->second[inner];
+        OF(Line) line = {{0}, 0, 0, box->first_entry, box->second_entry};
+        do {
+            REAL *x = addresses[2 * k] + line.x;
+            const double *first = factors + line.first, *second = factors + line.second;
+            if (by_x == 1 && !by_first && by_second == 1)
+                OF(multiply_neighbours)(x, box->size[inner], 1, first, 0, second, 1);
+            else if (by_x == 1 && !by_first && !by_second)
+                OF(multiply_neighbours)(x, box->size[inner], 1, first, 0, second, 0);
+            else
+                OF(multiply_neighbours)(x, box->size[inner], by_x, first, by_first, second, by_second);
+        } while (OF(next)(box, &line));
     }
 }
 

@@ -71,8 +71,9 @@ class Sides:
         """Number of entries of both sides of all boxes: E."""
         return self._starts[-1]
 
-    def boxes(self, first: Operands, second: Operands) -> dict[torch.dtype, Boxes] | None:
+    def boxes(self, first: Operands, second: Operands | None = None) -> dict[torch.dtype, Boxes] | None:
         """The boxes that are not left out, by type; ``None`` if there is one that C cannot see."""
+        second = first if second is None else second
         kinds = [None if one is None else _kind(one) for tensors in (first, second) for one in tensors]
         if kinds != self._kinds:
             self._kinds, self._boxes = kinds, self._made(first, second)

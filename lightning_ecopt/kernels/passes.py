@@ -150,6 +150,13 @@ class Kernels(Protocol):
             ``float64[2, E]``, or ``None`` if the caller is to add up by tensor operations.
         """
 
+    def rescale_(self, sides: Sides, tensors: Operands, factors: Tensor) -> bool:
+        """Multiply tensors in place by the factors of the entries of both sides, ``float64[E]``, and round once.
+
+        Returns:
+            Whether it is done; if not, nothing has changed, and the caller is to do it by tensor operations.
+        """
+
     def magnitudes(self, tensors: Sequence[Tensor], sample: int) -> Tensor | None:
         """Return what is looked at in tensors, ``float64[5, N]``, or ``None`` if the caller is to look.
 

@@ -383,7 +383,8 @@ class Session:
         return network.group.num_units > 0 and bool(network.names)
 
     def _balance(self, group: ScalingGroup, active: Tensor, entries: StateEntries) -> None:
-        log_scale = group.balance_(active)
+        kernels = self.kernels
+        log_scale = group.balance_(active, kernels)
         self.binding.deferred.followers.rescale_(group, log_scale)
         gradients = {
             name: p.grad for name, p in group.parameters.items() if p.grad is not None and not p.grad.is_sparse
@@ -391,9 +392,9 @@ class Session:
         for name in in_shared_memory({name: local(gradient) for name, gradient in gradients.items()}):
             gradient = gradients[name]  # which would be rescaled several times
             group.parameters[name].grad = gradients[name] = gradient.clone(memory_format=torch.contiguous_format)
-        group.rescale_(gradients, log_scale, power=-1)
+        group.rescale_(gradients, log_scale, power=-1, kernels=kernels)
         for entry in entries.values():
-            group.rescale_(entry.tensors, log_scale, power=-entry.degree)
+            group.rescale_(entry.tensors, log_scale, power=-entry.degree, kernels=kernels)
 
     def leave_rule(self) -> Running | None:
         """Leave the coordinates of the rule: the base's state gets entries of weights. Returns the stage left."""

@@ -33,7 +33,7 @@ from lightning_ecopt.kernels import EagerKernels, Kernels
 from lightning_ecopt.kernels.looks import Sides
 from lightning_ecopt.optim.binding import Network
 from lightning_ecopt.symmetry import ScalingGroup
-from lightning_ecopt.symmetry.coupling import NO_UNIT, LocalCoupling
+from lightning_ecopt.symmetry.coupling import NO_UNIT, LocalCoupling, sides_of
 from lightning_ecopt.symmetry.scales import Operation
 
 #: What the report says of units that are held for this reason.
@@ -275,9 +275,7 @@ class Writers:
     def _squares(self, network: Network, regions: Sequence[_Region], kernels: Kernels) -> Tensor:
         """Sum squares as :func:`_squares` does; by kernels, if they can."""
         if self._sides is None or self._sides[0] != network.names:
-            sides = [region.sides for region in regions]
-            views = [region.coupling.view for region in regions]
-            self._sides = network.names, Sides(views, [(into.shape, out.shape) for into, out in sides])
+            self._sides = network.names, sides_of(region.coupling for region in regions)
         weights = [region.weight for region in regions]
         sums = kernels.both_sides(self._sides[1], weights, weights, sign=1.0)
         if sums is None:

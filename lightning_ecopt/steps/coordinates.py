@@ -36,6 +36,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_ecopt.common.parts import lengths
 from lightning_ecopt.common.tensors import Tensors, to_device, updates_by_difference
 from lightning_ecopt.kernels import EagerKernels, Elements, Kernels
 from lightning_ecopt.kernels.allocation import Allocated, Paths
@@ -119,6 +120,8 @@ class SkeletonElements:
 
 def _flat_index(coupling: Coupling, parameter: Tensor, index: Tensor) -> Tensor:
     """Flat indices in a parameter of elements given by their flat indices in the region of a coupling."""
+    if lengths(coupling.region) == (parameter.shape or (1,)):
+        return index.long()
     inside = torch.unravel_index(index.long(), coupling.view(parameter).shape)
     flat = torch.zeros_like(index, dtype=torch.int64)
     for part, position, size in zip(coupling.region, inside, parameter.shape or (1,), strict=True):

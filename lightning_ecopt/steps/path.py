@@ -31,7 +31,7 @@ from lightning_ecopt.steps.rule import (
 )
 from lightning_ecopt.steps.skeleton import Skeleton, choose_skeleton
 from lightning_ecopt.steps.state import WEIGHT_AVERAGE, StateEntries
-from lightning_ecopt.symmetry import ScalingGroup
+from lightning_ecopt.symmetry import Coupling, ScalingGroup
 
 #: The way out where :func:`set_skeleton_to_one_` does not fit.
 NOT_PLAIN = (
@@ -128,7 +128,9 @@ class PathRule:
         # A path ends at a unit that cannot be used (in a product, or another optimizer's) as at an output. It does not
         # end at a dormant unit: zeros lead there, which are never skeleton weights.
         ends_paths = setting.alive & ~usable
-        couplings = [coupling.restricted(~ends_paths) for coupling in group.couplings]
+        couplings: Sequence[Coupling] = group.couplings
+        if bool(ends_paths.any()) or group.monomials.num_scales > group.num_units:
+            couplings = [coupling.restricted(~ends_paths) for coupling in couplings]
         skeleton = choose_skeleton(couplings, setting.weights, usable, setting.skeleton)
         rule = cls._make(setting, skeleton, setting.free_start, before if isinstance(before, cls) else None)
         values = rule._paths.free_values

@@ -15,6 +15,7 @@ from typing_extensions import Self
 from lightning_ecopt.common.parts import Part, lengths
 from lightning_ecopt.common.sharding import parts
 from lightning_ecopt.common.tensors import padded, region_of
+from lightning_ecopt.kernels.looks import Sides
 from lightning_ecopt.symmetry.labels import compress
 from lightning_ecopt.symmetry.monomials import Monomials
 
@@ -161,6 +162,28 @@ def fingerprint(couplings: Iterable[Coupling], monomials: Monomials, unseen: Seq
     for array in arrays:
         digest.update(array.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def sides_of(couplings: Iterable[LocalCoupling]) -> Sides:
+    """Return what kernels need to know of couplings to add up over the entries of their sides."""
+    own = list(couplings)
+    return Sides([c.view for c in own], [(into.shape, out.shape) for into, out in (c.sides for c in own)])
+
+
+def factors_of_entries(couplings: Sequence[LocalCoupling], factors: Tensor) -> Tensor:
+    """Return by what the elements at each entry of both sides are multiplied, ``[E]``.
+
+    Args:
+        couplings: with their unit numbers on the device of the factors.
+        factors: of the scales, ``[S + 1]``, the last for ``NO_UNIT``; ``outgoing`` takes their inverses.
+    """
+    sides = [side.reshape(-1) for coupling in couplings for side in (coupling.incoming, coupling.outgoing)]
+    if not sides:
+        return factors[:0]
+    sizes = torch.tensor([len(side) for side in sides], device=factors.device)
+    is_outgoing = torch.arange(len(sides), device=factors.device).repeat_interleave(sizes) % 2 == 1
+    numbers = torch.cat(sides).long()
+    return torch.where(is_outgoing, (1 / factors)[numbers], factors[numbers])
 
 
 def scales_of_parameters(couplings: Iterable[Coupling]) -> dict[str, int]:

@@ -159,10 +159,11 @@ class DerivativeSums:
     Args:
         couplings: of the group, cut to what this rank holds of the parameters.
         monomials: the scales that the couplings refer to.
+        sides: those of the couplings.
     """
 
-    def __init__(self, couplings: Sequence[LocalCoupling], monomials: Monomials) -> None:
-        self._couplings, self._monomials = couplings, monomials
+    def __init__(self, couplings: Sequence[LocalCoupling], monomials: Monomials, sides: Sides) -> None:
+        self._couplings, self._monomials, self._sides = couplings, monomials, sides
         scales = [(c.incoming[c.incoming != NO_UNIT], c.outgoing.reshape(-1)) for c in couplings]
         self._joins = [bool(torch.isin(incoming, outgoing).any()) for incoming, outgoing in scales]
         sizes = [[c.incoming.numel(), c.outgoing.numel()] for c in couplings]
@@ -181,8 +182,6 @@ class DerivativeSums:
             dtype=torch.float64,
             device="cpu",
         )
-        shapes = [(into.shape, out.shape) for into, out in (c.sides for c in couplings)]
-        self._sides = Sides([c.view for c in couplings], shapes)
         self._on: dict[torch.device, list[LocalCoupling]] = {}
         self._few: dict[torch.device, SegmentSum] = {}
 

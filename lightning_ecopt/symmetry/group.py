@@ -38,15 +38,18 @@ from lightning_ecopt.common.sharding import (
 from lightning_ecopt.common.signals import uninterrupted
 from lightning_ecopt.common.tensors import padded, widest
 from lightning_ecopt.kernels import Kernels
+from lightning_ecopt.kernels.looks import Sides
 from lightning_ecopt.symmetry.balance import alive_units, balancing_scale, imbalances_of, mean_square, resolution_of
 from lightning_ecopt.symmetry.coupling import (
     Coupling,
     LocalCoupling,
     couplings_here,
+    factors_of_entries,
     fingerprint,
     scale_invariant_units,
     scales_of_parameters,
     sharing_memory,
+    sides_of,
 )
 from lightning_ecopt.symmetry.derivatives import Derivatives, DerivativeSums, roundoff_of
 from lightning_ecopt.symmetry.describe import UnitSet, describe_unit, sort_units
@@ -293,7 +296,14 @@ class ScalingGroup:
         return self
 
     @torch.no_grad()
-    def rescale_(self, tensors: Mapping[str, Tensor | None], log_scale: Tensor, *, power: int = 1) -> None:
+    def rescale_(
+        self,
+        tensors: Mapping[str, Tensor | None],
+        log_scale: Tensor,
+        *,
+        power: int = 1,
+        kernels: Kernels | None = None,
+    ) -> None:
         """Multiply tensors that belong to the parameters by their factors to the ``power``.
 
         Weights have power 1, covectors such as gradients and momentum have power -1. If tensors are sharded, each rank
@@ -303,16 +313,17 @@ class ScalingGroup:
             tensors: by parameter name, sharded like the parameters; ``None`` and missing ones are passed over.
             log_scale: ``[H]``, natural logarithms of the units' factors.
             power: exponent of the factors.
+            kernels: multiply, if they can; by default tensor operations do.
         """
         log_scale = power * self.monomials.to(log_scale.device).of(log_scale.to(widest(log_scale.device)))
         factors = padded(log_scale, 0).exp()  # [S + 1], one for NO_UNIT
-        inverse = 1 / factors
+        inverse, couplings = 1 / factors, [coupling.to(factors.device) for coupling in self.local_couplings]
+        own = [None if (t := tensors.get(coupling.parameter)) is None else local(t) for coupling in couplings]
         with uninterrupted():
-            for coupling in self.local_couplings:
-                tensor = tensors.get(coupling.parameter)
-                if tensor is not None:
-                    here = coupling.to(factors.device)
-                    multiply_(here.view(local(tensor)), factors[here.incoming], inverse[here.outgoing])
+            if kernels is None or not kernels.rescale_(self._sides, own, factors_of_entries(couplings, factors)):
+                for coupling, tensor in zip(couplings, own, strict=True):
+                    if tensor is not None:
+                        multiply_(coupling.view(tensor), factors[coupling.incoming], inverse[coupling.outgoing])
 
     @cached_property
     def local_couplings(self) -> list[LocalCoupling]:
@@ -347,7 +358,7 @@ class ScalingGroup:
         return torch.where(self.scale_invariant.to(excess.device), (excess > 0) & excess.isfinite(), alive)
 
     @torch.no_grad()
-    def balance_(self, active: Tensor | None = None) -> Tensor:
+    def balance_(self, active: Tensor | None = None, kernels: Kernels | None = None) -> Tensor:
         """Move the parameters to the balanced member of their class, the one of least sum of squares.
 
         There, for every unit, the squares of its incoming and of its outgoing elements have the same sum. The balanced
@@ -356,6 +367,7 @@ class ScalingGroup:
 
         Args:
             active: ``bool[H]``, the units to move; by default all that are :meth:`alive`.
+            kernels: multiply, if they can; by default tensor operations do.
 
         Returns:
             The log-scales ``[H]`` that were applied, zero for units that were not moved.
@@ -373,7 +385,7 @@ class ScalingGroup:
             if bool(invariant.any()):
                 log_scale -= torch.where(invariant, mean_square(squares, self.monomials, ranks).log() / 2, 0.0)
         release(self.gathering)
-        self.rescale_(self.parameters, log_scale)
+        self.rescale_(self.parameters, log_scale, kernels=kernels)
         return log_scale
 
     @torch.no_grad()
@@ -426,7 +438,11 @@ class ScalingGroup:
 
     @cached_property
     def _derivative_sums(self) -> DerivativeSums:
-        return DerivativeSums(self.local_couplings, self.monomials)
+        return DerivativeSums(self.local_couplings, self.monomials, self._sides)
+
+    @cached_property
+    def _sides(self) -> Sides:
+        return sides_of(self.local_couplings)
 
     def squares(self, ranks: Ranks) -> list[SquaredWeights]:
         """Take the squares of all regions that this rank adds up; empty on all ranks if nothing scales."""

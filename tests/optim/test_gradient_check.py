@@ -23,6 +23,7 @@ from lightning_ecopt import ECSGD, EquivalentClassOptimizer, ScalingGroup, check
 from lightning_ecopt.common import tensors
 from lightning_ecopt.common.sharding import Ranks
 from lightning_ecopt.kernels.compiled import CompiledKernels
+from lightning_ecopt.symmetry.coupling import sides_of
 from lightning_ecopt.symmetry.derivatives import DerivativeSums
 from tests.networks import mlp
 from tests.selection import examples, few
@@ -150,7 +151,7 @@ def test_c_is_asked_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_rank_without_couplings_adds_zeros_of_the_type_of_the_others() -> None:
     group = scaling_group(net(), torch.randn(2, 6))
     weights = {name: p.detach() for name, p in group.parameters.items()}
-    nothing = DerivativeSums([], group.monomials)(weights, weights, Ranks(weights), 2.0**-22)
+    nothing = DerivativeSums([], group.monomials, sides_of([]))(weights, weights, Ranks(weights), 2.0**-22)
     others = group.derivatives(weights)
     assert nothing.total.dtype == others.total.dtype == torch.float64
     assert nothing.total.shape == others.total.shape

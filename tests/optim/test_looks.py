@@ -15,6 +15,7 @@ from lightning_ecopt.kernels import EagerKernels
 from lightning_ecopt.kernels.compiled import CompiledKernels
 from lightning_ecopt.kernels.looks import AXES, Sides
 from lightning_ecopt.symmetry.derivatives import SAMPLE, _digits_of_all, _largest_of_all
+from lightning_ecopt.symmetry.squares import multiply_
 
 pytestmark = pytest.mark.compiler
 
@@ -82,6 +83,52 @@ def test_sums_over_both_sides(
         assert found is not None
         torch.testing.assert_close(found, torch.cat(expected, 1), rtol=1e-12, atol=1e-12)
     assert EagerKernels().both_sides(sides_of_all, first, second, sign=-1.0) is None
+
+
+@given(
+    drawn=st.lists(boxes(), min_size=1, max_size=4),
+    dtype=st.sampled_from(DTYPES),
+    forms=st.lists(st.sampled_from(list(FORMS)[:-1]), min_size=4, max_size=4),
+    left_out=st.integers(0, 15),
+)
+@settings(max_examples=100, deadline=None)
+def test_rescaling_has_the_bits_of_tensor_operations(
+    drawn: list[tuple[tuple[int, ...], tuple[tuple[int, ...], tuple[int, ...]]]],
+    dtype: torch.dtype,
+    forms: list[str],
+    left_out: int,
+) -> None:
+    generator = torch.Generator().manual_seed(left_out)
+    sides = Sides([lambda tensor: tensor] * len(drawn), [both for _, both in drawn])
+    factors = torch.randn(sides.entries, generator=generator, dtype=torch.float64).exp()
+    parts = iter(factors.split([prod(side) for _, both in drawn for side in both]))
+    given_: list[Tensor | None] = []
+    expected = []
+    for k, (shape, both) in enumerate(drawn):
+        tensor = FORMS[forms[k]](torch.randn(shape, generator=generator, dtype=dtype))
+        first, second = (next(parts).view(side) for side in both)
+        is_left_out = bool(left_out >> k & 1)
+        given_.append(None if is_left_out else tensor)
+        expected.append(tensor.clone())
+        if not is_left_out:
+            multiply_(expected[-1], first, second)
+    versions = [0 if tensor is None else tensor._version for tensor in given_]
+    assert not EagerKernels().rescale_(sides, given_, factors)
+    if any(tensor is not None and 0 in tensor.stride() for tensor in given_):
+        return  # of an empty one
+    assert CompiledKernels().rescale_(sides, given_, factors)
+    for tensor, other, version in zip(given_, expected, versions, strict=True):
+        assert tensor is None or (torch.equal(tensor, other) and tensor._version > version)
+
+
+def test_tensors_that_cannot_be_rescaled_in_c_stay_as_they_are() -> None:
+    sides, factors = Sides([lambda tensor: tensor], [((4, 1), (1, 6))]), torch.full((10,), 2.0, dtype=torch.float64)
+    with torch.inference_mode():
+        inference = torch.ones(4, 6)
+    others = [inference, torch.ones(1, 6).expand(4, 6), torch._neg_view(-torch.ones(4, 6)), torch.ones(4, 6).half()]
+    for other in others:
+        assert not CompiledKernels().rescale_(sides, [other], factors)
+        assert bool((other == 1).all())
 
 
 def test_other_strides_and_types_than_before_are_seen() -> None:
