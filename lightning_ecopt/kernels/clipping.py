@@ -3,12 +3,13 @@
 All vectors run over rows, ``[R]``. With g the gradients of row k::
 
     c   = g - share mean(g)                    mean(c^2) = mean(g^2) - share (2 - share) mean(g)^2
-    q_k = running mean of mean(c^2)            its sum with weights, ``second``, over the sum of these, ``weight``
+    q_k = running mean of mean(c^2)            its sum with weights, ``second``, over the sum of these, 1 - MEMORY**seen
     g_v = c min(1, sqrt(q_k / mean(c^2)))      g_v = scale g + shift
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,8 @@ from lightning_ecopt.common.runs import Runs
 CENTRING = 0.9  # share of the mean that is taken out of the gradients of a row
 MEMORY = 0.99  # of the running second moments
 FAINT = 1e-5  # relative size of gradients that are rounding
+#: Of so many gradients the weights add up to one in double precision.
+MOST_SEEN = 4095
 
 
 class ClippedRows(NamedTuple):
@@ -51,8 +54,8 @@ class RowGradients(NamedTuple):
     Args:
         sums: of the gradients in each row.
         squares: sums of their squares.
-        second: the running mean of mean(c**2) times ``weight``, before this step.
-        weight: the sum of the weights in the running mean.
+        second: the running mean of mean(c**2) times the sum of its weights, before this step.
+        seen: how many gradients are in the running mean, ``int16``; ``MOST_SEEN`` stands for more.
         rows: what does not change from step to step.
         present: rows that have a gradient; ``None`` if all have one.
         rho: rho_k; ``None`` if no step is relative to gradients.
@@ -64,7 +67,7 @@ class RowGradients(NamedTuple):
     sums: Tensor
     squares: Tensor
     second: Tensor
-    weight: Tensor
+    seen: Tensor
     rows: ClippedRows
     present: Tensor | None
     rho: Tensor | None
@@ -77,8 +80,8 @@ class Clipping(NamedTuple):
     """How gradients are centred and clipped in one step, g_v = scale g + shift, and how long the step is.
 
     Args:
-        second: the running mean of mean(c**2) times ``weight``, with this step in it.
-        weight: the sum of the weights in the running mean, which tends to 1.
+        second: the running mean of mean(c**2) times the sum of its weights, with this step in it.
+        seen: how many gradients are in the running mean, this one included.
         scale: factor of the gradients.
         shift: what is added to them.
         step: s_k: ``to_step`` rho_k / sqrt(q_k), or what is known of the row.
@@ -86,11 +89,22 @@ class Clipping(NamedTuple):
     """
 
     second: Tensor
-    weight: Tensor
+    seen: Tensor
     scale: Tensor
     shift: Tensor
     step: Tensor
     num_clipped: Tensor | int
+
+
+def weight_of(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum of the weights in a running mean of so many gradients, 1 - MEMORY**seen."""
+    return -torch.expm1(seen.to(dtype) * math.log(MEMORY))
+
+
+def seen_of(weight: Tensor) -> Tensor:
+    """The number of gradients that a sum of weights belongs to, as far as its rounding tells, ``int16``."""
+    seen = torch.log1p(-weight.double()) / math.log(MEMORY)
+    return seen.round().nan_to_num(0.0, MOST_SEEN).clamp(0, MOST_SEEN).to(torch.int16)
 
 
 def clipping(gradients: RowGradients) -> Clipping:
@@ -98,26 +112,26 @@ def clipping(gradients: RowGradients) -> Clipping:
 
     q_k includes the gradient at hand: at most a factor of 10 is cut, and an outlier shortens the next hundred steps.
     """
-    sums, squares, second, weight, rows, present, rho, to_step, own, linear = gradients
+    sums, squares, second, seen, rows, present, rho, to_step, own, linear = gradients
     size, centre = rows.runs.vectors()
     mean = sums / size
     # Without another pass over the gradients.
     centred_square = torch.addcmul(squares / size, mean * mean, centre, value=2 - CENTRING).clamp(min=0)
     centred_square = centred_square.nan_to_num(-1, -1)  # a gradient that is not finite leaves q_k as it is
-    known = (centred_square >= 0 if present is None else (centred_square >= 0) & present).to(second.dtype)
-    second = torch.addcmul(second, known, centred_square - second, value=1 - MEMORY)
-    weight = torch.addcmul(weight, known, weight - 1, value=MEMORY - 1)
-    q = second / weight.clamp(min=1 - MEMORY)
+    known = centred_square >= 0 if present is None else (centred_square >= 0) & present
+    second = torch.addcmul(second, known.to(second.dtype), centred_square - second, value=1 - MEMORY)
+    seen = (seen + known).clamp(max=MOST_SEEN)
+    q = second / weight_of(seen, second.dtype).clamp(min=1 - MEMORY)
     # The first gradient equals its own mean, but for rounding. Where the root is NaN, nothing is clipped.
     scale = torch.fmin((centred_square / (rows.slack * q)).rsqrt(), rows.one)
     shift = (mean * centre).nan_to_num(0, 0, 0) * scale
     if rho is None:
         assert own is not None
-        return Clipping(second, weight, scale, shift, own, (scale < 1).sum())
+        return Clipping(second, seen, scale, shift, own, (scale < 1).sum())
     deviation = q.sqrt()
     faint = torch.linalg.vector_norm(rho * deviation) * (FAINT / len(rho) ** 0.5) / rho
     step = to_step * (rho / torch.maximum(deviation, faint).clamp(min=rows.tiny))
     if own is not None:
         assert linear is not None
         step = torch.where(linear, step, own)
-    return Clipping(second, weight, scale, shift, step, (scale < 1).sum())
+    return Clipping(second, seen, scale, shift, step, (scale < 1).sum())

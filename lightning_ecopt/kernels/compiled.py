@@ -230,7 +230,8 @@ class CompiledKernels(LineKernels[_Plan]):
         """See :class:`~lightning_ecopt.kernels.Kernels`."""
         sums, squares = gradients.sums.contiguous(), gradients.squares.contiguous()
         known, self._known = KnownRows.of(gradients), NO_ROWS  # moments are others from now on
-        of = sums.new_empty(2, len(sums)).unbind() + sums.new_empty(3, len(sums)).unbind()  # the first two are kept
+        moments = torch.empty_like(sums), torch.empty_like(gradients.seen)  # which are kept
+        of = moments + sums.new_empty(3, len(sums)).unbind()
         count = self._library.clipping[sums.dtype](
             known.address,
             common_factor(gradients),
@@ -256,7 +257,7 @@ class CompiledKernels(LineKernels[_Plan]):
         group = plan.only_group(dtype)
         if group is None or not self._known.is_in_place:
             return super().step_(step, rows, coefficients, terms)
-        clipped = _clipping(gradients, [gradients.second, gradients.weight, *of_step], 0)
+        clipped = _clipping(gradients, [gradients.second, gradients.seen, *of_step], 0)
         told = self._told_of(lambda: [coefficients(clipped)], dtype, terms, found, self._known)
         (given,), addresses = told.tables, group.addresses(step.lists)
         count = self._library.step[dtype](
@@ -355,11 +356,11 @@ def _check_inside(outside: int) -> None:
 
 
 def _clipping(gradients: RowGradients, of: Sequence[Tensor], count: int) -> Clipping:
-    second, weight, scale, shift, step = of
+    second, seen, scale, shift, step = of
     if gradients.rho is None:
         assert gradients.own is not None
         step = gradients.own
-    return Clipping(second, weight, scale, shift, step, count)
+    return Clipping(second, seen, scale, shift, step, count)
 
 
 def _are_plain(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> bool:

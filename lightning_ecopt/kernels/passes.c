@@ -17,6 +17,7 @@ have the same bits however many threads there are. */
 #define LANES 64    /* accumulators of a line */
 #define PART 1024   /* elements of a line that are added up before their sum is added in double */
 #define WIDEST 1024 /* most lines of an item in columns; compiled.py cuts them */
+#define MOST_SEEN 4095 /* clipping.py has the same */
 
 enum { FADE, GAIN, SHIFT, DECAY, KEEP, MOVE, PULL, PUSH, FIRST, SECOND, ROOT, EPS, NUM_NAMES };
 enum { STAYS = NUM_NAMES, NUM_NUMBERS }; /* 1 - second */
@@ -285,7 +286,7 @@ int64_t OF(step)(const Block *blocks, const Item *items, int64_t num_items, REAL
                  const Coefficients *given, const OF(Rows) *of, double factor, REAL *found, int64_t threads) {
     const int64_t n = of->rows, wide = sizeof(REAL) == sizeof(double);
     OF(sums)(blocks, items, num_items, addresses + 1, tensors, 1, found, wide, n, threads); /* of gradients */
-    const int64_t count = OF(clipping)(of, factor, found, found + n, (REAL *)of->second, (REAL *)of->weight,
+    const int64_t count = OF(clipping)(of, factor, found, found + n, (REAL *)of->second, (int16_t *)of->seen,
                                        found, found + n, found + 2 * n);
     OF(update)(blocks, items, num_items, addresses, tensors, given, threads);
     return count;

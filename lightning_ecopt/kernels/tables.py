@@ -39,10 +39,10 @@ class KnownRows(NamedTuple):
     @classmethod
     def of(cls, gradients: RowGradients) -> KnownRows:
         """Without the sums, and without a factor that is the same for all rows."""
-        _, _, second, weight, rows, present, rho, to_step, own, linear = gradients
+        _, _, second, seen, rows, present, rho, to_step, own, linear = gradients
         has_others = rho is not None and own is not None
         vectors = [
-            *(rows.runs.lengths, *rows.runs.values, second, weight),
+            *(rows.runs.lengths, *rows.runs.values, second, seen),
             None if present is None else present.to(second),
             rho,
             to_step.to(second) if _is_vector(to_step) else None,

@@ -30,7 +30,9 @@ int64_t OF(copy_elements)(const Elements *of, REAL *const *x, int64_t stride, RE
 typedef struct {
     int64_t rows;
     const int64_t *lengths;
-    const REAL *size, *centre, *second, *weight, *present, *rho, *to_steps, *own;
+    const REAL *size, *centre, *second;
+    const int16_t *seen;
+    const REAL *present, *rho, *to_steps, *own;
     const uint8_t *linear;
     double memory, lifted, slack, tiny, faint;
 } OF(Rows);
@@ -38,10 +40,12 @@ typedef struct {
 /* How gradients are centred and clipped, and how long steps are; clipping.py has the same in Python. `scale` may be
    `sums`, and `shift` may be `squares`. Returns how many rows were clipped. */
 ONCE int64_t OF(clipping)(const OF(Rows) *of, double factor, const REAL *sums, const REAL *squares, REAL *new_second,
-                          REAL *new_weight, REAL *scale, REAL *shift, REAL *step) {
-    const REAL *second = of->second, *weight = of->weight, *present = of->present, *rho = of->rho;
+                          int16_t *new_seen, REAL *scale, REAL *shift, REAL *step) {
+    const int16_t *seen = of->seen;
+    const REAL *second = of->second, *present = of->present, *rho = of->rho;
     const REAL newest = (REAL)(1 - of->memory), lifted = (REAL)of->lifted, slack = (REAL)of->slack;
-    REAL count_of_part, total_of_part;
+    REAL count_of_part, total_of_part, mean_square[PART], weight[PART], weight_of_last = 0;
+    int16_t last = 0;
     int64_t count = 0, run = 0, end_of_run = 0, end;
     double total = 0;
     for (int64_t first = 0; first < of->rows; first = end) {
@@ -49,16 +53,24 @@ ONCE int64_t OF(clipping)(const OF(Rows) *of, double factor, const REAL *sums, c
         const REAL size = of->size[run - 1], centre = of->centre[run - 1];
         end = first + PART < end_of_run ? first + PART : end_of_run;
         count_of_part = total_of_part = 0;
-#pragma omp simd reduction(+ : count_of_part, total_of_part)
+#pragma omp simd
         for (int64_t k = first; k < end; k++) {
             const REAL mean = sums[k] / size, moved = mean * centre;
             REAL square = squares[k] / size + mean * moved * lifted;
-            square = square < 0 ? 0 : square;
+            mean_square[k - first] = square = square < 0 ? 0 : square;
             /* Nothing changes where a gradient is not finite, or where there is none. */
             const REAL share = square <= MOST(REAL) ? newest * (present ? present[k] : 1) : 0;
             new_second[k] = second[k] + (share > 0 ? share * (square - second[k]) : 0);
-            new_weight[k] = weight[k] + share * (1 - weight[k]);
-            const REAL q = new_second[k] / (new_weight[k] < newest ? newest : new_weight[k]);
+            new_seen[k] = (int16_t)(seen[k] + (share > 0 && seen[k] < MOST_SEEN));
+        }
+        for (int64_t k = first; k < end; k++) { /* nearly all rows have seen as many gradients */
+            if (new_seen[k] != last) last = new_seen[k], weight_of_last = (REAL)-expm1(last * log(of->memory));
+            weight[k - first] = weight_of_last < newest ? newest : weight_of_last;
+        }
+#pragma omp simd reduction(+ : count_of_part, total_of_part)
+        for (int64_t k = first; k < end; k++) {
+            const REAL moved = sums[k] / size * centre, square = mean_square[k - first];
+            const REAL q = new_second[k] / weight[k - first];
             const REAL ratio = ROOT_OF(REAL, slack * q / square);
             scale[k] = (square <= MOST(REAL)) & (ratio < 1) ? ratio : 1; /* 1 if it is not a number */
             shift[k] = (moved <= MOST(REAL)) & (moved >= -MOST(REAL)) ? moved * scale[k] : 0;

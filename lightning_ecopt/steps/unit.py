@@ -72,7 +72,7 @@ from lightning_ecopt.common.segment_sum import SegmentSum
 from lightning_ecopt.common.sharding import local
 from lightning_ecopt.common.tensors import Tensors, ordinary_tensors, updates_by_difference
 from lightning_ecopt.kernels import Coefficient, Kernels
-from lightning_ecopt.kernels.clipping import MEMORY, ClippedRows, Clipping, RowGradients
+from lightning_ecopt.kernels.clipping import MEMORY, ClippedRows, Clipping, RowGradients, seen_of
 from lightning_ecopt.kernels.lines import LineKernels, Step
 from lightning_ecopt.steps.rows import Rows
 from lightning_ecopt.steps.rule import (
@@ -152,7 +152,7 @@ class UnitRule:
         # Momentum keeps its type when somebody gives the parameters another one.
         means = {name: mean.to(parameters[name].dtype) for name, mean in (means or {}).items()}
         self._second = (1 - MEMORY) * self._sums_and_squares(means)[1] / size
-        self._weight = (self._second > 0).to(self.rows.dtype) * (1 - MEMORY)
+        self._seen = (self._second > 0).to(torch.int16)
         reads_powers = self.rows.where(lambda each: group.monomials.has_powers(each.outgoing))
         uncentred = self.rows.single | self.rows.additive() | reads_powers
         self._clipped_rows = ClippedRows.of(size, uncentred, self._whole, tiny)
@@ -164,7 +164,7 @@ class UnitRule:
         self._rho, self._reference = (None, None) if self._linear is None else (rho, reference)
         self._factors: Tensor | None = None  # of gradients in the last step, if it is measured
         # Taken over when the step succeeds.
-        self._next: tuple[Tensor, Tensor, Tensor | int, Tensor | None] = (self._second, self._weight, 0, None)
+        self._next: tuple[Tensor, Tensor, Tensor | int, Tensor | None] = (self._second, self._seen, 0, None)
 
     name, needs_paths, is_measured = "unit", False, False
     _rho: Tensor | None
@@ -187,7 +187,11 @@ class UnitRule:
             ValueError: if they are not.
         """
         rows = len(Rows(group.couplings, parameters))
-        vectors = [state["rho" if "rho" in state else "own"], state["second"], state["weight"]]
+        vectors = [
+            state["rho" if "rho" in state else "own"],
+            state["second"],
+            state["seen" if "seen" in state else "weight"],
+        ]
         if "rho" in state and state["reference"].ndim:  # else it is the same for all rows
             vectors.append(state["reference"])
         others = [vector.numel() for vector in vectors if vector.shape != (rows,)]
@@ -218,7 +222,7 @@ class UnitRule:
 
     def _load(self, state: Mapping[str, Any]) -> None:
         self._second.copy_(state["second"])
-        self._weight.copy_(state["weight"])
+        self._seen.copy_(state["seen"] if "seen" in state else seen_of(state["weight"]))  # version 0.1.0 had their sum
         # Rows of a matrix that was treated whole, or is now, have sizes of another meaning: those are measured anew.
         none = torch.zeros_like(self._second, dtype=torch.bool)
         whole = none if self._whole is None else self._whole
@@ -326,7 +330,7 @@ class UnitRule:
             sums,
             squares,
             self._second,
-            self._weight,
+            self._seen,
             self._clipped_rows,
             present,
             self._rho,
@@ -338,7 +342,7 @@ class UnitRule:
     def _note(self, clipped: Clipping) -> None:
         """For :meth:`commit`."""
         factors = clipped.scale if self.is_measured else None
-        self._next = (clipped.second, clipped.weight, self._clipped + clipped.num_clipped, factors)
+        self._next = (clipped.second, clipped.seen, self._clipped + clipped.num_clipped, factors)
 
     def transform_gradients_(self, here: Reparametrization, gradients: Tensors) -> Callable[[], None]:
         """Centre and clip gradients in place; returns the way back."""
@@ -396,7 +400,7 @@ class UnitRule:
 
     def commit(self) -> None:
         """Take over the running second moments of the last step."""
-        self._second, self._weight, self._clipped, self._factors = self._next
+        self._second, self._seen, self._clipped, self._factors = self._next
         self._steps += 1
 
     def to_weight_entries_(self, entries: StateEntries, weights: Tensors) -> None:
@@ -415,7 +419,7 @@ class UnitRule:
         return None if self._factors is None else self._factors < 1
 
     def state_dict(self, entries: StateEntries) -> dict[str, Any]:
-        """``second``, ``weight``, and what tells the sizes of steps, ``[R]`` all.
+        """``second``, ``seen``, and what tells the sizes of steps, ``[R]`` all.
 
         That is ``rho`` and ``reference``, which is rho, a scalar, or |W_1|; where no step is linear ``own``, which is
         s_k; and ``whole``, if there are whole matrices.
@@ -425,7 +429,7 @@ class UnitRule:
             "reference": self._reference,
             "own": self._own if self._rho is None else None,  # else it follows from rho
             "second": self._second,
-            "weight": self._weight,
+            "seen": self._seen.int(),  # not every backend of torch.distributed exchanges int16
             "whole": self._whole,
         }
         return {name: vector.clone() for name, vector in found.items() if vector is not None}

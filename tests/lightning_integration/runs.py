@@ -92,7 +92,7 @@ class TakenUp(Classifier):
 def saved_by_rows(base: str) -> set[str]:
     """What the rule "unit" saves of the rows, with SGD or with a base whose name tells that it is Adam or RMSprop."""
     has_own_size = any(name in base.lower() for name in ("adam", "rmsprop"))
-    return {"second", "weight"} | ({"own"} if has_own_size else {"rho", "reference"})
+    return {"second", "seen"} | ({"own"} if has_own_size else {"rho", "reference"})
 
 
 def differences(one: Any, two: Any) -> list[str]:

@@ -129,7 +129,7 @@ def test_a_saved_state_does_not_move_on_with_the_run(rule: str) -> None:
     kept = copy.deepcopy(state["equivalent_class"])
     train(module, optimizer, x, y, range(3, 6))
     own = state["equivalent_class"]
-    moving = {"unit": ["second", "weight"], "path": ["beta"]}[rule]
+    moving = {"unit": ["second", "seen"], "path": ["beta"]}[rule]
     assert all(torch.equal(own[name], kept[name]) for name in moving)
     now = optimizer.state_dict()["equivalent_class"]
     assert not any(torch.equal(now[name], kept[name]) for name in moving)

@@ -259,13 +259,14 @@ def test_clipping_in_c_is_that_of_tensor_operations(
         sums[3], squares[3] = broken, abs(broken)
     whole = torch.arange(9) == 6
     rows = ClippedRows.of(size, torch.arange(9) % 4 == 0, whole if seed % 2 else None, 1e-20)
-    second, weight = (torch.zeros(9, dtype=dtype) if is_first else 0.3 * random() for _ in range(2))
+    second = torch.zeros(9, dtype=dtype) if is_first else 0.3 * random()
+    seen = torch.tensor([0] * 9 if is_first else [0, 1, 2, 7, 99, 1000, 4000, 4094, 4095], dtype=torch.int16)
     present = torch.arange(9) % 3 > 0 if has_present else None
     rho, factor = random() if has_rho else None, random() if to_step == "vector" else 0.3
     own = random() if seed % 3 or not has_rho else None
     linear = torch.arange(9) % 2 == 0
     expected, found = (
-        kernels.clipping(RowGradients(sums, squares, second, weight, rows, present, rho, factor, own, linear))
+        kernels.clipping(RowGradients(sums, squares, second, seen, rows, present, rho, factor, own, linear))
         for kernels in (EagerKernels(), CompiledKernels())
     )
     tolerance = 1e-5 if dtype == torch.float32 else 1e-13

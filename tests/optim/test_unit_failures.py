@@ -82,7 +82,7 @@ def test_a_parameter_without_a_gradient_is_left_alone(base: str, early: bool) ->
     counts = dict(zip(biases_first, torch.arange(6 + 5 + 3 + 6 + 5 + 3).split([6, 5, 3, 6, 5, 3]), strict=True))
     for name, rows in counts.items():
         still = name in ("2.weight", "0.bias")
-        for key in ("second", "weight"):
+        for key in ("second", "seen"):
             assert torch.equal(now[key][rows], rule[key][rows]) == still, name
         assert torch.equal(module.get_parameter(name), before[name]) == still, name
 
@@ -101,7 +101,7 @@ def test_no_moments_move_where_gradients_are_missing_whatever_another_optimizer_
     after = saved(first)
     missing = slice(12, 17)
     assert torch.equal(after["second"][missing], before["second"][missing])
-    assert torch.equal(after["weight"][missing], before["weight"][missing])
+    assert torch.equal(after["seen"][missing], before["seen"][missing])
     assert not torch.equal(after["second"][:12], before["second"][:12])
 
 
@@ -121,9 +121,9 @@ def test_a_gradient_that_is_not_finite_spoils_its_own_row_for_one_step(base: str
     others = [p for p in module.parameters() if p is not module[2].weight]
     assert all(bool(p.isfinite().all()) for p in others)
     assert bool(module[2].weight[[0, 2, 3, 4]].isfinite().all())
-    for key in ("second", "weight", "rho" if base == "sgd" else "own"):
+    for key in ("second", "seen", "rho" if base == "sgd" else "own"):
         assert bool(saved(optimizer)[key].isfinite().all()), key
-    assert int((saved(optimizer)["weight"] == 0).sum()) == first  # the row has taken no note of it
+    assert int((saved(optimizer)["seen"] == 0).sum()) == first  # the row has taken no note of it
 
     for step in range(9, 12):  # other parameters, while that one is spoilt
         for p in module.parameters():
@@ -190,7 +190,7 @@ def test_a_step_that_fails_leaves_everything_as_it_was() -> None:
     for name, p in module.named_parameters():
         torch.testing.assert_close(p.detach(), before[name], rtol=1e-15, atol=0)
         assert put_back(p.grad, gradients[name])
-    for key in ("rho", "reference", "second", "weight"):
+    for key in ("rho", "reference", "second", "seen"):
         assert torch.equal(saved(optimizer)[key], rule[key])
     base.fail = False
     optimizer.step()

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
 from lightning_ecopt import EquivalentClassOptimizer, scaling_group
+from lightning_ecopt.kernels import EagerKernels, choose_kernels
+from lightning_ecopt.kernels.clipping import MEMORY, MOST_SEEN, ClippedRows, RowGradients, seen_of, weight_of
 from tests.networks import ResidualMLP
 from tests.optim.training import batches, loss_of, only_refresh, problem, same_bits, through_a_file, train, weights_of
 from tests.optim.unit_rule import POWERS, Make, finite, saved, unit
@@ -165,7 +167,7 @@ def test_a_saved_state_does_not_move_on_with_the_run(base: str, sizes: tuple[str
     frozen = copy.deepcopy(state)
     train(module, optimizer, x, y, range(3, 6))
     assert {"rho", "reference", "own"}.intersection(state) == set(sizes)
-    for key in (*sizes, "second", "weight"):
+    for key in (*sizes, "second", "seen"):
         assert torch.equal(state[key], frozen[key])
     assert not torch.equal(saved(optimizer)["second"], frozen["second"])
 
@@ -267,3 +269,31 @@ def test_dormant_units_are_counted() -> None:
     optimizer.refresh()  # the gradient has brought them to life
     train(module, optimizer, x, y, range(1, 2))
     assert optimizer.statistics().dormant_units == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_old_state_has_the_sum_of_weights_from_which_the_number_of_gradients_follows(dtype: torch.dtype) -> None:
+    """A state of version 0.1.0; where the sum is nearly one, its rounding leaves the number open, and q as it is."""
+    seen = torch.arange(MOST_SEEN + 1)
+    weight = weight_of(seen, dtype)
+    found = seen_of(weight)
+    assert found.dtype == torch.int16
+    torch.testing.assert_close(weight_of(found, dtype), weight, rtol=2 * torch.finfo(dtype).eps, atol=0)
+    assert torch.equal(found[:500].long(), seen[:500])
+    one = torch.ones(1, dtype=dtype)
+    assert seen_of(one) == MOST_SEEN
+    iterated = torch.zeros(1, dtype=dtype)
+    for number in range(1, 300):
+        iterated = iterated + (1 - MEMORY) * (1 - iterated)
+        assert seen_of(iterated) == number
+
+
+def test_more_gradients_than_are_counted_change_nothing() -> None:
+    for kernels in (EagerKernels(), choose_kernels("auto", [torch.zeros(1, device="cpu")])):
+        rows = ClippedRows.of(torch.full((2,), 4.0), torch.zeros(2, dtype=torch.bool), None, 1e-20)
+        seen = torch.tensor([MOST_SEEN - 1, MOST_SEEN], dtype=torch.int16)
+        ones = torch.ones(2)
+        clipped = kernels.clipping(RowGradients(ones, 4 * ones, ones, seen, rows, None, ones, 1.0, None, None))
+        assert clipped.seen.dtype == torch.int16
+        assert clipped.seen.tolist() == [MOST_SEEN, MOST_SEEN]
+        assert clipped.step[0] == clipped.step[1]
