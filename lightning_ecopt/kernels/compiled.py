@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from lightning_ecopt.common.tensors import is_lazy
 from lightning_ecopt.kernels.allocation import Allocated, Paths
@@ -44,11 +45,20 @@ LEAST, MOST, LINES = 1 << 14, 1 << 17, 1024
 KEPT_ROWS = 1 << 12
 
 
+class _Lines(Lines):
+    """Lines in the memory of the CPU: some state may be elsewhere, of which tensor operations complain."""
+
+    @classmethod
+    def of(cls, views: Views, shape: tuple[int, ...]) -> Self | None:
+        """See :class:`~lightning_ecopt.kernels.lines.Lines`."""
+        return super().of(views, shape) if all(view.is_cpu for view in views) else None
+
+
 class _Plan:
     """How to work on blocks of given shapes, strides and types; see :class:`~lightning_ecopt.kernels.lines.Plan`."""
 
     def __init__(self, lists: Sequence[Views], shapes: Shapes) -> None:
-        blocks, starts, self.rest = lines_and_rest(Lines, lists, shapes)
+        blocks, starts, self.rest = lines_and_rest(_Lines, lists, shapes)
         self.num_places = starts[-1]
         types = {k: lists[0][k].dtype for k in blocks}
         chosen = {dtype: [k for k in blocks if types[k] == dtype] for dtype in DTYPES}
@@ -366,7 +376,9 @@ def _clipping(gradients: RowGradients, of: Sequence[Tensor], count: int) -> Clip
 def _are_plain(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> bool:
     """Whether memory has the elements of all tensors, of one type, in the order of their flat indices."""
     given = [tensor for tensor in tensors if tensor is not None]
-    return all(tensor.dtype == dtype and tensor.is_contiguous() and not is_lazy(tensor) for tensor in given)
+    return all(
+        tensor.dtype == dtype and tensor.is_contiguous() and tensor.is_cpu and not is_lazy(tensor) for tensor in given
+    )
 
 
 def _compiled_or_eager() -> EagerKernels:

@@ -346,13 +346,10 @@ class LineKernels(EagerKernels, ABC, Generic[PlanT]):
         """
         # Sizes of all: a state that does not fit its weight must not be addressed.
         kinds = [
-            lists[0][0].device,
-            *[
-                # Without a call of `is_lazy`, as this is what takes longest in a step of a small network.
-                (view.dtype, view.shape, view.stride(), view.is_neg() or view._is_zerotensor())
-                for views in lists
-                for view in views
-            ],
+            # Without a call of `is_lazy`, as this is what takes longest in a step of a small network.
+            (view.dtype, view.device, view.shape, view.stride(), view.is_neg() or view._is_zerotensor())
+            for views in lists
+            for view in views
         ]
         last = self._last.get((count, len(lists), len(shapes)))
         if last is not None and last[0] is shapes and last[1] == kinds:  # which takes less time than to hash them

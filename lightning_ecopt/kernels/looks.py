@@ -63,8 +63,10 @@ class Sides:
     ) -> None:
         self._views, self._shapes = views, shapes
         self._starts = [0, *accumulate(prod(side) for both in shapes for side in both)]
-        self._kinds: list[Any] = []
-        self._boxes: dict[torch.dtype, Boxes] | None = None
+        self._last: tuple[list[Any], dict[torch.dtype, Boxes] | None] = (
+            [],
+            None,
+        )  # what was seen, and what C is told of it
 
     @property
     def entries(self) -> int:
@@ -75,16 +77,17 @@ class Sides:
         """The boxes that are not left out, by type; ``None`` if there is one that C cannot see."""
         second = first if second is None else second
         kinds = [None if one is None else _kind(one) for tensors in (first, second) for one in tensors]
-        if kinds != self._kinds:
-            self._kinds, self._boxes = kinds, self._made(first, second)
-        return self._boxes
+        last = self._last
+        if kinds != last[0]:
+            self._last = last = kinds, self._made(first, second)
+        return last[1]
 
     def _made(self, first: Operands, second: Operands) -> dict[torch.dtype, Boxes] | None:
         found: dict[torch.dtype, Boxes] = {}
         for k, (one, other) in enumerate(zip(first, second, strict=True)):
             if one is None or other is None:
                 continue
-            if other.dtype != one.dtype or is_lazy(one) or is_lazy(other):
+            if other.dtype != one.dtype or is_lazy(one) or is_lazy(other) or not (one.is_cpu and other.is_cpu):
                 return None
             view, other_view = self._views[k](one), self._views[k](other)
             axes = _axes(view, other_view, self._shapes[k])

@@ -221,7 +221,10 @@ class EquivalentClassOptimizer(Optimizer):
         stage = self._refreshed()
         session.steps_since_refresh += 1
         session.watching.note_step()
-        if not isinstance(stage, Running) or session.heard.isdisjoint(map(id, session.trained)):
+        if not isinstance(stage, Running):
+            return call.step()
+        if session.heard.isdisjoint(map(id, session.trained)):
+            followed(session, stage)
             return call.step()
         if not session.layers.is_wanted and stage.stepper.take_prepared(call):
             return None

@@ -139,8 +139,10 @@ def test_other_strides_and_types_than_before_are_seen() -> None:
         assert found is not None
         products = weight.double() * gradient.double()
         torch.testing.assert_close(found[0], torch.cat([products.sum(1), products.sum(0)]))
-    for lazy in (torch._neg_view(weight), torch._efficientzerotensor((4, 6)), weight.bfloat16(), weight.double()):
-        assert kernels.both_sides(sides, [weight], [lazy], sign=1.0) is None
+    zeros, elsewhere = torch._efficientzerotensor((4, 6)), weight.to("meta")
+    for other in (torch._neg_view(weight), zeros, weight.bfloat16(), weight.double(), elsewhere):
+        assert kernels.both_sides(sides, [weight], [other], sign=1.0) is None
+    assert not kernels.rescale_(sides, [elsewhere], torch.ones(10, dtype=torch.float64))
     assert kernels.both_sides(sides, [weight.half()], [weight.half()], sign=1.0) is None
 
 
@@ -199,6 +201,7 @@ def test_magnitudes(numbers: list[list[float]], dtype: torch.dtype, rounded: boo
 def test_magnitudes_of_what_memory_does_not_have_as_it_is() -> None:
     plain = torch.randn(4, 6)
     others = [plain[:, ::2], torch._neg_view(plain), torch._efficientzerotensor((4, 6)), plain.half(), plain.double()]
+    others.append(plain.to("meta"))
     for other in others:
         assert CompiledKernels().magnitudes([plain, other], SAMPLE) is None
     assert CompiledKernels().magnitudes([], SAMPLE) is None

@@ -211,6 +211,35 @@ def test_a_change_between_two_steps(name: str, change: str, rule: str, monkeypat
 
 
 @pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", MAKE)
+@pytest.mark.parametrize("refresh", [True, False])
+def test_state_on_another_device_is_not_addressed(name: str, rule: str, refresh: bool) -> None:
+    run = Run(MAKE[name], "auto", rule=rule)
+    for _ in range(4):
+        run.step()
+    state = run.base.state[run.weight]
+    state.update({key: entry.to("meta") for key, entry in state.items() if entry.ndim})
+    if refresh:
+        run.optimizer.refresh()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="meta"):
+            run.step()
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", MAKE)
+def test_a_step_without_gradients_follows_the_type_of_the_parameters(name: str, rule: str) -> None:
+    run = Run(MAKE[name], "auto", torch.float32, rule=rule)
+    for _ in range(4):
+        run.step()
+    run.net.double()
+    run.optimizer.zero_grad()
+    run.optimizer.step()
+    saved = run.optimizer.state_dict()["equivalent_class"]
+    assert saved["beta" if rule == "path" else "second"].dtype == torch.float64
+
+
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("name", few(MAKE, ["sgd"]))
 def test_rates_that_stay_change_and_come_back(name: str, rule: str) -> None:
     """What C is told of them is kept as long as they stay."""
