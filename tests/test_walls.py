@@ -17,8 +17,8 @@ NAME = "lightning_ecopt"
 #: What each room may import, beside itself and what is not of this package.
 ROOMS = {
     "common": set(),
+    "symmetry": {"common"},
     "kernels": {"common"},
-    "symmetry": {"common", "kernels"},
     "steps": {"common", "symmetry", "kernels"},
     "optim": {"common", "symmetry", "kernels", "steps"},
     "metrics": {"common", "symmetry"},

@@ -8,7 +8,7 @@ from contextlib import ContextDecorator, ExitStack
 from typing import Literal, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 #: Tensors by the name of the parameter that they belong to: weights, gradients, or one entry of the optimizer state.
 Tensors = Mapping[str, Tensor]
@@ -194,6 +194,11 @@ def in_shared_memory(tensors: Tensors) -> set[str]:
 def is_lazy(tensor: Tensor) -> bool:
     """Return whether memory does not have the elements as they are: their negatives, or nothing, as all are zero."""
     return tensor.is_neg() or tensor._is_zerotensor()
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Return whether the elements of a tensor are in the memory of this process, at its address and strides."""
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.is_cpu and not is_lazy(tensor)
 
 
 def updates_by_difference(tensor: Tensor) -> bool:

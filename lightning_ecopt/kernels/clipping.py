@@ -96,14 +96,15 @@ class Clipping(NamedTuple):
     num_clipped: Tensor | int
 
 
-def weight_of(seen: Tensor, dtype: torch.dtype) -> Tensor:
+def sum_of_weights(seen: Tensor, dtype: torch.dtype) -> Tensor:
     """The sum of the weights in a running mean of so many gradients, 1 - MEMORY**seen."""
     return -torch.expm1(seen.to(dtype) * math.log(MEMORY))
 
 
 def seen_of(weight: Tensor) -> Tensor:
     """The number of gradients that a sum of weights belongs to, as far as its rounding tells, ``int16``."""
-    seen = torch.log1p(-weight.double()) / math.log(MEMORY)
+    # On the CPU, as not all devices have double precision.
+    seen = torch.log1p(-weight.cpu().double().clamp(max=1)) / math.log(MEMORY)
     return seen.round().nan_to_num(0.0, MOST_SEEN).clamp(0, MOST_SEEN).to(torch.int16)
 
 
@@ -121,7 +122,7 @@ def clipping(gradients: RowGradients) -> Clipping:
     known = centred_square >= 0 if present is None else (centred_square >= 0) & present
     second = torch.addcmul(second, known.to(second.dtype), centred_square - second, value=1 - MEMORY)
     seen = (seen + known).clamp(max=MOST_SEEN)
-    q = second / weight_of(seen, second.dtype).clamp(min=1 - MEMORY)
+    q = second / sum_of_weights(seen, second.dtype).clamp(min=1 - MEMORY)
     # The first gradient equals its own mean, but for rounding. Where the root is NaN, nothing is clipped.
     scale = torch.fmin((centred_square / (rows.slack * q)).rsqrt(), rows.one)
     shift = (mean * centre).nan_to_num(0, 0, 0) * scale

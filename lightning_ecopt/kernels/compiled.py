@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lightning_ecopt.common.tensors import is_lazy
+from lightning_ecopt.common.sides import Boxes, Operands, Sides
+from lightning_ecopt.common.tensors import is_plain
 from lightning_ecopt.kernels.allocation import Allocated, Paths
 from lightning_ecopt.kernels.clipping import Clipping, RowGradients
 from lightning_ecopt.kernels.eager import EagerKernels
@@ -25,7 +26,6 @@ from lightning_ecopt.kernels.lines import (
     count_changes,
     lines_and_rest,
 )
-from lightning_ecopt.kernels.looks import Operands, Sides
 from lightning_ecopt.kernels.passes import Elements, Shapes, Views
 from lightning_ecopt.kernels.tables import (
     NO_COEFFICIENTS,
@@ -156,9 +156,9 @@ class CompiledKernels(LineKernels[_Plan]):
             )
 
     def both_sides(self, sides: Sides, first: Operands, second: Operands, sign: float) -> Tensor | None:
-        """See :class:`~lightning_ecopt.kernels.Kernels`."""
+        """See :class:`~lightning_ecopt.common.sides.Passes`."""
         boxes = sides.boxes(first, second)
-        if boxes is None or not boxes.keys() <= self._library.both_sides.keys():
+        if boxes is None or not self._can_share(boxes):
             return None
         found = torch.zeros(2, sides.entries, dtype=torch.float64, device="cpu")
         total, size = found.unbind()
@@ -171,15 +171,18 @@ class CompiledKernels(LineKernels[_Plan]):
                 sign,
                 total.data_ptr(),
                 size.data_ptr(),
-                self._library.threads(each.elements),
+                self._library.threads(sum(each.elements)),
             )
         return found
 
-    def rescale_(self, sides: Sides, tensors: Operands, factors: Tensor) -> bool:
-        """See :class:`~lightning_ecopt.kernels.Kernels`."""
+    def rescale_(self, sides: Sides, tensors: Operands, factors: Callable[[], Tensor]) -> bool:
+        """See :class:`~lightning_ecopt.common.sides.Passes`."""
         own = [tensor for tensor in tensors if tensor is not None]
         boxes = None if any(tensor.is_inference() or 0 in tensor.stride() for tensor in own) else sides.boxes(tensors)
-        if boxes is None or not boxes.keys() <= self._library.rescale.keys():
+        if boxes is None or not self._can_share(boxes):
+            return False
+        by = factors()
+        if not (is_plain(by) and by.dtype == torch.float64):
             return False
         for dtype, each in boxes.items():
             addresses = each.addresses(tensors, tensors)
@@ -187,18 +190,20 @@ class CompiledKernels(LineKernels[_Plan]):
                 each.table.buffer_info()[0],
                 len(each.places),
                 addresses.buffer_info()[0],
-                factors.data_ptr(),
-                self._library.threads(each.elements),
+                by.data_ptr(),
+                self._library.threads(sum(each.elements)),
             )
         torch.autograd.graph.increment_version(own)
         return True
 
     def magnitudes(self, tensors: Sequence[Tensor], sample: int) -> Tensor | None:
-        """See :class:`~lightning_ecopt.kernels.Kernels`."""
+        """See :class:`~lightning_ecopt.common.sides.Passes`."""
         kinds = {tensor.dtype for tensor in tensors}
         if len(kinds) != 1 or not kinds <= set(DTYPES) or not _are_plain(tensors, *kinds):
             return None
         addresses, sizes = (array("q", [of(tensor) for tensor in tensors]) for of in (Tensor.data_ptr, Tensor.numel))
+        if not self._library.can_share(sizes):
+            return None
         found = torch.empty(len(tensors), 5, dtype=torch.float64, device="cpu")
         self._library.magnitudes[tensors[0].dtype](
             len(tensors),
@@ -209,6 +214,9 @@ class CompiledKernels(LineKernels[_Plan]):
             self._library.threads(sum(sizes)),
         )
         return found.T
+
+    def _can_share(self, boxes: Mapping[torch.dtype, Boxes]) -> bool:
+        return all(dtype in DTYPES and self._library.can_share(each.elements) for dtype, each in boxes.items())
 
     def gather(self, tensors: Sequence[Tensor | None], elements: Elements, dtype: torch.dtype) -> Tensor:
         """See :class:`~lightning_ecopt.kernels.Kernels`."""
@@ -268,7 +276,7 @@ class CompiledKernels(LineKernels[_Plan]):
         if group is None or not self._known.is_in_place:
             return super().step_(step, rows, coefficients, terms)
         clipped = _clipping(gradients, [gradients.second, gradients.seen, *of_step], 0)
-        told = self._told_of(lambda: [coefficients(clipped)], dtype, terms, found, self._known)
+        told = self._told_of(lambda: [coefficients(clipped)], dtype, found, terms, self._known)
         (given,), addresses = told.tables, group.addresses(step.lists)
         count = self._library.step[dtype](
             *group.tables,
@@ -302,7 +310,7 @@ class CompiledKernels(LineKernels[_Plan]):
         if here is None or not here.holds(step, paths, skeleton, max_ratio):
             here = OnPaths(step, paths, skeleton, max_ratio)
             self._on_paths = here if len(paths.unit_of_row) <= KEPT_ROWS else None
-        told = self._told_of(lambda: [coefficients(*here.scales), of_free()], dtype, terms, here)
+        told = self._told_of(lambda: [coefficients(*here.scales), of_free()], dtype, here, terms)
         (of_rows, of_units), addresses = told.tables, group.addresses(lists)
         free = self.plan([[here.free]] * len(lists), paths.shapes, 0).groups[dtype]
         count: int = self._library.path_step[dtype](
@@ -349,13 +357,13 @@ class CompiledKernels(LineKernels[_Plan]):
         return made
 
     def _told_of(
-        self, coefficients: Callable[[], Sequence[OfPass]], dtype: torch.dtype, *of: object
+        self, coefficients: Callable[[], Sequence[OfPass]], dtype: torch.dtype, memory: object, *of: object
     ) -> CoefficientTables:
-        """The coefficients that hold for these very objects, of which the second has the memory of a step."""
-        if self._told.holds(*of):
+        """The coefficients that hold for these very objects, of which ``memory`` has the vectors of a step."""
+        if self._told.holds(memory, *of):
             return self._told
-        told = CoefficientTables(coefficients(), dtype, of)
-        is_kept = of[1] is self._kept[0] or of[1] is self._on_paths
+        told = CoefficientTables(coefficients(), dtype, (memory, *of))
+        is_kept = memory is self._kept[0] or memory is self._on_paths
         self._told = told if is_kept else NO_COEFFICIENTS
         return told
 
@@ -376,9 +384,7 @@ def _clipping(gradients: RowGradients, of: Sequence[Tensor], count: int) -> Clip
 def _are_plain(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> bool:
     """Whether memory has the elements of all tensors, of one type, in the order of their flat indices."""
     given = [tensor for tensor in tensors if tensor is not None]
-    return all(
-        tensor.dtype == dtype and tensor.is_contiguous() and tensor.is_cpu and not is_lazy(tensor) for tensor in given
-    )
+    return all(tensor.dtype == dtype and tensor.is_contiguous() and is_plain(tensor) for tensor in given)
 
 
 def _compiled_or_eager() -> EagerKernels:

@@ -9,10 +9,10 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
+from lightning_ecopt.common.sides import Operands, Sides
 from lightning_ecopt.common.tensors import piece_length, pieces
 from lightning_ecopt.kernels.allocation import Allocated, Paths, allocate_, free_gradient
 from lightning_ecopt.kernels.clipping import Clipping, RowGradients, clipping
-from lightning_ecopt.kernels.looks import Operands, Sides
 from lightning_ecopt.kernels.passes import Coefficient, Elements, Given, Product, Shapes, Views
 
 #: Changes one tensor of each list in place, by coefficients that broadcast to them.
@@ -48,15 +48,15 @@ class EagerKernels:
         return torch.cat(found)[None]
 
     def both_sides(self, sides: Sides, first: Operands, second: Operands, sign: float) -> Tensor | None:
-        """See :class:`~lightning_ecopt.kernels.Kernels`: the caller does it."""
+        """See :class:`~lightning_ecopt.common.sides.Passes`: the caller does it."""
         return None
 
-    def rescale_(self, sides: Sides, tensors: Operands, factors: Tensor) -> bool:
-        """See :class:`~lightning_ecopt.kernels.Kernels`: the caller does it."""
+    def rescale_(self, sides: Sides, tensors: Operands, factors: Callable[[], Tensor]) -> bool:
+        """See :class:`~lightning_ecopt.common.sides.Passes`: the caller does it."""
         return False
 
     def magnitudes(self, tensors: Sequence[Tensor], sample: int) -> Tensor | None:
-        """See :class:`~lightning_ecopt.kernels.Kernels`: the caller does it."""
+        """See :class:`~lightning_ecopt.common.sides.Passes`: the caller does it."""
         return None
 
     def affine_(self, views: Views, *, shapes: Shapes, **coefficients: Coefficient | None) -> None:

@@ -57,6 +57,13 @@ class Library(NamedTuple):
         most = torch.get_num_threads() if os.getpid() == self.process else 1
         return min(max(1, elements // FOR_A_THREAD), most)
 
+    def can_share(self, sizes: Sequence[int]) -> bool:
+        """Whether threads that share whole tensors of such sizes take no longer than operations on one after another.
+
+        Operations read memory several times, some four, but all threads work on each tensor.
+        """
+        return max(sizes, default=0) * self.threads(sum(sizes)) <= 4 * sum(sizes)
+
 
 def compiler() -> list[str] | None:
     """The command of the C compiler: ``$CC``, or the first of ``cc``, ``gcc`` and ``clang`` that there is."""

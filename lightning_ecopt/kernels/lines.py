@@ -287,7 +287,7 @@ class LineKernels(EagerKernels, ABC, Generic[PlanT]):
             step: what it works on.
             rows: what is known of the rows, given sums of gradients and sums of their squares.
             coefficients: of the pass. Its vectors may not be looked at before this returns.
-            terms: what they depend on beside what the step finds: the same object as long as that stays the same.
+            terms: stays the same object as long as rates stay the same; kernels may then keep the coefficients.
         """
         gradients = step.lists[GRADIENTS : GRADIENTS + 1]
         found = self.add(self.plan(gradients, step.shapes, 2), gradients, 2, step.dtype)
@@ -314,7 +314,7 @@ class LineKernels(EagerKernels, ABC, Generic[PlanT]):
             coefficients: of the pass, given by what weights are divided before it, and by what after it, ``[R]`` each.
                 Its vectors may not be looked at before this returns.
             of_free: the coefficients for the free coordinates, numbers or ``[H]``.
-            terms: what both depend on beside what the step finds: the same object as long as that stays the same.
+            terms: stays the same object as long as rates stay the same; kernels may then keep the coefficients.
             max_ratio: the guard.
 
         Returns:

@@ -1,17 +1,6 @@
 /* What a refresh and what looks at gradients and weights do with whole tensors, in one pass over memory; a part of
    passes.c, once for each type. */
 
-#ifndef AXES
-#define AXES 8 /* most axes of a box, after those that are one in memory have been joined; looks.py has the same */
-#endif
-
-/* A box of two tensors, x and y, and the entries of its two sides: for each axis, from the outermost to the innermost,
-   its size, and how far a step along it is in x, in y, and in the entries of either side; 0 where these stay. */
-typedef struct {
-    int64_t axes, size[AXES], x[AXES], y[AXES], first[AXES], second[AXES];
-    int64_t first_entry, second_entry; /* where the entries of each side are in `total` and `size` */
-} OF(Box);
-
 /* Add up x y, and its magnitude, along the innermost axis. */
 INLINE void OF(add_neighbours)(const REAL *x, const REAL *y, int64_t count, int64_t by_x, int64_t by_y, int64_t by_first,
                                int64_t by_second, double sign, double *restrict first, double *restrict size_of_first,
@@ -28,34 +17,17 @@ INLINE void OF(add_neighbours)(const REAL *x, const REAL *y, int64_t count, int6
     if (!by_second) *second += sign * sum, *size_of_second += size;
 }
 
-/* Where a line along the innermost axis of a box begins: its places along the others, and in all that is walked over. */
-typedef struct {
-    int64_t at[AXES], x, y, first, second;
-} OF(Line);
-
-/* Go on to the next line; returns whether there is one. */
-INLINE int OF(next)(const OF(Box) *box, OF(Line) *line) {
-    for (int64_t axis = box->axes - 2; axis >= 0; axis--) {
-        int64_t by = 1; /* lines along this axis; from the last one back to the first */
-        if (++line->at[axis] == box->size[axis]) by = 1 - box->size[axis], line->at[axis] = 0;
-        line->x += by * box->x[axis], line->y += by * box->y[axis];
-        line->first += by * box->first[axis], line->second += by * box->second[axis];
-        if (by == 1) return 1;
-    }
-    return 0;
-}
-
 /* Add up x y, and its magnitude, for the entries of either side of each box; those of the second side with a sign.
    Boxes have entries of their own, which are zero before. Threads share boxes. */
-void OF(both_sides)(const OF(Box) *boxes, int64_t count, const REAL *const *addresses, double sign, double *total,
+void OF(both_sides)(const Box *boxes, int64_t count, const REAL *const *addresses, double sign, double *total,
                     double *size, int64_t threads) {
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
     for (int64_t k = 0; k < count; k++) {
-        const OF(Box) *box = boxes + k;
+        const Box *box = boxes + k;
         const int64_t inner = box->axes - 1, by_x = box->x[inner], by_y = box->y[inner];
         const int64_t by_first = box->first[inner], by_second = box->second[inner];
         const int is_plain = by_x == 1 && by_y == 1 && by_first <= 1 && by_second <= 1;
-        OF(Line) line = {{0}, 0, 0, box->first_entry, box->second_entry};
+        Line line = {{0}, 0, 0, box->first_entry, box->second_entry};
         do {
 #define NEIGHBOURS(BY_X, BY_Y, BY_FIRST, BY_SECOND)                                                              \
     OF(add_neighbours)(addresses[2 * k] + line.x, addresses[2 * k + 1] + line.y, box->size[inner], BY_X, BY_Y,   \
@@ -69,7 +41,7 @@ void OF(both_sides)(const OF(Box) *boxes, int64_t count, const REAL *const *addr
             default: NEIGHBOURS(by_x, by_y, by_first, by_second);
             }
 #undef NEIGHBOURS
-        } while (OF(next)(box, &line));
+        } while (next_line(box, &line));
     }
 }
 
@@ -82,14 +54,14 @@ INLINE void OF(multiply_neighbours)(REAL *x, int64_t count, int64_t by_x, const 
 }
 
 /* Multiply x in each box by the factors of the entries of both sides. */
-void OF(rescale)(const OF(Box) *boxes, int64_t count, REAL *const *addresses, const double *factors,
+void OF(rescale)(const Box *boxes, int64_t count, REAL *const *addresses, const double *factors,
                  int64_t threads) {
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
     for (int64_t k = 0; k < count; k++) {
-        const OF(Box) *box = boxes + k;
+        const Box *box = boxes + k;
         const int64_t inner = box->axes - 1, by_x = box->x[inner];
         const int64_t by_first = box->first[inner], by_second = box->second[inner];
-        OF(Line) line = {{0}, 0, 0, box->first_entry, box->second_entry};
+        Line line = {{0}, 0, 0, box->first_entry, box->second_entry};
         do {
             REAL *x = addresses[2 * k] + line.x;
             const double *first = factors + line.first, *second = factors + line.second;
@@ -99,7 +71,7 @@ void OF(rescale)(const OF(Box) *boxes, int64_t count, REAL *const *addresses, co
                 OF(multiply_neighbours)(x, box->size[inner], 1, first, 0, second, 0);
             else
                 OF(multiply_neighbours)(x, box->size[inner], by_x, first, by_first, second, by_second);
-        } while (OF(next)(box, &line));
+        } while (next_line(box, &line));
     }
 }
 

@@ -18,6 +18,7 @@ have the same bits however many threads there are. */
 #define PART 1024   /* elements of a line that are added up before their sum is added in double */
 #define WIDEST 1024 /* most lines of an item in columns; compiled.py cuts them */
 #define MOST_SEEN 4095 /* clipping.py has the same */
+#define AXES 8      /* most axes of a box, after those that are one in memory have been joined; sides.py has the same */
 
 enum { FADE, GAIN, SHIFT, DECAY, KEEP, MOVE, PULL, PUSH, FIRST, SECOND, ROOT, EPS, NUM_NAMES };
 enum { STAYS = NUM_NAMES, NUM_NUMBERS }; /* 1 - second */
@@ -52,11 +53,35 @@ typedef struct {
     int64_t wide;
 } Elements;
 
+/* A box of two tensors, x and y, and the entries of its two sides: for each axis, from the outermost to the innermost,
+   its size, and how far a step along it is in x, in y, and in the entries of either side; 0 where these stay. */
+typedef struct {
+    int64_t axes, size[AXES], x[AXES], y[AXES], first[AXES], second[AXES];
+    int64_t first_entry, second_entry; /* where the entries of each side begin */
+} Box;
+
 #define ROOT_OF(TYPE, x) (sizeof(TYPE) == 4 ? sqrtf(x) : sqrt(x))
 #define MOST(TYPE) (sizeof(TYPE) == 4 ? FLT_MAX : DBL_MAX)
 #define INLINE static inline __attribute__((always_inline))
 /* Compiled once, so that a step has the same bits whether it is one call or several. */
 #define ONCE __attribute__((noinline))
+/* Where a line along the innermost axis of a box begins: its places along the others, and in all that is walked over. */
+typedef struct {
+    int64_t at[AXES], x, y, first, second;
+} Line;
+
+/* Go on to the next line; returns whether there is one. */
+INLINE int next_line(const Box *box, Line *line) {
+    for (int64_t axis = box->axes - 2; axis >= 0; axis--) {
+        int64_t by = 1; /* lines along this axis; from the last one back to the first */
+        if (++line->at[axis] == box->size[axis]) by = 1 - box->size[axis], line->at[axis] = 0;
+        line->x += by * box->x[axis], line->y += by * box->y[axis];
+        line->first += by * box->first[axis], line->second += by * box->second[axis];
+        if (by == 1) return 1;
+    }
+    return 0;
+}
+
 #define REAL float
 #define OF(name) name##_float
 #include "passes.c"
@@ -280,7 +305,7 @@ ONCE void OF(sums)(const Block *blocks, const Item *items, int64_t num_items, RE
 #include "looks.c"
 
 /* A whole step: the sums of gradients, what they say of the rows, and the pass of the base. Places are rows. The second
-   moments and their weights change in place. For each row `found` has room for the scale, which is the sum first, the
+   moments, and the numbers of gradients in them, change in place. For each row `found` has room for the scale, which is the sum first, the
    shift, which is the sum of squares first, and the step. */
 int64_t OF(step)(const Block *blocks, const Item *items, int64_t num_items, REAL *const *addresses, int64_t tensors,
                  const Coefficients *given, const OF(Rows) *of, double factor, REAL *found, int64_t threads) {

@@ -70,9 +70,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from lightning_ecopt.common.sides import Passes
 from lightning_ecopt.kernels.allocation import Allocated, Paths
 from lightning_ecopt.kernels.clipping import Clipping, RowGradients
-from lightning_ecopt.kernels.looks import Operands, Sides
 
 #: The views of B blocks in tensors of one sort, such as the gradients.
 Views = Sequence[Tensor]
@@ -128,7 +128,7 @@ class Elements(NamedTuple):
     size: int
 
 
-class Kernels(Protocol):
+class Kernels(Passes, Protocol):
     """Runs the passes in one way; see the module for what each of them computes."""
 
     def sums_and_squares(self, views: Views, shapes: Shapes, dtype: torch.dtype) -> Tensor:
@@ -136,33 +136,6 @@ class Kernels(Protocol):
 
     def products(self, views: Views, others: Views, shapes: Shapes, dtype: torch.dtype) -> Tensor:
         """Return the sums of the products of two tensors at each place, ``[1, P]`` in ``dtype``."""
-
-    def both_sides(self, sides: Sides, first: Operands, second: Operands, sign: float) -> Tensor | None:
-        """Return the sums of the products of two tensors, and of their magnitudes, for each entry of either side.
-
-        Args:
-            sides: of boxes of the tensors.
-            first: the tensors of each box; ``None`` where it is left out, and sums are zero.
-            second: what they are multiplied by.
-            sign: of the products in sums over the second side.
-
-        Returns:
-            ``float64[2, E]``, or ``None`` if the caller is to add up by tensor operations.
-        """
-
-    def rescale_(self, sides: Sides, tensors: Operands, factors: Tensor) -> bool:
-        """Multiply tensors in place by the factors of the entries of both sides, ``float64[E]``, and round once.
-
-        Returns:
-            Whether it is done; if not, nothing has changed, and the caller is to do it by tensor operations.
-        """
-
-    def magnitudes(self, tensors: Sequence[Tensor], sample: int) -> Tensor | None:
-        """Return what is looked at in tensors, ``float64[5, N]``, or ``None`` if the caller is to look.
-
-        It is the largest magnitude, NaN if an element is NaN; how many elements have it; and of the first ``sample``
-        elements how many are not zero, and how many of these end, in 32 bits, in four and in twelve zeros.
-        """
 
     def affine_(self, views: Views, *, shapes: Shapes, **coefficients: Coefficient | None) -> None:
         """Multiply by ``times`` and add ``plus``; if an operation fails, no view has changed, but for rounding."""

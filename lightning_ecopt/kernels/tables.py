@@ -38,7 +38,7 @@ class KnownRows(NamedTuple):
 
     @classmethod
     def of(cls, gradients: RowGradients) -> KnownRows:
-        """Without the sums, and without a factor that is the same for all rows."""
+        """Make the table of what a step knows of the rows, but for sums and a factor that is the same for all rows."""
         _, _, second, seen, rows, present, rho, to_step, own, linear = gradients
         has_others = rho is not None and own is not None
         vectors = [

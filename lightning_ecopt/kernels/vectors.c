@@ -42,6 +42,7 @@ typedef struct {
 ONCE int64_t OF(clipping)(const OF(Rows) *of, double factor, const REAL *sums, const REAL *squares, REAL *new_second,
                           int16_t *new_seen, REAL *scale, REAL *shift, REAL *step) {
     const int16_t *seen = of->seen;
+    const double log_of_memory = log(of->memory);
     const REAL *second = of->second, *present = of->present, *rho = of->rho;
     const REAL newest = (REAL)(1 - of->memory), lifted = (REAL)of->lifted, slack = (REAL)of->slack;
     REAL count_of_part, total_of_part, mean_square[PART], weight[PART], weight_of_last = 0;
@@ -64,7 +65,7 @@ ONCE int64_t OF(clipping)(const OF(Rows) *of, double factor, const REAL *sums, c
             new_seen[k] = (int16_t)(seen[k] + (share > 0 && seen[k] < MOST_SEEN));
         }
         for (int64_t k = first; k < end; k++) { /* nearly all rows have seen as many gradients */
-            if (new_seen[k] != last) last = new_seen[k], weight_of_last = (REAL)-expm1(last * log(of->memory));
+            if (new_seen[k] != last) last = new_seen[k], weight_of_last = (REAL)-expm1(last * log_of_memory);
             weight[k - first] = weight_of_last < newest ? newest : weight_of_last;
         }
 #pragma omp simd reduction(+ : count_of_part, total_of_part)

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from lightning_ecopt.common.tensors import listing
-from lightning_ecopt.kernels import Kernels
+from lightning_ecopt.kernels import EagerKernels, Kernels
 from lightning_ecopt.symmetry import DeferredGroup, ScalingGroup
 from lightning_ecopt.symmetry.derivatives import LAMBDA, Evidence, roundoff_at, roundoff_of
 from lightning_ecopt.symmetry.scales import Operation
@@ -101,7 +101,7 @@ class Verdict:
     message: str
 
 
-def _none() -> None:
+def _unknown() -> str | None:
     return None
 
 
@@ -119,7 +119,7 @@ class GradientCheck:
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self.violation = 0.0
-        self.precision: Callable[[], str | None] = _none
+        self.precision: Callable[[], str | None] = _unknown
         self.has_zeroed = False
         self._own: set[int] = set()
         self._last: LastStep | None = None
@@ -155,7 +155,7 @@ class GradientCheck:
         parameters: Sequence[Tensor],
         is_refresh: bool,
         is_watched: bool = True,
-        kernels: Callable[[], Kernels | None] = _none,
+        kernels: Callable[[], Kernels] = EagerKernels,
     ) -> Verdict | None:
         """Look at the gradients if it is time to, and decide if it is time to, which waits for the device.
 
@@ -165,7 +165,7 @@ class GradientCheck:
             parameters: those of the optimizer that are trained.
             is_refresh: whether weights are about to be rescaled.
             is_watched: whether the steps behind that refresh are looked at, too.
-            kernels: returns what adds up, if there is something.
+            kernels: returns those that add up, if they can.
 
         Returns:
             The units that break, if any do.
@@ -193,7 +193,7 @@ class GradientCheck:
         group: ScalingGroup,
         gradients: Mapping[str, Tensor | None],
         known: float | None,
-        kernels: Kernels | None,
+        kernels: Kernels,
     ) -> Evidence:
         roundoff = max(known or 0.0, roundoff_of(group.parameters))
         # Gradients that were reset and have not come again: the loss does not depend on these parameters.

@@ -238,9 +238,10 @@ class EquivalentClassOptimizer(Optimizer):
         session = self._session
         is_over = session.interval_is_over()
         is_due = (session.refresh_due or is_over) and (not checkpoint.restore(session) or session.refresh_due)
+        may_leave = is_due or session.gradient_check.is_looking or session.may_have_copies
+        if may_leave and isinstance(session.stage, Running):
+            followed(session, session.stage)  # else a step that is not prepared does so
         session.hold_unfrozen_copies()
-        if (is_due or session.gradient_check.is_looking) and isinstance(session.stage, Running):
-            followed(session, session.stage)  # other steps are prepared, or do so themselves
         session.ask_gradient(is_due)  # which may hold units fixed; then a refresh is due, too
         if is_due or session.refresh_due:
             session.refresh(session.network)

@@ -425,7 +425,7 @@ class Session:
 
     @property
     def kernels(self) -> Kernels:
-        """Those of the rule or, if none is running, new ones of the kind that the option chooses."""
+        """Those of the rule or, if none is running, as within a refresh, new ones of the kind that is chosen."""
         if isinstance(self.stage, Running):
             return self.stage.rule.kernels
         return choose_kernels(self.options.implementation, list(self.network.group.parameters.values()))

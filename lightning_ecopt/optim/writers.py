@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 
 from lightning_ecopt.common.sharding import Ranks, local
+from lightning_ecopt.common.sides import Sides
 from lightning_ecopt.common.tensors import alike, are_few, listing, pieces, stacked, sums_of_pieces, widest
 from lightning_ecopt.common.warn import warn
 from lightning_ecopt.kernels import EagerKernels, Kernels
-from lightning_ecopt.kernels.looks import Sides
 from lightning_ecopt.optim.binding import Network
 from lightning_ecopt.symmetry import ScalingGroup
 from lightning_ecopt.symmetry.coupling import NO_UNIT, LocalCoupling, sides_of
@@ -116,7 +116,7 @@ class _Region:
         return sums_of_pieces(lambda piece: of(*(view[piece].to(dtype) for view in views)), shapes, rows)
 
 
-def _squares(regions: Sequence[_Region]) -> Tensor:
+def _squares_by_operations(regions: Sequence[_Region]) -> Tensor:
     """Sum the squares for each entry of both sides of all regions, ``[E]``, as exactly as the weights are."""
     if not regions:
         return torch.zeros(0, device="cpu")
@@ -273,13 +273,13 @@ class Writers:
             self._noting.add(self)
 
     def _squares(self, network: Network, regions: Sequence[_Region], kernels: Kernels) -> Tensor:
-        """Sum squares as :func:`_squares` does; by kernels, if they can."""
+        """Sum the squares for each entry of both sides of all regions, ``[E]``; by kernels, if they can."""
         if self._sides is None or self._sides[0] != network.names:
             self._sides = network.names, sides_of(region.coupling for region in regions)
         weights = [region.weight for region in regions]
         sums = kernels.both_sides(self._sides[1], weights, weights, sign=1.0)
         if sums is None:
-            return _squares(regions)
+            return _squares_by_operations(regions)
         kinds = {weight.dtype for weight in weights}
         return sums[0].to(torch.float32 if kinds == {torch.float32} else torch.float64)
 

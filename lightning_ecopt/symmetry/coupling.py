@@ -14,8 +14,8 @@ from typing_extensions import Self
 
 from lightning_ecopt.common.parts import Part, lengths
 from lightning_ecopt.common.sharding import parts
+from lightning_ecopt.common.sides import Sides
 from lightning_ecopt.common.tensors import padded, region_of
-from lightning_ecopt.kernels.looks import Sides
 from lightning_ecopt.symmetry.labels import compress
 from lightning_ecopt.symmetry.monomials import Monomials
 
@@ -174,16 +174,17 @@ def factors_of_entries(couplings: Sequence[LocalCoupling], factors: Tensor) -> T
     """Return by what the elements at each entry of both sides are multiplied, ``[E]``.
 
     Args:
-        couplings: with their unit numbers on the device of the factors.
+        couplings: of which each has entries of its own.
         factors: of the scales, ``[S + 1]``, the last for ``NO_UNIT``; ``outgoing`` takes their inverses.
     """
-    sides = [side.reshape(-1) for coupling in couplings for side in (coupling.incoming, coupling.outgoing)]
+    here = [coupling.to(factors.device) for coupling in couplings]
+    sides = [side.reshape(-1) for coupling in here for side in (coupling.incoming, coupling.outgoing)]
     if not sides:
         return factors[:0]
     sizes = torch.tensor([len(side) for side in sides], device=factors.device)
-    is_outgoing = torch.arange(len(sides), device=factors.device).repeat_interleave(sizes) % 2 == 1
     numbers = torch.cat(sides).long()
-    return torch.where(is_outgoing, (1 / factors)[numbers], factors[numbers])
+    is_second = torch.arange(len(sides), device=factors.device).repeat_interleave(sizes, output_size=len(numbers)) % 2
+    return torch.where(is_second == 1, (1 / factors)[numbers], factors[numbers])
 
 
 def scales_of_parameters(couplings: Iterable[Coupling]) -> dict[str, int]:

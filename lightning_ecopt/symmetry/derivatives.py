@@ -44,9 +44,8 @@ from torch import Tensor
 from lightning_ecopt.common.parts import lengths
 from lightning_ecopt.common.segment_sum import SegmentSum
 from lightning_ecopt.common.sharding import Ranks, local
+from lightning_ecopt.common.sides import Passes, Sides
 from lightning_ecopt.common.tensors import alike, are_few, pieces, stacked, sums_of_pieces, to_device, widest
-from lightning_ecopt.kernels import EagerKernels, Kernels
-from lightning_ecopt.kernels.looks import Sides
 from lightning_ecopt.symmetry.coupling import NO_UNIT, LocalCoupling
 from lightning_ecopt.symmetry.monomials import Monomials
 
@@ -209,7 +208,7 @@ class DerivativeSums:
         ranks: Ranks,
         roundoff: float,
         silent: Collection[str] = (),
-        kernels: Kernels | None = None,
+        kernels: Passes | None = None,
     ) -> Derivatives:
         """Form Q, A and the rounding of all units.
 
@@ -223,7 +222,6 @@ class DerivativeSums:
                 have been cut on the way, by ``detach``.
             kernels: add up, if they can; by default tensor operations do.
         """
-        kernels = kernels or EagerKernels()
         device = local(next(iter(weights.values()))).device
         if not self._couplings:  # on this rank; others may have some
             none = torch.zeros(4, self._monomials.num_scales, dtype=widest(device), device=device)
@@ -231,7 +229,7 @@ class DerivativeSums:
         names = dict.fromkeys(coupling.parameter for coupling in self._couplings)
         present = {name: g for name in names if (g := gradients.get(name)) is not None}
         values = {name: _values(gradient) for name, gradient in present.items()}
-        seen = kernels.magnitudes(list(values.values()), SAMPLE)
+        seen = None if kernels is None else kernels.magnitudes(list(values.values()), SAMPLE)
         limits, precision = _limits(values, seen), _roundoff(values.values(), roundoff, seen)
         pairs = {
             name: (local(weights[name]), local(gradient.to_dense()) if gradient.is_sparse else values[name])
@@ -245,9 +243,9 @@ class DerivativeSums:
         of_scales = self._of_scales(device)
         return self._of_units(ranks.sum_(of_scales(torch.cat([sums, self._roundings(pairs, precision, device)]))))
 
-    def _sums(self, pairs: Pairs, limits: Mapping[str, Tensor], device: torch.device, kernels: Kernels) -> Tensor:
+    def _sums(self, pairs: Pairs, limits: Mapping[str, Tensor], device: torch.device, kernels: Passes | None) -> Tensor:
         """Add up w g, and its magnitude, for each entry, ``[2, E]``; zero where there is no gradient."""
-        if not limits and not any(self._joins):
+        if kernels is not None and not limits and not any(self._joins):
             operands = [pairs.get(coupling.parameter, (None, None)) for coupling in self._couplings]
             own, theirs = ([pair[k] for pair in operands] for k in (0, 1))
             sums = kernels.both_sides(self._sides, own, theirs, sign=-1.0)

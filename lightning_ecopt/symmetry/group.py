@@ -35,10 +35,9 @@ from lightning_ecopt.common.sharding import (
     release,
     whole_shape,
 )
+from lightning_ecopt.common.sides import Passes, Sides
 from lightning_ecopt.common.signals import uninterrupted
 from lightning_ecopt.common.tensors import padded, widest
-from lightning_ecopt.kernels import Kernels
-from lightning_ecopt.kernels.looks import Sides
 from lightning_ecopt.symmetry.balance import alive_units, balancing_scale, imbalances_of, mean_square, resolution_of
 from lightning_ecopt.symmetry.coupling import (
     Coupling,
@@ -302,7 +301,7 @@ class ScalingGroup:
         log_scale: Tensor,
         *,
         power: int = 1,
-        kernels: Kernels | None = None,
+        kernels: Passes | None = None,
     ) -> None:
         """Multiply tensors that belong to the parameters by their factors to the ``power``.
 
@@ -317,13 +316,15 @@ class ScalingGroup:
         """
         log_scale = power * self.monomials.to(log_scale.device).of(log_scale.to(widest(log_scale.device)))
         factors = padded(log_scale, 0).exp()  # [S + 1], one for NO_UNIT
-        inverse, couplings = 1 / factors, [coupling.to(factors.device) for coupling in self.local_couplings]
+        inverse, couplings = 1 / factors, self.local_couplings
         own = [None if (t := tensors.get(coupling.parameter)) is None else local(t) for coupling in couplings]
         with uninterrupted():
-            if kernels is None or not kernels.rescale_(self._sides, own, factors_of_entries(couplings, factors)):
-                for coupling, tensor in zip(couplings, own, strict=True):
-                    if tensor is not None:
-                        multiply_(coupling.view(tensor), factors[coupling.incoming], inverse[coupling.outgoing])
+            if kernels and kernels.rescale_(self._sides, own, lambda: factors_of_entries(couplings, factors)):
+                return
+            for coupling, tensor in zip(couplings, own, strict=True):
+                if tensor is not None:
+                    here = coupling.to(factors.device)
+                    multiply_(here.view(tensor), factors[here.incoming], inverse[here.outgoing])
 
     @cached_property
     def local_couplings(self) -> list[LocalCoupling]:
@@ -358,7 +359,7 @@ class ScalingGroup:
         return torch.where(self.scale_invariant.to(excess.device), (excess > 0) & excess.isfinite(), alive)
 
     @torch.no_grad()
-    def balance_(self, active: Tensor | None = None, kernels: Kernels | None = None) -> Tensor:
+    def balance_(self, active: Tensor | None = None, kernels: Passes | None = None) -> Tensor:
         """Move the parameters to the balanced member of their class, the one of least sum of squares.
 
         There, for every unit, the squares of its incoming and of its outgoing elements have the same sum. The balanced
@@ -412,7 +413,7 @@ class ScalingGroup:
         gradients: Mapping[str, Tensor | None] | None = None,
         roundoff: float | None = None,
         silent: Collection[str] = (),
-        kernels: Kernels | None = None,
+        kernels: Passes | None = None,
     ) -> Derivatives:
         """Differentiate a loss by the log-scales of the units; zero to rounding if the loss does not change with them.
 

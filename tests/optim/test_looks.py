@@ -9,11 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
+from lightning_ecopt.common.sides import AXES, Sides
 from lightning_ecopt.kernels import EagerKernels
 from lightning_ecopt.kernels.compiled import CompiledKernels
-from lightning_ecopt.kernels.looks import AXES, Sides
 from lightning_ecopt.symmetry.derivatives import SAMPLE, _digits_of_all, _largest_of_all
 from lightning_ecopt.symmetry.squares import multiply_
 
@@ -113,10 +113,10 @@ def test_rescaling_has_the_bits_of_tensor_operations(
         if not is_left_out:
             multiply_(expected[-1], first, second)
     versions = [0 if tensor is None else tensor._version for tensor in given_]
-    assert not EagerKernels().rescale_(sides, given_, factors)
+    assert not EagerKernels().rescale_(sides, given_, lambda: factors)
     if any(tensor is not None and 0 in tensor.stride() for tensor in given_):
         return  # of an empty one
-    assert CompiledKernels().rescale_(sides, given_, factors)
+    assert CompiledKernels().rescale_(sides, given_, lambda: factors)
     for tensor, other, version in zip(given_, expected, versions, strict=True):
         assert tensor is None or (torch.equal(tensor, other) and tensor._version > version)
 
@@ -125,10 +125,16 @@ def test_tensors_that_cannot_be_rescaled_in_c_stay_as_they_are() -> None:
     sides, factors = Sides([lambda tensor: tensor], [((4, 1), (1, 6))]), torch.full((10,), 2.0, dtype=torch.float64)
     with torch.inference_mode():
         inference = torch.ones(4, 6)
+    for other in (factors.float(), factors.to("meta")):
+        assert not CompiledKernels().rescale_(sides, [torch.ones(4, 6)], lambda other=other: other)
     others = [inference, torch.ones(1, 6).expand(4, 6), torch._neg_view(-torch.ones(4, 6)), torch.ones(4, 6).half()]
     for other in others:
-        assert not CompiledKernels().rescale_(sides, [other], factors)
+        assert not CompiledKernels().rescale_(sides, [other], lambda: factors)
         assert bool((other == 1).all())
+
+
+class OfClass(Tensor):
+    """A tensor whose memory may be elsewhere."""
 
 
 def test_other_strides_and_types_than_before_are_seen() -> None:
@@ -140,10 +146,26 @@ def test_other_strides_and_types_than_before_are_seen() -> None:
         products = weight.double() * gradient.double()
         torch.testing.assert_close(found[0], torch.cat([products.sum(1), products.sum(0)]))
     zeros, elsewhere = torch._efficientzerotensor((4, 6)), weight.to("meta")
-    for other in (torch._neg_view(weight), zeros, weight.bfloat16(), weight.double(), elsewhere):
+    of_a_class = nn.Parameter(weight).as_subclass(OfClass)
+    others = [torch.randn(4, 5), torch.randn(6, 4), torch.randn(24), of_a_class]  # which have no such place in memory
+    for other in (torch._neg_view(weight), zeros, weight.bfloat16(), weight.double(), elsewhere, *others):
         assert kernels.both_sides(sides, [weight], [other], sign=1.0) is None
-    assert not kernels.rescale_(sides, [elsewhere], torch.ones(10, dtype=torch.float64))
+    assert not kernels.rescale_(sides, [elsewhere], lambda: torch.ones(10, dtype=torch.float64))
     assert kernels.both_sides(sides, [weight.half()], [weight.half()], sign=1.0) is None
+
+
+def test_one_large_tensor_is_left_to_operations_where_many_threads_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    large, small = torch.randn(1000, 1000), torch.randn(10, 10)
+    sides = Sides([lambda tensor: tensor] * 2, [((1000, 1), (1, 1000)), ((10, 1), (1, 10))])
+    factors = torch.ones(sides.entries, dtype=torch.float64)
+    for threads, is_done in ((1, True), (4, True), (16, False)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        kernels, pair = CompiledKernels(), [large, small]
+        if not is_done:  # those that are done would start these threads
+            assert kernels.both_sides(sides, pair, pair, sign=1.0) is None
+            assert kernels.magnitudes(pair, SAMPLE) is None
+            assert not kernels.rescale_(sides, pair, lambda: factors)
+        assert kernels._library.can_share([large.numel(), small.numel()]) == is_done
 
 
 def test_a_box_of_too_many_axes_is_left_to_operations() -> None:
@@ -164,11 +186,14 @@ def test_sums_do_not_depend_on_the_number_of_threads() -> None:
             torch.set_num_threads(threads)
             found.append(CompiledKernels().both_sides(sides, weights, weights, sign=1.0))
             found.append(CompiledKernels().magnitudes(weights, SAMPLE))
+            scaled = [weight.clone() for weight in weights]
+            assert CompiledKernels().rescale_(sides, scaled, lambda: torch.arange(1, 1402, dtype=torch.float64))
+            found.append(torch.cat([weight.flatten() for weight in scaled]))
     finally:
         torch.set_num_threads(before)
     assert all(one is not None for one in found)
     for k, one in enumerate(found):
-        assert torch.equal(one, found[k % 2])  # type: ignore[arg-type]
+        assert torch.equal(one, found[k % 3])  # type: ignore[arg-type]
 
 
 SPECIAL = [0.0, -0.0, 1.0, -1.0, 0.5, 3.0e-39, 1e-45, float("inf"), float("-inf"), float("nan"), 1 / 3, 1 + 2**-12]

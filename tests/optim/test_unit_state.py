@@ -11,7 +11,7 @@ from torch.optim import SGD, AdamW
 
 from lightning_ecopt import EquivalentClassOptimizer, scaling_group
 from lightning_ecopt.kernels import EagerKernels, choose_kernels
-from lightning_ecopt.kernels.clipping import MEMORY, MOST_SEEN, ClippedRows, RowGradients, seen_of, weight_of
+from lightning_ecopt.kernels.clipping import MEMORY, MOST_SEEN, ClippedRows, RowGradients, seen_of, sum_of_weights
 from tests.networks import ResidualMLP
 from tests.optim.training import batches, loss_of, only_refresh, problem, same_bits, through_a_file, train, weights_of
 from tests.optim.unit_rule import POWERS, Make, finite, saved, unit
@@ -275,10 +275,10 @@ def test_dormant_units_are_counted() -> None:
 def test_an_old_state_has_the_sum_of_weights_from_which_the_number_of_gradients_follows(dtype: torch.dtype) -> None:
     """A state of version 0.1.0; where the sum is nearly one, its rounding leaves the number open, and q as it is."""
     seen = torch.arange(MOST_SEEN + 1)
-    weight = weight_of(seen, dtype)
+    weight = sum_of_weights(seen, dtype)
     found = seen_of(weight)
     assert found.dtype == torch.int16
-    torch.testing.assert_close(weight_of(found, dtype), weight, rtol=2 * torch.finfo(dtype).eps, atol=0)
+    torch.testing.assert_close(sum_of_weights(found, dtype), weight, rtol=2 * torch.finfo(dtype).eps, atol=0)
     assert torch.equal(found[:500].long(), seen[:500])
     one = torch.ones(1, dtype=dtype)
     assert seen_of(one) == MOST_SEEN

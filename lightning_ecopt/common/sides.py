@@ -1,7 +1,7 @@
-"""Sums over both sides of boxes, and magnitudes, as they are asked for by those who look at gradients and weights.
+"""Boxes of tensors with the entries of their two sides, and what asks kernels for passes over them.
 
-In C each is one pass over memory, and one call however many tensors there are. Where that cannot be, nothing is
-returned, and the caller adds up by tensor operations.
+In C each pass reads memory once, and is one call however many tensors there are. Where that cannot be, kernels say so,
+and the caller takes tensor operations.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from array import array
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from lightning_ecopt.common.tensors import is_lazy
+from lightning_ecopt.common.tensors import is_plain
 
-#: Most axes of a box, after those that are one in memory have been joined; ``looks.c`` has the same.
+#: Most axes of a box, after those that are one in memory have been joined; ``passes.c`` has the same.
 AXES = 8
 #: The tensors of some boxes; ``None`` for boxes that are left out.
 Operands = Sequence[Tensor | None]
@@ -27,14 +27,14 @@ class Boxes(NamedTuple):
     """Boxes of one type, as C sees them.
 
     Args:
-        table: what ``looks.c`` calls Box, of each.
+        table: what ``passes.c`` calls Box, of each.
         places: the number of each among all boxes, and where it begins in its two tensors, in bytes.
-        elements: of all.
+        elements: number of elements of each.
     """
 
     table: array[int]
     places: list[tuple[int, int, int]]
-    elements: int
+    elements: list[int]
 
     def addresses(self, first: Operands, second: Operands) -> array[int]:
         """Of both tensors of each box."""
@@ -46,7 +46,7 @@ class Boxes(NamedTuple):
 
 
 class Sides:
-    """The entries of both sides of boxes of tensors; what C is told of them is kept.
+    """The entries of both sides of boxes of tensors; what kernels in C are told of them is kept.
 
     Args:
         views: of each box: makes a view of a tensor.
@@ -55,7 +55,7 @@ class Sides:
     Example: rows and columns of a weight::
 
         sides = Sides([lambda weight: weight], [((64, 1), (1, 32))])
-        sums = sides.sums(kernels, [weight], [gradient], sign=-1.0)  # [2, 96]
+        sums = kernels.both_sides(sides, [weight], [gradient], sign=-1.0)  # [2, 96]
     """
 
     def __init__(
@@ -87,24 +87,29 @@ class Sides:
         for k, (one, other) in enumerate(zip(first, second, strict=True)):
             if one is None or other is None:
                 continue
-            if other.dtype != one.dtype or is_lazy(one) or is_lazy(other) or not (one.is_cpu and other.is_cpu):
+            if other.shape != one.shape or other.dtype != one.dtype or not (is_plain(one) and is_plain(other)):
                 return None
             view, other_view = self._views[k](one), self._views[k](other)
             axes = _axes(view, other_view, self._shapes[k])
-            if axes is None:
+            if axes is None or not all(_broadcasts(side, view.shape) for side in self._shapes[k]):
                 return None
             if view.numel():
-                table, places, elements = found.get(one.dtype, Boxes(array("q"), [], 0))
+                table, places, elements = found.get(one.dtype, Boxes(array("q"), [], []))
                 table.append(len(axes))
                 table.extend(n for column in zip(*axes, *[(0,) * 5] * (AXES - len(axes)), strict=True) for n in column)
                 table.extend(self._starts[2 * k : 2 * k + 2])
                 places.append((k, view.data_ptr() - one.data_ptr(), other_view.data_ptr() - other.data_ptr()))
-                found[one.dtype] = Boxes(table, places, elements + view.numel())
+                elements.append(view.numel())
+                found[one.dtype] = Boxes(table, places, elements)
         return found
 
 
 def _kind(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.dtype, tensor.device, tensor.shape, tensor.stride(), is_lazy(tensor)
+    return type(tensor), tensor.dtype, tensor.shape, tensor.stride(), is_plain(tensor)
+
+
+def _broadcasts(side: Sequence[int], shape: Sequence[int]) -> bool:
+    return len(side) == len(shape) and all(own in (1, size) for own, size in zip(side, shape, strict=True))
 
 
 def _present(tensor: Tensor | None) -> Tensor:
@@ -128,3 +133,40 @@ def _axes(
         else:
             found.append(axis)
     return (found or [(1, 1, 1, 0, 0)]) if len(found) <= AXES else None
+
+
+class Passes(Protocol):
+    """The passes over whole tensors that kernels may be able to make."""
+
+    def both_sides(self, sides: Sides, first: Operands, second: Operands, sign: float) -> Tensor | None:
+        """Return the sums of the products of two tensors, and of their magnitudes, for each entry of either side.
+
+        Args:
+            sides: of boxes of the tensors.
+            first: the tensors of each box; ``None`` where it is left out, and sums are zero.
+            second: what they are multiplied by.
+            sign: of the products in sums over the second side.
+
+        Returns:
+            ``float64[2, E]``, or ``None`` if the caller is to add up by tensor operations.
+        """
+
+    def rescale_(self, sides: Sides, tensors: Operands, factors: Callable[[], Tensor]) -> bool:
+        """Multiply tensors in place by the factors of the entries of both sides, and round once.
+
+        Args:
+            sides: of boxes of the tensors.
+            tensors: of each box; ``None`` where it is left out.
+            factors: returns them, ``float64[E]``.
+
+        Returns:
+            Whether it is done; if not, nothing has changed, and the caller is to do it by tensor operations.
+        """
+
+    def magnitudes(self, tensors: Sequence[Tensor], sample: int) -> Tensor | None:
+        """Return what is looked at in tensors, ``float64[5, N]``, or ``None`` if the caller is to look.
+
+        It is the largest magnitude, NaN if an element is NaN; how many elements have it; and of the first ``sample``
+        elements how many are not zero, and how many of these end, in 32 bits, in four and in twelve zeros. In C all
+        tensors must be of one type, with their elements in memory in the order of their axes.
+        """
