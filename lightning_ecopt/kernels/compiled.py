@@ -182,7 +182,7 @@ class CompiledKernels(LineKernels[_Plan]):
         if boxes is None or not self._can_share(boxes):
             return False
         by = factors()
-        if not (is_plain(by) and by.dtype == torch.float64):
+        if by.shape != (sides.entries,) or not _are_plain([by], torch.float64):
             return False
         for dtype, each in boxes.items():
             addresses = each.addresses(tensors, tensors)

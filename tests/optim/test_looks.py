@@ -125,7 +125,7 @@ def test_tensors_that_cannot_be_rescaled_in_c_stay_as_they_are() -> None:
     sides, factors = Sides([lambda tensor: tensor], [((4, 1), (1, 6))]), torch.full((10,), 2.0, dtype=torch.float64)
     with torch.inference_mode():
         inference = torch.ones(4, 6)
-    for other in (factors.float(), factors.to("meta")):
+    for other in (factors.float(), factors.to("meta"), factors[:-1], factors[::2]):
         assert not CompiledKernels().rescale_(sides, [torch.ones(4, 6)], lambda other=other: other)
     others = [inference, torch.ones(1, 6).expand(4, 6), torch._neg_view(-torch.ones(4, 6)), torch.ones(4, 6).half()]
     for other in others:
@@ -180,6 +180,7 @@ def test_sums_do_not_depend_on_the_number_of_threads() -> None:
     weights = [torch.randn(300, 400), torch.randn(400, 300), torch.randn(300)]
     shapes = [((300, 1), (1, 400)), ((400, 1), (1, 300)), ((300,), (1,))]
     sides, before = Sides([lambda tensor: tensor] * 3, shapes), torch.get_num_threads()
+    factors = torch.arange(1, sides.entries + 1, dtype=torch.float64)
     found = []
     try:
         for threads in (1, 2, 3):
@@ -187,7 +188,7 @@ def test_sums_do_not_depend_on_the_number_of_threads() -> None:
             found.append(CompiledKernels().both_sides(sides, weights, weights, sign=1.0))
             found.append(CompiledKernels().magnitudes(weights, SAMPLE))
             scaled = [weight.clone() for weight in weights]
-            assert CompiledKernels().rescale_(sides, scaled, lambda: torch.arange(1, 1402, dtype=torch.float64))
+            assert CompiledKernels().rescale_(sides, scaled, lambda: factors)
             found.append(torch.cat([weight.flatten() for weight in scaled]))
     finally:
         torch.set_num_threads(before)

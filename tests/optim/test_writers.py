@@ -444,9 +444,9 @@ def test_sums_of_a_small_network_are_those_of_its_regions(monkeypatch: pytest.Mo
     net = mlp(6, 5, 5, 5, 3).double()
     group = scaling_group(net, torch.zeros(1, 6, dtype=torch.float64))
     regions = [writers._Region.of(each, group.parameters[each.parameter]) for each in group.local_couplings]
-    together = writers._squares(regions)
+    together = writers._squares_by_operations(regions)
     monkeypatch.setattr(tensors, "FEW", 0)
-    torch.testing.assert_close(writers._squares(regions), together, rtol=1e-14, atol=0.0)
+    torch.testing.assert_close(writers._squares_by_operations(regions), together, rtol=1e-14, atol=0.0)
     for region, (into, out) in zip(regions, writers._by_region(together, regions), strict=True):
         squares = region.weight.square()
         torch.testing.assert_close(into, squares.sum_to_size(into.shape))
