@@ -63,10 +63,8 @@ class Sides:
     ) -> None:
         self._views, self._shapes = views, shapes
         self._starts = [0, *accumulate(prod(side) for both in shapes for side in both)]
-        self._last: tuple[list[Any], dict[torch.dtype, Boxes] | None] = (
-            [],
-            None,
-        )  # what was seen, and what C is told of it
+        # What was seen at the last look, and what C is told of it.
+        self._last: tuple[list[Any], dict[torch.dtype, Boxes] | None] = ([], None)
 
     @property
     def entries(self) -> int:

@@ -14,11 +14,11 @@ have the same bits however many threads there are. */
 #include <math.h>
 #include <stdint.h>
 
-#define LANES 64    /* accumulators of a line */
-#define PART 1024   /* elements of a line that are added up before their sum is added in double */
-#define WIDEST 1024 /* most lines of an item in columns; compiled.py cuts them */
-#define MOST_SEEN 4095 /* clipping.py has the same */
-#define AXES 8      /* most axes of a box, after those that are one in memory have been joined; sides.py has the same */
+#define LANES 64       /* accumulators of a line */
+#define PART 1024      /* elements of a line that are added up before their sum is added in double */
+#define WIDEST 1024    /* most lines of an item in columns; compiled.py cuts them */
+#define MOST_SEEN 4095 /* gradients that are counted; clipping.py has the same */
+#define AXES 8         /* most axes of a box, after those that are one in memory have been joined; sides.py has it, too */
 
 enum { FADE, GAIN, SHIFT, DECAY, KEEP, MOVE, PULL, PUSH, FIRST, SECOND, ROOT, EPS, NUM_NAMES };
 enum { STAYS = NUM_NAMES, NUM_NUMBERS }; /* 1 - second */
@@ -65,6 +65,7 @@ typedef struct {
 #define INLINE static inline __attribute__((always_inline))
 /* Compiled once, so that a step has the same bits whether it is one call or several. */
 #define ONCE __attribute__((noinline))
+
 /* Where a line along the innermost axis of a box begins: its places along the others, and in all that is walked over. */
 typedef struct {
     int64_t at[AXES], x, y, first, second;
