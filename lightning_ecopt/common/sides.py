@@ -1,4 +1,4 @@
-"""Boxes of tensors with the entries of their two sides, and what asks kernels for passes over them.
+"""Boxes of tensors with the entries of their two sides, and the passes over them that kernels may make.
 
 In C each pass reads memory once, and is one call however many tensors there are. Where that cannot be, kernels say so,
 and the caller takes tensor operations.
@@ -71,9 +71,8 @@ class Sides:
         """Number of entries of both sides of all boxes: E."""
         return self._starts[-1]
 
-    def boxes(self, first: Operands, second: Operands | None = None) -> dict[torch.dtype, Boxes] | None:
+    def boxes(self, first: Operands, second: Operands) -> dict[torch.dtype, Boxes] | None:
         """The boxes that are not left out, by type; ``None`` if there is one that C cannot see."""
-        second = first if second is None else second
         kinds = [None if one is None else _kind(one) for tensors in (first, second) for one in tensors]
         last = self._last
         if kinds != last[0]:
@@ -88,8 +87,10 @@ class Sides:
             if other.shape != one.shape or other.dtype != one.dtype or not (is_plain(one) and is_plain(other)):
                 return None
             view, other_view = self._views[k](one), self._views[k](other)
+            if not all(_broadcasts(side, view.shape) for side in self._shapes[k]):
+                return None
             axes = _axes(view, other_view, self._shapes[k])
-            if axes is None or not all(_broadcasts(side, view.shape) for side in self._shapes[k]):
+            if axes is None:
                 return None
             if view.numel():
                 table, places, elements = found.get(one.dtype, Boxes(array("q"), [], []))

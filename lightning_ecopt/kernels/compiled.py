@@ -161,38 +161,21 @@ class CompiledKernels(LineKernels[_Plan]):
         if boxes is None or not self._can_share(boxes):
             return None
         found = torch.zeros(2, sides.entries, dtype=torch.float64, device="cpu")
-        total, size = found.unbind()
-        for dtype, each in boxes.items():
-            addresses = each.addresses(first, second)
-            self._library.both_sides[dtype](
-                each.table.buffer_info()[0],
-                len(each.places),
-                addresses.buffer_info()[0],
-                sign,
-                total.data_ptr(),
-                size.data_ptr(),
-                self._library.threads(sum(each.elements)),
-            )
+        self._over(boxes, first, second, self._library.both_sides, sign, *(row.data_ptr() for row in found))
         return found
 
     def rescale_(self, sides: Sides, tensors: Operands, factors: Callable[[], Tensor]) -> bool:
         """See :class:`~lightning_ecopt.common.sides.Passes`."""
         own = [tensor for tensor in tensors if tensor is not None]
-        boxes = None if any(tensor.is_inference() or 0 in tensor.stride() for tensor in own) else sides.boxes(tensors)
+        if any(tensor.is_inference() or 0 in tensor.stride() for tensor in own):
+            return False
+        boxes = sides.boxes(tensors, tensors)
         if boxes is None or not self._can_share(boxes):
             return False
         by = factors()
         if by.shape != (sides.entries,) or not _are_plain([by], torch.float64):
             return False
-        for dtype, each in boxes.items():
-            addresses = each.addresses(tensors, tensors)
-            self._library.rescale[dtype](
-                each.table.buffer_info()[0],
-                len(each.places),
-                addresses.buffer_info()[0],
-                by.data_ptr(),
-                self._library.threads(sum(each.elements)),
-            )
+        self._over(boxes, tensors, tensors, self._library.rescale, by.data_ptr())
         torch.autograd.graph.increment_version(own)
         return True
 
@@ -217,6 +200,20 @@ class CompiledKernels(LineKernels[_Plan]):
 
     def _can_share(self, boxes: Mapping[torch.dtype, Boxes]) -> bool:
         return all(dtype in DTYPES and self._library.can_share(each.elements) for dtype, each in boxes.items())
+
+    def _over(
+        self,
+        boxes: Mapping[torch.dtype, Boxes],
+        first: Operands,
+        second: Operands,
+        functions: Mapping[torch.dtype, Callable[..., None]],
+        *arguments: float,
+    ) -> None:
+        """Call one of the functions for the boxes of each type."""
+        for dtype, each in boxes.items():
+            addresses = each.addresses(first, second)
+            tables = each.table.buffer_info()[0], len(each.places), addresses.buffer_info()[0]
+            functions[dtype](*tables, *arguments, self._library.threads(sum(each.elements)))
 
     def gather(self, tensors: Sequence[Tensor | None], elements: Elements, dtype: torch.dtype) -> Tensor:
         """See :class:`~lightning_ecopt.kernels.Kernels`."""

@@ -1,7 +1,7 @@
 """What C is told of a step, in tables that are kept as long as they hold.
 
-Most of it stays what it is from one step to the next, and a step of a small network takes longer to say it than to be
-taken. What a table has the address of is kept with it.
+Most of it stays what it is from one step to the next, and in a small network telling it would take longer than the
+step. What a table has the address of is kept with it.
 """
 
 from __future__ import annotations
@@ -73,12 +73,12 @@ NO_ROWS = KnownRows(array("q"), [], ())
 
 
 class CoefficientTables:
-    """The coefficients of a pass in tables, as long as they stay what they are: rates do from step to step, or may.
+    """The coefficients of passes in tables, which hold as long as what they were made of is the same.
 
     Args:
-        coefficients: of each table.
+        coefficients: of each pass.
         dtype: of the blocks.
-        of: what the tables hold for.
+        of: the objects that they were made of: rates, and vectors.
     """
 
     def __init__(

@@ -31,13 +31,16 @@ FORMS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+#: The shape of a box, and of its two sides.
+Drawn = tuple[tuple[int, ...], tuple[tuple[int, ...], tuple[int, ...]]]
+
+
 @st.composite
-def boxes(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
-    """The shape of a box, and of its two sides."""
+def boxes(draw: st.DrawFn) -> Drawn:
     shape = tuple(draw(st.lists(st.integers(0, 5), min_size=1, max_size=5)))
     varies = st.tuples(*[st.booleans()] * len(shape))
-    sides = [tuple(n if axis else 1 for n, axis in zip(shape, draw(varies), strict=True)) for _ in range(2)]
-    return shape, tuple(sides)
+    into, out = (tuple(n if axis else 1 for n, axis in zip(shape, draw(varies), strict=True)) for _ in range(2))
+    return shape, (into, out)
 
 
 @given(
@@ -49,7 +52,7 @@ def boxes(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]
 )
 @settings(max_examples=100, deadline=None)
 def test_sums_over_both_sides(
-    drawn: list[tuple[tuple[int, ...], tuple[tuple[int, ...], tuple[int, ...]]]],
+    drawn: list[Drawn],
     dtype: torch.dtype,
     forms: list[str],
     left_out: int,
@@ -93,7 +96,7 @@ def test_sums_over_both_sides(
 )
 @settings(max_examples=100, deadline=None)
 def test_rescaling_has_the_bits_of_tensor_operations(
-    drawn: list[tuple[tuple[int, ...], tuple[tuple[int, ...], tuple[int, ...]]]],
+    drawn: list[Drawn],
     dtype: torch.dtype,
     forms: list[str],
     left_out: int,
@@ -150,6 +153,8 @@ def test_other_strides_and_types_than_before_are_seen() -> None:
     others = [torch.randn(4, 5), torch.randn(6, 4), torch.randn(24), of_a_class]  # which have no such place in memory
     for other in (torch._neg_view(weight), zeros, weight.bfloat16(), weight.double(), elsewhere, *others):
         assert kernels.both_sides(sides, [weight], [other], sign=1.0) is None
+    for both in (torch.randn(4, 5), torch.randn(24), torch.randn(4, 6, 1)):
+        assert kernels.both_sides(sides, [both], [both], sign=1.0) is None
     assert not kernels.rescale_(sides, [elsewhere], lambda: torch.ones(10, dtype=torch.float64))
     assert kernels.both_sides(sides, [weight.half()], [weight.half()], sign=1.0) is None
 
